@@ -1,0 +1,67 @@
+"""What every solver takes and gives: the statistics of a linear's input and the quantised weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+
+class Quantized(NamedTuple):
+    """A weight on its grid: `weight ~ (codes - zero_point) * scale`, group `j // group_size` for column `j`.
+
+    `scale` already has the value it is stored with (rounded to the stored type, held as float32).
+    """
+
+    codes: Tensor  # uint8 (rows, columns), 0 .. 2**num_bits - 1, unpacked
+    scale: Tensor  # float32 (rows, groups), values exactly representable in the stored type (BF16 by default)
+    zero_point: Tensor  # uint8 (rows, groups), whole numbers 0 .. 2**num_bits - 1
+    num_bits: int = 4
+    symmetric: bool = False  # symmetric: zero_point is 2**(num_bits - 1) everywhere and is not stored
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share one scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(rows, columns), computed in float32 and rounded once to `dtype`."""
+        rows, columns = self.codes.shape
+        codes = self.codes.view(rows, self.scale.shape[1], -1).float()
+        weight = (codes - self.zero_point.float().unsqueeze(-1)) * self.scale.unsqueeze(-1)
+        return weight.reshape(rows, columns).to(dtype)
+
+
+class Statistics(NamedTuple):
+    """What calibration collected for the input of one linear. Fields that were not asked for are None."""
+
+    tokens: int = 0
+    hessian: Tensor | None = None  # float32 (columns, columns): sum over tokens of x x^T, not yet divided by tokens
+    input_absmax: Tensor | None = None  # float32 (columns,): largest |x| per channel
+    input_absmean: Tensor | None = None  # float32 (columns,): mean |x| per channel
+
+
+class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
+    """Pure: the same weight, statistics and knobs give the same bits. Fields are the knobs of a recipe."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()  # names of Statistics fields
+    num_bits: int = 4
+    group_size: int | None = None  # None: the stage chooses (largest of 128, 64, 32 that fits)
+    symmetric: bool = False
+
+    def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
+        """`weight` float32 (rows, columns), not modified."""
+        raise NotImplementedError
+
+
+class Sparsifier(BaseModel, frozen=True, extra="forbid"):
+    """Chooses which weights become zero and, where it can, corrects the others."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    pattern: str = "2:4"
+
+    def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """float32 (rows, columns) -> float32 (rows, columns) with exact zeros by the pattern."""
+        raise NotImplementedError

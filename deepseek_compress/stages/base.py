@@ -1,0 +1,57 @@
+"""A stage: a checkpoint on disk in, another output out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.errors import DscError
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a stage leaves behind: `kind` is `checkpoint`, `artifact` or `report`, `facts` go into the run record."""
+
+    kind: str
+    path: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a stage writes, what it may use, and how it tells its progress."""
+
+    name: str  # of the stage's output
+    out: Path  # directory that is the stage's own
+    recipe_text: str
+    seed: int
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # sources, samples, length
+    device: str = "cpu"
+    memory: int | None = None  # bytes
+    workers: int = 1
+    outputs: Mapping[str, Path] = field(default_factory=dict)  # name -> path of earlier outputs; "model" is the input
+    progress: Callable[[int, int, str], None] = _silent  # (done, total, note)
+    tell: Callable[[str], None] = print  # one line: what was decided, and from where
+
+
+class Stage(BaseModel, frozen=True, extra="forbid"):
+    """A checkpoint on disk in, another output out. Fields are its knobs."""
+
+    writes: ClassVar[str] = "checkpoint"
+
+    def problems(self, header: Header) -> list[DscError]:
+        """Everything wrong, from shapes alone, before any byte is read."""
+        return []
+
+    def run(self, source: Checkpoint, context: Context) -> Output:
+        """Do it. Writes only below `context.out`."""
+        raise NotImplementedError
