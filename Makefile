@@ -1,0 +1,52 @@
+# Needs Python 3.11 with pip and venv, make and g++. Everything else goes into .venv.
+#   TORCH_INDEX=URL   take torch from this package index (for instance CPU wheels)
+#   BENCH=NAME        which file of benchmarks/ `make bench` runs; all when empty
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BENCH ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: quickstart test verify check bench bench-gpu clean
+.DEFAULT_GOAL := quickstart
+
+quickstart: .venv/.installed
+	$(BIN)/dsc run quickstart
+
+test: .venv/.installed-dev check
+	$(PYTEST) -m "not gpu and not verify and not bench"
+
+# At most an hour: the quickstart, every engine, the long kill tests and the real clients, besides what `make test` runs.
+verify: .venv/.installed-dev check
+	$(PYTEST) -m "not gpu and not bench"
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict deepseek_compress cuda_ops
+
+bench: .venv/.installed-dev
+	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-gpu: .venv/.installed-dev
+	$(BIN)/python -m benchmarks --gpu $(BENCH)
+
+clean:
+	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.torch: .venv/bin/python constraints.txt
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml
+	$(PIP) -e '.[tensorrt-rtx]'
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) -e '.[tensorrt-rtx,dev]'
+	touch $@
