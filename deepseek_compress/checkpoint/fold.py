@@ -1,0 +1,119 @@
+"""Fold stored tensors into logical ones: a weight's scales, zero points and shape belong to the weight.
+
+| stored | logical |
+|---|---|
+| `P.weight` F8_E4M3 + `P.weight_scale_inv` (V3) or `P.scale` (V4) | `P.weight`, fp8_block |
+| `P.weight` I8 (rows, columns / 2) + `P.scale` F8_E8M0 (V4 experts) | `P.weight`, mxfp4 |
+| `P.weight_packed` U8 + `P.weight_scale` U8 (mxfp4-pack-quantized) | `P.weight`, mxfp4 |
+| `P.weight_packed` I32 + `P.weight_scale`, `P.weight_shape` (+ `P.weight_zero_point`) (pack-quantized) | `P.weight`, packed |
+| anything else of an ordinary type | itself, plain |
+
+Parts may lie in different shards. Nothing is guessed: a scale without its weight, a weight without its scale, and
+shapes that do not fit each other are errors that name the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
+from deepseek_compress.checkpoint.header import Location, TensorInfo, module_of, stored_name
+from deepseek_compress.errors import DscError
+
+_PARTS = ("weight_scale_inv", "weight_scale", "scale", "weight_packed", "weight_zero_point", "weight_shape")
+_ENCODED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+
+
+def fold(stored: Mapping[str, Location], config: dict[str, Any]) -> tuple[dict[str, TensorInfo], list[DscError]]:
+    """Logical tensors in the order of `stored`, and every part that does not fit."""
+    tensors: dict[str, TensorInfo] = {}
+    problems: list[DscError] = []
+    block = fp8.block_size(config)
+    for name, place in stored.items():
+        module, suffix = module_of(name)
+        main = stored_name(name, "weight")
+        try:
+            if suffix == "weight_packed":
+                tensors[main] = _packed(main, _siblings(stored, main))
+            elif suffix == "weight" and place.dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8):
+                tensors[main] = _scaled(main, _siblings(stored, main), block)
+            elif suffix in _PARTS and _is_part(stored, main, suffix):
+                continue  # its weight's turn
+            elif suffix in _PARTS and suffix != "scale":
+                raise DscError(f"{name}: a part without its weight", f"the checkpoint lacks {main}; download it again")
+            elif place.dtype in _ENCODED:
+                raise DscError(f"{name}: {place.dtype} without a scale is not a known encoding", "see README, formats")
+            else:
+                tensors[name] = TensorInfo(name, place.shape, "plain", place.dtype, {suffix: place})
+        except DscError as error:
+            problems.append(error)
+    return tensors, problems
+
+
+def _siblings(stored: Mapping[str, Location], main: str) -> dict[str, Location]:
+    names = {suffix: stored_name(main, suffix) for suffix in ("weight", *_PARTS)}
+    return {suffix: stored[name] for suffix, name in names.items() if name in stored}
+
+
+def _is_part(stored: Mapping[str, Location], main: str, suffix: str) -> bool:
+    """Whether an encoded weight claims this part; a scale beside a BF16 weight has no meaning that we know."""
+    if stored_name(main, "weight_packed") in stored:
+        return suffix in ("weight_scale", "weight_zero_point", "weight_shape")
+    weight = stored.get(main)
+    encoded = weight is not None and weight.dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8)
+    return encoded and suffix in ("weight_scale_inv", "weight_scale", "scale")
+
+
+def _scaled(name: str, parts: dict[str, Location], block: tuple[int, int]) -> TensorInfo:
+    """FP8 with block scales, or bytes of two FP4 values with a scale for each 32."""
+    scales = [suffix for suffix in ("weight_scale_inv", "weight_scale", "scale") if suffix in parts]
+    weight = parts["weight"]
+    if len(scales) != 1:
+        found = f"{len(scales)} scales ({', '.join(scales)})" if scales else "no weight_scale_inv and no scale"
+        raise DscError(f"{name}: {weight.dtype} with {found}", "download the checkpoint again, every shard of it")
+    scale = parts[scales[0]]
+    kept = {"weight": weight, scales[0]: scale}
+    if len(weight.shape) != 2:
+        raise DscError(f"{name}: shape {list(weight.shape)} of an encoded weight is not (rows, columns)")
+    if weight.dtype == torch.float8_e4m3fn:
+        _check_scale(
+            name, scale, fp8.scale_shape(weight.shape, block), (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+        )
+        return TensorInfo(name, weight.shape, "fp8_block", weight.dtype, kept)
+    shape = (weight.shape[0], weight.shape[1] * 2)
+    _check_mxfp4(name, scale, shape)
+    return TensorInfo(name, shape, "mxfp4", weight.dtype, kept)
+
+
+def _packed(name: str, parts: dict[str, Location]) -> TensorInfo:
+    codes = parts["weight_packed"]
+    if "weight_scale" not in parts:
+        raise DscError(
+            f"{name}: weight_packed without weight_scale", "download the checkpoint again, every shard of it"
+        )
+    if len(codes.shape) != 2:
+        raise DscError(f"{name}: weight_packed of shape {list(codes.shape)} is not (rows, words)")
+    kept = {s: parts[s] for s in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape") if s in parts}
+    if codes.dtype == torch.uint8:
+        shape: tuple[int, ...] = (codes.shape[0], codes.shape[1] * 2)
+        _check_mxfp4(name, parts["weight_scale"], shape)
+    else:
+        shape = packed.logical_shape(name, kept)
+    return TensorInfo(name, shape, "mxfp4" if codes.dtype == torch.uint8 else "packed", codes.dtype, kept)
+
+
+def _check_mxfp4(name: str, scale: Location, shape: tuple[int, ...]) -> None:
+    if shape[1] % mxfp4.GROUP:
+        raise DscError(f"{name}: {shape[1]} columns are not whole groups of {mxfp4.GROUP}")
+    _check_scale(name, scale, (shape[0], shape[1] // mxfp4.GROUP), (torch.float8_e8m0fnu, torch.uint8))
+
+
+def _check_scale(name: str, scale: Location, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> None:
+    if scale.shape != shape or scale.dtype not in dtypes:
+        raise DscError(
+            f"{name}: scale is {scale.dtype} {list(scale.shape)}, not {list(shape)} of {' or '.join(map(str, dtypes))}",
+            "download the checkpoint again",
+        )

@@ -1,0 +1,245 @@
+"""Open a checkpoint directory and read its tensors, decoded, one at a time.
+
+Headers are checked first and everything wrong is reported together. A tensor is read with `pread` into fresh memory,
+never through mmap: pages of a mapped file count as resident, and a streamed run promises a bound on that. Pickle
+files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.checkpoint.fold import fold
+from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
+from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, read_shard_header
+from deepseek_compress.errors import DscError, raise_problems
+from deepseek_compress.numerics.types import Quantized
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MANIFEST = "dsc_manifest.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. Holds headers only; safe to send to other processes."""
+
+    header: Header
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self.header.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as published."""
+        return self.header.config
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """dsc_manifest.json, or None where `dsc` did not write this checkpoint."""
+        path = self.path / MANIFEST
+        return read_json(path) if path.is_file() else None
+
+    @property
+    def activations(self) -> dict[str, Any] | None:
+        """The activation scheme of the manifest (`{"num_bits": 8, "granularity": "token"}`), or None."""
+        return (self.manifest or {}).get("activations")
+
+    def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """The logical tensor `name`, decoded, in fresh memory.
+
+        Decoded in float32 and rounded once to `dtype`; None keeps the stored type of a plain tensor (BF16 for an
+        encoded one). Whole-number tensors keep their type. Raises `DscError` for NaN or infinity.
+        """
+        info = self._info(name)
+        parts = self.read_raw(name)
+        if info.encoding == "plain":
+            (tensor,) = parts.values()
+            if tensor.dtype in _INTEGERS:
+                return tensor
+            decoded = tensor if dtype is None else tensor.to(dtype)
+        else:
+            decoded = _decode(info, parts, self.config, dtype or torch.bfloat16)
+        _check_finite(name, decoded)
+        return decoded
+
+    def read_raw(self, name: str) -> dict[str, Tensor]:
+        """The stored parts of `name` as they are, in fresh memory: `{"weight": ..., "weight_scale_inv": ...}`."""
+        return {suffix: read_tensor(place, f"{name} ({suffix})") for suffix, place in self._info(name).parts.items()}
+
+    def read_quantized(self, name: str) -> Quantized | None:
+        """Codes, scale and zero point of a packed weight; None for every other encoding."""
+        info = self._info(name)
+        if info.encoding != "packed":
+            return None
+        return packed.unpack_weight(name, self.read_raw(name))
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self.header.tensors[name]
+        except KeyError:
+            raise DscError(f"{self.path}: no tensor {name}", "see `dsc inspect` for the names") from None
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Read config and headers of the checkpoint directory `path`.
+
+    Raises `Problems` with everything that is wrong: missing or damaged files, tensors that the index and the shards
+    do not agree on, scales without weights and weights without scales.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DscError(f"{path}: no such directory", "give a directory with config.json and *.safetensors")
+    problems: list[DscError] = []
+    config: dict[str, Any] = {}
+    try:
+        config = read_json(path / "config.json")
+    except DscError as error:
+        problems.append(error)
+    try:
+        stored, found = _stored(path)
+        problems += found
+        tensors, found = fold(stored, config)
+        # Parts are missing because their shard is: the shard's problem is the one to tell.
+        problems += [] if problems else found
+    except DscError as error:
+        problems.append(error)
+    raise_problems(problems)
+    return Checkpoint(Header(path, config, tensors))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `DscError` where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DscError(f"{path}: {error.strerror}", "give a complete checkpoint directory") from None
+    except (ValueError, RecursionError) as error:
+        raise DscError(f"{path}: not valid JSON ({error})", "download the file again") from None
+    if not isinstance(value, dict):
+        raise DscError(f"{path}: not a JSON object", "download the file again")
+    return value
+
+
+def read_tensor(place: Location, what: str) -> Tensor:
+    """One stored tensor in fresh memory."""
+    buffer = torch.empty(place.bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    fd = -1
+    try:
+        fd = os.open(place.file, os.O_RDONLY)
+        done = 0
+        while done < place.bytes:
+            got = os.preadv(fd, [view[done:]], place.offset + done)
+            if got == 0:
+                raise DscError(f"{what}: {place.file} ends early", "the file changed while it was read; start again")
+            done += got
+    except OSError as error:
+        raise DscError(f"{what}: {place.file}: {error.strerror}", "check the disk, then start again") from None
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return buffer.view(place.dtype).view(place.shape)
+
+
+def inside(directory: Path, file: Path) -> bool:
+    """Whether `file`, symbolic links followed, lies in `directory`.
+
+    The one exception is the hub's cache, where `snapshots/REVISION/*` are links into `blobs/` beside it.
+    """
+    real, target = directory.resolve(), file.resolve()
+    if real in target.parents:
+        return True
+    return real.parent.name == "snapshots" and target.parent == real.parent.parent / "blobs"
+
+
+def _stored(path: Path) -> tuple[dict[str, Location], list[DscError]]:
+    """Every stored tensor by name, and what index and shards do not agree on."""
+    if (path / INDEX).exists():
+        return _indexed(path)
+    if (path / SINGLE).exists():
+        if not inside(path, path / SINGLE):
+            raise DscError(f"{path / SINGLE}: a link that leads out of the directory", "put the file itself there")
+        return read_shard_header(path / SINGLE)
+    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    if shards:
+        raise DscError(f"{path}: {len(shards)} safetensors files without {INDEX}", "copy the index too")
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise DscError(
+            f"{path}: only pickle files ({', '.join(pickles[:3])})",
+            "pickle checkpoints are never opened; convert to safetensors",
+        )
+    raise DscError(f"{path}: no {SINGLE} and no {INDEX}", "give a complete checkpoint directory")
+
+
+def _indexed(path: Path) -> tuple[dict[str, Location], list[DscError]]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise DscError(f"{path / INDEX}: no weight_map of names to files", "download the file again")
+    problems: list[DscError] = []
+    stored: dict[str, Location] = {}
+    for shard in sorted(set(weight_map.values())):
+        expected = {name for name, file in weight_map.items() if file == shard}
+        tensors, found = _shard(path, shard)
+        problems += found or _disagreements(shard, expected, set(tensors), weight_map)
+        stored.update({name: place for name, place in tensors.items() if name in expected})
+    strays = sorted({file.name for file in path.glob("model*.safetensors")} - set(weight_map.values()))
+    problems += [DscError(f"{path / name}: not named in the index", "remove it, or copy its index") for name in strays]
+    return stored, problems
+
+
+def _shard(path: Path, shard: str) -> tuple[dict[str, Location], list[DscError]]:
+    if Path(shard).name != shard or not inside(path, path / shard):
+        return {}, [
+            DscError(f"{path / INDEX}: {shard!r} leads out of the directory", "name files of the directory only")
+        ]
+    if not shard.endswith(".safetensors"):
+        return {}, [
+            DscError(
+                f"{path / INDEX}: {shard} is not a safetensors file",
+                "pickle checkpoints are never opened; convert to safetensors",
+            )
+        ]
+    if not (path / shard).is_file():
+        return {}, [DscError(f"{path / shard}: named in the index, but not there", "download the file")]
+    return read_shard_header(path / shard)
+
+
+def _disagreements(shard: str, expected: set[str], found: set[str], weight_map: dict[str, str]) -> Iterator[DscError]:
+    fix = "index and shards are of different checkpoints; download them again"
+    for name in sorted(expected - found):
+        yield DscError(f"{name}: in the index, but not in {shard}", fix)
+    for name in sorted(found - expected):
+        other = weight_map.get(name)
+        yield DscError(f"{name}: in {shard}, but " + (f"the index says {other}" if other else "not in the index"), fix)
+
+
+def _decode(info: TensorInfo, parts: dict[str, Tensor], config: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    if info.encoding == "fp8_block":
+        scale = next(part for suffix, part in parts.items() if suffix != "weight")
+        return fp8.decode_fp8_block(parts["weight"], scale, fp8.block_size(config), dtype, name=info.name)
+    if info.encoding == "mxfp4":
+        return mxfp4.decode_mxfp4(*mxfp4.main_parts(parts), dtype, name=info.name)
+    return packed.unpack_weight(info.name, parts).dequantize(dtype)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """One cheap sum first: it is finite unless an element is not, or the sum itself overflows."""
+    if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        bad = int((~torch.isfinite(tensor.float())).sum())
+        if bad:
+            raise DscError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite", "download the file again")
