@@ -32,7 +32,7 @@ def build(component: type[Component], knobs: Mapping[str, Any], where: str) -> C
     try:
         return component.model_validate(dict(knobs))
     except ValidationError as error:
-        raise Problems(_explain(component, where, item) for item in error.errors()) from None
+        raise Problems(explain(component, where, item) for item in error.errors()) from None
 
 
 def _split(choice: Any, what: str) -> tuple[str, Mapping[str, Any]]:
@@ -42,15 +42,21 @@ def _split(choice: Any, what: str) -> tuple[str, Mapping[str, Any]]:
         ((name, knobs),) = choice.items()
         if isinstance(name, str) and (knobs is None or isinstance(knobs, Mapping)):
             return name, knobs or {}
-    raise DscError(f"{what}: expected one name with its knobs, got {choice!r}", f"write it as {what}: {{name: {{...}}}}")
+    raise DscError(
+        f"{what}: expected one name with its knobs, got {choice!r}", f"write it as {what}: {{name: {{...}}}}"
+    )
 
 
-def _explain(component: type[BaseModel], where: str, item: Any) -> DscError:
+def explain(component: type[BaseModel], where: str, item: Any) -> DscError:
+    """One entry of `ValidationError.errors()` as a `DscError` about `where.knob`."""
     path = ".".join(str(part) for part in item["loc"])
+    place = f"{where}.{path}" if path else where
     if item["type"] == "extra_forbidden":
-        names = sorted(component.model_fields)
+        names = sorted(field.alias or name for name, field in component.model_fields.items())
         close = difflib.get_close_matches(path, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return DscError(f"{where}: unknown knob {path!r}", f"{hint}valid knobs: {', '.join(names)}")
-    place = f"{where}.{path}" if path else where
-    return DscError(f"{place}: {item['msg']} (got {item['input']!r})")
+        return DscError(f"{where}: unknown knob {path!r}", f"{hint}valid knobs: {', '.join(names) or 'none'}")
+    if item["type"] == "missing":
+        return DscError(f"{place}: missing", "give it a value")
+    got = repr(item["input"])
+    return DscError(f"{place}: {item['msg']} (got {got if len(got) <= 60 else got[:57] + '...'})")

@@ -1,1 +1,33 @@
+"""The stages a recipe may name. Each is imported when a recipe asks for it: some need torch, which takes seconds."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from deepseek_compress.stages.base import Stage
+
+
+class Entry(NamedTuple):
+    """Where a stage lives (module of this package, class) and what it does, in one line."""
+
+    module: str
+    name: str
+    summary: str
+
+
+STAGES: dict[str, Entry] = {
+    "distill": Entry("distill", "Distill", "a smaller student learns from the teacher"),
+    "compress": Entry("compress", "Compress", "2:4 sparsity, low-bit weights, 8-bit activations, in one pass"),
+    "calibrate": Entry("calibrate", "Calibrate", "what calibration text does to each linear: ranges, coverage"),
+    "export": Entry("export", "Export", "compressed-tensors, BF16, ONNX, TensorRT engine"),
+    "evaluate": Entry("evaluate", "Evaluate", "what was lost and gained against a reference, as a report"),
+}
+
+
+def load(kind: str) -> type[Stage]:
+    """The class of a stage; `kind` is a key of `STAGES`."""
+    entry = STAGES[kind]
+    stage: type[Stage] = getattr(import_module(f"{__name__}.{entry.module}"), entry.name)
+    return stage

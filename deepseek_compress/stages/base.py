@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,14 +43,33 @@ class Context:
     tell: Callable[[str], None] = print  # one line: what was decided, and from where
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage would write, from shapes alone. None where it cannot be known before the run."""
+
+    header: Header  # what the next stage will read
+    tensors: int = 0  # how many it changes
+    bytes: int | None = None  # on disk
+    memory: int | None = None  # bytes at its peak, beside the interpreter and its libraries
+    operations: float | None = None  # multiplications and additions
+
+
 class Stage(BaseModel, frozen=True, extra="forbid"):
     """A checkpoint on disk in, another output out. Fields are its knobs."""
 
-    writes: ClassVar[str] = "checkpoint"
+    writes: ClassVar[str] = "checkpoint"  # or "artifact", "report"
 
     def problems(self, header: Header) -> list[DscError]:
         """Everything wrong, from shapes alone, before any byte is read."""
         return []
+
+    def reads(self) -> Sequence[str]:
+        """Names of outputs that the stage reads besides its source."""
+        return ()
+
+    def forecast(self, header: Header, tokens: int) -> Forecast:
+        """What it would write and need; `tokens` is the size of the calibration text."""
+        return Forecast(header)
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Do it. Writes only below `context.out`."""

@@ -1,0 +1,208 @@
+"""Everything the terminal shows: theme, tables, progress with time left, errors.
+
+Results go to standard output, progress and errors to standard error. When standard error is no terminal, progress
+becomes one plain line a step; when standard output is none, tables are as wide as 80 columns need.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+from deepseek_compress.errors import DscError, Problems
+
+THEME = Theme({"ok": "green", "bad": "bold red", "name": "bold cyan", "quiet": "dim", "next": "bold", "warn": "yellow"})
+WIDTH = 80  # of what is no terminal
+
+
+def out() -> Console:
+    """Standard output, for results."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """Standard error, for progress and errors."""
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else WIDTH
+    return Console(file=stream, theme=THEME, width=width, highlight=False, soft_wrap=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def line(text: str, style: str = "") -> None:
+    """One line of a result, never wrapped."""
+    out().print(Text(text, style=style), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One line beside the result: what was decided, and from where."""
+    err().print(Text(text, style="quiet"), soft_wrap=True)
+
+
+def next_step(command: str) -> None:
+    """The command to type next."""
+    out().print(Text.assemble(("next: ", "quiet"), (command, "next")), soft_wrap=True)
+
+
+def error_lines(error: DscError) -> list[str]:
+    """`WHAT; FIX`, one line for each problem."""
+    found = error.problems if isinstance(error, Problems) else [error]
+    return [" ".join(str(problem).split()) for problem in found]
+
+
+def errors(error: DscError) -> None:
+    """`error: WHAT; FIX` on one line of standard error for each problem."""
+    for text in error_lines(error):
+        err().print(Text.assemble(("error: ", "bad"), text), soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[str] = ()) -> None:
+    """A table on standard output; the columns named in `right` are numbers. A cell that is None shows as `-`."""
+    grid = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    aligned = set(right)
+    for column in columns:
+        grid.add_column(column, justify="right" if column in aligned else "left", header_style="bold", overflow="fold")
+    for row in rows:
+        grid.add_row(*(cell if isinstance(cell, Text) else Text("-" if cell is None else str(cell)) for cell in row))
+    out().print(grid)
+
+
+def mark(good: bool | None) -> Text:
+    """`yes`, `no` or `-`."""
+    return Text("-") if good is None else Text("yes", style="ok") if good else Text("no", style="bad")
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: `11.2 MB`."""
+    if count is None:
+        return "unknown"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: `45 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds is None:
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class StageProgress:
+    """Progress of the stages of a run: `start`, then `update` with work done so far, then `finish`."""
+
+    def start(self, name: str, number: int, total: int) -> None:
+        """Stage `number` of `total` begins."""
+
+    def update(self, done: int, total: int, text: str) -> None:
+        """`done` of `total` units of the stage's work are finished."""
+
+    def tell(self, text: str) -> None:
+        """A decision of the stage, shown once."""
+
+    def finish(self, name: str, text: str) -> None:
+        """The stage is done, or was already."""
+
+
+class _PlainProgress(StageProgress):
+    """One line now and then, for logs."""
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._began = self._shown = 0.0
+        self._name = ""
+
+    def start(self, name: str, number: int, total: int) -> None:
+        self._name, self._began = name, time.monotonic()
+        self._shown = self._began
+        note(f"[{number}/{total}] {name}")
+
+    def update(self, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self._shown < self.SECONDS or not done:
+            return
+        self._shown = now
+        left = (now - self._began) / done * (total - done)
+        note(f"  {self._name} {done}/{total} {text} ({duration(left)} left)")
+
+    def tell(self, text: str) -> None:
+        note(f"  {text}")
+
+    def finish(self, name: str, text: str) -> None:
+        note(f"  {name}: {text}")
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left at the rate so far."""
+
+    def render(self, task: Task) -> Text:
+        if not task.completed or not task.total or task.elapsed is None:
+            return Text("")
+        left = task.elapsed / task.completed * (task.total - task.completed)
+        return Text(f"{duration(left)} left", style="quiet")
+
+
+class _LiveProgress(StageProgress):
+    """A bar for the stage that runs, a line for each that is done."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None, name="", note="")
+
+    def start(self, name: str, number: int, total: int) -> None:
+        self._progress.reset(self._task, total=None, name=f"[{number}/{total}] {name}"[:32], note="")
+
+    def update(self, done: int, total: int, text: str) -> None:
+        self._progress.update(self._task, completed=done, total=total, note=text[:24])
+
+    def tell(self, text: str) -> None:
+        self._progress.console.print(Text(f"  {text}", style="quiet"), soft_wrap=True)
+
+    def finish(self, name: str, text: str) -> None:
+        self._progress.console.print(Text.assemble(("  ✓ ", "ok"), (name, "name"), f" {text}"), soft_wrap=True)
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[StageProgress]:
+    """The progress of a run: bars on a terminal, plain lines elsewhere, nothing when `quiet`."""
+    if quiet:
+        yield StageProgress()
+    elif not sys.stderr.isatty():
+        yield _PlainProgress()
+    else:
+        columns = (
+            TextColumn("{task.fields[name]}", style="name"),
+            BarColumn(bar_width=14),
+            TimeElapsedColumn(),
+            _TimeLeft(),
+            TextColumn("{task.fields[note]}", style="quiet"),
+        )
+        with Progress(*columns, console=err(), transient=True) as bars:
+            yield _LiveProgress(bars)

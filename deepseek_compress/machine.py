@@ -1,0 +1,165 @@
+"""What this machine is, how much memory a run takes, and how fast it computes and reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
+
+
+def describe() -> dict[str, Any]:
+    """The host in words and numbers; nothing that identifies it."""
+    model, flags = _cpu()
+    return {
+        "cpu": model,
+        "cores": cores(),
+        "memory_bytes": memory(),
+        "simd": [flag for flag in FLAGS if flag in flags],
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int | None:
+    """Bytes of memory in the machine, the limit of its control group included."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes where `path` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+@contextmanager
+def peak_memory(every: float = 0.5) -> Iterator[list[int | None]]:
+    """Watch the run: item 0 is at the end the largest sum of PSS over this process and its children, in bytes.
+
+    PSS counts a page that n processes share 1/n times each. None where the system does not tell it.
+    """
+    peak: list[int | None] = [_resident()]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every):
+            peak[0] = max(peak[0] or 0, _resident() or 0) or None
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak[0] = max(peak[0] or 0, _resident() or 0) or None
+
+
+def rates(measure: bool = False) -> dict[str, float] | None:
+    """`operations_per_s` (float32 products) and `read_bytes_per_s`; None before the first `measure`, which takes 10 s.
+
+    They are kept in the user's cache directory for this processor and number of cores.
+    """
+    kept = _cache() / "rates.json"
+    key = f"{_cpu()[0]} x {cores()}"
+    try:
+        known = json.loads(kept.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if measure:
+        known[key] = {"operations_per_s": _product_rate(5.0), "read_bytes_per_s": _read_rate(2.0)}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(known, indent=2))
+    found: dict[str, float] | None = known.get(key) if isinstance(known, dict) else None
+    return found
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """Name and feature flags of the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
+
+
+def _resident() -> int | None:
+    """Sum of PSS over this process and all below it, in bytes."""
+    total = 0
+    for pid in _family(os.getpid()):
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue  # ended meanwhile
+        total += sum(int(row.split()[1]) for row in text.splitlines() if row.startswith("Pss:")) * 1024
+    return total or None
+
+
+def _family(pid: int) -> list[int]:
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = task.read_text().split()
+        except OSError:
+            continue
+        for child in children:
+            found += _family(int(child))
+    return found
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "deepseek_compress"
+
+
+def _product_rate(seconds: float) -> float:
+    """Operations in a second of float32 matrix products of the size a block has."""
+    import torch
+
+    left, right = torch.randn(512, 2048), torch.randn(2048, 2048)
+    left @ right
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        left @ right
+        count += 1
+    return count * 2.0 * 512 * 2048 * 2048 / (time.perf_counter() - began)
+
+
+def _read_rate(seconds: float) -> float:
+    """Bytes a second read from a file that was just written (the disk's cache included)."""
+    import tempfile
+
+    block = os.urandom(1 << 24)
+    with tempfile.TemporaryFile(buffering=0) as file:
+        for _ in range(16):
+            file.write(block)
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began, done = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            file.seek(0)
+            while chunk := file.read(1 << 24):
+                done += len(chunk)
+        return done / (time.perf_counter() - began)

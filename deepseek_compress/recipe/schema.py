@@ -1,0 +1,258 @@
+"""YAML -> a validated `Recipe`; every mistake carries the line it stands on, all are reported together.
+
+A recipe is a mapping with `stages`, a list of steps. A step has one stage with its knobs, and may have a `name` and
+a `from`, the name of the output it reads:
+
+    model: builtin:nano
+    as: teacher                       # the input's name in reports; `model` means it too
+    stages:
+      - name: teacher-w4a16
+        from: model
+        compress: {weights: {gptq: {group_size: 64}}}
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from deepseek_compress import stages
+from deepseek_compress.errors import DscError, Problems, raise_problems
+from deepseek_compress.recipe import document as yaml_text
+from deepseek_compress.recipe.document import Document
+from deepseek_compress.registry import explain
+
+if TYPE_CHECKING:
+    from deepseek_compress.stages.base import Stage
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_STEP_KEYS = ("name", "from")
+
+
+class Calibration(BaseModel, frozen=True, extra="forbid"):
+    """The text that statistics are taken from: `builtin`, or files of the user's."""
+
+    sources: tuple[str, ...] = Field(("builtin",), min_length=1)
+    samples: int = Field(64, gt=0)
+    length: int = Field(512, gt=1)  # tokens in a sample
+
+
+class _Top(BaseModel, frozen=True, extra="forbid"):
+    name: str = ""
+    model: str | None = None
+    alias: str = Field("model", alias="as", pattern=_NAME.pattern)
+    inputs: dict[str, str] = {}
+    seed: int = Field(0, ge=0)
+    calibration: Calibration = Calibration()
+    stages: list[dict[str, Any]] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe with its place in the pipeline."""
+
+    name: str
+    kind: str
+    source: str  # name of the output it reads; `model` is the input
+    knobs: Mapping[str, Any]
+    stage: Stage
+    line: int  # in the recipe; 0 when an option put it there
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe, validated."""
+
+    name: str
+    model: str | None
+    alias: str  # the input's name in reports
+    inputs: Mapping[str, str]  # further models, by name
+    seed: int
+    calibration: Calibration
+    steps: Sequence[Step]
+    text: str  # what is copied into every output
+    document: Mapping[str, Any] = field(repr=False)
+
+
+def read_recipe(path: Path, settings: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe at `path`, changed by `settings` (`path=value`) and `changes` (top-level keys), validated."""
+    try:
+        text = yaml_text.read(path)
+    except OSError as error:
+        raise DscError(f"{path}: {error.strerror}", "give a recipe file") from None
+    return parse_recipe(text, str(path), settings, changes or {})
+
+
+def parse_recipe(
+    text: str, where: str, settings: Iterable[str] = (), changes: Mapping[str, Any] | None = None
+) -> Recipe:
+    """As `read_recipe`, from text; `where` stands before the line number of each problem."""
+    document = yaml_text.parse(text, where)
+    changed = {key: value for key, value in (changes or {}).items() if value is not None}
+    for setting in settings:
+        document.set(*_setting(document, setting))
+    for key, value in changed.items():
+        document.set((key,), value)
+    top = _validate_top(document)
+    if changed or list(settings):
+        text = yaml_text.dump(document.value)
+    name = top.name or Path(where).stem
+    return Recipe(
+        name, top.model, top.alias, top.inputs, top.seed, top.calibration, _steps(top, document), text, document.value
+    )
+
+
+def _validate_top(document: Document) -> _Top:
+    if not isinstance(document.value, dict):
+        raise DscError(f"{document.where}: a recipe is a mapping with `stages`", "see the recipes of `dsc list`")
+    try:
+        top = _Top.model_validate(document.value)
+    except ValidationError as error:
+        raise Problems(
+            document.at(item["loc"], explain(_Top, "recipe", item)) for item in error.errors(include_url=False)
+        ) from None
+    bad = [name for name in top.inputs if not _NAME.fullmatch(name) or name in {"model", top.alias}]
+    raise_problems(
+        document.at(("inputs", name), DscError(f"inputs: the name {name!r} cannot be used", "choose another"))
+        for name in bad
+    )
+    return top
+
+
+def _steps(top: _Top, document: Document) -> list[Step]:
+    """Resolve names and `from`, validate every stage's knobs; raises `Problems` with all mistakes."""
+    problems: list[DscError] = []
+    steps: list[Step] = []
+    taken = {"model", top.alias, *top.inputs}
+    checkpoints = ["model"]  # names a later stage may read, the last one is the default
+    for index, item in enumerate(top.stages):
+        place = ("stages", index)
+        try:
+            kind, knobs = _kind(item)
+            name = _name(item, kind, taken)
+            taken.add(name)
+            source = _source(item, name, checkpoints, top.alias)
+            stage = _stage(document, (*place, kind), kind, knobs)
+        except Problems as found:
+            problems += found.problems
+            continue
+        except DscError as found:
+            problems.append(document.at(place, found))
+            continue
+        steps.append(Step(name, kind, source, knobs, stage, document.line((*place, kind))))
+        if stage.writes == "checkpoint":
+            checkpoints.append(name)
+    names = {"model", top.alias, *top.inputs, *(step.name for step in steps)}
+    if not problems:
+        problems = [document.at(("stages", i), e) for i, step in enumerate(steps) for e in _unknown_reads(step, names)]
+    raise_problems(problems)
+    return steps
+
+
+def _kind(item: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    kinds = [key for key in item if key not in _STEP_KEYS]
+    valid = ", ".join(stages.STAGES)
+    if len(kinds) != 1:
+        got = " and ".join(kinds) or "none"
+        raise DscError(f"a step names one stage, this one names {got}", f"valid stages: {valid}")
+    kind = kinds[0]
+    if kind not in stages.STAGES:
+        close = difflib.get_close_matches(str(kind), stages.STAGES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise DscError(f"unknown stage {kind!r}", f"{hint}valid stages: {valid}")
+    knobs = item[kind] if item[kind] is not None else {}
+    if not isinstance(knobs, dict):
+        raise DscError(f"{kind}: expected its knobs, got {knobs!r}", f"write it as {kind}: {{...}}")
+    return kind, knobs
+
+
+def _name(item: Mapping[str, Any], kind: str, taken: set[str]) -> str:
+    if item.get("name") is None:
+        candidates = (kind if n == 1 else f"{kind}-{n}" for n in range(1, len(taken) + 2))
+        return next(name for name in candidates if name not in taken)
+    name = item["name"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DscError(f"the name {name!r} cannot be a directory", "use letters, digits, '.', '_' and '-'")
+    if name in taken:
+        raise DscError(f"the name {name!r} is taken", "give each stage a name of its own")
+    return name
+
+
+def _source(item: Mapping[str, Any], name: str, checkpoints: list[str], alias: str) -> str:
+    source = item.get("from", checkpoints[-1])
+    if source == alias:
+        return "model"
+    if source not in checkpoints:
+        raise DscError(
+            f"{name}: from {source!r} is no earlier stage that writes a checkpoint",
+            f"earlier ones: {', '.join(checkpoints)}",
+        )
+    return str(source)
+
+
+def _stage(document: Document, place: tuple[str | int, ...], kind: str, knobs: dict[str, Any]) -> Stage:
+    component = stages.load(kind)
+    try:
+        return component.model_validate(knobs)
+    except ValidationError as error:
+        raise Problems(
+            document.at((*place, *item["loc"]), explain(component, kind, item))
+            for item in error.errors(include_url=False)
+        ) from None
+    except DscError as error:  # from `pick` in a validator: it names the word, not the place
+        found = error.problems if isinstance(error, Problems) else [error]
+        raise Problems(document.at(document.find(place, str(e)), e) for e in found) from None
+
+
+def _unknown_reads(step: Step, names: set[str]) -> list[DscError]:
+    return [
+        DscError(f"{step.name}: {name!r} is no model of this recipe", f"valid names: {', '.join(sorted(names))}")
+        for name in step.stage.reads()
+        if name not in names
+    ]
+
+
+def _setting(document: Document, setting: str) -> tuple[tuple[str, ...], Any]:
+    """`path=value` of `--set` -> (path in the document, value).
+
+    The first part is a top-level key, or the name or kind of a stage (its knobs follow); with a single stage the
+    knobs may stand alone: `compress.weights.gptq.group_size=32`, `weights.gptq.group_size=32`.
+    """
+    left, equals, right = setting.partition("=")
+    parts = left.strip().split(".")
+    if not equals or not all(parts):
+        raise DscError(f"--set {setting!r} is not path=value", "for instance --set calibration.samples=16")
+    value = yaml_text.parse(right, f"--set {left}").value
+    top_level = {known.alias or name for name, known in _Top.model_fields.items()} - {"stages"}
+    return (tuple(parts) if parts[0] in top_level else _knob(document, parts, left)), value
+
+
+def _knob(document: Document, parts: list[str], left: str) -> tuple[str, ...]:
+    """The path of a stage's knob in the document."""
+    items = document.value.get("stages") if isinstance(document.value, dict) else None
+    items = [item if isinstance(item, dict) else {} for item in items or []]
+    parts = parts[1:] if parts[0] == "stages" else parts
+    labels = [{str(i), str(item.get("name")), *_kinds(item)} for i, item in enumerate(items)]
+    chosen = [i for i, label in enumerate(labels) if parts and parts[0] in label]
+    if len(chosen) == 1:
+        parts = parts[1:]
+    elif not chosen and len(items) == 1:
+        chosen = [0]
+    if len(chosen) != 1 or not parts:
+        names = ", ".join(str(item.get("name") or next(iter(_kinds(item)), i)) for i, item in enumerate(items))
+        what = "names several stages" if len(chosen) > 1 else "names no knob of a stage"
+        raise DscError(f"--set {left}: {what}", f"begin with calibration, seed, model, or one of: {names}")
+    if parts[0] in _STEP_KEYS:
+        return ("stages", str(chosen[0]), parts[0])
+    kind = _kinds(items[chosen[0]])[:1]
+    return ("stages", str(chosen[0]), *kind, *(parts[1:] if parts[:1] == kind else parts))
+
+
+def _kinds(item: Mapping[str, Any]) -> list[str]:
+    return [str(key) for key in item if key not in _STEP_KEYS]
