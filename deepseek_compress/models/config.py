@@ -1,0 +1,238 @@
+"""What a `config.json` says, typed: dimensions, rotary embedding, latent attention, mixture of experts.
+
+Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` (as DeepSeek, Qwen and Meta publish) and
+`rope_parameters` (as transformers 5 saves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+from deepseek_compress.errors import DscError
+
+
+class Role(str, Enum):
+    """What a tensor is for."""
+
+    ATTENTION = "attention"
+    MLP = "mlp"
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared_expert"
+    ROUTER = "router"
+    NORM = "norm"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    MTP = "mtp"
+    INDEXER = "indexer"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Linear(NamedTuple):
+    """One weight matrix of a block that a recipe may change. Names are local to the block."""
+
+    name: str  # "mlp.experts.3.gate_proj"; its tensor is name + ".weight"
+    role: Role
+    rows: int
+    columns: int
+    input: str  # linears with the same `input` see the same activations and share one Hessian
+    fused: str | None = None  # linears that serving engines fuse and that must therefore share one scheme
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: `dim` rotated channels per head and how their frequencies are scaled."""
+
+    theta: float
+    dim: int
+    kind: str = "default"  # default | linear | yarn | llama3
+    factor: float = 1.0
+    original_length: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    interleaved: bool = False  # channels (0,1), (2,3), ... form the pairs, instead of (i, i + dim/2)
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope: int  # channels per head without rotation
+    rope: int  # rotated channels: per head in the queries, shared by all heads in the keys
+    value: int  # channels per head of the values
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Lightning indexer of sparse attention (DeepSeek-V3.2): which tokens a query may see."""
+
+    heads: int
+    head_dim: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Mixture of experts and its router."""
+
+    experts: int
+    shared: int
+    top_k: int
+    intermediate: int
+    first_dense: int  # blocks before this one are dense
+    layer_freq: int = 1
+    groups: int = 1
+    top_groups: int = 1
+    method: str = "greedy"  # greedy | group_limited_greedy | noaux_tc
+    scoring: str = "softmax"  # softmax | sigmoid | sqrtsoftplus
+    normalize: bool = False
+    scaling: float = 1.0
+    swiglu_limit: float | None = None  # gate and up are clipped to it (DeepSeek-V4)
+    hash_layers: int = 0  # first blocks, routed by token id (DeepSeek-V4)
+
+
+@dataclass(frozen=True)
+class HyperConnections:
+    """Manifold-constrained hyper-connections (DeepSeek-V4): parallel residual streams."""
+
+    streams: int
+    sinkhorn_iterations: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Attention of DeepSeek-V4: a sliding window and, in most blocks, compressed long-range entries."""
+
+    kinds: tuple[str, ...]  # per block: sliding | sparse (compressed and indexed) | heavy
+    window: int
+    sparse_rate: int
+    heavy_rate: int
+    o_groups: int
+    o_lora_rank: int
+    rope_main: Rope
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything a block needs to know. `raw` is the published config.json, which writers copy."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 0
+    num_nextn_predict_layers: int = 0
+    mla: Mla | None = None
+    moe: Moe | None = None
+    indexer: Indexer | None = None
+    streams: HyperConnections | None = None
+    compressed: Compressed | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` routes its tokens to experts."""
+        moe = self.moe
+        return moe is not None and layer >= moe.first_dense and layer % moe.layer_freq == 0
+
+
+class Fields:
+    """Typed reading of a config.json that reports a missing or mistyped key as the user's mistake."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A whole number; `default` where the key is absent or null, an error where there is none."""
+        value = self.config.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise DscError(f"config.json: {name} is {value!r}", "it must be a whole number, not negative")
+        return value
+
+    def optional(self, name: str) -> int | None:
+        """A whole number or None."""
+        return None if self.config.get(name) is None else self.whole(name)
+
+    def number(self, name: str, default: float) -> float:
+        """A number; `default` where the key is absent or null."""
+        value = self.config.get(name)
+        value = default if value is None else value
+        if not isinstance(value, (int, float)):
+            raise DscError(f"config.json: {name} is {value!r}", "it must be a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.config.get(name)
+        return default if value is None else bool(value)
+
+    def text(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
+        """One of `allowed`."""
+        value = self.config.get(name)
+        value = default if value is None else value
+        if value not in allowed:
+            raise DscError(f"config.json: {name} is {value!r}", f"supported: {', '.join(allowed)}")
+        return str(value)
+
+    def eos(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        value = self.config.get("eos_token_id")
+        return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+
+
+ROPE_KINDS = ("default", "linear", "yarn", "llama3")
+
+
+def parse_rope(config: Mapping[str, Any], dim: int, interleaved: bool, theta: float = 10000.0) -> Rope:
+    """Rotary settings of `config` for `dim` rotated channels."""
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    given: Mapping[str, Any] = new if isinstance(new, Mapping) else old if isinstance(old, Mapping) else {}
+    fields = Fields(given)
+    kind = str(given.get("rope_type", given.get("type", "default")))
+    if kind not in ROPE_KINDS:
+        raise DscError(f"config.json: rope scaling {kind!r}", f"supported: {', '.join(ROPE_KINDS)}")
+    theta = Fields(config).number("rope_theta", theta)
+    length = fields.whole("original_max_position_embeddings", 0) or Fields(config).whole("max_position_embeddings", 0)
+    factor = given.get("factor")
+    if factor is None and kind == "yarn" and length:
+        factor = Fields(config).whole("max_position_embeddings", length) / length
+    attention_factor = given.get("attention_factor")
+    return Rope(
+        theta=fields.number("rope_theta", theta),
+        dim=dim,
+        kind=kind,
+        factor=1.0 if factor is None else float(factor),
+        original_length=length,
+        beta_fast=fields.number("beta_fast", 32.0),
+        beta_slow=fields.number("beta_slow", 1.0),
+        mscale=fields.number("mscale", 0.0),
+        mscale_all_dim=fields.number("mscale_all_dim", 0.0),
+        attention_factor=None if attention_factor is None else float(attention_factor),
+        truncate=fields.flag("truncate", True),
+        low_freq_factor=fields.number("low_freq_factor", 1.0),
+        high_freq_factor=fields.number("high_freq_factor", 4.0),
+        interleaved=interleaved,
+    )

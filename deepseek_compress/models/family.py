@@ -1,0 +1,260 @@
+"""A family of models: which tensors a checkpoint must have, what they are for, and how a block runs.
+
+The base class is a plain Llama-like decoder; each family overrides what differs. A block is
+
+    hidden -> attention_part -> ffn_input -> (dense | experts) -> ffn_output
+
+and `run_block` is their composition. The pieces stand alone so that a block too large for memory can be run in slices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional
+
+from deepseek_compress.checkpoint import Header
+from deepseek_compress.errors import DscError
+from deepseek_compress.models import moe as moe_module
+from deepseek_compress.models.cache import KvCache
+from deepseek_compress.models.config import Fields, Linear, ModelConfig, Role, parse_rope
+from deepseek_compress.models.layers import grouped_attention, rms_norm, swiglu
+from deepseek_compress.models.weights import Weights
+
+Shape = tuple[int, ...]
+
+# First match wins. Names are those of the checkpoint; block-local names match too.
+ROLES: tuple[tuple[str, Role], ...] = (
+    (r"(^|\.)(enorm|hnorm|eh_proj|shared_head)\b|^mtp\.", Role.MTP),
+    (r"embed_tokens\.", Role.EMBEDDING),
+    (r"^lm_head\.", Role.HEAD),
+    (r"norm\.(weight|bias)$", Role.NORM),
+    (r"\.indexer\.", Role.INDEXER),
+    (r"mlp\.gate\.", Role.ROUTER),
+    (r"mlp\.shared_experts\.", Role.SHARED_EXPERT),
+    (r"mlp\.experts\.", Role.EXPERT),
+    (r"mlp\.", Role.MLP),
+    (r"self_attn\.", Role.ATTENTION),
+)
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old exports stored; never read
+
+
+class Family:
+    """Llama, and the base of the others."""
+
+    model_type: ClassVar[str] = "llama"
+    qkv_bias: ClassVar[bool] = False
+
+    # -- what the checkpoint says ------------------------------------------------------------------------------------
+
+    def parse(self, config: Mapping[str, Any]) -> ModelConfig:
+        """config.json -> ModelConfig. Raises DscError on a missing or unsupported value."""
+        fields = Fields(config)
+        heads = fields.whole("num_attention_heads")
+        hidden = fields.whole("hidden_size")
+        if heads == 0 or (fields.optional("head_dim") is None and hidden % heads):
+            raise DscError(f"config.json: hidden_size {hidden} does not divide into {heads} heads", "give head_dim")
+        if fields.flag("use_sliding_window"):
+            raise DscError("config.json: use_sliding_window is true", "models with sliding windows are not supported")
+        fields.text("hidden_act", "silu", ("silu",))
+        head_dim = fields.whole("head_dim", hidden // heads)
+        bias = fields.flag("attention_bias")
+        return ModelConfig(
+            model_type=self.model_type,
+            vocab_size=fields.whole("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.whole("intermediate_size"),
+            num_hidden_layers=fields.whole("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=fields.whole("num_key_value_heads", heads),
+            head_dim=head_dim,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope=parse_rope(config, head_dim, interleaved=False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            qkv_bias=self.qkv_bias or bias,
+            o_bias=bias,
+            mlp_bias=fields.flag("mlp_bias"),
+            max_position_embeddings=fields.whole("max_position_embeddings", 0),
+            eos_token_ids=fields.eos(),
+        )
+
+    def prefix(self, layer: int) -> str:
+        """Name of block `layer`, without the last dot."""
+        return f"model.layers.{layer}"
+
+    def role(self, name: str) -> Role:
+        """What a tensor is for; `name` as in the checkpoint or local to a block."""
+        for pattern, role in ROLES:
+            if re.search(pattern, name):
+                return role
+        raise DscError(f"{name}: not a tensor of {self.model_type}", "check that config.json belongs to these shards")
+
+    # -- which tensors there are -------------------------------------------------------------------------------------
+
+    def tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
+        """Every logical tensor a complete checkpoint has, by name, with its shape."""
+        found: dict[str, Shape] = {"model.embed_tokens.weight": (cfg.vocab_size, cfg.hidden_size)}
+        for layer in range(cfg.num_hidden_layers):
+            for name, shape in self.block_tensors(cfg, layer).items():
+                found[f"{self.prefix(layer)}.{name}"] = shape
+        found["model.norm.weight"] = (cfg.hidden_size,)
+        if not cfg.tie_word_embeddings:
+            found["lm_head.weight"] = (cfg.vocab_size, cfg.hidden_size)
+        return {**found, **self.mtp_tensors(cfg)}
+
+    def mtp_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
+        """Tensors of the multi-token prediction blocks: all of them are there, or none."""
+        return {}
+
+    def block_tensors(self, cfg: ModelConfig, layer: int) -> dict[str, Shape]:
+        """Tensors of one block, by their name within it."""
+        found: dict[str, Shape] = {"input_layernorm.weight": (cfg.hidden_size,)}
+        found |= self.attention_norms(cfg)
+        for linear in self.linears(cfg, layer):
+            found[linear.name + ".weight"] = (linear.rows, linear.columns)
+            if self.has_bias(cfg, linear.name):
+                found[linear.name + ".bias"] = (linear.rows,)
+        found["post_attention_layernorm.weight"] = (cfg.hidden_size,)
+        return found
+
+    def attention_norms(self, cfg: ModelConfig) -> dict[str, Shape]:
+        """Tensors of the attention that no linear owns."""
+        return {}
+
+    def has_bias(self, cfg: ModelConfig, name: str) -> bool:
+        """Whether the linear `name` of a block has a bias."""
+        if name.startswith("self_attn."):
+            return cfg.o_bias if name.endswith(".o_proj") else cfg.qkv_bias
+        return cfg.mlp_bias
+
+    def linears(self, cfg: ModelConfig, layer: int) -> list[Linear]:
+        """The linears of a block in the order in which they run; not the router, which is never changed."""
+        return [
+            *self.attention_linears(cfg, layer),
+            *mlp_linears("mlp", Role.MLP, cfg.hidden_size, cfg.intermediate_size),
+        ]
+
+    def attention_linears(self, cfg: ModelConfig, layer: int) -> list[Linear]:
+        """The linears of the attention, in order."""
+        hidden, dim = cfg.hidden_size, cfg.head_dim
+        kv = cfg.num_key_value_heads * dim
+        sizes = {"q_proj": cfg.num_attention_heads * dim, "k_proj": kv, "v_proj": kv}
+        found = [attention_linear(name, rows, hidden, "self_attn.in", "qkv") for name, rows in sizes.items()]
+        return [*found, attention_linear("o_proj", hidden, cfg.num_attention_heads * dim)]
+
+    def problems(self, header: Header) -> list[DscError]:
+        """Every missing, unknown and misshaped tensor of a checkpoint."""
+        cfg = self.parse(header.config)
+        expected, mtp = self.tensors(cfg), self.mtp_tensors(cfg)
+        given = {name: info for name, info in header.tensors.items() if not IGNORED.search(name)}
+        if not any(name in given for name in mtp):
+            expected = {name: shape for name, shape in expected.items() if name not in mtp}
+        optional = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
+        return [*_missing(expected, given), *_unknown(given, expected, optional), *_misshaped(expected, given)]
+
+    # -- how a block runs --------------------------------------------------------------------------------------------
+
+    def embed(self, cfg: ModelConfig, embedding: Tensor, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> hidden (B, T, hidden_size)."""
+        return functional.embedding(tokens, embedding)
+
+    def final_hidden(self, cfg: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
+        """What the last block gives -> the input of the head (B, T, hidden_size). `weights` has checkpoint names."""
+        return rms_norm(hidden, weights["model.norm.weight"], cfg.rms_norm_eps)
+
+    def attention(
+        self,
+        cfg: ModelConfig,
+        layer: int,
+        weights: Weights,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: KvCache | None,
+    ) -> Tensor:
+        """Normed x (B, T, hidden_size) -> what attention adds, the same shape."""
+        return grouped_attention(cfg, layer, weights, x, positions, mask, cache)
+
+    def attention_part(
+        self,
+        cfg: ModelConfig,
+        layer: int,
+        weights: Weights,
+        hidden: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: KvCache | None = None,
+    ) -> Tensor:
+        """hidden -> hidden with what attention adds."""
+        x = rms_norm(hidden, weights["input_layernorm.weight"], cfg.rms_norm_eps)
+        return hidden + self.attention(cfg, layer, weights, x, positions, mask, cache)
+
+    def ffn_input(self, cfg: ModelConfig, layer: int, weights: Weights, hidden: Tensor) -> Tensor:
+        """hidden after attention -> input of the MLP or the experts (B, T, hidden_size)."""
+        return rms_norm(hidden, weights["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+
+    def ffn_output(self, cfg: ModelConfig, layer: int, weights: Weights, hidden: Tensor, added: Tensor) -> Tensor:
+        """hidden after attention, and what the MLP or the experts add -> hidden of the next block."""
+        return hidden + added
+
+    def run_block(
+        self,
+        cfg: ModelConfig,
+        layer: int,
+        weights: Weights,
+        hidden: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: KvCache | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """One decoder block: hidden (B, T, hidden_size) -> the same shape. Inputs are not modified.
+
+        `positions` (B, T) whole numbers; `mask` additive (B, 1, T, S) or None for causal; `tokens` (B, T) only for
+        blocks that are routed by token id.
+        """
+        hidden = self.attention_part(cfg, layer, weights, hidden, positions, mask, cache)
+        x = self.ffn_input(cfg, layer, weights, hidden)
+        if cfg.moe is not None and cfg.is_moe(layer):
+            added = moe_module.moe_part(cfg.moe, weights, x, tokens)
+        else:
+            added = swiglu(weights, "mlp", x)
+        return self.ffn_output(cfg, layer, weights, hidden, added)
+
+
+def attention_linear(name: str, rows: int, columns: int, source: str = "", fused: str | None = None) -> Linear:
+    """A linear of the attention; without `source` it has its input for itself."""
+    name = f"self_attn.{name}"
+    return Linear(name, Role.ATTENTION, rows, columns, source or name, fused)
+
+
+def mlp_linears(name: str, role: Role, hidden: int, intermediate: int, fused: str = "gate_up") -> list[Linear]:
+    """gate, up and down of one MLP or expert."""
+    source, shared = f"{name}.in", "experts" if role is Role.EXPERT else None
+    return [
+        Linear(f"{name}.gate_proj", role, intermediate, hidden, source, shared or fused),
+        Linear(f"{name}.up_proj", role, intermediate, hidden, source, shared or fused),
+        Linear(f"{name}.down_proj", role, hidden, intermediate, f"{name}.down_proj", shared),
+    ]
+
+
+def _missing(expected: Mapping[str, Shape], given: Mapping[str, Any]) -> Iterator[DscError]:
+    for name in expected:
+        if name not in given:
+            yield DscError(f"{name}: missing from the checkpoint", "download the shard that holds it again")
+
+
+def _unknown(given: Mapping[str, Any], expected: Mapping[str, Shape], optional: set[str]) -> Iterator[DscError]:
+    for name in given:
+        if name not in expected and name not in optional:
+            yield DscError(f"{name}: not a tensor of this model", "check that config.json belongs to these shards")
+
+
+def _misshaped(expected: Mapping[str, Shape], given: Mapping[str, Any]) -> Iterator[DscError]:
+    for name, shape in expected.items():
+        if name in given and tuple(given[name].shape) != shape:
+            found = tuple(given[name].shape)
+            yield DscError(f"{name}: shape {found}, config.json asks for {shape}", "check that they belong together")

@@ -1,0 +1,110 @@
+"""Where a block's tensors come from: memory, a checkpoint on disk, or either of them watched.
+
+A block runs over `Weights`: `weights[name]` gives a tensor (norms, router, biases) and `weights.linear(name, x)` gives
+x W^T + b. Names are local to the block ("self_attn.o_proj"). Training passes a dict of leaf tensors in
+`ResidentWeights`; nothing here detaches or copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deepseek_compress.checkpoint import Checkpoint
+
+
+class Weights(Protocol):
+    """The tensors of one block."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor by its name within the block, "input_layernorm.weight"."""
+        ...
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the block has this tensor."""
+        ...
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows)."""
+        ...
+
+
+class ResidentWeights:
+    """Tensors in memory, under `prefix` in the mapping ("model.layers.3.", or "" for local names)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        self.tensors = tensors
+        self.prefix = prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name]
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.tensors
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows)."""
+        key = self.prefix + name
+        return functional.linear(x, self.tensors[key + ".weight"], self.tensors.get(key + ".bias"))
+
+
+class StreamedWeights:
+    """Tensors read and decoded from `checkpoint` at each access and freed after it; `dtype` is what they compute in."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype = torch.float32) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.checkpoint.read(self.prefix + name, dtype=self.dtype)
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.checkpoint.header.tensors
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows)."""
+        bias = self[name + ".bias"] if name + ".bias" in self else None  # noqa: SIM401 - no mapping
+        return functional.linear(x, self[name + ".weight"], bias)
+
+
+class ObservingWeights:
+    """`inner`, with `observe(name, x)` called for the input of every linear before it is applied."""
+
+    def __init__(self, inner: Weights, observe: Callable[[str, Tensor], None]) -> None:
+        self.inner = inner
+        self.observe = observe
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.inner[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.inner
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows)."""
+        self.observe(name, x)
+        return self.inner.linear(name, x)
+
+
+class QuantizedInputs:
+    """`inner`, with the input of each linear in `names` rounded by `fake_quantize` (x -> x on its 8-bit grid)."""
+
+    def __init__(self, inner: Weights, names: Container[str], fake_quantize: Callable[[Tensor], Tensor]) -> None:
+        self.inner = inner
+        self.names = names
+        self.fake_quantize = fake_quantize
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.inner[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.inner
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows)."""
+        return self.inner.linear(name, self.fake_quantize(x) if name in self.names else x)
