@@ -1,1 +1,22 @@
+"""The compression algorithms: pure torch, no input or output; each file one paper or one idea.
 
+The tables are what a recipe can name. A new algorithm is one file and one line here; the tests over the tables then
+cover it.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.numerics.gptq import Gptq
+from deepseek_compress.numerics.magnitude import Magnitude
+from deepseek_compress.numerics.rtn import Rtn
+from deepseek_compress.numerics.sparsegpt import SparseGpt
+from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
+
+WEIGHTS: dict[str, type[WeightQuantizer]] = {"rtn": Rtn, "gptq": Gptq}
+SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt}
+ACTIVATIONS: dict[str, type[BaseModel]] = {"dynamic": Dynamic}
+
+__all__ = ["ACTIVATIONS", "SPARSITY", "WEIGHTS", "Quantized", "Sparsifier", "Statistics", "WeightQuantizer"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 
@@ -34,22 +34,41 @@ class Quantized(NamedTuple):
         return weight.reshape(rows, columns).to(dtype)
 
 
+class Factor(NamedTuple):
+    """`H[order][:, order] + damping = (I + feedback) diag(cost) (I + feedback)^T`, see `hessian.factorize`."""
+
+    order: Tensor  # int64 (columns,): the column solved at each step
+    feedback: Tensor  # float32 (columns, columns), strictly upper, in solving order
+    cost: Tensor  # float32 (columns,), in solving order: what a squared rounding error of 1 costs at that step
+    key: tuple[object, ...]  # the knobs it was made with; a solver with other knobs makes its own
+
+
 class Statistics(NamedTuple):
-    """What calibration collected for the input of one linear. Fields that were not asked for are None."""
+    """What calibration collected for the input of one linear. Fields that were not asked for are None.
+
+    `factor` is filled by `WeightQuantizer.prepare`, once for all linears that share the input.
+    """
 
     tokens: int = 0
     hessian: Tensor | None = None  # float32 (columns, columns): sum over tokens of x x^T, not yet divided by tokens
     input_absmax: Tensor | None = None  # float32 (columns,): largest |x| per channel
     input_absmean: Tensor | None = None  # float32 (columns,): mean |x| per channel
+    drift: Tensor | None = None  # float32 (columns, columns): sum of (x_original - x) x^T, x from the compressed model
+    factor: Factor | None = None
 
 
 class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
     """Pure: the same weight, statistics and knobs give the same bits. Fields are the knobs of a recipe."""
 
     needs: ClassVar[frozenset[str]] = frozenset()  # names of Statistics fields
-    num_bits: int = 4
-    group_size: int | None = None  # None: the stage chooses (largest of 128, 64, 32 that fits)
+    paper: ClassVar[str] = ""
+    num_bits: int = Field(4, ge=2, le=8)
+    group_size: int | None = Field(None, gt=0)  # None: the stage chooses (largest of 128, 64, 32 that fits)
     symmetric: bool = False
+
+    def prepare(self, statistics: Statistics) -> Statistics:
+        """The part of the work that linears with one input share: solve each of them with what this returns."""
+        return statistics
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
         """`weight` float32 (rows, columns), not modified."""
@@ -60,7 +79,12 @@ class Sparsifier(BaseModel, frozen=True, extra="forbid"):
     """Chooses which weights become zero and, where it can, corrects the others."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    pattern: str = "2:4"
+    paper: ClassVar[str] = ""
+    pattern: str = Field("2:4", pattern="^2:4$")
+
+    def prepare(self, statistics: Statistics) -> Statistics:
+        """The part of the work that linears with one input share."""
+        return statistics
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """float32 (rows, columns) -> float32 (rows, columns) with exact zeros by the pattern."""

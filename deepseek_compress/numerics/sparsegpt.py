@@ -1,0 +1,55 @@
+"""SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1 with the n:m mask of section 3.3).
+
+Columns in order; at each four the mask keeps the two with the largest `w^2 D`, w after the feedback so far and D the
+cost of removing it (`1 / [H^-1]_jj` of the columns that remain); what is removed is made good by the later columns.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deepseek_compress.numerics import pattern
+from deepseek_compress.numerics.hessian import factorize, solve
+from deepseek_compress.numerics.types import Factor, Sparsifier, Statistics
+
+
+class SparseGpt(Sparsifier, frozen=True):
+    """Second-order pruning: choose the mask by its cost and update the weights that stay."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    paper: ClassVar[str] = "Frantar & Alistarh 2023, SparseGPT, arXiv 2301.00774"
+    damping: float = Field(0.01, ge=0)  # share of the mean of the Hessian's diagonal
+
+    def prepare(self, statistics: Statistics) -> Statistics:
+        """Factor the Hessian once for all linears with this input."""
+        return statistics._replace(factor=self._factor(statistics))
+
+    def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """`weight` float32 (rows, columns); needs `statistics.hessian` or what `prepare` made of it."""
+        pattern.check(weight.shape[1])
+        factor = self._factor(statistics)
+        keep = torch.empty((4, weight.shape[0]), dtype=torch.bool, device=weight.device)
+
+        def begin(j: int, updated: Tensor) -> None:
+            keep.copy_(pattern.keep_two(updated.square() * factor.cost[j : j + 4, None]))
+
+        def choose(j: int, updated: Tensor) -> Tensor:
+            return updated * keep[j % 4]
+
+        return solve(weight.t().contiguous(), factor, choose, begin, run=4).t().contiguous()
+
+    def _factor(self, statistics: Statistics) -> Factor:
+        key = ("natural", self.damping)
+        if statistics.factor is not None and statistics.factor.key == key:
+            return statistics.factor
+        assert statistics.hessian is not None, "sparsegpt needs the Hessian: see `needs`"
+        return factorize(
+            statistics.hessian,
+            torch.arange(len(statistics.hessian), device=statistics.hessian.device),
+            self.damping,
+            key,
+        )
