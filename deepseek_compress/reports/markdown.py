@@ -1,0 +1,35 @@
+"""The report as Markdown: the same cells as the page, for a terminal, a pull request or a model card."""
+
+from __future__ import annotations
+
+from deepseek_compress.reports import table, words
+from deepseek_compress.reports.table import Record, Table
+
+
+def markdown(record: Record) -> str:
+    """The whole document. The same record gives the same bytes."""
+    parts = [f"# {record.get('name') or 'evaluation'}", words.verdict(record), words.measured_on(record), grid(table.rows(record))]
+    missing = table.not_measured(record)
+    if missing:
+        parts.append(f"Not measured in this run: {', '.join(missing)}.")
+    for title, found in (
+        ("Exact match by kind of problem", table.family_rows(record)),
+        ("Error by layer", table.layer_rows(record)),
+        ("Engines and graphs", table.artifact_rows(record)),
+    ):
+        if found.rows and len(found.headers) > 1:
+            parts += [f"## {title}", grid(found)]
+    chains = [f"- **{m['name']}**: {' → '.join(words.lineage(m)) or 'unknown'}" for m in table.everything(record)]
+    parts += ["## Lineage", "\n".join(chains)]
+    parts += ["## How it was measured", "\n".join(f"- {note}" for note in words.notes(record))]
+    for title, key in (("Machine", "machine"), ("Versions", "versions")):
+        parts += [f"## {title}", "\n".join(f"- {name}: {words.fact(name, value)}" for name, value in (record.get(key) or {}).items())]
+    if record.get("recipe"):
+        parts += ["## Recipe", f"```yaml\n{record['recipe'].rstrip()}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def grid(found: Table) -> str:
+    """A table with its numbers to the right."""
+    lines = [found.headers, ["---", *(["---:"] * (len(found.headers) - 1))], *found.rows]
+    return "\n".join("| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in lines)

@@ -1,0 +1,139 @@
+"""The sentences of a report: its verdict, the few figures on top, what was measured on what, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepseek_compress.reports import table
+from deepseek_compress.reports.table import Model, Record
+
+
+def verdict(record: Record) -> str:
+    """One sentence: what became of the reference. It is about the last model of the pipeline."""
+    reference, last = ends(record)
+    if last is None:
+        return "No model was evaluated."
+    if reference is None or last is reference:
+        return _alone(last)
+    parts = []
+    if last["bytes"] and reference["bytes"]:
+        parts.append(f"is {_times(reference['bytes'] / last['bytes'])} {reference['name']}")
+    kept = table.cell(_column("exact_match_ratio"), last)
+    agreement = last["metrics"].get("top1_agreement")
+    if kept.value != table.UNKNOWN:
+        parts.append(f"keeps {kept.value} of its exact match{_of_interval(kept.interval)}")
+    elif agreement is not None:
+        parts.append(f"agrees with {reference['name']} on {table.percent(agreement)} of the next tokens")
+    return f"{last['name']} {' and '.join(parts) or 'was evaluated beside ' + reference['name']}."
+
+
+def facts(record: Record) -> list[tuple[str, str, str]]:
+    """(term, value, note) of the figures that stand on top, about the last model; unknown ones are left out."""
+    reference, last = ends(record)
+    if last is None:
+        return []
+    found = []
+    if last["bytes"]:
+        note = ""
+        if reference is not None and reference["parameters"] and last is not reference:
+            note = f"{_times(2 * reference['parameters'] / last['bytes'])} {reference['name']} in BF16"
+        found.append(("Size on disk", table.size(last["bytes"]), note))
+    if last["bits_per_weight"] is not None:
+        found.append(("Bits per weight", f"{last['bits_per_weight']:.2f}", f"{table.count(last['parameters'])} parameters"))
+    for key, other in (("exact_match", True), ("top1_agreement", False), ("kl_divergence", False), ("decode_tokens_per_s", True)):
+        column = _column(key)
+        cell = table.cell(column, last)
+        if cell.value == table.UNKNOWN:
+            continue
+        beside = table.cell(column, reference).value if other and reference is not None and last is not reference else ""
+        found.append((column.header, cell.value, f"{reference['name']} {beside}" if beside and reference else cell.interval))
+    return found
+
+
+def ends(record: Record) -> tuple[Model | None, Model | None]:
+    """The reference (None if it is not among the models) and the last model that is not the reference, if there is one."""
+    reference = next((model for model in record["models"] if model["name"] == record.get("reference")), None)
+    others = [model for model in record["models"] if model is not reference]
+    return reference, others[-1] if others else reference
+
+
+def subject(record: Record) -> str:
+    """The line above the title: how many models, against what."""
+    models = len(record["models"])
+    line = f"Compression report · {models} model{'' if models == 1 else 's'}"
+    if record.get("ablations"):
+        line += f" and {len(record['ablations'])} beside the pipeline"
+    return line + (f" · reference {record['reference']}" if record.get("reference") else "")
+
+
+def measured_on(record: Record) -> str:
+    """What the table's numbers were measured on."""
+    suite, text, parts = record.get("suite"), record.get("text"), []
+    if suite:
+        parts.append(f"Reasoning on {suite['problems']:,} unseen problems of the suite {suite['name']}, the same for every model.")
+    if text:
+        parts.append(f"Fidelity and perplexity on {text['source']}: {text['tokens']:,} predicted tokens in {text['windows']:,} windows.")
+    return " ".join(parts) or "Size only: neither problems nor text were evaluated."
+
+
+def notes(record: Record) -> list[str]:
+    """How every column was measured, then what this run had to leave out."""
+    hints = [f"{column.header}: {column.hint}." for column in table.shown(record)]
+    general = [
+        "Intervals: Wilson for shares of problems; percentile bootstrap over problems or windows for the rest, drawn once for all "
+        "models, so that ratios to the reference are paired.",
+        "Speed and memory are those of the PyTorch evaluation runtime, which multiplies with unpacked weights; they say nothing "
+        "about the speed of an engine.",
+    ]
+    return [*hints, *general, *(record.get("notes") or [])]
+
+
+def lineage(model: Model) -> list[str]:
+    """The steps from the input to this model, each as a few words."""
+    return [_step(step) for step in model.get("lineage") or []]
+
+
+def fact(name: str, value: Any) -> str:
+    """A value of the machine or the versions as text."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, int) and name.endswith("bytes"):
+        return table.size(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
+def _step(step: Any) -> str:
+    if not isinstance(step, Mapping):
+        return str(step)
+    name = str(step.get("name") or step.get("path") or "")
+    kind = step.get("stage") or step.get("kind")
+    return f"{name} ({kind})" if name and kind and kind != name else name or str(kind or "")
+
+
+def _alone(model: Model) -> str:
+    found = []
+    for key in ("bytes", "exact_match", "top1_agreement", "perplexity"):
+        column = _column(key)
+        cell = table.cell(column, model)
+        if cell.value != table.UNKNOWN:
+            found.append(f"{column.header.lower()} {cell.value}{_of_interval(cell.interval)}")
+    return f"{model['name']}: {', '.join(found) or 'nothing was measured'}."
+
+
+def _times(factor: float) -> str:
+    if 0.95 < factor < 1.05:
+        return "as large as"
+    return f"{factor:.1f} times smaller than" if factor > 1 else f"{1 / factor:.1f} times larger than"
+
+
+def _of_interval(interval: str) -> str:
+    return f" (95 % interval {interval.strip('[]').replace(', ', ' to ')})" if interval else ""
+
+
+def _column(key: str) -> table.Column:
+    return next(column for column in table.COLUMNS if column.key == key)
