@@ -84,7 +84,8 @@ def solve(
 
 def _unrounded(target: Tensor, fed: Tensor, feedback: Tensor) -> Tensor:
     """The values of a run (run, rows) that feed each other without rounding: `v = fed + U^T (target - v)`."""
-    return target - torch.linalg.solve_triangular(feedback.t(), target - fed, upper=False, unitriangular=True)
+    moved: Tensor = torch.linalg.solve_triangular(feedback.t(), target - fed, upper=False, unitriangular=True)
+    return target - moved
 
 
 def layer_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:

@@ -34,7 +34,8 @@ def test_weights_with_defaults(name: str) -> None:
     assert result.scale.shape == result.zero_point.shape == (24, 2)
     assert torch.equal(result.scale, result.scale.bfloat16().float())
     assert bool(result.scale.isfinite().all())
-    assert torch.equal(weight, weight_before) and torch.equal(h, h_before), "inputs are not modified"
+    assert torch.equal(weight, weight_before), "inputs are not modified"
+    assert torch.equal(h, h_before), "inputs are not modified"
     assert same(result, WEIGHTS[name]()(weight, given)), "same bits twice"
     assert same(result, method(weight, method.prepare(given))), "prepared or not"
     nearest = Rtn()(weight, Statistics())
@@ -110,7 +111,8 @@ def test_activations(name: str, symmetric: bool, bits: int) -> None:
 def test_each_entry_says_what_it_is_and_where_it_is_from(table: dict[str, type]) -> None:
     for name, entry in table.items():
         first = (entry.__doc__ or "").strip().splitlines()[0]
-        assert len(first) > 20 and entry.paper, name
+        assert len(first) > 20, name
+        assert entry.paper, name
 
 
 def test_importing_the_tables_is_light() -> None:
