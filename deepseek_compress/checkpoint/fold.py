@@ -5,7 +5,8 @@
 | `P.weight` F8_E4M3 + `P.weight_scale_inv` (V3) or `P.scale` (V4) | `P.weight`, fp8_block |
 | `P.weight` I8 (rows, columns / 2) + `P.scale` F8_E8M0 (V4 experts) | `P.weight`, mxfp4 |
 | `P.weight_packed` U8 + `P.weight_scale` U8 (mxfp4-pack-quantized) | `P.weight`, mxfp4 |
-| `P.weight_packed` I32 + `P.weight_scale`, `P.weight_shape` (+ `P.weight_zero_point`) (pack-quantized) | `P.weight`, packed |
+| `P.weight_packed` I32 + `P.weight_scale`, `P.weight_shape`, `P.weight_zero_point` | `P.weight`, packed |
+| `P.weight` I8 + `P.weight_scale` of a float type (int-quantized) | `P.weight`, packed |
 | anything else of an ordinary type | itself, plain |
 
 Parts may lie in different shards. Nothing is guessed: a scale without its weight, a weight without its scale, and
@@ -24,6 +25,7 @@ from deepseek_compress.checkpoint.header import Location, TensorInfo, module_of,
 from deepseek_compress.errors import DscError
 
 _PARTS = ("weight_scale_inv", "weight_scale", "scale", "weight_packed", "weight_zero_point", "weight_shape")
+_PACKED_PARTS = ("weight_scale", "weight_zero_point", "weight_shape")
 _ENCODED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
@@ -33,7 +35,7 @@ def fold(stored: Mapping[str, Location], config: dict[str, Any]) -> tuple[dict[s
     problems: list[DscError] = []
     block = fp8.block_size(config)
     for name, place in stored.items():
-        module, suffix = module_of(name)
+        suffix = module_of(name)[1]
         main = stored_name(name, "weight")
         try:
             if suffix == "weight_packed":
@@ -61,7 +63,7 @@ def _siblings(stored: Mapping[str, Location], main: str) -> dict[str, Location]:
 def _is_part(stored: Mapping[str, Location], main: str, suffix: str) -> bool:
     """Whether an encoded weight claims this part; a scale beside a BF16 weight has no meaning that we know."""
     if stored_name(main, "weight_packed") in stored:
-        return suffix in ("weight_scale", "weight_zero_point", "weight_shape")
+        return suffix in _PACKED_PARTS
     weight = stored.get(main)
     encoded = weight is not None and weight.dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8)
     return encoded and suffix in ("weight_scale_inv", "weight_scale", "scale")
@@ -83,6 +85,11 @@ def _scaled(name: str, parts: dict[str, Location], block: tuple[int, int]) -> Te
             name, scale, fp8.scale_shape(weight.shape, block), (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
         )
         return TensorInfo(name, weight.shape, "fp8_block", weight.dtype, kept)
+    if weight.dtype == torch.int8 and scale.dtype in packed.SCALE_TYPES:
+        groups = scale.shape[-1] if len(scale.shape) == 2 else 0
+        if not groups or scale.shape[0] != weight.shape[0] or weight.shape[1] % groups:
+            raise DscError(f"{name}: scale {list(scale.shape)} does not fit {list(weight.shape)}", "download it again")
+        return TensorInfo(name, weight.shape, "packed", weight.dtype, kept)
     shape = (weight.shape[0], weight.shape[1] * 2)
     _check_mxfp4(name, scale, shape)
     return TensorInfo(name, shape, "mxfp4", weight.dtype, kept)
@@ -96,7 +103,7 @@ def _packed(name: str, parts: dict[str, Location]) -> TensorInfo:
         )
     if len(codes.shape) != 2:
         raise DscError(f"{name}: weight_packed of shape {list(codes.shape)} is not (rows, words)")
-    kept = {s: parts[s] for s in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape") if s in parts}
+    kept = {suffix: place for suffix, place in parts.items() if suffix in ("weight_packed", *_PACKED_PARTS)}
     if codes.dtype == torch.uint8:
         shape: tuple[int, ...] = (codes.shape[0], codes.shape[1] * 2)
         _check_mxfp4(name, parts["weight_scale"], shape)

@@ -7,7 +7,6 @@ files are never opened.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek_compress.checkpoint.files import inside, read_json
 from deepseek_compress.checkpoint.fold import fold
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, read_shard_header
@@ -121,23 +121,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(Header(path, config, tensors))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `DscError` where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DscError(f"{path}: {error.strerror}", "give a complete checkpoint directory") from None
-    except (ValueError, RecursionError) as error:
-        raise DscError(f"{path}: not valid JSON ({error})", "download the file again") from None
-    if not isinstance(value, dict):
-        raise DscError(f"{path}: not a JSON object", "download the file again")
-    return value
-
-
 def read_tensor(place: Location, what: str) -> Tensor:
     """One stored tensor in fresh memory."""
     buffer = torch.empty(place.bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     fd = -1
     try:
         fd = os.open(place.file, os.O_RDONLY)
@@ -153,17 +140,6 @@ def read_tensor(place: Location, what: str) -> Tensor:
         if fd >= 0:
             os.close(fd)
     return buffer.view(place.dtype).view(place.shape)
-
-
-def inside(directory: Path, file: Path) -> bool:
-    """Whether `file`, symbolic links followed, lies in `directory`.
-
-    The one exception is the hub's cache, where `snapshots/REVISION/*` are links into `blobs/` beside it.
-    """
-    real, target = directory.resolve(), file.resolve()
-    if real in target.parents:
-        return True
-    return real.parent.name == "snapshots" and target.parent == real.parent.parent / "blobs"
 
 
 def _stored(path: Path) -> tuple[dict[str, Location], list[DscError]]:

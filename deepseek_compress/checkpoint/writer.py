@@ -1,14 +1,299 @@
-"""Write a checkpoint, streaming."""
+"""Write a checkpoint while its tensors come, so that a crash never leaves something that loads.
+
+Shards grow in `OUT/.dsc_partial/`, each synced, read back and compared when it is full. `finish` gives them their
+names, then come the index, the tokenizer's files, the manifest, the model card, and config.json last: without it
+nothing loads a directory. Left by an exception, the writer removes what it wrote; with `resume=True` it keeps finished
+shards, and the next writer on the same directory goes on after them, also after `kill -9`.
+"""
 
 from __future__ import annotations
 
+import copy
+import fnmatch
+import os
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
-from deepseek_compress.checkpoint.reader import Checkpoint
+import torch
+from torch import Tensor
+
+from deepseek_compress.checkpoint.card import model_card
+from deepseek_compress.checkpoint.files import disk_errors, inside, read_json, write_file, write_json
+from deepseek_compress.checkpoint.formats import packed
+from deepseek_compress.checkpoint.header import module_of, stored_name
+from deepseek_compress.checkpoint.quantization_config import Stored, assign_schemes, describe, quantization_config
+from deepseek_compress.checkpoint.reader import INDEX, MANIFEST, Checkpoint
+from deepseek_compress.checkpoint.shards import Shard, ShardFile
+from deepseek_compress.errors import DscError
+from deepseek_compress.numerics.types import Quantized
+
+PARTIAL = ".dsc_partial"
+WRITTEN = ("config.json", INDEX, MANIFEST, "README.md", "model-*-of-*.safetensors")
+COPIED = (
+    "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 class CheckpointWriter:
-    """Filled in by the next commit."""
+    """`with CheckpointWriter(out, source) as writer: writer.add(...); ...; writer.finish({}, manifest, [])`."""
 
-    def __init__(self, out: Path, source: Checkpoint, *, shard_bytes: int = 5_000_000_000) -> None:
-        raise NotImplementedError
+    def __init__(
+        self,
+        out: Path,
+        source: Checkpoint,
+        *,
+        shard_bytes: int = 5_000_000_000,
+        expected_bytes: int = 0,
+        activations: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Claim the directory `out`.
+
+        expected_bytes: what will be written, if known; refused where the disk has less.
+        activations: scheme for the manifest, `{"num_bits": 8, "granularity": "token"}`; servers are told too where
+            every weight is symmetric, the only form they take. Symmetric 8-bit weights with one scale a row are then
+            stored as `int-quantized`.
+        resume: keep finished shards when left by an exception, and go on after those that are there.
+        """
+        self.out, self.source = Path(out), source
+        self._partial = self.out / PARTIAL
+        self._shard_bytes = shard_bytes
+        self._activations = dict(activations) if activations else None
+        self._resume = resume
+        self._shards: list[Shard] = []
+        self._stored: dict[str, Stored] = {}  # logical name -> how it is stored, in the order written
+        self._open: ShardFile | None = None
+        self._pending: dict[str, Stored] = {}  # of the open shard
+        self._finished = False
+        self._claim(expected_bytes)
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Logical tensors in finished shards: what a resumed run does not make again."""
+        return frozenset(self._stored)
+
+    def add(self, name: str, tensor: Tensor | Quantized) -> None:
+        """Write the logical tensor `name`: a plain one in its own type, a quantised one packed."""
+        if isinstance(tensor, Quantized):
+            if self._as_int8(tensor):
+                self.add_raw(name, packed.int8_parts(tensor))
+            else:
+                self.add_raw(name, packed.pack_weight(tensor))
+        else:
+            self.add_raw(name, {module_of(name)[1]: tensor})
+
+    def add_raw(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Write stored parts unchanged (`Checkpoint.read_raw`): FP8 stays FP8, packed stays packed."""
+        if name in self._stored or name in self._pending:
+            raise ValueError(f"{name} is written twice")
+        if self._open is not None and (self._open.bytes >= self._shard_bytes or self._open.full):
+            self.flush()
+        if self._open is None:
+            self._open = ShardFile(self._partial / f"shard-{len(self._shards) + 1:05d}.safetensors")
+        self._pending[name] = describe(name, parts)
+        for suffix, tensor in parts.items():
+            self._open.add(stored_name(name, suffix), tensor)
+
+    def copy(self, name: str, *, decode: bool = False) -> None:
+        """Write a tensor of the source unchanged, or decoded to BF16 where its encoding cannot stay."""
+        if decode and self.source.header.tensors[name].encoding != "plain":
+            self.add(name, self.source.read(name, torch.bfloat16))
+        else:
+            self.add_raw(name, self.source.read_raw(name))
+
+    def flush(self) -> None:
+        """End the current shard: from here on a resumed run has it."""
+        if self._open is None:
+            return
+        shard = self._open.close()
+        self._shards.append(shard)
+        self._stored.update(self._pending)
+        ledger = {"shard": shard._asdict(), "stored": {n: s._asdict() for n, s in self._pending.items()}}
+        write_json(self._open.path.with_suffix(".json"), ledger)
+        self._open, self._pending = None, {}
+
+    def finish(
+        self, config_changes: Mapping[str, Any], manifest: Mapping[str, Any], ignore: Iterable[str], card: str = ""
+    ) -> list[str]:
+        """Give the shards their names and write everything else, config.json last. Returns notes for the user.
+
+        config_changes: keys to set in config.json, None to remove one. manifest: see `provenance`. ignore: modules that
+        stay plain, names or "re:" patterns; what is missing is added. card: Markdown for the model card's middle part.
+        """
+        self.flush()
+        if not self._shards:
+            raise ValueError("nothing was written")
+        notes: list[str] = []
+        config = self._config(config_changes, ignore, notes)
+        files = self._name_shards()
+        self._write_index(files)
+        for file in self._copied():
+            with disk_errors(self.out / file.name):
+                shutil.copyfile(file, self.out / file.name)
+        written = {name: {"bytes": shard.bytes, "blake3": shard.blake3} for name, shard in files.items()}
+        facts = {**manifest, "activations": self._activations, "files": written}
+        write_file(self.out / "README.md", model_card(self.source, config, facts, card).encode("utf-8"))
+        write_json(self.out / MANIFEST, facts)
+        _sync_directory(self.out)
+        write_json(self.out / "config.json", config)
+        self._finished = True
+        shutil.rmtree(self._partial)
+        return notes
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Leave nothing that loads; with `resume`, the finished shards stay."""
+        if self._open is not None:
+            self._open.discard()
+            self._open = None
+        if self._resume:
+            _unname_shards(self.out, self._partial)
+        _remove_output(self.out)
+        if not self._resume:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        if not any(self.out.iterdir()):
+            self.out.rmdir()
+
+    def _claim(self, expected_bytes: int) -> None:
+        if self.out.resolve() == self.source.path.resolve():
+            raise DscError(f"{self.out}: input and output are the same directory", "give another output directory")
+        _refuse_foreign(self.out)
+        with disk_errors(self.out):
+            self._partial.mkdir(parents=True, exist_ok=True)
+            if self._resume:
+                _unname_shards(self.out, self._partial)
+            _remove_output(self.out)
+            self._take_up()
+            free = shutil.disk_usage(self.out).free
+        missing = expected_bytes - sum(shard.bytes for shard in self._shards) - free
+        if missing > 0:
+            self._abandon()
+            gib = 1 << 30
+            raise DscError(
+                f"{self.out}: {expected_bytes / gib:.2f} GiB to write, {free / gib:.2f} GiB free",
+                f"free {missing / gib:.2f} GiB, then the same command goes on",
+            )
+
+    def _take_up(self) -> None:
+        """Finished shards of the run before, in order; anything after the first gap is unfinished and goes."""
+        while self._resume:
+            file = self._partial / f"shard-{len(self._shards) + 1:05d}.safetensors"
+            if not (file.with_suffix(".json").is_file() and file.is_file()):
+                break
+            ledger = read_json(file.with_suffix(".json"))
+            shard = Shard(**{**ledger["shard"], "names": tuple(ledger["shard"]["names"])})
+            if file.stat().st_size != shard.bytes:
+                break
+            self._shards.append(shard)
+            self._stored.update({name: Stored(**stored) for name, stored in ledger["stored"].items()})
+        kept = {f"shard-{i:05d}" for i in range(1, len(self._shards) + 1)}
+        for file in self._partial.iterdir():
+            if file.stem not in kept:
+                file.unlink()
+
+    def _as_int8(self, weight: Quantized) -> bool:
+        return (
+            self._activations is not None and weight.symmetric and weight.num_bits == 8 and weight.scale.shape[1] == 1
+        )
+
+    def _config(self, changes: Mapping[str, Any], ignore: Iterable[str], notes: list[str]) -> dict[str, Any]:
+        """The published config with as little changed as possible; its keys survive, known to us or not."""
+        config = copy.deepcopy(self.source.config)
+        if config.pop("auto_map", None):
+            notes.append("auto_map dropped from config.json: code of the checkpoint is neither run nor copied")
+        published = config.pop("quantization_config", None)
+        schemes, plain, kept = assign_schemes(self._stored)
+        if schemes and kept:
+            raise ValueError(f"{kept[0]} keeps its published encoding beside packed weights: decode it")
+        if schemes:
+            inputs = _input_activations(self._activations) if all(s.symmetric for s in schemes.values()) else None
+            config["quantization_config"] = quantization_config(schemes, plain, ignore, inputs)
+        elif kept:
+            config["quantization_config"] = self._published(published or {}, plain)
+        for key, value in changes.items():
+            config[key] = value
+            if value is None:
+                del config[key]
+        return config
+
+    def _published(self, quantization: dict[str, Any], plain: list[str]) -> dict[str, Any]:
+        """The source's own scheme; linears that it had encoded and that are plain now are named."""
+        encoded = {module_of(n)[0] for n, info in self.source.header.tensors.items() if info.encoding != "plain"}
+        changed = sorted(encoded & set(plain))
+        if changed:
+            before = quantization.get("modules_to_not_convert") or []
+            quantization["modules_to_not_convert"] = [*before, *changed]
+        return quantization
+
+    def _name_shards(self) -> dict[str, Shard]:
+        count = len(self._shards)
+        files = {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(self._shards, 1)}
+        for i, name in enumerate(files, 1):
+            with disk_errors(self.out / name):
+                os.replace(self._partial / f"shard-{i:05d}.safetensors", self.out / name)
+        return files
+
+    def _write_index(self, files: Mapping[str, Shard]) -> None:
+        weight_map = {tensor: file for file, shard in files.items() for tensor in shard.names}
+        total = sum(stored.bytes for stored in self._stored.values())
+        write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def _copied(self) -> list[Path]:
+        """Files of the source that go along byte for byte; never code, never out of its directory."""
+        files = [file for file in sorted(self.source.path.iterdir()) if file.is_file()]
+        wanted = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)]
+        return [file for file in wanted if file.suffix != ".py" and inside(self.source.path, file)]
+
+
+def _input_activations(scheme: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """compressed-tensors' form of a scheme that servers have: symmetric integers, one dynamic scale a token."""
+    if not scheme or scheme.get("granularity") != "token" or not scheme.get("symmetric", True):
+        return None
+    return {"num_bits": scheme["num_bits"], "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A directory may be taken when it is new, empty, or of our own making."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DscError(f"{out}: a file", "give another output directory")
+    foreign = sorted(file.name for file in out.iterdir() if not file.name.startswith(("dsc_", ".dsc_")))
+    if foreign and not (out / MANIFEST).exists() and not (out / PARTIAL).exists():
+        names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise DscError(f"{out}: holds {names}, which dsc did not write", "give another output directory")
+
+
+def _remove_output(out: Path) -> None:
+    """Remove an earlier output of ours, config.json first: whatever is left of it then no longer loads."""
+    for pattern in (*WRITTEN, *COPIED):
+        for file in out.glob(pattern):
+            file.unlink()
+
+
+def _unname_shards(out: Path, partial: Path) -> None:
+    """Undo the renames of a `finish` that did not end, so that its shards can be taken up."""
+    for file in out.glob("model-*-of-*.safetensors"):
+        shard = partial / f"shard-{file.name.split('-')[1]}.safetensors"
+        if shard.with_suffix(".json").is_file() and not shard.exists():
+            os.replace(file, shard)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

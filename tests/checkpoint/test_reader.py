@@ -30,6 +30,6 @@ def test_plain_tensors_equal_what_safetensors_reads(tiny_v2: Path, tiny_qwen2: P
         checkpoint = open_checkpoint(path)
         with safe_open(path / "model.safetensors", "pt") as file:
             assert set(file.keys()) == set(checkpoint.header.tensors)
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - not a dict
                 assert torch.equal(checkpoint.read(name, None), file.get_tensor(name))
                 assert checkpoint.read(name).dtype == torch.float32

@@ -45,7 +45,7 @@ def decode_fp8_block(
     dtype: torch.dtype = torch.float32,
     name: str = "weight",
 ) -> Tensor:
-    """(rows, columns) in `dtype`: multiplied in float32, rounded once. Raises `DscError` for a scale that is not finite."""
+    """(rows, columns) in `dtype`: multiplied in float32, rounded once. `DscError` for a scale that is NaN."""
     factors = finite_scale(scale, name)
     rows, columns = codes.shape
     out = torch.empty(rows, columns, dtype=dtype)

@@ -8,8 +8,9 @@
 | weight_shape | int64 (2,) | rows, columns |
 
 32 codes fill exactly `bits` words, so a code may straddle two words unless bits divides 32. A published code is signed
-and stored plus 2**(bits-1), which is the unsigned code that `Quantized` holds. Source: compressed-tensors 0.20,
-compressors/pack_quantized. Left out: activation order and three-dimensional experts, which no server loads.
+and stored plus 2**(bits-1), which is the unsigned code that `Quantized` holds. `int-quantized` (8 bits, symmetric,
+`weight` int8) is read and written too. Source: compressed-tensors 0.20, compressors/pack_quantized and
+compressors/naive_quantized. Left out: activation order and three-dimensional experts, which no server loads.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Quantized
 
 _AGAIN = "download the checkpoint again"
+SCALE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WORD = 32  # bits; also how many codes fill a whole number of words
 
 
@@ -66,9 +68,7 @@ def unpack_rows(words: Tensor, num_bits: int, columns: int) -> Tensor:
 
 def pack_weight(weight: Quantized, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The stored parts of a quantised weight. Raises ValueError for scales that `scale_dtype` does not hold exactly."""
-    scale = weight.scale.to(scale_dtype)
-    if not torch.equal(scale.float(), weight.scale.float()):
-        raise ValueError(f"scales are not exact in {scale_dtype}: the codes were made for other values")
+    scale = _exact(weight.scale, scale_dtype)
     parts = {"weight_packed": pack_rows(weight.codes, weight.num_bits), "weight_scale": scale}
     if not weight.symmetric:
         parts["weight_zero_point"] = pack_rows(weight.zero_point.T.contiguous(), weight.num_bits).T.contiguous()
@@ -76,13 +76,23 @@ def pack_weight(weight: Quantized, scale_dtype: torch.dtype = torch.bfloat16) ->
     return parts
 
 
+def int8_parts(weight: Quantized, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """`int-quantized`: a symmetric 8-bit weight as plain int8 with its scales, which servers want for W8A8."""
+    if weight.num_bits != 8 or not weight.symmetric:
+        raise ValueError(f"int-quantized takes symmetric 8-bit weights, not {weight.num_bits} bits")
+    return {"weight": (weight.codes ^ 128).view(torch.int8), "weight_scale": _exact(weight.scale, scale_dtype)}
+
+
 def unpack_weight(name: str, parts: Mapping[str, Tensor]) -> Quantized:
-    """Codes, scale and zero point from stored parts, whose shapes `logical_shape` has checked."""
-    rows, columns = (int(n) for n in parts["weight_shape"])
-    num_bits = bits_of(name, parts["weight_packed"].shape[1], columns)
+    """Codes, scale and zero point from stored parts, whose shapes were checked when the headers were read."""
     scale = parts["weight_scale"].float()
     if not bool(torch.isfinite(scale).all()):
         raise DscError(f"{name}: NaN or infinite scales", _AGAIN)
+    if "weight" in parts:  # int-quantized
+        zero_point = torch.full(scale.shape, 128, dtype=torch.uint8)
+        return Quantized(parts["weight"].view(torch.uint8) ^ 128, scale, zero_point, 8, symmetric=True)
+    rows, columns = (int(n) for n in parts["weight_shape"])
+    num_bits = bits_of(name, parts["weight_packed"].shape[1], columns)
     stored = parts.get("weight_zero_point")
     if stored is None:
         zero_point = torch.full(scale.shape, 1 << (num_bits - 1), dtype=torch.uint8)
@@ -113,7 +123,7 @@ def logical_shape(name: str, parts: Mapping[str, Location]) -> tuple[int, int]:
         )
     num_bits = bits_of(name, codes.shape[1], columns)
     fits = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] > 0 and columns % scale.shape[1] == 0
-    if not fits or scale.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not fits or scale.dtype not in SCALE_TYPES:
         raise DscError(
             f"{name}: weight_scale {scale.dtype} {list(scale.shape)} does not fit [{rows}, {columns}]", _AGAIN
         )
@@ -123,6 +133,13 @@ def logical_shape(name: str, parts: Mapping[str, Location]) -> tuple[int, int]:
             found = f"{zero_point.dtype} {list(zero_point.shape)}"
             raise DscError(f"{name}: weight_zero_point {found} is not torch.int32 {list(expected)}", _AGAIN)
     return rows, columns
+
+
+def _exact(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = scale.to(dtype)
+    if not torch.equal(stored.float(), scale.float()):
+        raise ValueError(f"scales are not exact in {dtype}: the codes were made for other values")
+    return stored
 
 
 def _two_numbers(place: Location) -> tuple[int, int]:

@@ -1,0 +1,72 @@
+"""README.md of an output: what it is made of, how, and how to serve it. The same input gives the same text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from deepseek_compress.checkpoint.reader import Checkpoint
+
+
+def model_card(source: Checkpoint, config: Mapping[str, Any], manifest: Mapping[str, Any], body: str = "") -> str:
+    """Front matter for the hub, base model, recipe, precision, `body` (metrics, say), and how to serve."""
+    base = str((manifest.get("source") or {}).get("name") or source.path.resolve().name)
+    front = ["---", f"base_model: {base}", f"license: {_licence(source)}", "tags:", "- deepseek-compress", "---"]
+    sections = ["\n".join(front), f"# {base}, compressed", f"Made from `{base}` with deepseek-compress."]
+    sections += ["## Precision\n\n" + "\n".join(_precision(config, manifest))]
+    if body.strip():
+        sections.append(body.strip())
+    if manifest.get("recipe"):
+        sections.append(f"## Recipe\n\n```yaml\n{str(manifest['recipe']).rstrip()}\n```")
+    sections.append("## Serving\n\n" + _serving(config, manifest))
+    return "\n\n".join(sections) + "\n"
+
+
+def _licence(source: Checkpoint) -> str:
+    """What the source's own card says; `other` where it says nothing, since its LICENSE file goes along."""
+    readme = source.path / "README.md"
+    if readme.is_file():
+        front = re.match(r"\A---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        found = re.search(r"^license:[ \t]*([\w.\-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
+        if found:
+            return found[1]
+    return "other"
+
+
+def _precision(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    quantization = config.get("quantization_config") or {}
+    lines = [f"- {_group(group)}" for group in (quantization.get("config_groups") or {}).values()]
+    if not lines:
+        method = quantization.get("quant_method")
+        lines = [f"- weights as published ({method})" if method else "- weights in 16-bit floating point"]
+    activations = manifest.get("activations")
+    if activations:
+        lines.append(
+            f"- activations: {activations.get('num_bits', 8)} bits, one scale a {activations.get('granularity')}"
+        )
+    plain = quantization.get("ignore")
+    if plain:
+        lines.append(f"- kept in 16 bits: {', '.join(f'`{name}`' for name in plain[:8])}{' ...' if plain[8:] else ''}")
+    return lines
+
+
+def _group(group: Mapping[str, Any]) -> str:
+    weights = group["weights"]
+    kind = "symmetric" if weights["symmetric"] else "asymmetric"
+    size = f"groups of {weights['group_size']}" if weights["group_size"] else "one scale a row"
+    return f"weights: {weights['num_bits']}-bit {kind} {weights['type']}, {size} (`{group['format']}`)"
+
+
+def _serving(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    lines = ["```", "vllm serve PATH", "```"]
+    if method == "compressed-tensors":
+        lines.append("\ntransformers loads it with `pip install compressed-tensors`.")
+    inputs = [
+        g.get("input_activations")
+        for g in ((config.get("quantization_config") or {}).get("config_groups") or {}).values()
+    ]
+    if manifest.get("activations") and not any(inputs):
+        lines.append("\nServers run it with 16-bit activations: none takes 8-bit activations with these weights.")
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""Files of a checkpoint directory: hashed, read as JSON, written beside and renamed, errors of the disk in one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from deepseek_compress.errors import DscError
+
+_READ = 8 << 20  # bytes at a time
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `DscError` where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DscError(f"{path}: {error.strerror}", "give a complete checkpoint directory") from None
+    except (ValueError, RecursionError) as error:
+        raise DscError(f"{path}: not valid JSON ({error})", "download the file again") from None
+    if not isinstance(value, dict):
+        raise DscError(f"{path}: not a JSON object", "download the file again")
+    return value
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE3 of a file, hexadecimal, in one pass: what `b3sum` prints."""
+    hasher = blake3.blake3()
+    with disk_errors(path), open(path, "rb", buffering=0) as file:
+        for block in blocks(file.fileno()):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def blocks(fd: int) -> Iterator[memoryview]:
+    """The rest of an open file through one reused buffer: a block is valid until the next is asked for."""
+    buffer = memoryview(bytearray(_READ))
+    while got := os.readv(fd, [buffer]):
+        yield buffer[:got]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Beside first, synced, then renamed: a reader sees the old content or the new, never a part."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented, keys in the order given, one newline at the end."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def inside(directory: Path, file: Path) -> bool:
+    """Whether `file`, symbolic links followed, lies in `directory`.
+
+    The one exception is the hub's cache, where `snapshots/REVISION/*` are links into `blobs/` beside it.
+    """
+    real, target = directory.resolve(), file.resolve()
+    if real in target.parents:
+        return True
+    return real.parent.name == "snapshots" and target.parent == real.parent.parent / "blobs"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into a `DscError` that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space, then the same command goes on" if full else "check the disk, then start again"
+        raise DscError(f"{path}: {error.strerror}", fix) from None

@@ -1,0 +1,76 @@
+"""What is in a checkpoint: roles, encodings, bits, sparsity, lineage; and whether its files are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from deepseek_compress.checkpoint.files import hash_file
+from deepseek_compress.checkpoint.header import TensorInfo
+from deepseek_compress.checkpoint.reader import Checkpoint
+from deepseek_compress.errors import DscError
+
+
+def summarize(
+    checkpoint: Checkpoint, role: Callable[[str], str] = lambda name: "tensor", *, sparsity: bool = False
+) -> dict[str, Any]:
+    """From headers alone, unless `sparsity` asks to count zeros (reads every matrix).
+
+    {"path", "model_type", "tensors", "parameters", "bytes", "bits_per_weight", "shards", "activations", "lineage",
+     "roles": [{"role", "encoding", "dtype", "tensors", "parameters", "bytes", "bits_per_weight", "sparsity"}]};
+    parameters count unpacked elements without scales, sparsity is a fraction or None.
+    """
+    groups: dict[tuple[str, str, str], list[TensorInfo]] = {}
+    for name, info in checkpoint.header.tensors.items():
+        key = (str(role(name)), info.encoding, str(info.dtype).removeprefix("torch."))
+        groups.setdefault(key, []).append(info)
+    rows = [_row(key, infos, checkpoint if sparsity else None) for key, infos in sorted(groups.items())]
+    parameters = sum(row["parameters"] for row in rows)
+    size = sum(file.stat().st_size for file in _shard_files(checkpoint))
+    return {
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.config.get("model_type"),
+        "tensors": sum(row["tensors"] for row in rows),
+        "parameters": parameters,
+        "bytes": size,
+        "bits_per_weight": 8 * size / parameters if parameters else None,
+        "shards": len(_shard_files(checkpoint)),
+        "activations": checkpoint.activations,
+        "lineage": (checkpoint.manifest or {}).get("lineage") or [],
+        "roles": rows,
+    }
+
+
+def verify_hashes(checkpoint: Checkpoint) -> Iterator[DscError]:
+    """Every file of the manifest whose bytes are not those that were written; nothing without a manifest."""
+    for name, facts in ((checkpoint.manifest or {}).get("files") or {}).items():
+        path = checkpoint.path / name
+        if not path.is_file():
+            yield DscError(f"{path}: in the manifest, but not there", "make the checkpoint again")
+        elif path.stat().st_size != facts["bytes"] or hash_file(path) != facts["blake3"]:
+            yield DscError(f"{path}: not the bytes that were written", "make the checkpoint again")
+
+
+def _row(key: tuple[str, str, str], infos: list[TensorInfo], checkpoint: Checkpoint | None) -> dict[str, Any]:
+    parameters = sum(info.elements for info in infos)
+    size = sum(info.bytes for info in infos)
+    return {
+        "role": key[0],
+        "encoding": key[1],
+        "dtype": key[2],
+        "tensors": len(infos),
+        "parameters": parameters,
+        "bytes": size,
+        "bits_per_weight": 8 * size / parameters if parameters else None,
+        "sparsity": _zeros(checkpoint, infos) / parameters if checkpoint and parameters else None,
+    }
+
+
+def _zeros(checkpoint: Checkpoint, infos: list[TensorInfo]) -> int:
+    return sum(int((checkpoint.read(info.name, torch.bfloat16) == 0).sum()) for info in infos)
+
+
+def _shard_files(checkpoint: Checkpoint) -> list[Any]:
+    return sorted({part.file for info in checkpoint.header.tensors.values() for part in info.parts.values()})
