@@ -1,0 +1,24 @@
+"""Our own kernels: packing 4-bit weights and the mixed-precision softmax, each with a slow reference beside it.
+
+    from cuda_ops import pack_weights, softmax
+
+Importing this package costs nothing: torch is imported, and native code compiled (once, see `build`), at the first
+call. Where it cannot be compiled the reference runs instead and says so once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cuda_ops.ops import Packed, instructions, limited_to, load, pack_weights, softmax
+
+__all__ = ["Packed", "instructions", "limited_to", "load", "pack_weights", "softmax"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cuda_ops import ops
+
+    return getattr(ops, name)

@@ -1,0 +1,158 @@
+"""Compile the native code on first use and keep it: no wheel, no Python headers, one compiler call.
+
+A library is a few C++ files that register operators on torch's stable ABI, or export plain C functions. It is compiled
+into the user's cache, into a file named by a hash of everything that decides its bytes: sources, flags, compiler and
+torch version. Two processes that want the same file at once wait for one another; the file appears by a rename, so a
+build that is killed leaves nothing that loads.
+
+Nothing here is tuned to the processor that compiles (no -march=native): the code chooses its instructions at run time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+NATIVE = Path(__file__).parent / "native"
+EMULATION = Path(__file__).parent / "emulation"
+TIMEOUT_S = 600
+
+# Features of torch 2.10 are enough, so one source builds with 2.10 and everything later.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Contraction to fused multiply-add would change the last bit of what must equal the reference; 
+HOST_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra",
+              "-Wno-maybe-uninitialized")  # GCC 12 says this of its own AVX-512 header
+
+
+class BuildError(Exception):
+    """The native code could not be compiled: one line with the reason."""
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries live: $DSC_CACHE, else $XDG_CACHE_HOME/dsc, else ~/.cache/dsc."""
+    base = os.environ.get("DSC_CACHE")
+    if base:
+        return Path(base) / "native"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsc" / "native"
+
+
+def torch_directory() -> Path:
+    """The installed torch package, found without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise BuildError("torch is not installed")
+    return Path(found.origin).parent
+
+
+def host_compiler() -> str:
+    """$CXX, else g++, c++ or clang++ from the path."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            return str(shutil.which(name))
+    raise BuildError("no C++ compiler: none of $CXX, g++, c++, clang++ is on the path")
+
+
+def cuda_compiler() -> str | None:
+    """nvcc from $CUDA_HOME, the path or /usr/local/cuda; None where there is none."""
+    homes = [Path(home) / "bin" / "nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return next((str(path) for path in homes if path.is_file()), None) or shutil.which("nvcc")
+
+
+@functools.cache
+def compiler_version(compiler: str) -> str:
+    """What the compiler says about itself; part of the cache key."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def cpu_library() -> Path:
+    """The CPU operators (pack, softmax), built if need be. Raises BuildError."""
+    return build("cpu", host_compiler(), ["torch_cpu.cpp", "pack.cpp", "softmax.cpp"], (*HOST_FLAGS, *torch_flags()))
+
+
+def cuda_library(capability: str) -> Path:
+    """The CUDA operators for one architecture such as "90", built if need be. Raises BuildError."""
+    nvcc = cuda_compiler()
+    if nvcc is None:
+        raise BuildError("no CUDA compiler: nvcc is not on the path and $CUDA_HOME is not set")
+    flags = ["-std=c++20", "-O3", "-shared", f"-arch=sm_{capability}", "-Xcompiler", "-fPIC", "-cudart", "shared"]
+    rpath = [f for f in torch_flags() if f.startswith("-Wl")]
+    rest = [f for f in torch_flags() if not f.startswith("-Wl")]
+    return build(
+        f"cuda{capability}",
+        nvcc,
+        ["torch_cuda.cpp", "softmax.cu"],
+        (*flags, *rest, *(f"-Xlinker={f.removeprefix('-Wl,').replace(',', '=')}" for f in rpath)),
+    )
+
+
+def emulated_library() -> Path:
+    """The CUDA kernels compiled for the CPU, one fiber per CUDA thread; for tests. Raises BuildError."""
+    # _FORTIFY_SOURCE refuses the longjmp from one stack to another that switches fibers.
+    flags = (*HOST_FLAGS, "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{NATIVE}")
+    return build("emulated", host_compiler(), [str(EMULATION / "softmax_emulated.cpp")], flags)
+
+
+def torch_flags() -> tuple[str, ...]:
+    """Where torch's headers and libraries are."""
+    torch = torch_directory()
+    lib = torch / "lib"
+    return (TORCH_TARGET, f"-isystem{torch / 'include'}", f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
+
+
+def build(name: str, compiler: str, sources: Sequence[str], flags: Sequence[str]) -> Path:
+    """Compile `sources` (of native/, or absolute) into one shared library in the cache and return its path."""
+    directory = cache_directory()
+    target = directory / f"{name}-{_key(compiler, sources, flags)}.so"
+    if target.exists():
+        return target
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_suffix(".lock")):
+            if not target.exists():
+                _compile(target, [compiler, *(str(NATIVE / s) for s in sources), *flags])
+    except OSError as error:
+        raise BuildError(f"cannot write {directory}: {error.strerror}") from error
+    return target
+
+
+def _key(compiler: str, sources: Sequence[str], flags: Sequence[str]) -> str:
+    """A hash of everything that decides the bytes of the library."""
+    digest = hashlib.sha256()
+    for text in (compiler_version(compiler), metadata.version("torch"), *sources, *flags):
+        digest.update(text.encode() + b"\0")
+    for path in sorted(p for folder in (NATIVE, EMULATION) if folder.is_dir() for p in folder.iterdir() if p.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _compile(target: Path, command: list[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+        made = Path(scratch) / target.name
+        try:
+            done = subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=scratch, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{command[0]} took more than {TIMEOUT_S} s") from error
+        if done.returncode:
+            text = done.stderr or done.stdout
+            reason = next((line for line in text.splitlines() if "error" in line), text.strip()[-200:])
+            raise BuildError(f"{command[0]} failed: {reason.strip()}")
+        os.replace(made, target)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,83 @@
+// Sixteen lanes: AVX-512 F, BW, VL, DQ. See simd.h for the meaning of each function.
+
+using F = __m512;
+using I = __m512i;
+constexpr int kLanes = 16;
+
+static inline F set(float x) { return _mm512_set1_ps(x); }
+static inline I bits_of(F x) { return _mm512_castps_si512(x); }
+static inline F float_of(I x) { return _mm512_castsi512_ps(x); }
+
+static inline F load(const float* p) { return _mm512_loadu_ps(p); }
+static inline F load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+static inline __m256i load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline F load(const Bf16* p) { return float_of(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words(p)), 16)); }
+static inline F load(const Half* p) { return _mm512_cvtph_ps(load_words(p)); }
+static inline __m128i load_bytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+static inline F load_keep(const uint8_t* p, F x) {
+  const __m128i keep = load_bytes(p);
+  return _mm512_mask_blend_ps(_mm_test_epi8_mask(keep, keep), _mm512_set1_ps(-kInfinity), x);
+}
+
+// E4M3 moved into the fields of a half is 2^-8 of the value (bias 7 against 15), subnormals included; the conversion
+// from half is full speed for subnormals where a product of floats would trap into microcode.
+static inline F load_e4m3(const uint8_t* p) {
+  const __m256i codes = _mm256_cvtepu8_epi16(load_bytes(p));
+  const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)), 8);
+  __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7));
+  half = _mm256_mask_set1_epi16(half, _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f)), 0x7e00);
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
+
+static inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+static inline void store(Bf16* p, F x) {
+  const I bits = bits_of(x);
+  const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  I rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  rounded = _mm512_mask_set1_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), 0x7fc0);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+static inline void store(Half* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void store(uint8_t* p, F x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+static inline F first(F x, int count) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), static_cast<__mmask16>((1u << count) - 1), x);
+}
+
+static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+static inline F quotient(F a, F b, F reciprocal) {
+  const F guess = _mm512_mul_ps(a, reciprocal);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(guess, b, a), reciprocal, guess);
+}
+static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+static inline F min(F a, F b) { return _mm512_min_ps(b, a); }  // the instruction returns its second operand for a NaN
+static inline F max(F a, F b) { return _mm512_max_ps(b, a); }
+static inline F round_even(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline F zero_below(F x, F limit, F value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), value);
+}
+static inline F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
+
+static inline bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+static inline float lowest(F a) { return _mm512_reduce_min_ps(a); }
+static inline float highest(F a) { return _mm512_reduce_max_ps(a); }
+static inline float total(F a) { return _mm512_reduce_add_ps(a); }
+
+static inline void store_codes(uint8_t* row, int64_t k, F ratio, float zero_point) {
+  I code = _mm512_add_epi32(_mm512_cvtps_epi32(ratio), _mm512_set1_epi32(static_cast<int32_t>(zero_point)));
+  code = _mm512_min_epi32(code, _mm512_set1_epi32(15));
+  // Two codes share a 64-bit lane, 32 bits apart: 28 down puts the odd one into the high nibble of the low byte.
+  const I pair = _mm512_or_si512(code, _mm512_srli_epi64(code, 28));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(row + k / 2), _mm512_cvtepi64_epi8(pair));
+}
+static inline F load_e2m1(const uint8_t* row, int64_t k) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + k / 2));
+  const __m128i nibbles = _mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4));
+  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(nibbles), _mm512_load_ps(kE2M1));  // reads 4 bits of each index
+}

@@ -1,0 +1,139 @@
+"""The operators `torch.ops.deepseek_compress.*`: their schemas, which implementation is loaded, and a typed face.
+
+The schemas and the meta implementations are here; CPU and CUDA implementations come from native/torch_cpu.cpp and
+native/torch_cuda.cpp, on torch's stable ABI, or from `reference` where those cannot be built.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cuda_ops import build, reference
+from deepseek_compress.errors import DscError
+
+NAMESPACE = "deepseek_compress"
+SCHEMAS = (
+    "pack_weights(Tensor weight, Tensor? scale, int encoding, int block_rows, int block_columns, int group_size, "
+    "bool symmetric) -> (Tensor, Tensor, Tensor, int)",
+    "softmax(Tensor logits, Tensor? row_scale, Tensor? column_scale, Tensor? mask, ScalarType out_dtype) "
+    "-> (Tensor, Tensor)",
+    "limit_isa(int level) -> int",
+)
+ISA = ("scalar", "avx2", "avx512")  # what the CPU kernels can use, in the order of simd.h
+PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FP8_BLOCK, MXFP4 = 3, 4
+
+_log = logging.getLogger("cuda_ops")
+_library: list[torch.library.Library] = []  # kept: an operator lives as long as the library that defines it
+
+
+class Packed(NamedTuple):
+    """A weight in the pack-quantized layout of compressed-tensors."""
+
+    packed: Tensor  # int32 (rows, ceil(columns / 8)): 4-bit codes along columns, low nibble first
+    scale: Tensor  # bfloat16 (rows, groups)
+    zero_point: Tensor | None  # int32 (ceil(rows / 8), groups): packed along rows; None when symmetric
+
+
+@functools.cache
+def load() -> bool:
+    """Define the operators and load the native CPU code; True if it is native, False if the reference serves.
+
+    The reason is logged, once, where it cannot be built. Called by every function here; call it yourself before you
+    use `torch.ops.deepseek_compress` directly.
+    """
+    library = torch.library.Library(NAMESPACE, "DEF")
+    _library.append(library)
+    for schema in SCHEMAS:
+        library.define(schema)
+    try:
+        torch.ops.load_library(str(build.cpu_library()))
+        return True
+    except (build.BuildError, OSError) as error:
+        _log.warning("native kernels not available, the slow reference is used: %s", error)
+    library.impl("pack_weights", _reference_pack, "CPU")
+    library.impl("limit_isa", lambda level: 0, "CompositeExplicitAutograd")
+    return False
+
+
+def instructions() -> str:
+    """What the CPU kernels run on here: scalar, avx2, avx512, or "reference" where nothing could be built."""
+    return ISA[torch.ops.deepseek_compress.limit_isa(len(ISA) - 1)] if load() else "reference"
+
+
+@contextmanager
+def limited_to(name: str) -> Iterator[bool]:
+    """Use at most these instructions inside the block, in the whole process; yields whether this machine has them."""
+    load()
+    level = ISA.index(name)
+    try:
+        yield torch.ops.deepseek_compress.limit_isa(level) == level
+    finally:
+        torch.ops.deepseek_compress.limit_isa(len(ISA) - 1)
+
+
+def pack_weights(
+    weight: Tensor,
+    scale: Tensor | None = None,
+    *,
+    group_size: int,
+    symmetric: bool = False,
+    block: tuple[int, int] = (128, 128),
+    name: str = "weight",
+) -> Packed:
+    """Round a stored weight to 4 bits, data-free, and pack it: one pass over the bytes, threads over rows.
+
+    `weight`: float32, float16 or bfloat16 (rows, columns); float8_e4m3fn with `scale` (blocks of rows, blocks of
+    columns), the multiplier; or int8/uint8 (rows, columns / 2) with E8M0 `scale` (rows, columns / 32). The result
+    equals `numerics.rtn` on the decoded weight, bit for bit. Raises `DscError`, naming the weight, for NaN, infinity,
+    shapes that do not fit and types it does not know.
+    """
+    load()
+    weight = weight.contiguous()
+    if weight.dtype in PLAIN and scale is None:
+        encoding = PLAIN[weight.dtype]
+    elif weight.dtype == torch.float8_e4m3fn and scale is not None:
+        encoding, scale = FP8_BLOCK, scale.float().contiguous()
+        _expect(name, scale, (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])))
+    elif weight.dtype in (torch.int8, torch.uint8) and scale is not None:
+        encoding, weight, scale = MXFP4, weight.view(torch.uint8), scale.view(torch.uint8).contiguous()
+        _expect(name, scale, (weight.shape[0], weight.shape[1] // (reference.MXFP4_BLOCK // 2)))
+    else:
+        has = "no scale" if scale is None else f"scale {scale.dtype}"
+        raise DscError(f"{name}: cannot pack {weight.dtype} with {has}", "give BF16, FP8 with scales or MXFP4")
+    columns = weight.shape[1] * (2 if encoding == MXFP4 else 1)
+    if columns % group_size:
+        fits = next((g for g in (128, 64, 32, 16) if columns % g == 0), columns)
+        raise DscError(
+            f"{name}: {columns} columns do not divide into groups of {group_size}", f"set group_size: {fits}"
+        )
+    packed, stored, zero, bad = torch.ops.deepseek_compress.pack_weights(
+        weight, scale, encoding, *block, group_size, symmetric
+    )
+    if bad >= 0:
+        raise DscError(f"{name}: row {bad} holds NaN, infinity or a range beyond float32", "download the file again")
+    return Packed(packed, stored, None if symmetric else zero)
+
+
+def _expect(name: str, scale: Tensor, shape: tuple[int, int]) -> None:
+    if tuple(scale.shape) != shape:
+        raise DscError(f"{name}: scale has shape {tuple(scale.shape)}, not {shape}", "check the quantization_config")
+
+
+def _reference_pack(
+    weight: Tensor,
+    scale: Tensor | None,
+    encoding: int,
+    block_rows: int,
+    block_columns: int,
+    group_size: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    return reference.pack_weights(weight, scale, (block_rows, block_columns), group_size, symmetric)

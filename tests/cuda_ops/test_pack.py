@@ -1,0 +1,174 @@
+"""Every build of the pack kernel against the slow reference, bit for bit, and the reference against `numerics.rtn`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import cuda_ops
+from cuda_ops import ops, reference
+from deepseek_compress.errors import DscError
+
+BLOCK = (128, 128)
+# rows, columns, group: whole words, ragged rows, ragged blocks, one group a row, sizes no vector divides
+SHAPES = [(64, 512, 128), (13, 352, 32), (130, 384, 64), (3, 2304, 2304), (9, 30, 10), (5, 20, 20), (1, 16, 16)]
+
+
+@pytest.fixture(scope="module", params=ops.ISA)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with cuda_ops.limited_to(request.param) as available:
+        if not available:
+            pytest.skip(f"this processor (or this build) has no {request.param}")
+        yield request.param
+
+
+def weights(rows: int, columns: int) -> Tensor:
+    """Float32 with what goes wrong elsewhere: zeros, one-sided groups, ties at half a step, tiny and huge rows."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    w = torch.randn(rows, columns, generator=generator) * 0.02
+    w[0] = 0
+    w[rows // 2] = w[rows // 2].abs() + 0.5
+    w[-1] = -w[-1].abs()
+    if rows > 5:
+        w[1] = torch.arange(columns) % 31 / 2 - 7.5
+        w[2] *= 1e-28
+        w[3] *= 1e37
+        w[4, ::3] = 0
+        w[5] = torch.where(w[5] > 0, 1e-38, -3e-39)  # subnormal: becomes a group of zeros
+    return w
+
+
+def stored(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """A weight in one of the published forms and its scale."""
+    generator = torch.Generator().manual_seed(7)
+    w = weights(rows, columns)
+    if kind == "fp8":
+        codes = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
+        codes[codes & 0x7F == 0x7F] = 0x08  # NaN -> the smallest normal number
+        scale = torch.rand(-(-rows // BLOCK[0]), -(-columns // BLOCK[1]), generator=generator) * 1e-3
+        return codes.view(torch.float8_e4m3fn), scale
+    if kind == "mxfp4":
+        codes = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
+        scale = torch.randint(0, 250, (rows, columns // 32), generator=generator, dtype=torch.uint8)
+        return codes.view(torch.int8), scale.view(torch.float8_e8m0fnu)
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[kind]
+    return w.clamp(-6e4, 6e4).to(dtype), None
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "fp8", "mxfp4"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_equals_the_reference(isa: str, kind: str, symmetric: bool) -> None:
+    for rows, columns, group in SHAPES:
+        if kind == "mxfp4" and columns % 32:
+            continue
+        weight, scale = stored(kind, rows, columns)
+        made = cuda_ops.pack_weights(weight, scale, group_size=group, symmetric=symmetric)
+        packed, scales, zero, bad = reference.pack_weights(weight, scale, BLOCK, group, symmetric)
+        assert bad == -1
+        assert torch.equal(made.packed, packed), (rows, columns, group)
+        assert torch.equal(made.scale.view(torch.int16), scales.view(torch.int16)), (rows, columns, group)
+        assert made.zero_point is None if symmetric else torch.equal(made.zero_point, zero)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_reference_is_round_to_nearest(symmetric: bool) -> None:
+    """The fused road and `decode, numerics.rtn, pack` are one rule."""
+    from deepseek_compress.numerics.rtn import Rtn
+    from deepseek_compress.numerics.types import Statistics
+
+    for rows, columns, group in SHAPES:
+        weight = weights(rows, columns)
+        codes, scale, zero = reference.quantize(weight, group, symmetric)
+        expected = Rtn(group_size=group, symmetric=symmetric)(weight, Statistics())
+        assert torch.equal(codes, expected.codes)
+        assert torch.equal(scale.float(), expected.scale)
+        assert torch.equal(zero, expected.zero_point)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_decode_is_that_of_the_reader(kind: str) -> None:
+    from deepseek_compress.checkpoint.formats.fp8 import decode_fp8_block
+    from deepseek_compress.checkpoint.formats.mxfp4 import decode_mxfp4
+
+    weight, scale = stored(kind, 130, 384)
+    assert scale is not None
+    if kind == "fp8":
+        expected = decode_fp8_block(weight, scale, BLOCK)
+    else:
+        expected = decode_mxfp4(weight.view(torch.uint8), scale.view(torch.uint8))
+    assert torch.equal(reference.decode(weight, scale, BLOCK), expected)
+
+
+def test_layout_is_that_of_compressed_tensors() -> None:
+    """The golden vectors of pack-quantized: codes along columns, zero points along rows, low nibble first."""
+    assert [w & 0xFFFFFFFF for w in reference.pack_rows(torch.arange(16, dtype=torch.uint8)[None])[0].tolist()] == [
+        0x76543210,
+        0xFEDCBA98,
+    ]
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    weight = weights(13, 352)
+    made = cuda_ops.pack_weights(weight, group_size=32)
+    codes, _, zero = reference.quantize(weight, 32, False)
+    assert torch.equal(made.packed, helpers.pack_to_int32((codes.int() - 8).to(torch.int8), 4))
+    packed_zero = helpers.pack_to_int32((zero.int() - 8).to(torch.int8), 4, packed_dim=0)
+    assert made.zero_point is not None and torch.equal(made.zero_point, packed_zero)
+
+
+def test_threads_do_not_change_a_bit(isa: str) -> None:
+    weight = weights(300, 1024).bfloat16()
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(cuda_ops.pack_weights(weight, group_size=64))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_zeros_of_a_sparse_weight_stay_zero(isa: str) -> None:
+    weight = weights(64, 256)
+    weight[:, 1::2] = 0
+    made = cuda_ops.pack_weights(weight, group_size=64)
+    codes = torch.stack([made.packed >> 4 * i & 15 for i in range(8)], -1).view(64, 4, 64)
+    assert made.zero_point is not None
+    zero = torch.stack([made.zero_point >> 4 * i & 15 for i in range(8)], 1).view(64, 4, 1)
+    assert ((codes == zero).view(64, 256)[:, 1::2]).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused(isa: str, value: float) -> None:
+    weight = torch.ones(70, 512)
+    weight[41, 300] = value
+    weight[66, 2] = value
+    with pytest.raises(DscError, match="q_proj: row 41 holds NaN"):
+        cuda_ops.pack_weights(weight, group_size=128, name="q_proj")
+    assert reference.pack_weights(weight, None, BLOCK, 128, False)[3] == 41
+
+
+def test_a_nan_of_each_format_is_refused(isa: str) -> None:
+    fp8, scale = stored("fp8", 64, 256)
+    fp8.view(torch.uint8)[10, 17] = 0xFF
+    with pytest.raises(DscError, match="row 10"):
+        cuda_ops.pack_weights(fp8, scale, group_size=64)
+    mxfp4, exponent = stored("mxfp4", 64, 256)
+    assert exponent is not None
+    exponent.view(torch.uint8)[20, 3] = 255
+    with pytest.raises(DscError, match="row 20"):
+        cuda_ops.pack_weights(mxfp4, exponent, group_size=64)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "group", "match"),
+    [
+        (torch.ones(4, 96), None, 64, "96 columns do not divide into groups of 64; set group_size: 32"),
+        (torch.ones(4, 64, dtype=torch.int8), None, 32, "cannot pack torch.int8 with no scale"),
+        (torch.ones(256, 128).to(torch.float8_e4m3fn), torch.ones(1, 1), 32, r"not \(2, 1\)"),
+        (torch.ones(4, 64, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.uint8), 32, r"not \(4, 4\)"),
+    ],
+)
+def test_mistakes_are_named(weight: Tensor, scale: Tensor | None, group: int, match: str) -> None:
+    with pytest.raises(DscError, match=match):
+        cuda_ops.pack_weights(weight, scale, group_size=group, name="up_proj")
