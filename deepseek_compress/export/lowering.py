@@ -1,0 +1,320 @@
+"""How a linear becomes ONNX nodes: `Lowering(build, x, weight) -> y`, one table for all targets.
+
+A quantised weight is W[k, n] = s[g, n] (q[k, n] - z[g, n]), k in group g, with k the input and n the output channel (the
+transpose of the checkpoint's rows). c = 2^(b-1) centres the codes, so that q - c fits a signed type.
+
+| lowering | weights b <= 4 or 8 bits | 8-bit activations x = t d, t = max|x| / 127 per token, d whole |
+|---|---|---|
+| `plain` | decoded to the float type of the graph | x replaced by t d |
+| `standard` | DequantizeLinear in blocks with zero points | (d . W) t |
+| `tensorrt` | x . DQ(q - c) - groupsum(x) . (s (z - c)), exact, because TensorRT takes no zero points | integer products of each group, then the scales: t (sum_g s_g (d_g . (q - c)_g) - groupsum(d) . (s (z - c))) |
+| `matmulnbits` | onnxruntime's MatMulNBits | inside MatMulNBits at accuracy level 4, else (d . W) t |
+
+In the last column of `tensorrt` both operands of the integer product have the constant scale 1 and every real scale is
+an explicit FP32 multiplication, which leaves nothing that could be applied to the wrong group (see `hazards`). 4-bit
+codes are stored in 4 bits and widened to 8 by one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from onnx import TensorProto
+
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.errors import DscError
+from deepseek_compress.export.graph import CONTRIB, Array, Graph, pack_nibbles
+from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.numerics.types import Quantized
+
+SMALLEST = 1e-30  # as numerics.activations: a token below it keeps its zeros
+NBITS_BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
+
+
+class Weight(NamedTuple):
+    """One linear, or the same linear of all experts stacked along a new first dimension."""
+
+    label: str  # name of the initializer, without suffix: the checkpoint's, with * for the expert
+    names: tuple[str, ...]  # checkpoint names, without ".weight"
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weight has a leading dimension of experts."""
+        return "*" in self.label
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the emitters share while one model is written."""
+
+    graph: Graph
+    checkpoint: Checkpoint
+    cfg: ModelConfig
+    lower: Lowering
+    accuracy_level: int = 4  # of MatMulNBits: 4 computes with 8-bit activations, 0 in float
+    sparse_experts: bool = False  # visit routed tokens only (onnxruntime); TensorRT has no NonZero
+    activation_bits: int = 8
+    rounded: frozenset[str] = frozenset()  # linears that see dynamic integers instead of floats, by checkpoint name
+
+
+Lowering = Callable[[Build, str, Weight], str]
+
+
+# ---- weights from the checkpoint
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """A torch tensor as numpy, BF16 through float32."""
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+    return array
+
+
+def is_quantized(build: Build, weight: Weight) -> bool:
+    """Whether the checkpoint holds this weight as codes."""
+    return build.checkpoint.header.tensors[weight.names[0] + ".weight"].encoding == "packed"
+
+
+def is_rounded(build: Build, weight: Weight) -> bool:
+    """Whether the linear's input is rounded to whole numbers per token."""
+    return weight.names[0] in build.rounded
+
+
+def read(build: Build, weight: Weight) -> Iterator[Quantized]:
+    """The quantised weight of each expert in turn (one for a plain linear), all on grids of one shape."""
+    shape = None
+    for name in weight.names:
+        found = build.checkpoint.read_quantized(name + ".weight")
+        if found is None or shape not in (None, (found.num_bits, found.scale.shape)):
+            raise DscError(
+                f"{name}.weight is not quantised like the other experts of its layer", "use one scheme for all experts"
+            )
+        shape = (found.num_bits, found.scale.shape)
+        yield found
+
+
+class Grids(NamedTuple):
+    """A weight written to the graph: the codes' initializer, and what the scales are."""
+
+    codes: str
+    scale: Array  # float32 ([E,] groups, N)
+    zero: Array  # float32 ([E,] groups, N), relative to the centre
+    num_bits: int
+    group_size: int
+    rows: int
+
+
+def write_codes(build: Build, weight: Weight, signed: bool) -> Grids:
+    """Stream the codes as ([E,] K, N), 4 or 8 bits, and keep the (16 to 128 times smaller) scales in memory.
+
+    `signed`: codes are stored minus the centre 2^(b-1); else as they are.
+    """
+    scales: list[Array] = []
+    zeros: list[Array] = []
+    first = next(read(build, weight))
+    rows, columns = first.codes.shape
+    centre = 1 << (first.num_bits - 1)
+    narrow = first.num_bits <= 4
+
+    def parts() -> Iterator[bytes]:
+        for found in read(build, weight):
+            codes = to_numpy(found.codes).T.astype(np.int16) - (centre if signed else 0)
+            scales.append(to_numpy(found.scale).T)
+            zeros.append(to_numpy(found.zero_point).T.astype(np.float32) - centre)
+            codes = np.ascontiguousarray(codes)
+            yield pack_nibbles(codes) if narrow else codes.astype(np.int8 if signed else np.uint8).tobytes()
+
+    kinds = {True: (TensorProto.INT4, TensorProto.UINT4), False: (TensorProto.INT8, TensorProto.UINT8)}
+    lead = (len(weight.names),) if weight.stacked else ()
+    kind = kinds[narrow][0 if signed else 1]
+    codes = build.graph.stream(f"{weight.label}.weight", kind, (*lead, columns, rows), parts())
+    scale, zero = (np.stack(a) if weight.stacked else a[0] for a in (scales, zeros))
+    return Grids(codes, scale.astype(np.float32), zero, first.num_bits, first.group_size, rows)
+
+
+# ---- activations
+
+
+def round_tokens(build: Build, x: str) -> tuple[str, str]:
+    """Whole numbers d as float32, and the scale t float32 (..., 1): x ~ t d. Same rule as numerics.activations."""
+    g, top = build.graph, (1 << (build.activation_bits - 1)) - 1
+    wide = g.op("Cast", x, to=TensorProto.FLOAT)
+    largest = g.op("ReduceMax", g.op("Abs", wide), g.ints(-1), keepdims=1)
+    t = g.op("Div", largest, g.scalar(top, np.float32))
+    t = g.op("Where", g.op("Greater", t, g.scalar(SMALLEST, np.float32)), t, g.scalar(1, np.float32))
+    return g.op("Div", wide, t), t
+
+
+def _on_whole_numbers(build: Build, x: str, product: Callable[[str], str]) -> str:
+    """product(d) * t, in float: what 8-bit activations mean where the product itself is not made of integers."""
+    g = build.graph
+    d, t = round_tokens(build, x)
+    y = product(g.op("Cast", g.op("Round", d), to=g.elem_type))
+    return g.op("Cast", g.op("Mul", g.op("Cast", y, to=TensorProto.FLOAT), t), to=g.elem_type)
+
+
+# ---- lowerings
+
+
+def plain(build: Build, x: str, weight: Weight) -> str:
+    """Float weights: Gemm with the checkpoint's own (rows, columns) layout, MatMul with ([E] K, N) for experts."""
+    g, name = build.graph, f"{weight.label}.weight"
+    if is_rounded(build, weight):
+        d, t = round_tokens(build, x)
+        x = g.op("Cast", g.op("Mul", g.op("Round", d), t), to=g.elem_type)
+    if not weight.stacked:
+        if not g.has(name):
+            g.weight(name, to_numpy(build.checkpoint.read(name)).astype(g.numpy))
+        return g.op("Gemm", x, name, transB=1)
+    rows, columns = build.checkpoint.header.tensors[weight.names[0] + ".weight"].shape
+    read_one = (to_numpy(build.checkpoint.read(n + ".weight")).T.astype(g.numpy) for n in weight.names)
+    shape = (len(weight.names), columns, rows)
+    g.stream(name, g.elem_type, shape, (np.ascontiguousarray(w).tobytes() for w in read_one))
+    return g.op("MatMul", x, name)
+
+
+def standard(build: Build, x: str, weight: Weight) -> str:
+    """Standard operators only: DequantizeLinear in blocks, with zero points, then MatMul."""
+    g = build.graph
+    grids = write_codes(build, weight, signed=False)
+    centre = 1 << (grids.num_bits - 1)
+    zero = grids.zero + centre
+    name = f"{weight.label}.weight_zero_point"
+    if grids.num_bits <= 4:
+        g.weight4(name, zero, signed=False)
+    else:
+        g.weight(name, zero.astype(np.uint8))
+    scale = g.weight(f"{weight.label}.weight_scale", grids.scale.astype(g.numpy))
+    axis = grids.scale.ndim - 2
+    w = g.op("DequantizeLinear", grids.codes, scale, name, axis=axis, block_size=grids.group_size)
+    if is_rounded(build, weight):
+        return _on_whole_numbers(build, x, lambda d: g.op("MatMul", d, w))
+    return g.op("MatMul", x, w)
+
+
+def tensorrt(build: Build, x: str, weight: Weight) -> str:
+    """TensorRT's types: signed codes without zero points, the zero points as a correction by group sums."""
+    return _integer_product(build, x, weight) if is_rounded(build, weight) else _corrected_product(build, x, weight)
+
+
+def _corrected_product(build: Build, x: str, weight: Weight) -> str:
+    g = build.graph
+    grids = write_codes(build, weight, signed=True)
+    scale = g.weight(f"{weight.label}.weight_scale", grids.scale.astype(g.numpy))
+    axis = grids.scale.ndim - 2
+    w = g.op("DequantizeLinear", grids.codes, scale, axis=axis, block_size=grids.group_size)
+    return _correct(build, g.op("MatMul", x, w), x, weight, grids, g.numpy)
+
+
+def _correct(build: Build, y: str, x: str, weight: Weight, grids: Grids, numpy: Any) -> str:
+    """y - groupsum(x) . (s (z - c)); nothing to do for symmetric weights."""
+    if not grids.zero.any():
+        return y
+    g = build.graph
+    correction = g.weight(f"{weight.label}.weight_correction", (grids.scale * grids.zero).astype(numpy))
+    sums = g.op("ReduceSum", _in_groups(build, x, weight, grids), g.ints(-1), keepdims=0)
+    return g.op("Sub", y, g.op("MatMul", sums, correction))
+
+
+def _in_groups(build: Build, x: str, weight: Weight, grids: Grids) -> str:
+    """([E,] tokens, K) -> ([E,] tokens, groups, group_size)."""
+    groups = grids.scale.shape[-2]
+    lead = (0,) if weight.stacked else ()  # 0: keep this dimension
+    return build.graph.op("Reshape", x, build.graph.ints(*lead, -1, groups, grids.group_size))
+
+
+def _integer_product(build: Build, x: str, weight: Weight) -> str:
+    g = build.graph
+    one = g.scalar(1, np.float32)
+    grids = write_codes(build, weight, signed=True)
+    fraction, t = round_tokens(build, x)
+    d = g.op("QuantizeLinear", fraction, one, g.constant(np.array(0, np.int8)))
+    w = _widen(build, grids) if grids.num_bits <= 4 else grids.codes
+    groups = grids.scale.shape[-2]
+    lead = grids.scale.shape[:-2]
+    operand = d
+    if groups > 1:
+        operand = g.op("Transpose", _in_groups(build, d, weight, grids), perm=[0, 2, 1, 3] if lead else [1, 0, 2])
+        w = g.op("Reshape", w, g.ints(*lead, groups, grids.group_size, grids.rows))
+    y = g.op("MatMul", g.op("DequantizeLinear", operand, one), g.op("DequantizeLinear", w, one))
+    scale = grids.scale[..., :, None, :] if groups > 1 else grids.scale
+    y = g.op("Mul", y, g.weight(f"{weight.label}.weight_scale", scale))
+    y = g.op("ReduceSum", y, g.ints(-3), keepdims=0) if groups > 1 else y
+    y = _correct(build, y, g.op("DequantizeLinear", d, one), weight, grids, np.float32)
+    return g.op("Cast", g.op("Mul", y, t), to=g.elem_type)
+
+
+def _widen(build: Build, grids: Grids) -> str:
+    """4-bit codes as int8, by one kernel. The scales of ones come in a block, not as a scalar: TensorRT-RTX 1.7.1
+    folds a scalar 1 into a no-op and then refuses the types."""
+    g = build.graph
+    columns = grids.scale.shape[-2] * grids.group_size
+    ones = g.constant(np.ones((*grids.scale.shape[:-2], 1, grids.rows), np.float32))
+    wide = g.op("DequantizeLinear", grids.codes, ones, axis=grids.scale.ndim - 2, block_size=columns)
+    return g.op("QuantizeLinear", wide, g.scalar(1, np.float32), g.constant(np.array(0, np.int8)))
+
+
+def matmulnbits(build: Build, x: str, weight: Weight) -> str:
+    """onnxruntime's MatMulNBits, with zero points. Group sizes that it does not take go the standard way."""
+    found = next(read(build, weight))
+    if weight.stacked or found.group_size not in NBITS_BLOCKS:
+        return standard(build, x, weight)
+
+    def product(value: str) -> str:
+        return nbits_product(build, value, f"{weight.label}.weight", found)
+
+    if is_rounded(build, weight) and build.accuracy_level < 4:
+        return _on_whole_numbers(build, x, product)
+    return product(x)
+
+
+def nbits_product(build: Build, x: str, name: str, found: Quantized) -> str:
+    """x . W^T by MatMulNBits; B uint8 (rows, groups, group_size * bits / 8), the even element in the low nibble."""
+    g = build.graph
+    bits = 4 if found.num_bits <= 4 else 8
+    (rows, columns), groups = found.codes.shape, found.scale.shape[1]
+    codes, zero = to_numpy(found.codes), to_numpy(found.zero_point).astype(np.uint8)
+    if bits == 4:
+        zero = np.pad(zero, ((0, 0), (0, groups % 2)))
+        zero = zero[:, 0::2] | (zero[:, 1::2] << 4)
+        codes = np.frombuffer(pack_nibbles(codes), np.uint8)
+    codes = codes.reshape(rows, groups, -1)
+    inputs = [
+        g.weight(name, codes),
+        g.weight(f"{name}_scale", to_numpy(found.scale).astype(g.numpy)),
+        g.weight(f"{name}_zero_point", zero),
+    ]
+    level = build.accuracy_level
+    knobs = {"K": columns, "N": rows, "bits": bits, "block_size": found.group_size, "accuracy_level": level}
+    return g.op("MatMulNBits", x, *inputs, domain=CONTRIB, **knobs)
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "plain": plain,
+    "standard": standard,
+    "tensorrt": tensorrt,
+    "matmulnbits": matmulnbits,
+}
+
+
+def linear(build: Build, name: str, x: str) -> str:
+    """x (tokens, columns) -> (tokens, rows) by the linear `name` of the checkpoint, with its bias where it has one."""
+    return _apply(build, Weight(name, (name,)), x)
+
+
+def expert_linear(build: Build, stem: str, count: int, part: str, x: str) -> str:
+    """x (1 or E, tokens, columns) -> (E, tokens, rows) by the linear `part` of every expert of `stem`."""
+    return _apply(build, Weight(f"{stem}.*.{part}", tuple(f"{stem}.{e}.{part}" for e in range(count))), x)
+
+
+def _apply(build: Build, weight: Weight, x: str) -> str:
+    with build.graph.scope(weight.label):
+        y = (build.lower if is_quantized(build, weight) else plain)(build, x, weight)
+        bias = f"{weight.names[0]}.bias"
+        if bias in build.checkpoint.header.tensors:
+            value = to_numpy(build.checkpoint.read(bias)).astype(build.graph.numpy)
+            y = build.graph.op("Add", y, build.graph.weight(bias, value))
+        return y

@@ -1,0 +1,93 @@
+"""Mixture of experts as ONNX nodes: who sees which token, and the two ways to dispatch.
+
+Dense (every run-time): all experts see all tokens in three batched products, and the shares, mostly zero, make the sum
+right. It costs experts / top_k times the arithmetic, and TensorRT has nothing else (no NonZero). Routed (onnxruntime):
+each expert sees the tokens that chose it. The mathematics of the router is that of `models.moe`, in FP32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from deepseek_compress.export.lowering import Build, expert_linear, to_numpy
+from deepseek_compress.export.pieces import gated, swiglu
+from deepseek_compress.models.config import Moe
+
+
+
+def _first_of(build: Build, values: str, count: int, width: int) -> tuple[str, str]:
+    """bool (..., width): whether an entry of `values` is among the `count` largest; and those largest."""
+    g = build.graph
+    best, index = g.ops("TopK", values, g.ints(count), count=2, axis=-1)
+    chosen = g.op("Equal", g.op("Unsqueeze", index, g.ints(-1)), g.constant(np.arange(width, dtype=np.int64)))
+    found = g.op("ReduceMax", g.op("Cast", chosen, to=TensorProto.FLOAT), g.ints(-2), keepdims=0)
+    return g.op("Greater", found, g.scalar(0.5, np.float32)), best
+
+
+def route(build: Build, moe: Moe, stem: str, x: str) -> str:
+    """x (tokens, hidden) -> float32 (tokens, experts): what each expert's output is multiplied with, mostly zeros."""
+    g = build.graph
+    wide = g.op("Cast", x, to=TensorProto.FLOAT)
+    weight = g.weight(f"{stem}.gate.weight", to_numpy(build.checkpoint.read(f"{stem}.gate.weight")))
+    logits = g.op("Gemm", wide, weight, transB=1)
+    scores = g.op("Softmax", logits, axis=-1) if moe.scoring == "softmax" else g.op("Sigmoid", logits)
+    choice = scores
+    if moe.method == "noaux_tc":
+        name = f"{stem}.gate.e_score_correction_bias"
+        choice = g.op("Add", scores, g.weight(name, to_numpy(build.checkpoint.read(name))))
+    if moe.method != "greedy" and moe.groups > 1:
+        choice = _close_groups(build, moe, choice)
+    chosen, _ = _first_of(build, choice, moe.top_k, moe.experts)
+    shares = g.op("Where", chosen, scores, g.scalar(0, np.float32))
+    if moe.normalize:
+        total = g.op("Add", g.op("ReduceSum", shares, g.ints(-1), keepdims=1), g.scalar(1e-20, np.float32))
+        shares = g.op("Div", shares, total)
+    return g.op("Mul", shares, g.scalar(moe.scaling, np.float32))
+
+
+def _close_groups(build: Build, moe: Moe, choice: str) -> str:
+    """Scores of the experts outside the best groups out of reach (V3: below every score, V2: 0)."""
+    g = build.graph
+    groups = g.op("Reshape", choice, g.ints(-1, moe.groups, moe.experts // moe.groups))
+    if moe.method == "noaux_tc":
+        best, _ = g.ops("TopK", groups, g.ints(2), count=2, axis=-1)
+        best = g.op("ReduceSum", best, g.ints(-1), keepdims=0)
+    else:
+        best = g.op("ReduceMax", groups, g.ints(-1), keepdims=0)
+    kept, _ = _first_of(build, best, moe.top_groups, moe.groups)
+    closed = float(np.finfo(np.float32).min) if moe.method == "noaux_tc" else 0.0
+    groups = g.op("Where", g.op("Unsqueeze", kept, g.ints(-1)), groups, g.scalar(closed, np.float32))
+    return g.op("Reshape", groups, g.ints(-1, moe.experts))
+
+
+def _all_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> str:
+    """Every expert sees every token, three batched products in all; the shares make the sum right."""
+    g = build.graph
+    every = g.op("Unsqueeze", x, g.ints(0))
+    gate, up = (expert_linear(build, f"{stem}.experts", moe.experts, f"{p}_proj", every) for p in ("gate", "up"))
+    y = expert_linear(build, f"{stem}.experts", moe.experts, "down_proj", gated(build, gate, up))
+    share = g.op("Unsqueeze", g.op("Transpose", g.op("Cast", shares, to=g.elem_type), perm=[1, 0]), g.ints(2))
+    return g.op("ReduceSum", g.op("Mul", y, share), g.ints(0), keepdims=0)
+
+
+def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> str:
+    """Each expert sees the tokens that chose it. For run-times that know NonZero."""
+    g = build.graph
+    out = g.op("Mul", x, g.scalar(0))
+    by_expert = g.op("Cast", g.op("Transpose", shares, perm=[1, 0]), to=g.elem_type)  # (experts, tokens)
+    for expert in range(moe.experts):
+        share = g.op("Gather", by_expert, g.constant(np.array(expert, np.int64)))
+        rows = g.op("Reshape", g.op("NonZero", share), g.ints(-1))
+        y = swiglu(build, f"{stem}.experts.{expert}", g.op("Gather", x, rows))
+        column = g.ints(-1, 1)
+        y = g.op("Mul", y, g.op("Reshape", g.op("Gather", share, rows), column))
+        out = g.op("ScatterND", out, g.op("Reshape", rows, column), y, reduction="add")
+    return out
+
+
+def moe_part(build: Build, moe: Moe, stem: str, x: str) -> str:
+    """Routed and shared experts: x (tokens, hidden) -> (tokens, hidden), without the residual."""
+    shares = route(build, moe, stem, x)
+    y = (_routed_experts if build.sparse_experts else _all_experts)(build, moe, stem, x, shares)
+    return build.graph.op("Add", y, swiglu(build, f"{stem}.shared_experts", x)) if moe.shared else y

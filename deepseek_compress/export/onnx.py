@@ -1,0 +1,171 @@
+"""A checkpoint as one ONNX graph for prefill and decode.
+
+| input | shape | |
+|---|---|---|
+| input_ids | int64 (batch, new) | |
+| attention_mask | int64 (batch, total) | 1 for a token, 0 for padding; total = past + new |
+| position_ids | int64 (batch, new) | |
+| past.L.latent, past.L.rope | (batch, past, kv_lora_rank), (batch, past, rope) | latent attention; past may be 0 |
+| past.L.key, past.L.value | (batch, key heads, past, head_dim) | grouped-query attention |
+
+Outputs: logits float32 (batch, new, vocabulary) and present.L.*, which are the next step's past.L.*.
+
+The graph is written from the configuration, not traced: all experts are there whatever the sample, and a tensor keeps
+its name in the checkpoint, so that a value in the engine can be followed back to the file it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.errors import DscError
+from deepseek_compress.export.graph import Graph
+from deepseek_compress.export.lowering import LOWERINGS, Build, linear, to_numpy
+from deepseek_compress.export.moe import moe_part
+from deepseek_compress.export.pieces import grouped_attention, latent_attention, rms_norm, swiglu
+from deepseek_compress.models import family_of
+from deepseek_compress.models.activations import input_scheme
+from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.numerics.activations import Dynamic
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
+
+def export_onnx(
+    checkpoint: Checkpoint,
+    path: Path,
+    lowering: str = "plain",
+    *,
+    dtype: str = "float32",
+    accuracy_level: int = 4,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write `path` and `path`.data; returns facts: bytes, nodes, initializers.
+
+    `lowering` is one of `LOWERINGS`, `dtype` the float type of activations, `accuracy_level` that of MatMulNBits.
+    Raises `DscError` for a family or a layer that has no emitter here.
+    """
+    cfg = family_of(checkpoint.config).parse(checkpoint.config)
+    check_supported(cfg)
+    if lowering not in LOWERINGS:
+        raise DscError(f"unknown lowering {lowering!r}", f"use one of {', '.join(LOWERINGS)}")
+    bits, rounded = rounded_inputs(checkpoint, cfg)
+    with Graph(path, dtype) as graph:
+        build = Build(
+            graph,
+            checkpoint,
+            cfg,
+            LOWERINGS[lowering],
+            accuracy_level=accuracy_level,
+            sparse_experts=lowering == "matmulnbits",
+            activation_bits=bits,
+            rounded=rounded,
+        )
+        emit_model(build)
+        about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.activations)}
+        graph.save({**about, **(metadata or {})})
+        return {"bytes": graph.bytes, "nodes": graph.count, "tensors": graph.tensors}
+
+
+def rounded_inputs(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[int, frozenset[str]]:
+    """Bits of the dynamic activations, and the linears (by checkpoint name) whose inputs are rounded to them.
+
+    Raises `DscError` for a scheme that no lowering computes.
+    """
+    scheme = input_scheme(checkpoint.activations)
+    if scheme is None:
+        return 8, frozenset()
+    if not isinstance(scheme.quantize, Dynamic) or not scheme.quantize.symmetric:
+        raise DscError(f"activations {checkpoint.activations} have no ONNX form here", "use dynamic: {symmetric: true}")
+    family = family_of(checkpoint.config)
+    return scheme.quantize.num_bits, frozenset(
+        f"{family.prefix(layer)}.{linear.name}"
+        for layer in range(cfg.num_hidden_layers)
+        for linear in family.linears(cfg, layer)
+        if linear.role in scheme.roles
+    )
+
+
+def check_supported(cfg: ModelConfig) -> None:
+    """Raise `DscError` for models whose blocks have no emitter."""
+    if cfg.indexer is not None or cfg.compressed is not None or cfg.streams is not None:
+        raise DscError(
+            f"{cfg.model_type}: sparse attention has no ONNX form here", "export compressed-tensors and serve with vLLM"
+        )
+    if cfg.moe is not None and (cfg.moe.scoring not in ("softmax", "sigmoid") or cfg.moe.swiglu_limit is not None):
+        raise DscError(f"{cfg.model_type}: this router has no ONNX form here", "export compressed-tensors instead")
+
+
+def emit_model(build: Build) -> None:
+    """Embedding, blocks, head."""
+    g, cfg = build.graph, build.cfg
+    g.input("input_ids", TensorProto.INT64, ["batch", "new"])
+    g.input("attention_mask", TensorProto.INT64, ["batch", "total"])
+    g.input("position_ids", TensorProto.INT64, ["batch", "new"])
+    x = embed(build)
+    for layer in range(cfg.num_hidden_layers):
+        x = emit_block(build, layer, x)
+    x = rms_norm(build, "model.norm", x, cfg.rms_norm_eps)
+    logits = head(build, x)
+    logits = g.op("Cast", logits, to=TensorProto.FLOAT)
+    shape = g.op("Concat", g.op("Shape", "input_ids"), g.ints(cfg.vocab_size), axis=0)
+    logits = g.op("Reshape", logits, shape)
+    g.output(logits, "logits", TensorProto.FLOAT, ["batch", "new", cfg.vocab_size], first=True)
+
+
+def emit_block(build: Build, layer: int, x: str) -> str:
+    """One decoder block: x (tokens, hidden) -> (tokens, hidden)."""
+    g, cfg, stem = build.graph, build.cfg, f"model.layers.{layer}"
+    y = rms_norm(build, f"{stem}.input_layernorm", x, cfg.rms_norm_eps)
+    with g.scope(f"{stem}.self_attn"):
+        if cfg.mla is not None:
+            y = latent_attention(build, cfg.mla, layer, f"{stem}.self_attn", y)
+        else:
+            y = grouped_attention(build, layer, f"{stem}.self_attn", y)
+    x = g.op("Add", x, y)
+    y = rms_norm(build, f"{stem}.post_attention_layernorm", x, cfg.rms_norm_eps)
+    with g.scope(f"{stem}.mlp"):
+        if cfg.moe is not None and cfg.is_moe(layer):
+            y = moe_part(build, cfg.moe, f"{stem}.mlp", y)
+        else:
+            y = swiglu(build, f"{stem}.mlp", y)
+    return g.op("Add", x, y)
+
+
+def embed(build: Build) -> str:
+    """(B, S) tokens -> (B S, hidden)."""
+    g = build.graph
+    table = to_numpy(build.checkpoint.read(f"{EMBEDDING}.weight")).astype(g.numpy)
+    x = g.op("Gather", g.weight(f"{EMBEDDING}.weight", table), "input_ids", axis=0)
+    return g.op("Reshape", x, g.ints(-1, build.cfg.hidden_size))
+
+
+def head(build: Build, x: str) -> str:
+    """(tokens, hidden) -> (tokens, vocabulary). A tied head is the embedding table, stored once."""
+    if build.cfg.tie_word_embeddings:
+        return build.graph.op("Gemm", x, f"{EMBEDDING}.weight", transB=1)
+    return linear(build, HEAD, x)
+
+
+def empty_past(cfg: ModelConfig, batch: int, dtype: Any = np.float32) -> dict[str, Any]:
+    """The cache inputs before the first token: arrays whose past length is 0."""
+    if cfg.mla is not None:
+        shapes: dict[str, tuple[int, ...]] = {
+            "latent": (batch, 0, cfg.mla.kv_lora_rank),
+            "rope": (batch, 0, cfg.mla.rope),
+        }
+    else:
+        shapes = dict.fromkeys(("key", "value"), (batch, cfg.num_key_value_heads, 0, cfg.head_dim))
+    return {
+        f"past.{layer}.{part}": np.zeros(shape, dtype)
+        for layer in range(cfg.num_hidden_layers)
+        for part, shape in shapes.items()
+    }

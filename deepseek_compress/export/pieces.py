@@ -1,0 +1,213 @@
+"""One emitter for each piece of a decoder block. B batch, S new tokens, P past, T = P + S, H heads; activations between
+the pieces are (B S, hidden): linears see two dimensions and only attention knows which token is whose.
+
+The mathematics is that of `models` (same order, same rounding where the type is float32); the cache differs: latent
+attention keeps the normed latent and the one rotated key, (B, T, kv_lora_rank) and (B, T, rope), as the paper has it,
+and expands them in each step. Left out: the absorbed form of latent attention, which saves that expansion.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from deepseek_compress.export.graph import DOMAIN, OPSET, Graph
+from deepseek_compress.export.lowering import Build, linear, to_numpy
+from deepseek_compress.models.config import Mla
+from deepseek_compress.models.mla import LATENT_EPS
+from deepseek_compress.models.rope import frequencies, softmax_scale
+
+SOFTMAX = "RowSoftmax"
+
+
+def row_softmax(elem_type: int) -> onnx.FunctionProto:
+    """Our softmax as a model-local function: RowSoftmax(scores, mask) over the last dimension.
+
+    Maximum and sum in FP32; where `mask` is false the share is 0, and a row without any true entry is all zeros.
+    TensorRT-RTX fuses the body into one kernel; full TensorRT may put a plugin of the same name in its place.
+    """
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["scores"], ["wide"], to=TensorProto.FLOAT),
+        node("Constant", [], ["last"], value_ints=[-1]),
+        node("Constant", [], ["lowest"], value_float=float(np.finfo(np.float32).min)),
+        node("Constant", [], ["tiny"], value_float=1e-30),
+        node("Constant", [], ["nothing"], value_float=0.0),
+        node("Where", ["mask", "wide", "lowest"], ["seen"]),
+        node("ReduceMax", ["seen", "last"], ["top"], keepdims=1),
+        node("Sub", ["seen", "top"], ["below"]),
+        node("Exp", ["below"], ["raised"]),
+        node("Where", ["mask", "raised", "nothing"], ["kept"]),
+        node("ReduceSum", ["kept", "last"], ["sum"], keepdims=1),
+        node("Max", ["sum", "tiny"], ["total"]),
+        node("Div", ["kept", "total"], ["share"]),
+        node("Cast", ["share"], ["out"], to=elem_type),
+    ]
+    return helper.make_function(
+        DOMAIN, SOFTMAX, ["scores", "mask"], ["out"], nodes, [helper.make_opsetid("", OPSET)]
+    )
+
+
+def rms_norm(build: Build, name: str, x: str, eps: float) -> str:
+    """x / sqrt(mean(x^2) + eps) in FP32, then times the weight `name`, over the last dimension."""
+    g = build.graph
+    with g.scope(name):
+        wide = g.op("Cast", x, to=TensorProto.FLOAT) if g.dtype != "float32" else x
+        mean = g.op("ReduceMean", g.op("Pow", wide, g.scalar(2, np.float32)), g.ints(-1), keepdims=1)
+        y = g.op("Div", wide, g.op("Sqrt", g.op("Add", mean, g.scalar(eps, np.float32))))
+        y = g.op("Cast", y, to=g.elem_type) if g.dtype != "float32" else y
+        weight = to_numpy(build.checkpoint.read(f"{name}.weight")).astype(g.numpy)
+        return g.op("Mul", y, g.weight(f"{name}.weight", weight))
+
+
+def swiglu(build: Build, stem: str, x: str) -> str:
+    """down(silu(gate(x)) * up(x))."""
+    product = gated(build, linear(build, f"{stem}.gate_proj", x), linear(build, f"{stem}.up_proj", x))
+    return linear(build, f"{stem}.down_proj", product)
+
+
+def gated(build: Build, gate: str, up: str) -> str:
+    """silu(gate) * up."""
+    g = build.graph
+    return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+
+
+# ---- attention
+
+
+def _steps(build: Build) -> str:
+    return build.graph.op("Shape", "input_ids")  # (B, S)
+
+
+def _seen(build: Build) -> str:
+    return build.graph.op("Shape", "attention_mask")  # (B, T)
+
+
+def _unflatten(build: Build, x: str, lengths: str, *rest: int) -> str:
+    """(B L, ...) -> (B, L, *rest), where `lengths` holds (B, L)."""
+    g = build.graph
+    return g.op("Reshape", x, g.op("Concat", lengths, g.ints(*rest), axis=0))
+
+
+def causal_mask(build: Build) -> str:
+    """bool (B, 1, S, T): no later token, no padding. Shared by all blocks."""
+    g = build.graph
+    new = g.op("Gather", _steps(build), g.constant(np.array(1, np.int64)))
+    seen = g.op("Gather", _seen(build), g.constant(np.array(1, np.int64)))
+    zero, one = (g.constant(np.array(v, np.int64)) for v in (0, 1))
+    query = g.op("Add", g.op("Range", zero, new, one), g.op("Sub", seen, new))
+    early = g.op("LessOrEqual", g.op("Range", zero, seen, one), g.op("Unsqueeze", query, g.ints(1)))  # (S, T)
+    real = g.op("Greater", g.op("Unsqueeze", "attention_mask", g.ints(1, 2)), zero)  # (B, 1, 1, T)
+    return g.op("And", early, real)
+
+
+def rotate(build: Build, x: str) -> str:
+    """Rotate the pairs of x (B, S, heads, rope) by `position_ids`; halves come out as in models.rope.rotate."""
+    g, rope = build.graph, build.cfg.rope
+    angle, factor = frequencies(rope)
+    positions = g.op("Cast", g.op("Unsqueeze", "position_ids", g.ints(2, 3)), to=TensorProto.FLOAT)
+    angles = g.op("Mul", positions, g.constant(angle.numpy()))  # (B, S, 1, rope / 2)
+    cos, sin = (
+        g.op("Cast", g.op("Mul", g.op(kind, angles), g.scalar(factor, np.float32)), to=g.elem_type)
+        for kind in ("Cos", "Sin")
+    )
+    half = rope.dim // 2
+    if rope.interleaved:
+        first, second = (
+            g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1)
+        )
+    else:
+        first, second = g.ops("Split", x, g.ints(half, half), count=2, axis=-1)
+    return g.op(
+        "Concat",
+        g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
+        g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),
+        axis=-1,
+    )
+
+
+def _shares(build: Build, scores: str) -> str:
+    g = build.graph
+    g.function(row_softmax(g.elem_type))
+    return g.op(SOFTMAX, scores, causal_mask(build), domain=DOMAIN)
+
+
+def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: tuple[int, ...]) -> str:
+    """Append `new` to the cache input past.LAYER.PART along `axis`; the result is the output present.LAYER.PART."""
+    g = build.graph
+
+    def dims(length: str) -> list[int | str]:
+        return ["batch", *shape[: axis - 1], length, *shape[axis - 1 :]]
+
+    past = g.input(f"past.{layer}.{part}", g.elem_type, dims("past"))
+    every = g.op("Concat", past, new, axis=axis)
+    return g.output(every, f"present.{layer}.{part}", g.elem_type, dims("total"))
+
+
+def _queries(build: Build, mla: Mla, stem: str, x: str) -> str:
+    if mla.q_lora_rank is None:
+        return linear(build, f"{stem}.q_proj", x)
+    latent = rms_norm(build, f"{stem}.q_a_layernorm", linear(build, f"{stem}.q_a_proj", x), LATENT_EPS)
+    return linear(build, f"{stem}.q_b_proj", latent)
+
+
+def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> str:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): x (B S, hidden) -> (B S, hidden)."""
+    g, heads = build.graph, build.cfg.num_attention_heads
+    scale = g.scalar(softmax_scale(build.cfg.rope, mla.nope + mla.rope))
+    q = _unflatten(build, _queries(build, mla, stem, x), _steps(build), heads, mla.nope + mla.rope)
+    q_nope, q_rope = g.ops("Split", q, g.ints(mla.nope, mla.rope), count=2, axis=-1)
+    q_rope = rotate(build, q_rope)
+    q_nope, q_rope = (g.op("Mul", g.op("Transpose", part, perm=[0, 2, 1, 3]), scale) for part in (q_nope, q_rope))
+
+    kv = linear(build, f"{stem}.kv_a_proj_with_mqa", x)
+    latent, k_rope = g.ops("Split", kv, g.ints(mla.kv_lora_rank, mla.rope), count=2, axis=-1)
+    latent = rms_norm(build, f"{stem}.kv_a_layernorm", latent, LATENT_EPS)
+    latent = _unflatten(build, latent, _steps(build), mla.kv_lora_rank)
+    k_rope = g.op("Squeeze", rotate(build, _unflatten(build, k_rope, _steps(build), 1, mla.rope)), g.ints(2))
+    latent = _remember(build, layer, "latent", latent, 1, (mla.kv_lora_rank,))  # (B, T, kv_lora_rank)
+    k_rope = _remember(build, layer, "rope", k_rope, 1, (mla.rope,))  # (B, T, rope)
+
+    expanded = linear(build, f"{stem}.kv_b_proj", g.op("Reshape", latent, g.ints(-1, mla.kv_lora_rank)))
+    expanded = _unflatten(build, expanded, _seen(build), heads, mla.nope + mla.value)
+    k_nope, v = g.ops("Split", expanded, g.ints(mla.nope, mla.value), count=2, axis=-1)
+    scores = g.op(
+        "Add",
+        g.op("MatMul", q_nope, g.op("Transpose", k_nope, perm=[0, 2, 3, 1])),
+        g.op("MatMul", q_rope, g.op("Unsqueeze", g.op("Transpose", k_rope, perm=[0, 2, 1]), g.ints(1))),
+    )
+    out = g.op("MatMul", _shares(build, scores), g.op("Transpose", v, perm=[0, 2, 1, 3]))
+    out = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), g.ints(-1, heads * mla.value))
+    return linear(build, f"{stem}.o_proj", out)
+
+
+def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
+    """Grouped-query attention: x (B S, hidden) -> (B S, hidden). Queries that share a key head become rows of it."""
+    g, cfg = build.graph, build.cfg
+    heads, shared, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    q, k, v = (
+        _unflatten(build, linear(build, f"{stem}.{part}_proj", x), _steps(build), count, dim)
+        for part, count in (("q", heads), ("k", shared), ("v", shared))
+    )
+    q = g.op("Mul", rotate(build, q), g.scalar(softmax_scale(cfg.rope, dim)))
+    q, k, v = (g.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, rotate(build, k), v))
+    k = _remember(build, layer, "key", k, 2, (shared, dim))  # (B, shared, T, dim)
+    v = _remember(build, layer, "value", v, 2, (shared, dim))
+    rows = g.op("Reshape", q, g.ints(0, shared, -1, dim)) if shared != heads else q
+    scores = g.op("MatMul", rows, g.op("Transpose", k, perm=[0, 1, 3, 2]))
+    if shared != heads:
+        new = g.op("Slice", _steps(build), g.ints(1), g.ints(2))
+        scores = g.op("Reshape", scores, g.op("Concat", g.ints(0, heads), new, g.ints(-1), axis=0))
+    shares = _shares(build, scores)
+    if shared != heads:
+        seen = g.op("Slice", _seen(build), g.ints(1), g.ints(2))
+        shares = g.op("Reshape", shares, g.op("Concat", g.ints(0, shared, -1), seen, axis=0))
+    out = g.op("MatMul", shares, v)
+    out = g.op("Reshape", out, g.ints(0, heads, -1, dim)) if shared != heads else out
+    return linear(build, f"{stem}.o_proj", _merge_heads(build, out, heads * dim))
+
+
+def _merge_heads(build: Build, x: str, width: int) -> str:
+    g: Graph = build.graph
+    return g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1, 3]), g.ints(-1, width))
