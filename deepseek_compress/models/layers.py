@@ -61,9 +61,9 @@ def attend(
     for start in range(0, new, step):
         rows = slice(start, start + step)
         q, k = pairs[0]
-        scores = q[:, :, rows] @ k.mT
+        scores = _scores(q[:, :, rows], k)
         for q, k in pairs[1:]:
-            scores = scores + q[:, :, rows] @ k.mT
+            scores = scores + _scores(q[:, :, rows], k)
         scores = scores * scale
         if mask is not None:
             scores = scores + mask[:, :, rows]
@@ -73,6 +73,15 @@ def attend(
         share = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
         parts.append((share[..., :seen] if sinks is not None else share) @ values)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, T, D), k (B, H or 1, S, D) -> (B, H, T, S)."""
+    batch, heads, new, dim = q.shape
+    if k.shape[1] == heads:
+        return q @ k.mT
+    # one product for all heads: broadcasting would copy the keys for each of them
+    return (q.reshape(batch, 1, heads * new, dim) @ k.mT).view(batch, heads, new, -1)
 
 
 def grouped_attention(

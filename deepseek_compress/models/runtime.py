@@ -1,0 +1,157 @@
+"""A whole model in memory: logits, hidden states, greedy generation with a cache. The runtime that evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
+from deepseek_compress.errors import raise_problems
+from deepseek_compress.models import family_of
+from deepseek_compress.models.activations import InputScheme, input_scheme
+from deepseek_compress.models.cache import KvCache
+from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.models.family import Family
+from deepseek_compress.models.layers import causal_mask
+from deepseek_compress.models.weights import ResidentWeights, Weights
+
+COMPACT_BELOW = 0.75  # share of a batch still generating below which finished rows are dropped from the cache
+
+
+class Model:
+    """Weights by checkpoint name, and what they compute. Training may replace the tensors of `weights` in place."""
+
+    def __init__(
+        self, family: Family, cfg: ModelConfig, weights: Mapping[str, Tensor], scheme: InputScheme | None = None
+    ) -> None:
+        self.family = family
+        self.cfg = cfg
+        self.weights = weights
+        self.top = ResidentWeights(weights)
+        layers = range(cfg.num_hidden_layers)
+        self.blocks: list[Weights] = [ResidentWeights(weights, family.prefix(layer) + ".") for layer in layers]
+        if scheme is not None:
+            self.blocks = [scheme.applied(family, cfg, layer, self.blocks[layer]) for layer in layers]
+
+    @classmethod
+    def load(cls, source: Path | str | Checkpoint, dtype: torch.dtype = torch.float32) -> Model:
+        """Read a checkpoint whole, decoded to `dtype`; its manifest's activation scheme is applied.
+
+        Raises Problems with every missing, unknown or misshaped tensor.
+        """
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
+        family = family_of(checkpoint.config)
+        raise_problems(family.problems(checkpoint.header))
+        cfg = family.parse(checkpoint.config)
+        mtp = family.mtp_tensors(cfg)
+        names = [name for name in family.tensors(cfg) if name not in mtp]
+        weights = {name: checkpoint.read(name, dtype=dtype) for name in names}
+        return cls(family, cfg, weights, input_scheme(checkpoint.activations))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KvCache | None = None,
+        left_padding: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """tokens (B, T) -> logits, float32 (B, T, vocab), or (B, 1, vocab) with `last_only`.
+
+        With a cache, `tokens` follow those it holds. `left_padding` (B,): how many tokens at the start of each row
+        (of the cache, where there is one) are padding. Padding at the right needs no mask: attention is causal.
+        """
+        hidden = self.hidden_states(tokens, cache, left_padding)[-1]
+        if last_only:
+            hidden = hidden[:, -1:]
+        hidden = self.family.final_hidden(self.cfg, self.top, hidden)
+        return functional.linear(hidden, self.head).float()
+
+    __call__ = forward
+
+    @property
+    def head(self) -> Tensor:
+        """(vocab, hidden): the output embedding."""
+        tied = self.cfg.tie_word_embeddings
+        return self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+
+    def hidden_states(
+        self, tokens: Tensor, cache: KvCache | None = None, left_padding: Tensor | None = None
+    ) -> list[Tensor]:
+        """The input of each block, and what the last one gives: num_hidden_layers + 1 tensors (B, T, hidden)."""
+        batch, new = tokens.shape
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + new, device=tokens.device).expand(batch, new)
+        hidden = self.family.embed(self.cfg, self.weights["model.embed_tokens.weight"], tokens)
+        mask = None
+        if left_padding is not None:
+            mask = padding_mask(left_padding, new, past + new, hidden)
+            positions = (positions - left_padding[:, None]).clamp(min=0)
+        states = [hidden]
+        for layer, weights in enumerate(self.blocks):
+            states.append(self.family.run_block(self.cfg, layer, weights, states[-1], positions, mask, cache, tokens))
+        if cache is not None:
+            cache.length += new
+        return states
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos: int | Collection[int] | None = None,
+        batch_size: int = 256,
+    ) -> list[list[int]]:
+        """Greedy continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
+
+        Prompts of similar length share a batch, padded at the left; finished rows leave it. `eos` None: the model's.
+        """
+        ends = self.cfg.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out: list[list[int]] = [[] for _ in prompts]
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], max_new_tokens, ends), strict=True):
+                out[index] = ids
+        return out
+
+    def _batch(self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int]) -> list[list[int]]:
+        device = self.head.device
+        width = max(1, *(len(prompt) for prompt in prompts))
+        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        left = padding if bool(padding.any()) else None
+        cache = KvCache(self.cfg.num_hidden_layers, width + limit)
+        stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+        out: list[list[int]] = [[] for _ in prompts]
+        rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
+        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        for step in range(limit):
+            following = self.forward(tokens, cache, left, last_only=True)[:, -1].argmax(-1)
+            alive &= ~torch.isin(following, stop)
+            for row, token, going in zip(rows.tolist(), following.tolist(), alive.tolist(), strict=True):
+                if going:
+                    out[row].append(token)
+            going_on = int(alive.sum())
+            if not going_on or step + 1 == limit:
+                break
+            if going_on < COMPACT_BELOW * len(rows):
+                kept = alive.nonzero()[:, 0]
+                cache.keep_rows(kept)
+                rows, following, alive = rows[kept], following[kept], alive[kept]
+                left = None if left is None else left[kept]
+            tokens = following[:, None]
+        return out
+
+
+def padding_mask(left_padding: Tensor, new: int, seen: int, like: Tensor) -> Tensor:
+    """Additive (B, 1, new, seen): causal, and nothing looks at padding but padding itself (its own place)."""
+    place = torch.arange(seen, device=like.device)
+    padded = place < left_padding[:, None]  # (B, seen)
+    mask = torch.zeros(len(left_padding), 1, new, seen, dtype=like.dtype, device=like.device)
+    mask = mask.masked_fill(padded[:, None, None, :], float("-inf"))
+    own = place == place[seen - new :, None]  # (new, seen)
+    return (mask + causal_mask(new, seen, like)).masked_fill(own, 0.0)

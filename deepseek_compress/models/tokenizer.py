@@ -1,0 +1,97 @@
+"""Text to token ids and back, from the files beside a checkpoint; no code of the checkpoint is ever run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from deepseek_compress.errors import DscError
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        self.path = path
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise DscError(f"{file}: no such file", "a tokenizer.json must lie beside the checkpoint")
+        try:
+            self._fast = Fast.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for a damaged file
+            raise DscError(f"{file}: {error}", "download the file again") from None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`; with `special`, what the tokenizer adds at the ends (BOS) too."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def encode_many(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """`encode` of each text, in parallel."""
+        return [item.ids for item in self._fast.encode_batch(list(texts), add_special_tokens=special)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return int(self._fast.get_vocab_size())
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: generation_config.json, else config.json, else the tokenizer's own eos_token."""
+        for name in ("generation_config.json", "config.json"):
+            value = self._json(name).get("eos_token_id")
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (int(value),)
+        token = self._json("tokenizer_config.json").get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        found = self._fast.token_to_id(text) if isinstance(text, str) else None
+        return () if found is None else (int(found),)
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The id that starts a text, where the model has one."""
+        value = self._json("config.json").get("bos_token_id")
+        return None if value is None else int(value)
+
+    @cached_property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint says how messages become a prompt."""
+        return (self.path / "chat_template.jinja").is_file() or "chat_template" in self._json("tokenizer_config.json")
+
+    def chat(self, messages: Sequence[dict[str, str]], answer_next: bool = False) -> str:
+        """The prompt of `messages` ({"role", "content"}) by the checkpoint's own template.
+
+        `answer_next` ends it where the model's answer begins. Without a template: the contents, one a line.
+        """
+        if not self.has_chat_template:
+            return "\n".join(message["content"] for message in messages)
+        return str(self._transformers.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
+
+    @cached_property
+    def _transformers(self) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(self.path))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise DscError(f"{file}: not valid JSON ({error})", "download the file again") from None
+        return found if isinstance(found, dict) else {}
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer beside the checkpoint at `path`. Raises DscError where there is none."""
+    return Tokenizer(Path(path))
