@@ -5,9 +5,9 @@ Two ideas, nothing else:
 - `wilson`: a share of successes among independent trials (Wilson 1927). It stays inside [0, 1] and is right where the
   plain normal interval is not: near 0 and 1 and for few trials.
 - `Bootstrap`: the percentile bootstrap (Efron 1979) of a ratio of sums, `sum(a) / sum(b)`, over problems or windows.
-  A mean is the ratio of values to ones, a mean per token the ratio of window sums to window token counts, and what a model
-  keeps of its reference the ratio of their scores. Every quantity is computed on the *same* draws, so that what two models
-  have in common (a hard problem is hard for both) cancels: the comparison is paired.
+  A mean is the ratio of values to ones, a mean per token the ratio of window sums to window token counts, and what a
+  model keeps of its reference the ratio of their scores. Every quantity is computed on the *same* draws, so that what
+  two models have in common (a hard problem is hard for both) cancels: the comparison is paired.
 
 Left out: corrections for many comparisons, and bias-corrected (BCa) limits, which differ little at 1,000 problems.
 """
@@ -53,7 +53,7 @@ class Bootstrap:
         self.counts: NDArray[np.float64] = draws.astype(np.float64)  # (resamples, units)
 
     def ratio(self, values: ArrayLike, weights: ArrayLike | None = None) -> Interval | None:
-        """The interval of `sum(values) / sum(weights)`; `weights` defaults to ones (a mean). None where it is undefined."""
+        """The interval of `sum(values) / sum(weights)`; `weights` default to ones (a mean). None where undefined."""
         above = self._sums(values)
         below = self._sums(np.ones(self.counts.shape[1]) if weights is None else weights)
         kept = below != 0  # a resample without a single success of the reference has no ratio

@@ -1,13 +1,14 @@
 """The three pictures of a report: accuracy against size, families as bars, and error by layer.
 
-Each takes a record and a width in pixels and returns one `<svg>`; the page asks for a wide and a narrow one, because text
-that is scaled down with its picture cannot be read on a telephone.
+Each takes a record and a width in pixels and returns one `<svg>`; the page asks for a wide and a narrow one, because
+text that is scaled down with its picture cannot be read on a telephone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_compress.reports import svg, table
@@ -65,12 +66,14 @@ def scatter(record: Record, width: int, key: str) -> str | None:
     body += _paths(record, places)
     body += _points(record, points, places, axis, up, frame)
     body += _key(record, points) if narrow else _names(record, points, places, axis, up, frame)
-    words = "; ".join(f"{m['name']}: {table.size(m['bytes'])}, {_written(axis, m['metrics'][axis.key])}" for m in points)
+    words = "; ".join(
+        f"{m['name']}: {table.size(m['bytes'])}, {_written(axis, m['metrics'][axis.key])}" for m in points
+    )
     return svg.picture(width, height, f"{axis.title} against size on disk", words, body, key)
 
 
 def _main(record: Record, points: Sequence[Model]) -> Sequence[Model]:
-    """The models that set the vertical range: the pipeline's. An ablation far below stands on the lower edge instead."""
+    """The models that set the vertical range: the pipeline's. An ablation below it stands on the lower edge."""
     names = {model["name"] for model in record["models"]}
     return [model for model in points if model["name"] in names] or points
 
@@ -98,12 +101,18 @@ def _grid(frame: Box, up: Scale, across: Scale, axis: Axis, narrow: bool) -> lis
     for value in svg.linear_ticks(up.low, up.high, 6):
         y = up(value)
         body.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="grid"))
-        body.append(svg.text(frame.left - 8, y + 4, f"{100 * value:.0f} %" if axis.share else table.trimmed(value), "tick", "end"))
+        body.append(
+            svg.text(
+                frame.left - 8, y + 4, f"{100 * value:.0f} %" if axis.share else table.trimmed(value), "tick", "end"
+            )
+        )
     most = 4 if narrow else 8
     ticks = svg.log_ticks(across.low, across.high, most) if across.log else svg.linear_ticks(0.0, across.high, most)
     for value in ticks:
         words = "0" if value == 0 else _short_size(value)
-        body.append(element("line", x1=across(value), x2=across(value), y1=frame.bottom, y2=frame.bottom + 5, class_="rule"))
+        body.append(
+            element("line", x1=across(value), x2=across(value), y1=frame.bottom, y2=frame.bottom + 5, class_="rule")
+        )
         body.append(svg.text(across(value), frame.bottom + 20, words, "tick", "middle"))
     body.append(element("line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="rule"))
     words = "Size on disk" + (", logarithmic" if across.log else "")
@@ -115,14 +124,19 @@ def _paths(record: Record, places: Mapping[str, tuple[float, float]]) -> list[st
     body = []
     for model in table.everything(record):
         parent = parent_of(record, model)
-        if model["name"] in places and parent in places:
+        if parent is not None and model["name"] in places and parent in places:
             (x1, y1), (x2, y2) = places[parent], places[model["name"]]
             body.append(element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_="path"))
     return body
 
 
 def _points(
-    record: Record, points: Sequence[Model], places: Mapping[str, tuple[float, float]], axis: Axis, up: Scale, frame: Box
+    record: Record,
+    points: Sequence[Model],
+    places: Mapping[str, tuple[float, float]],
+    axis: Axis,
+    up: Scale,
+    frame: Box,
 ) -> list[str]:
     numbers, bars, marks = series(record), [], []
     for model in points:
@@ -134,7 +148,12 @@ def _points(
 
 
 def _names(
-    record: Record, points: Sequence[Model], places: Mapping[str, tuple[float, float]], axis: Axis, up: Scale, frame: Box
+    record: Record,
+    points: Sequence[Model],
+    places: Mapping[str, tuple[float, float]],
+    axis: Axis,
+    up: Scale,
+    frame: Box,
 ) -> list[str]:
     """Every point's name beside it, where it covers least. A point on the lower edge says how far below it lies."""
     taken = [Box(x - 8, y - 8, x + 8, y + 8) for x, y in places.values()]
@@ -172,12 +191,16 @@ def _whisker(x: float, top: float, bottom: float) -> str:
 
 
 def parent_of(record: Record, model: Model) -> str | None:
-    """The nearest ancestor in the model's lineage that is in the record too."""
-    names = {other["name"] for other in table.everything(record)}
+    """The model of the record that this one was made of: the nearest source in its lineage, by name or directory."""
+    names: dict[str, str] = {}
+    for other in table.everything(record):
+        names.setdefault(Path(str(other["path"])).name, other["name"])
+        names[other["name"]] = other["name"]
     for step in reversed(model.get("lineage") or []):
-        name = step.get("name") if isinstance(step, Mapping) else step
-        if name in names and name != model["name"]:
-            return str(name)
+        source = step.get("source") if isinstance(step, Mapping) else None
+        found = names.get(str(source))
+        if found is not None and found != model["name"]:
+            return found
     return None
 
 
@@ -196,7 +219,17 @@ def family_bars(record: Record, family: str, key: str, metric: str = "exact_matc
         body.append(svg.text(float(width), top + 13.0, table.percent(value), "figure", "end"))
         body.append(element("rect", x=0, y=top + 19, width=width, height=6, rx=3, class_="track"))
         if value > 0:
-            body.append(element("rect", x=0, y=top + 19, width=max(float(width * value), 3.0), height=6, rx=3, class_=f"bar {class_}"))
+            body.append(
+                element(
+                    "rect",
+                    x=0,
+                    y=top + 19,
+                    width=max(float(width * value), 3.0),
+                    height=6,
+                    rx=3,
+                    class_=f"bar {class_}",
+                )
+            )
     words = "; ".join(f"{model['name']}: {table.percent(value)}" for model, value in bars)
     return svg.picture(width, step * len(bars), f"Exact match on {family}", words, body, key)
 
@@ -235,7 +268,11 @@ def _layer_grid(frame: Box, up: Scale, across: Scale, depth: int, narrow: bool) 
         y = up(value)
         body.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="rule" if value == 0 else "grid"))
         body.append(svg.text(frame.left - 8, y + 4, table.trimmed(value), "tick", "end"))
-    whole = [int(v) for v in svg.linear_ticks(0.0, float(depth - 1), 6 if narrow else 14) if v == int(v)] if depth > 1 else [0]
+    whole = (
+        [int(v) for v in svg.linear_ticks(0.0, float(depth - 1), 6 if narrow else 14) if v == int(v)]
+        if depth > 1
+        else [0]
+    )
     for layer in whole:
         body.append(svg.text(across(layer), frame.bottom + 20, str(layer), "tick", "middle"))
     body.append(svg.text(frame.right, frame.bottom + 38, "Layer", "axis", "end"))

@@ -8,7 +8,12 @@ from deepseek_compress.reports.table import Record, Table
 
 def markdown(record: Record) -> str:
     """The whole document. The same record gives the same bytes."""
-    parts = [f"# {record.get('name') or 'evaluation'}", words.verdict(record), words.measured_on(record), grid(table.rows(record))]
+    parts = [
+        f"# {record.get('name') or 'evaluation'}",
+        words.verdict(record),
+        words.measured_on(record),
+        grid(table.rows(record)),
+    ]
     missing = table.not_measured(record)
     if missing:
         parts.append(f"Not measured in this run: {', '.join(missing)}.")
@@ -23,7 +28,10 @@ def markdown(record: Record) -> str:
     parts += ["## Lineage", "\n".join(chains)]
     parts += ["## How it was measured", "\n".join(f"- {note}" for note in words.notes(record))]
     for title, key in (("Machine", "machine"), ("Versions", "versions")):
-        parts += [f"## {title}", "\n".join(f"- {name}: {words.fact(name, value)}" for name, value in (record.get(key) or {}).items())]
+        parts += [
+            f"## {title}",
+            "\n".join(f"- {name}: {words.fact(name, value)}" for name, value in (record.get(key) or {}).items()),
+        ]
     if record.get("recipe"):
         parts += ["## Recipe", f"```yaml\n{record['recipe'].rstrip()}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from deepseek_compress.reports import charts, svg, table, words
-from deepseek_compress.reports.style import STYLE
 from deepseek_compress.reports.table import Cell, Column, Model, Record
 
 WIDE, NARROW = 1150, 336  # pixels of the two variants of a picture
@@ -19,7 +19,8 @@ def page(record: Record) -> str:
     sections = [_header(record, title), _stages(record), _accuracy(record), _families(record), _layers(record)]
     sections += [_artifacts(record), _lineage(record), _machine(record), _footer(record)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(title)} · compression report</title><style>{STYLE}</style>"
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    head += f"<title>{escape(title)} · compression report</title><style>{style}</style>"
     body = "\n".join(part for part in sections if part)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
 
@@ -37,7 +38,10 @@ def _header(record: Record, title: str) -> str:
 
 def _stages(record: Record) -> str:
     columns = table.shown(record)
-    cells = [f'<th scope="col" role="columnheader"{_first(columns, i)} title="{escape(c.hint)}">{escape(c.header)}</th>' for i, c in enumerate(columns)]
+    cells = [
+        f'<th scope="col" role="columnheader"{_first(columns, i)} title="{escape(c.hint)}">{escape(c.header)}</th>'
+        for i, c in enumerate(columns)
+    ]
     groups = "".join(f'<th scope="colgroup" colspan="{span}">{escape(name)}</th>' for name, span in _groups(columns))
     head = f'<thead><tr class="groups" aria-hidden="true"><th></th>{groups}</tr>'
     head += f'<tr role="row"><th scope="col" role="columnheader">Model</th>{"".join(cells)}</tr></thead>'
@@ -56,13 +60,21 @@ def _stage_row(record: Record, model: Model, columns: Sequence[Column]) -> str:
     kind = "reference" if reference else "ablation" if ablation else ""
     about = model.get("about") or ("reference" if reference else "beside the pipeline" if ablation else "")
     number = charts.series(record)[model["name"]]
-    swatch = svg.element("svg", svg.mark(number, 6.0, 6.0, 4.5, f"mark s{number}" + (" hollow" if ablation else "")), viewBox="0 0 12 12", class_="swatch", aria_hidden="true")
+    swatch = svg.element(
+        "svg",
+        svg.mark(number, 6.0, 6.0, 4.5, f"mark s{number}" + (" hollow" if ablation else "")),
+        viewBox="0 0 12 12",
+        class_="swatch",
+        aria_hidden="true",
+    )
     small = f'<span class="about">{escape(about)}</span>' if about else ""
+    head = f'<th scope="row" role="rowheader">{swatch}{escape(model["name"])}{small}</th>'
     cells = "".join(
-        f'<td role="cell"{_first(columns, index)} data-label="{escape(column.header)}">{_cell(table.cell(column, model))}</td>'
+        f'<td role="cell"{_first(columns, index)} data-label="{escape(column.header)}">'
+        f"{_cell(table.cell(column, model))}</td>"
         for index, column in enumerate(columns)
     )
-    return f'<tr role="row" class="{kind}"><th scope="row" role="rowheader">{swatch}{escape(model["name"])}{small}</th>{cells}</tr>'
+    return f'<tr role="row" class="{kind}">{head}{cells}</tr>'
 
 
 def _cell(cell: Cell) -> str:
@@ -126,7 +138,9 @@ def _lineage(record: Record) -> str:
     items = []
     for model in table.everything(record):
         steps = "".join(f"<li>{escape(step)}</li>" for step in words.lineage(model))
-        items.append(f"<li><strong>{escape(model['name'])}</strong> <code>{escape(str(model['path'] or ''))}</code>{f'<ol>{steps}</ol>' if steps else ''}</li>")
+        chain = f"<ol>{steps}</ol>" if steps else '<p class="about">as it was given</p>'
+        path = escape(str(model["path"] or ""))
+        items.append(f"<li><strong>{escape(model['name'])}</strong> <code>{path}</code>{chain}</li>")
     return f'<section><h2>Lineage</h2><ul class="chain">{"".join(items)}</ul></section>'
 
 
@@ -142,11 +156,14 @@ def _machine(record: Record) -> str:
 
 
 def _footer(record: Record) -> str:
-    return f"<footer>Written by dsc from its run record, schema {escape(str(record['schema']))}. Fractions in the JSON, percent here.</footer>"
+    schema = escape(str(record["schema"]))
+    return f"<footer>Written by dsc from its run record, schema {schema}. Fractions in the JSON, percent here.</footer>"
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> str:
-    pairs = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(words.fact(name, value))}</dd>" for name, value in values.items())
+    pairs = "".join(
+        f"<dt>{escape(str(name))}</dt><dd>{escape(words.fact(name, value))}</dd>" for name, value in values.items()
+    )
     return f'<div><h3>{title}</h3><dl class="pairs">{pairs}</dl></div>'
 
 
@@ -168,4 +185,5 @@ def _scroll(grid: str, name: str) -> str:
 def _words(found: table.Table, caption: str) -> str:
     head = "".join(f'<th scope="col">{escape(header)}</th>' for header in found.headers)
     rows = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in found.rows)
-    return f'<table class="words"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    caption = f"<caption>{escape(caption)}</caption>"
+    return f'<table class="words">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'

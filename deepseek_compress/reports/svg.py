@@ -1,8 +1,8 @@
 """Small functions that write SVG: elements, axes, marks and where a label may stand.
 
-Everything is text in, text out and deterministic: coordinates are rounded to a tenth of a pixel. Colours are CSS classes
-(`s0` .. `s7` for the series), so that one picture serves the light and the dark page. Every series also has its own shape,
-because colour alone does not reach every reader.
+Everything is text in, text out and deterministic: coordinates are rounded to a tenth of a pixel. Colours are CSS
+classes (`s0` .. `s7` for the series), so that one picture serves the light and the dark page. Every series also has
+its own shape, because colour alone does not reach every reader.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ class Scale(NamedTuple):
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """Where `value` lies, in pixels."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         share = ((math.log(value) if self.log else value) - low) / (high - low)
         return self.start + share * (self.end - self.start)
 
 
 def element(tag: str, content: str = "", **attributes: object) -> str:
-    """`<tag a="b">content</tag>`; `content` is markup already. `class_` and `stroke_width` become `class`, `stroke-width`."""
+    """`<tag a="b">content</tag>`; `content` is markup already. `stroke_width` becomes `stroke-width`."""
     written = "".join(f' {name.rstrip("_").replace("_", "-")}="{_value(value)}"' for name, value in attributes.items())
     return f"<{tag}{written}>{content}</{tag}>" if content else f"<{tag}{written}/>"
 
@@ -72,13 +73,20 @@ def picture(width: int, height: int, title: str, description: str, body: Sequenc
     names = f"{key}-t {key}-d"
     box = f"0 0 {width} {height}"
     return element(
-        "svg", heads + "".join(body), viewBox=box, width=width, height=height, role="img", class_="chart", aria_labelledby=names
+        "svg",
+        heads + "".join(body),
+        viewBox=box,
+        width=width,
+        height=height,
+        role="img",
+        class_="chart",
+        aria_labelledby=names,
     )
 
 
 def mark(shape: int, x: float, y: float, size: float, class_: str) -> str:
     """A marker centred at (x, y) with half-width about `size`; `shape` counts through eight forms."""
-    corners = {
+    forms: dict[int, list[tuple[float, float]]] = {
         1: [(-1, -1), (1, -1), (1, 1), (-1, 1)],
         2: [(0, -1.25), (1.2, 0.95), (-1.2, 0.95)],
         3: [(0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)],
@@ -86,7 +94,8 @@ def mark(shape: int, x: float, y: float, size: float, class_: str) -> str:
         5: [(0, -1.35), (1.28, -0.42), (0.79, 1.09), (-0.79, 1.09), (-1.28, -0.42)],
         6: [(-0.6, -1.2), (0.6, -1.2), (1.2, 0), (0.6, 1.2), (-0.6, 1.2), (-1.2, 0)],
         7: [(-1.3, -0.8), (1.3, -0.8), (1.3, 0.8), (-1.3, 0.8)],
-    }.get(shape % SERIES)
+    }
+    corners = forms.get(shape % SERIES)
     if corners is None:
         return element("circle", cx=x, cy=y, r=size * 1.1, class_=class_)
     points = " ".join(f"{_value(x + size * dx)},{_value(y + size * dy)}" for dx, dy in corners)

@@ -98,24 +98,38 @@ def _column(key: str, header: str, group: str, write: Callable[[float], str], hi
     return Column(key, header, hint, group, write, _metric(key))
 
 
+def _two(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _four(value: float) -> str:
+    return significant(value, 4)
+
+
 COLUMNS: tuple[Column, ...] = (
-    Column("bytes", "Size", "sum of the safetensors files on disk", "Size", size, _top("bytes")),
-    Column("bits_per_weight", "Bits per weight", "8 × bytes / parameters", "Size", lambda v: f"{v:.2f}", _top("bits_per_weight")),
-    _column("exact_match", "Exact match", "Reasoning", percent, "share of unseen problems answered exactly, greedy decoding"),
-    Column(
-        "exact_match_ratio", "Of reference", "exact match divided by the reference's, on the same problems", "Reasoning", percent,
-        lambda model: (model.get("relative") or {}).get("exact_match"),
-    ),
+    Column("bytes", "Size", "sum of the safetensors files", "Size", size, _top("bytes")),
+    Column("bits_per_weight", "Bits per weight", "8 × bytes / parameters", "Size", _two, _top("bits_per_weight")),
+    _column("exact_match", "Exact match", "Reasoning", percent, "share of unseen problems answered exactly"),
+    Column("exact_match_ratio", "Of reference", "exact match / the reference's on the same problems", "Reasoning", percent,
+           lambda model: (model.get("relative") or {}).get("exact_match")),
     _column("f1", "F1", "Reasoning", percent, "token F1 of the answer"),
     _column("valid_steps", "Valid steps", "Reasoning", percent, "valid steps / written steps, 0 without a chain"),
     _column("kl_divergence", "KL", "Fidelity", significant, "KL(reference ‖ model), nats per predicted token"),
-    _column("top1_agreement", "Top-1", "Fidelity", percent, "share of positions where the most likely token is the reference's"),
-    _column("perplexity", "Perplexity", "Fidelity", lambda v: significant(v, 4), "exp of the mean negative log-likelihood per predicted token"),
-    _column("prefill_tokens_per_s", "Prefill tok/s", "Runtime", rate, "prompt tokens per second, in the evaluation runtime"),
-    _column("decode_tokens_per_s", "Decode tok/s", "Runtime", rate, "generated tokens per second, in the evaluation runtime"),
-    _column("peak_bytes", "Peak memory", "Runtime", size, "peak resident memory of a process that loads and runs the model"),
+    _column("top1_agreement", "Top-1", "Fidelity", percent, "share of positions with the reference's likeliest token"),
+    _column("perplexity", "Perplexity", "Fidelity", _four, "exp of the mean negative log-likelihood of a token"),
+    _column("prefill_tokens_per_s", "Prefill tok/s", "Runtime", rate, "prompt tokens per second, evaluation runtime"),
+    _column("decode_tokens_per_s", "Decode tok/s", "Runtime", rate, "new tokens per second, evaluation runtime"),
+    _column("peak_bytes", "Peak memory", "Runtime", size, "peak resident memory of a process that loads and runs it"),
 )  # fmt: skip
-COMPACT = ("bytes", "bits_per_weight", "exact_match", "exact_match_ratio", "valid_steps", "kl_divergence", "top1_agreement")
+COMPACT = (
+    "bytes",
+    "bits_per_weight",
+    "exact_match",
+    "exact_match_ratio",
+    "valid_steps",
+    "kl_divergence",
+    "top1_agreement",
+)
 
 
 def cell(column: Column, model: Model) -> Cell:
@@ -172,7 +186,13 @@ def label(record: Record, model: Model) -> str:
 def artifact_rows(record: Record) -> Table:
     """Engines and graphs: built files that are not models of this report."""
     lines = [
-        [a["name"], a["target"] or UNKNOWN, UNKNOWN if a["bytes"] is None else size(a["bytes"]), a["status"] or UNKNOWN, a["path"]]
+        [
+            a["name"],
+            a["target"] or UNKNOWN,
+            UNKNOWN if a["bytes"] is None else size(a["bytes"]),
+            a["status"] or UNKNOWN,
+            a["path"],
+        ]
         for a in record.get("artifacts") or []
     ]
     return Table(["Artifact", "Target", "Size", "Status", "File"], lines)

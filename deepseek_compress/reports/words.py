@@ -40,19 +40,30 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
             note = f"{_times(2 * reference['parameters'] / last['bytes'])} {reference['name']} in BF16"
         found.append(("Size on disk", table.size(last["bytes"]), note))
     if last["bits_per_weight"] is not None:
-        found.append(("Bits per weight", f"{last['bits_per_weight']:.2f}", f"{table.count(last['parameters'])} parameters"))
-    for key, other in (("exact_match", True), ("top1_agreement", False), ("kl_divergence", False), ("decode_tokens_per_s", True)):
+        found.append(
+            ("Bits per weight", f"{last['bits_per_weight']:.2f}", f"{table.count(last['parameters'])} parameters")
+        )
+    for key, other in (
+        ("exact_match", True),
+        ("top1_agreement", False),
+        ("kl_divergence", False),
+        ("decode_tokens_per_s", True),
+    ):
         column = _column(key)
         cell = table.cell(column, last)
         if cell.value == table.UNKNOWN:
             continue
-        beside = table.cell(column, reference).value if other and reference is not None and last is not reference else ""
-        found.append((column.header, cell.value, f"{reference['name']} {beside}" if beside and reference else cell.interval))
+        beside = (
+            table.cell(column, reference).value if other and reference is not None and last is not reference else ""
+        )
+        found.append(
+            (column.header, cell.value, f"{reference['name']} {beside}" if beside and reference else cell.interval)
+        )
     return found
 
 
 def ends(record: Record) -> tuple[Model | None, Model | None]:
-    """The reference (None if it is not among the models) and the last model that is not the reference, if there is one."""
+    """The reference, None if it is not among the models, and the last model that is not it, if there is one."""
     reference = next((model for model in record["models"] if model["name"] == record.get("reference")), None)
     others = [model for model in record["models"] if model is not reference]
     return reference, others[-1] if others else reference
@@ -71,9 +82,15 @@ def measured_on(record: Record) -> str:
     """What the table's numbers were measured on."""
     suite, text, parts = record.get("suite"), record.get("text"), []
     if suite:
-        parts.append(f"Reasoning on {suite['problems']:,} unseen problems of the suite {suite['name']}, the same for every model.")
+        parts.append(
+            f"Reasoning on {suite['problems']:,} unseen problems of the suite {suite['name']}, "
+            "the same for every model."
+        )
     if text:
-        parts.append(f"Fidelity and perplexity on {text['source']}: {text['tokens']:,} predicted tokens in {text['windows']:,} windows.")
+        parts.append(
+            f"Fidelity and perplexity on {text['source']}: {text['tokens']:,} predicted tokens "
+            f"in {text['windows']:,} windows."
+        )
     return " ".join(parts) or "Size only: neither problems nor text were evaluated."
 
 
@@ -81,17 +98,24 @@ def notes(record: Record) -> list[str]:
     """How every column was measured, then what this run had to leave out."""
     hints = [f"{column.header}: {column.hint}." for column in table.shown(record)]
     general = [
-        "Intervals: Wilson for shares of problems; percentile bootstrap over problems or windows for the rest, drawn once for all "
-        "models, so that ratios to the reference are paired.",
-        "Speed and memory are those of the PyTorch evaluation runtime, which multiplies with unpacked weights; they say nothing "
-        "about the speed of an engine.",
+        "Intervals: Wilson for shares of problems; percentile bootstrap over problems or windows for the rest, drawn "
+        "once for all models, so that ratios to the reference are paired.",
+        "Speed and memory are those of the PyTorch evaluation runtime, one sequence at a time, which multiplies with "
+        "unpacked weights; they say nothing about the speed of an engine.",
     ]
     return [*hints, *general, *(record.get("notes") or [])]
 
 
 def lineage(model: Model) -> list[str]:
-    """The steps from the input to this model, each as a few words."""
-    return [_step(step) for step in model.get("lineage") or []]
+    """The way from the published checkpoint to this model: `nano`, `distill: student`, `compress: student-w4a16`."""
+    steps = [step for step in model.get("lineage") or [] if isinstance(step, Mapping)]
+    if not steps:
+        return []
+    made = [str(step.get("source")) for step in steps[1:]] + [str(model["name"])]
+    return [
+        str(steps[0].get("source")),
+        *(f"{step.get('stage')}: {name}" for step, name in zip(steps, made, strict=True)),
+    ]
 
 
 def fact(name: str, value: Any) -> str:
@@ -105,14 +129,6 @@ def fact(name: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(str(item) for item in value)
     return str(value)
-
-
-def _step(step: Any) -> str:
-    if not isinstance(step, Mapping):
-        return str(step)
-    name = str(step.get("name") or step.get("path") or "")
-    kind = step.get("stage") or step.get("kind")
-    return f"{name} ({kind})" if name and kind and kind != name else name or str(kind or "")
 
 
 def _alone(model: Model) -> str:

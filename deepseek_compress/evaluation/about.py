@@ -1,0 +1,66 @@
+"""What a checkpoint is, in a few words: `4-bit asymmetric, groups of 64, 2:4 sparse, 8-bit activations per token`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from deepseek_compress.checkpoint import Checkpoint, TensorInfo
+
+PROBES = 3  # matrices read to tell whether the weights are 2:4 sparse
+NAMES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
+
+
+def about(checkpoint: Checkpoint) -> str:
+    """From headers, config and manifest, and `PROBES` matrices that are read to see their zeros."""
+    linears = _linears(checkpoint)
+    if not linears:
+        return ""
+    shares: Counter[str] = Counter()
+    for info in linears:
+        shares[_encoding(info, checkpoint)] += info.elements
+    parts = [shares.most_common(1)[0][0]]
+    spread = [linears[i * (len(linears) - 1) // max(PROBES - 1, 1)] for i in range(PROBES)]
+    if all(_two_of_four(checkpoint, info) for info in spread):
+        parts.append("2:4 sparse")
+    activations = checkpoint.activations
+    if activations:
+        bits, granularity = activations.get("num_bits"), activations.get("granularity")
+        words = f"{bits}-bit activations" if bits else "quantised activations"
+        parts.append(f"{words} per {granularity}" if granularity else words)
+    return ", ".join(parts)
+
+
+def _linears(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The matrices inside blocks, routers apart."""
+    tensors = checkpoint.header.tensors.values()
+    return [t for t in tensors if ".layers." in t.name and len(t.shape) == 2 and ".gate." not in t.name]
+
+
+def _encoding(info: TensorInfo, checkpoint: Checkpoint) -> str:
+    if info.encoding == "fp8_block":
+        return "FP8 in blocks"
+    if info.encoding == "mxfp4":
+        return "MXFP4"
+    if info.encoding == "plain":
+        return NAMES.get(info.dtype, str(info.dtype).removeprefix("torch."))
+    return _packed(checkpoint.config.get("quantization_config") or {})
+
+
+def _packed(config: dict[str, Any]) -> str:
+    """The first group of a compressed-tensors configuration; every group of ours differs in its group size only."""
+    groups = list((config.get("config_groups") or {}).values())
+    weights = (groups[0].get("weights") if groups else None) or {}
+    kind = "symmetric" if weights.get("symmetric") else "asymmetric"
+    size = weights.get("group_size")
+    grouping = f", groups of {size}" if size and size > 0 else ", one scale a row"
+    return f"{weights.get('num_bits', '?')}-bit {kind}{grouping}"
+
+
+def _two_of_four(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    if info.shape[1] % 4:
+        return False
+    zeros = (checkpoint.read(info.name).view(-1, 4) == 0).sum(1)
+    return bool((zeros >= 2).all())

@@ -1,0 +1,106 @@
+"""What a checkpoint costs: bytes on disk, bits per weight, speed and peak memory in the evaluation runtime.
+
+Speed and memory are taken in a process of its own, `python -m deepseek_compress.evaluation.efficiency DIRECTORY`, so
+that neither the models before it nor the caller's caches count. One sequence at a time: a prompt is read whole
+(prefill), then tokens follow one by one with a cache (decode); the median of a few runs counts. Peak memory is the
+highest resident size the process ever had, imports included (`VmHWM`; `ru_maxrss` would inherit the parent's).
+
+These are numbers of the PyTorch runtime, which multiplies with unpacked float32 weights: a 4-bit checkpoint is as
+fast here as its 16-bit source. Engines have their own numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
+from deepseek_compress.errors import DscError
+
+PROMPT, NEW, REPEATS = 256, 64, 3  # tokens of the prompt, tokens decoded, runs of which the median counts
+UNKNOWN: dict[str, Any] = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_bytes": None}
+
+
+def sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`bytes` (sum of *.safetensors), `parameters` (unpacked elements without scales), `bits_per_weight`."""
+    total = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+    parameters = sum(info.elements for info in checkpoint.header.tensors.values())
+    return {"bytes": total, "parameters": parameters, "bits_per_weight": 8 * total / parameters if parameters else None}
+
+
+def speed_and_memory(path: Path) -> dict[str, Any]:
+    """`prefill_tokens_per_s`, `decode_tokens_per_s` and `peak_bytes` of the checkpoint at `path`.
+
+    Raises `DscError` with the last line of the process where it fails (for instance for want of memory).
+    """
+    command = [sys.executable, "-m", __name__, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise DscError(f"{path}: its speed could not be measured: {last}", "free memory, or set efficiency: false")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """The child finds this package wherever the parent found it."""
+    root = str(Path(__file__).parents[2])
+    others = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{others}" if others else root}
+
+
+def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:
+    """Load the checkpoint and time it, in this process."""
+    import torch
+
+    from deepseek_compress.models.cache import KvCache
+    from deepseek_compress.models.runtime import Model
+
+    model = Model.load(open_checkpoint(path))
+    longest = model.cfg.max_position_embeddings or prompt + new
+    prompt = max(1, min(prompt, longest - new))
+    tokens = torch.randint(model.cfg.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+
+    def once() -> tuple[float, float]:
+        with torch.no_grad():
+            cache = KvCache(model.cfg.num_hidden_layers, prompt + new)
+            following, prefill = _timed(lambda: model.forward(tokens, cache, last_only=True)[:, -1].argmax(-1))
+            began = time.perf_counter()
+            for _ in range(new):
+                following = model.forward(following[:, None], cache, last_only=True)[:, -1].argmax(-1)
+            return prompt / prefill, new / (time.perf_counter() - began)
+
+    once()  # the first run pays for memory and threads
+    runs = [once() for _ in range(REPEATS)]
+    return {
+        "prefill_tokens_per_s": statistics.median(run[0] for run in runs),
+        "decode_tokens_per_s": statistics.median(run[1] for run in runs),
+        "peak_bytes": _peak(),
+    }
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - began
+
+
+def _peak() -> int | None:
+    """Highest resident size of this process in bytes, None where the system does not tell it."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    line = next((row for row in text.splitlines() if row.startswith("VmHWM:")), None)
+    return int(line.split()[1]) * 1024 if line else None
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]))))

@@ -1,0 +1,137 @@
+"""One report over many runs: the models of several records side by side.
+
+Nothing is measured again. What a model keeps of its reference was computed in its own run, on that run's problems;
+where runs asked different problems, had different text or other machines, the page says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepseek_compress.errors import DscError
+from deepseek_compress.reports import write as writer
+
+SAME = ("suite", "text", "machine", "versions")  # what must agree before numbers may be compared without a word
+
+
+def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Read the report.json files at `paths`, write one report to `out` (.html, with .json and .md beside); the record.
+
+    Raises `DscError` for a file that is no report, for none at all, and where `out` is one of the inputs.
+    """
+    if not paths:
+        raise DscError("no reports to compare", "give at least one report.json")
+    outputs = {out.with_suffix(suffix).resolve() for suffix in (".json", ".md", ".html")}
+    for path in paths:
+        if (path / "report.json" if path.is_dir() else path).resolve() in outputs:
+            raise DscError(f"{path}: would be overwritten by {out}", "choose another -o")
+    record = merge([writer.read(path) for path in paths], _names(paths))
+    record["name"] = out.stem
+    writer.write(record, out)
+    return record
+
+
+def merge(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """One record of all models, in the order of the records; `names[i]` tells record i's models from another's.
+
+    A model's name is kept where no other run has it; otherwise it becomes `run/model`. A model that two runs measured
+    with equal results appears once.
+    """
+    models: list[dict[str, Any]] = []
+    ablations: list[dict[str, Any]] = []
+    artifacts: list[dict[str, Any]] = []
+    for record, run in zip(records, names, strict=True):
+        clashing = _clashing(records, record)
+        for target, rows in ((models, record["models"]), (ablations, record.get("ablations") or [])):
+            for row in rows:
+                if not any(_equal(row, other) for other in target):
+                    target.append({**row, "name": f"{run}/{row['name']}" if row["name"] in clashing else row["name"]})
+        artifacts += [
+            {**row, "name": f"{run}/{row['name']}" if len(records) > 1 else row["name"]} for row in record["artifacts"]
+        ]
+    first = records[0]
+    same = {key: first.get(key) if all(r.get(key) == first.get(key) for r in records) else None for key in SAME}
+    return {
+        "schema": writer.SCHEMA,
+        "reference": _reference(records, models),
+        "models": models,
+        "artifacts": artifacts,
+        "machine": same["machine"] or {},
+        "versions": same["versions"] or {},
+        "ablations": ablations,
+        "suite": same["suite"],
+        "text": same["text"],
+        "sources": list(names),
+        "notes": [*_differences(records, names), *_notes(records, names)],
+    }
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A short name of each report: its file's name, or its directory's when the file is plain report.json."""
+    found: list[str] = []
+    for path in paths:
+        file = path / "report.json" if path.is_dir() else path
+        name = file.resolve().parent.name if file.stem == "report" else file.stem
+        same = sum(1 for other in found if other == name or other.startswith(f"{name}-"))
+        found.append(f"{name}-{same + 1}" if same else name)
+    return found
+
+
+def _clashing(records: Sequence[Mapping[str, Any]], mine: Mapping[str, Any]) -> set[str]:
+    """Names in `mine` that another record gives to something else."""
+    others = [row for record in records if record is not mine for row in _rows(record)]
+    return {
+        row["name"]
+        for row in _rows(mine)
+        for other in others
+        if row["name"] == other["name"] and not _equal(row, other)
+    }
+
+
+def _rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*record["models"], *(record.get("ablations") or [])]
+
+
+def _equal(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """The same model with the same results; speeds and peaks differ from run to run and do not count."""
+    fixed = ("bytes", "parameters", "lineage")
+    deterministic = ("exact_match", "f1", "valid_steps", "perplexity", "kl_divergence", "top1_agreement")
+    return (
+        str(row["name"]).rpartition("/")[2] == str(other["name"]).rpartition("/")[2]
+        and all(row[key] == other[key] for key in fixed)
+        and all(row["metrics"][key] == other["metrics"][key] for key in deterministic)
+    )
+
+
+def _reference(records: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]) -> str | None:
+    """The reference that all runs share, None where they have different ones."""
+    rows: list[Mapping[str, Any]] = []
+    for record in records:
+        row = next((model for model in record["models"] if model["name"] == record["reference"]), None)
+        if row is None or (rows and not _equal(row, rows[0])):
+            return None
+        rows.append(row)
+    return next((str(model["name"]) for model in models if _equal(model, rows[0])), None)
+
+
+def _differences(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    words = {
+        "suite": "other problems were asked: exact match, F1 and valid steps are not comparable between runs",
+        "text": "other tokens were predicted: perplexity, KL and top-1 are not comparable between runs",
+        "machine": "another machine: speed and memory are not comparable between runs",
+        "versions": "other versions of the software",
+    }
+    found = []
+    for key in SAME:
+        other = [n for n, record in zip(names, records, strict=True) if record.get(key) != records[0].get(key)]
+        if other:
+            found.append(f"{', '.join(other)} against {names[0]}: {words[key]}.")
+    return found
+
+
+def _notes(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    return [
+        f"{name}: {note}" for name, record in zip(names, records, strict=True) for note in record.get("notes") or []
+    ]

@@ -1,0 +1,79 @@
+"""Put a run record on disk: JSON for programs, Markdown and HTML for people, all three from the same record."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek_compress.errors import DscError, raise_problems
+from deepseek_compress.reports.markdown import markdown
+from deepseek_compress.reports.page import page
+from deepseek_compress.reports.table import Record
+
+SCHEMA = 1
+TOP = ("schema", "reference", "models", "artifacts", "machine", "versions")
+MODEL = ("name", "path", "bytes", "bits_per_weight", "parameters", "metrics", "intervals", "lineage")
+METRICS = (
+    "exact_match", "f1", "valid_steps", "perplexity", "kl_divergence", "top1_agreement",
+    "prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes",
+)  # fmt: skip
+ARTIFACT = ("name", "target", "path", "bytes", "status")
+
+
+def write(record: Record, path: Path) -> list[Path]:
+    """Write `path` with the suffixes .json, .md and .html; whichever of them `path` has. Returns the three paths.
+
+    Each is written beside and renamed. Raises `ValueError` for a record that lacks a key or holds an infinity: a defect
+    of ours, never the user's.
+    """
+    missing = lacking(record)
+    if missing:
+        raise ValueError(f"the record lacks {', '.join(missing)}")
+    contents = {
+        ".json": json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        ".md": markdown(record),
+        ".html": page(record),
+    }
+    written = []
+    for suffix, content in contents.items():
+        target = path.with_suffix(suffix)
+        beside = target.with_name(f".{target.name}.tmp")
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, target)
+        written.append(target)
+    return written
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in a report.json, or beside the .html or .md that is named. Raises `DscError` where there is none."""
+    path = path.with_suffix(".json") if path.suffix in {".html", ".md"} else path
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DscError(f"{path}: {error.strerror}", "give a report.json that dsc wrote") from None
+    except ValueError as error:
+        raise DscError(f"{path}: not valid JSON ({error})", "give a report.json that dsc wrote") from None
+    if not isinstance(record, dict):
+        raise DscError(f"{path}: not a report", "give a report.json that dsc wrote")
+    if record.get("schema") != SCHEMA:
+        raise DscError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA}", "evaluate again")
+    raise_problems(DscError(f"{path}: lacks {name}", "evaluate again") for name in lacking(record))
+    return record
+
+
+def lacking(record: Mapping[str, Any]) -> list[str]:
+    """Every key of the schema that is not there: `models[0].metrics.f1`."""
+    found = [name for name in TOP if name not in record]
+    if found:
+        return found
+    rows = [("models", record["models"], MODEL), ("ablations", record.get("ablations") or [], MODEL)]
+    for where, items, names in [*rows, ("artifacts", record["artifacts"], ARTIFACT)]:
+        for index, item in enumerate(items):
+            found += [f"{where}[{index}].{name}" for name in names if name not in item]
+            if "metrics" in item:
+                found += [f"{where}[{index}].metrics.{name}" for name in METRICS if name not in item["metrics"]]
+    return found

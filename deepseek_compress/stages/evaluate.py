@@ -1,0 +1,138 @@
+"""Measure models against a reference on the same problems and tokens, and write the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.errors import DscError
+from deepseek_compress.evaluation.reasoning import SUITES
+from deepseek_compress.stages.base import Context, Output, Stage
+
+MODEL_FILES = ("model.engine", "model.onnx")
+
+
+class Evaluate(Stage, frozen=True, extra="forbid"):
+    """Perplexity, KL and top-1 agreement, the reasoning suite, size, speed and memory, of several models.
+
+    Without `text` the fidelity metrics are taken on the suite's reference solutions, and 1,000 problems are asked; with
+    `text` on its windows, and problems are asked only where `problems` says how many.
+    """
+
+    writes: ClassVar[str] = "report"
+    models: tuple[str, ...] = ()  # names of outputs in the order of the pipeline; empty: the input and every checkpoint
+    reference: str | None = None  # a name of `models`; None: the first of them where there are several
+    ablations: tuple[str, ...] = ()  # reported beside the pipeline, not in it
+    suite: str = "builtin"
+    asked: int | None = Field(None, ge=0, alias="problems")  # `problems` is what every stage tells about a header
+    text: Path | None = None
+    windows: int = Field(64, gt=0)
+    length: int = Field(512, gt=1)
+    efficiency: bool = True
+
+    @field_validator("suite")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in SUITES:
+            raise DscError(f"unknown suite {name!r}", f"valid names: {', '.join(SUITES)}")
+        return name
+
+    def reads(self) -> Sequence[str]:
+        """Every model it names."""
+        named = [*self.models, *self.ablations, *([self.reference] if self.reference else [])]
+        return tuple(dict.fromkeys(named))
+
+    def run(self, source: Checkpoint, context: Context) -> Output:
+        """Write report.json, report.md and report.html into the stage's directory."""
+        from deepseek_compress.evaluation.record import evaluate
+        from deepseek_compress.reports import write
+
+        models = self._models(context.outputs)
+        reference = self.reference or (next(iter(models)) if len(models) > 1 else None)
+        ablations = {name: _path(context.outputs, name) for name in self.ablations}
+        record = evaluate(models, reference, self._settings(context), ablations, context.progress)
+        record["artifacts"] = artifacts(context.outputs)
+        record["name"] = context.out.parent.name if context.name == "evaluate" else context.name
+        record["recipe"] = context.recipe_text
+        path = context.out / "report.json"
+        write(record, path)
+        return Output("report", path, {"report": str(path), "models": len(models)})
+
+    def _models(self, outputs: Mapping[str, Path]) -> dict[str, Path]:
+        """Name -> directory, in the order of the recipe. The reference is first where `models` leaves it out."""
+        names = list(self.models) or [name for name, path in _unique(outputs).items() if is_checkpoint(path)]
+        if self.reference and self.reference not in names:
+            names.insert(0, self.reference)
+        return {name: _path(outputs, name) for name in names if name not in self.ablations}
+
+    def _settings(self, context: Context) -> Any:
+        from deepseek_compress.evaluation.record import Settings
+
+        problems = (0 if self.text else 1000) if self.asked is None else self.asked
+        return Settings(
+            suite=self.suite if problems else None,
+            problems=problems,
+            text=self.text,
+            windows=self.windows,
+            length=self.length,
+            efficiency=self.efficiency,
+            seed=context.seed,
+        )
+
+
+def artifacts(outputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Rows about the outputs that are not checkpoints: engines and graphs, with what their stage said about them."""
+    rows = []
+    for name, path in _unique(outputs).items():
+        folder = path if path.is_dir() else path.parent
+        file = path if path.is_file() else next((path / f for f in MODEL_FILES if (path / f).is_file()), None)
+        if is_checkpoint(path) or file is None or file.name == "report.json":
+            continue
+        facts = _facts(folder)
+        size = sum(part.stat().st_size for part in folder.glob(f"{file.name}*") if part.is_file())
+        row = {
+            "name": name,
+            "target": facts.get("target"),
+            "path": str(file),
+            "bytes": size,
+            "status": facts.get("status"),
+        }
+        rows.append(row)
+    return rows
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint that loads lies there."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _path(outputs: Mapping[str, Path], name: str) -> Path:
+    if name not in outputs:
+        raise DscError(f"{name!r} is no earlier output", f"valid names: {', '.join(outputs)}")
+    return outputs[name]
+
+
+def _unique(outputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Each output once: the input stands there as `model` and under the recipe's own name for it, which is kept."""
+    named = {name: path for name, path in outputs.items() if name != "model"}
+    if "model" in outputs and outputs["model"] not in named.values():
+        named = {"model": outputs["model"], **named}
+    return named
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What the stage that wrote the artifact recorded: its manifest, then the facts of its run."""
+    found: dict[str, Any] = {}
+    for name in ("dsc_manifest.json", "dsc_run.json"):
+        file = folder / name
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found |= content.get("knobs") or {}
+            found |= {key: content[key] for key in ("target", "status") if content.get(key)}
+            found |= content.get("facts") or {}
+    return found

@@ -1,0 +1,147 @@
+"""Perplexity, KL and top-1 agreement against brute force in float64 and against transformers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek_compress.errors import DscError
+from deepseek_compress.evaluation import divergence
+from deepseek_compress.evaluation.divergence import Sample, Trace, batches, measure
+from deepseek_compress.models.runtime import Model
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_v3: Path) -> Model:
+    return Model.load(tiny_v3)
+
+
+@pytest.fixture(scope="module")
+def noisy(teacher: Model) -> Model:
+    """The teacher with every matrix moved a little: close, but another distribution."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: w + 0.1 * w.std() * torch.randn(w.shape, generator=generator) if w.dim() == 2 else w
+        for name, w in teacher.weights.items()
+    }
+    return Model(teacher.family, teacher.cfg, weights)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(2)
+    lengths, starts = (5, 12, 9, 12, 2, 30), (1, 4, 8, 1, 1, 20)
+    return [
+        Sample(torch.randint(512, (n,), generator=generator).tolist(), start)
+        for n, start in zip(lengths, starts, strict=True)
+    ]
+
+
+def logits(model: Model, sample: Sample) -> Tensor:
+    """One sample alone, no padding: float64 (predicted, vocabulary)."""
+    with torch.no_grad():
+        return model(torch.tensor([sample.tokens]))[0, sample.start - 1 : -1].double()
+
+
+def test_equals_brute_force(
+    teacher: Model, noisy: Model, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence, "BATCH_TOKENS", 24)  # several batches with padding
+    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", 512 * 3)  # three rows a chunk
+    found = measure(noisy, samples, Trace.record(teacher, samples, tmp_path))
+    for i, sample in enumerate(samples):
+        p, q = logits(teacher, sample).softmax(1), logits(noisy, sample).softmax(1)
+        following = torch.tensor(sample.tokens[sample.start :])
+        assert found.tokens[i] == len(following)
+        assert found.nll[i] == pytest.approx(-q.gather(1, following[:, None]).log().sum().item(), rel=1e-5)
+        assert found.kl is not None and found.agreed is not None
+        assert found.kl[i] == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-4)
+        assert found.agreed[i] == (p.argmax(1) == q.argmax(1)).sum().item()
+    total = sum(found.tokens)
+    assert found.perplexity == pytest.approx(math.exp(sum(found.nll) / total))
+    assert found.kl_divergence == pytest.approx(sum(found.kl or []) / total)
+    assert 0.001 < (found.kl_divergence or 0)
+    assert 0 < (found.top1_agreement or 0) < 1
+
+
+def test_a_model_does_not_differ_from_itself(teacher: Model, samples: list[Sample], tmp_path: Path) -> None:
+    found = measure(teacher, samples, Trace.record(teacher, samples, tmp_path))
+    assert found.kl_divergence == 0.0
+    assert found.top1_agreement == 1.0
+    assert found.error_by_layer == [0.0] * 3
+
+
+def test_perplexity_is_the_loss_of_transformers(tiny_llama: Path) -> None:
+    import transformers
+
+    ids = torch.randint(512, (4, 24), generator=torch.Generator().manual_seed(3))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        loss = theirs(ids, labels=ids).loss.item()
+    found = measure(Model.load(tiny_llama), [Sample(row, 1) for row in ids.tolist()])
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    assert found.kl is None
+    assert found.top1_agreement is None
+
+
+def test_error_by_layer_equals_the_definition(
+    teacher: Model, noisy: Model, samples: list[Sample], tmp_path: Path
+) -> None:
+    found = measure(noisy, samples, Trace.record(teacher, samples, tmp_path)).error_by_layer
+    apart, whole = torch.zeros(3), torch.zeros(3)
+    with torch.no_grad():
+        for sample in samples:
+            tokens = torch.tensor([sample.tokens])
+            pairs = zip(noisy.hidden_states(tokens)[1:], teacher.hidden_states(tokens)[1:], strict=True)
+            for layer, (mine, theirs) in enumerate(pairs):
+                apart[layer] += (mine - theirs).square().sum()
+                whole[layer] += theirs.square().sum()
+    assert found == pytest.approx((apart / whole).sqrt().tolist(), rel=1e-4)
+    assert found is not None and found[0] > 0
+
+
+def test_blocks_of_another_number_have_no_error_by_layer(
+    teacher: Model, tiny_llama: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    found = measure(Model.load(tiny_llama), samples, Trace.record(teacher, samples, tmp_path))
+    assert found.error_by_layer is None
+    assert found.kl_divergence is not None
+
+
+def test_batches_hold_every_sample_once_within_the_limit(samples: list[Sample]) -> None:
+    found = batches(samples, limit=30)
+    assert sorted(i for batch in found for i in batch) == list(range(len(samples)))
+    assert all(len(batch) * max(len(samples[i].tokens) for i in batch) <= 30 for batch in found)
+
+
+class Words:
+    """A tokenizer of one word, one id."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+def test_windows_follow_each_other_without_overlap(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(map(str, range(23))))
+    found = divergence.text_windows(file, Words(), windows=3, length=7)  # type: ignore[arg-type]
+    assert [sample.tokens for sample in found] == [list(range(7)), list(range(7, 14)), list(range(14, 21))]
+    assert all(sample.start == 1 and sample.predicted == 6 for sample in found)
+    with pytest.raises(DscError, match="23 tokens make 3 windows of 7, 4 are asked for"):
+        divergence.text_windows(file, Words(), windows=4, length=7)  # type: ignore[arg-type]
+
+
+def test_what_the_user_can_mend_is_said(tmp_path: Path, teacher: Model) -> None:
+    with pytest.raises(DscError, match="No such file"):
+        divergence.text_windows(tmp_path / "none.txt", Words(), 1, 8)  # type: ignore[arg-type]
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DscError, match="not UTF-8"):
+        divergence.text_windows(tmp_path / "bytes", Words(), 1, 8)  # type: ignore[arg-type]
+    with pytest.raises(DscError, match="at least 2 tokens"):
+        divergence.text_windows(tmp_path / "none.txt", Words(), 1, 1)  # type: ignore[arg-type]
+    with pytest.raises(DscError, match="token 512 in a vocabulary of 512"):
+        measure(teacher, [Sample([1, 512], 1)])
