@@ -107,7 +107,7 @@ def quantization_config(
             "weights": _weights(kind),
         }
     formats = {kind.format for kind in kinds}
-    return {
+    published = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
@@ -116,6 +116,11 @@ def quantization_config(
         "ignore": ignore_list(schemes, plain, ignore),
         "config_groups": groups,
     }
+    if len(kinds) == 1 and not kinds[0].symmetric:
+        # transformers 5.23 with compressed-tensors 0.20 expects unpacked zero points where it loads a model compressed,
+        # and refuses ours (and everyone's); this key of its own makes it unpack while loading. Others ignore it.
+        published["dequantize"] = True
+    return published
 
 
 def ignore_list(schemes: Mapping[str, Scheme], plain: Iterable[str], ignore: Iterable[str]) -> list[str]:

@@ -20,6 +20,7 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = torch.tensor(MAGNITUDES + tuple(-m for m in MAGNITUDES))  # by nibble; 8 is minus zero
 NAN_SCALE = 255
 BIAS = 127
+POWERS = torch.tensor([2.0 ** (byte - BIAS) for byte in range(NAN_SCALE)] + [float("nan")])  # by scale byte
 EMAX = 2  # exponent of the largest magnitude, 6 = 1.5 * 2**2
 
 
@@ -42,8 +43,7 @@ def decode_mxfp4(
         raise DscError(f"{name}: {bad} of {scale.numel()} scales are NaN (byte 255)", "download the file again")
     pairs = torch.stack((VALUES.repeat(16), VALUES.repeat_interleave(16)), dim=1)  # (256, 2): low nibble first
     elements = pairs[codes.int()].view(codes.shape[0], -1, GROUP)
-    factors = torch.ldexp(torch.ones(()), scale.int() - BIAS).unsqueeze(-1)
-    return (elements * factors).reshape(codes.shape[0], -1).to(dtype)
+    return (elements * POWERS[scale.int()].unsqueeze(-1)).reshape(codes.shape[0], -1).to(dtype)
 
 
 def encode_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def encode_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     absmax = groups.abs().amax(dim=-1)
     exponent = torch.frexp(absmax).exponent - 1 - EMAX
     exponent = torch.where(absmax > 0, exponent, torch.zeros_like(exponent)).clamp(-BIAS, BIAS)
-    scaled = groups * torch.ldexp(torch.ones(()), -exponent).unsqueeze(-1)
+    scaled = groups * POWERS[BIAS - exponent].unsqueeze(-1)
     grid = torch.tensor(MAGNITUDES)
     middles = (grid[1:] + grid[:-1]) / 2
     size = scaled.abs()
