@@ -45,7 +45,7 @@ def fold(stored: Mapping[str, Location], config: dict[str, Any]) -> tuple[dict[s
             elif suffix in _PARTS and _is_part(stored, main, suffix):
                 continue  # its weight's turn
             elif suffix in _PARTS and suffix != "scale":
-                raise DscError(f"{name}: a part without its weight", f"the checkpoint lacks {main}; download it again")
+                raise DscError(f"{name}: a part without its weight", f"no encoded {main} goes with it")
             elif place.dtype in _ENCODED:
                 raise DscError(f"{name}: {place.dtype} without a scale is not a known encoding", "see README, formats")
             else:

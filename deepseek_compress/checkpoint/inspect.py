@@ -47,7 +47,7 @@ def verify_hashes(checkpoint: Checkpoint) -> Iterator[DscError]:
     """Every file of the manifest whose bytes are not those that were written; nothing without a manifest."""
     for name, facts in ((checkpoint.manifest or {}).get("files") or {}).items():
         path = checkpoint.path / name
-        if not path.is_file():
+        if path.parent != checkpoint.path or not path.is_file():
             yield DscError(f"{path}: in the manifest, but not there", "make the checkpoint again")
         elif path.stat().st_size != facts["bytes"] or hash_file(path) != facts["blake3"]:
             yield DscError(f"{path}: not the bytes that were written", "make the checkpoint again")

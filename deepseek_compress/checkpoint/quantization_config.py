@@ -107,7 +107,7 @@ def quantization_config(
             "weights": _weights(kind),
         }
     formats = {kind.format for kind in kinds}
-    published = {
+    published: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",

@@ -159,7 +159,7 @@ def _pack_bytes(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def _unpack_bytes(words: Tensor, num_bits: int) -> Tensor:
-    raw = words.contiguous().view(torch.uint8)
+    raw = words.reshape(-1).view(torch.uint8)  # flat first: a transposed row counts as contiguous, with odd strides
     mask = (1 << num_bits) - 1
     lanes = [raw >> (i * num_bits) & mask for i in range(8 // num_bits)]
     return torch.stack(lanes, dim=-1).view(words.shape[0], -1)
