@@ -7,7 +7,6 @@ biases that are not zero, one scale in another shard than its weight.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.formats.fp8 import encode_fp8_block
+from deepseek_compress.tasks import write_tokenizer
 
 VOCABULARY = 512
 YARN = {
@@ -189,14 +189,12 @@ def write_shards(out: Path, state: dict[str, Tensor], shards: int, last: tuple[s
 
 
 def finish_directory(out: Path, config: dict[str, Any]) -> Path:
-    """config.json, and the built-in tokenizer where it is there."""
+    """config.json, and the tokenizer of the built-in tasks, which has as many words."""
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     (out / "LICENSE").write_text("Licence of the tiny model.\n")
-    nano = Path(__file__).parent.parent / "deepseek_compress" / "resources" / "nano"
-    for file in nano.glob("*token*.json"):
-        shutil.copy(file, out / file.name)
+    write_tokenizer(out)
     return out
 
 

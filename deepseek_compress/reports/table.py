@@ -110,7 +110,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("bytes", "Size", "sum of the safetensors files", "Size", size, _top("bytes")),
     Column("bits_per_weight", "Bits per weight", "8 × bytes / parameters", "Size", _two, _top("bits_per_weight")),
     _column("exact_match", "Exact match", "Reasoning", percent, "share of unseen problems answered exactly"),
-    Column("exact_match_ratio", "Of reference", "exact match / the reference's on the same problems", "Reasoning", percent,
+    Column("exact_match_ratio", "Of reference", "exact match / the reference's, same problems", "Reasoning", percent,
            lambda model: (model.get("relative") or {}).get("exact_match")),
     _column("f1", "F1", "Reasoning", percent, "token F1 of the answer"),
     _column("valid_steps", "Valid steps", "Reasoning", percent, "valid steps / written steps, 0 without a chain"),

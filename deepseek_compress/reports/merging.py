@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_compress.errors import DscError
-from deepseek_compress.reports import write as writer
+from deepseek_compress.reports import files
 
 SAME = ("suite", "text", "machine", "versions")  # what must agree before numbers may be compared without a word
 
@@ -27,9 +27,9 @@ def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     for path in paths:
         if (path / "report.json" if path.is_dir() else path).resolve() in outputs:
             raise DscError(f"{path}: would be overwritten by {out}", "choose another -o")
-    record = merge([writer.read(path) for path in paths], _names(paths))
+    record = merge([files.read(path) for path in paths], _names(paths))
     record["name"] = out.stem
-    writer.write(record, out)
+    files.write(record, out)
     return record
 
 
@@ -54,7 +54,7 @@ def merge(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
     first = records[0]
     same = {key: first.get(key) if all(r.get(key) == first.get(key) for r in records) else None for key in SAME}
     return {
-        "schema": writer.SCHEMA,
+        "schema": files.SCHEMA,
         "reference": _reference(records, models),
         "models": models,
         "artifacts": artifacts,

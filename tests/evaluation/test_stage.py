@@ -1,0 +1,66 @@
+"""The evaluate stage: which models it takes, what it writes, and what it says about engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.errors import DscError
+from deepseek_compress.reports import read
+from deepseek_compress.stages.base import Context
+from deepseek_compress.stages.evaluate import Evaluate, artifacts
+
+
+def context(out: Path, **outputs: Path) -> Context:
+    out.mkdir(parents=True)
+    return Context(name="evaluate", out=out, recipe_text="stages: []\n", seed=0, outputs=outputs)
+
+
+def test_it_writes_the_report_of_every_checkpoint(tiny_v3: Path, tiny_v2: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "run" / "engine"
+    engine.mkdir(parents=True)
+    (engine / "model.engine").write_bytes(b"x" * 100)
+    (engine / "dsc_run.json").write_text(json.dumps({"facts": {"target": "tensorrt-rtx", "status": "built, not run"}}))
+    stage = Evaluate.model_validate({"problems": 2, "efficiency": False, "reference": "teacher"})
+    told = context(tmp_path / "run" / "evaluate", model=tiny_v3, teacher=tiny_v3, student=tiny_v2, engine=engine)
+    output = stage.run(open_checkpoint(tiny_v3), told)
+    assert (output.kind, output.path) == ("report", tmp_path / "run" / "evaluate" / "report.json")
+    record = read(output.path)
+    assert record["name"] == "run"
+    assert record["recipe"] == "stages: []\n"
+    assert [model["name"] for model in record["models"]] == ["teacher", "student"]
+    assert record["artifacts"] == [
+        {"name": "engine", "target": "tensorrt-rtx", "path": str(engine / "model.engine"), "bytes": 100,
+         "status": "built, not run"}
+    ]  # fmt: skip
+    assert {path.name for path in output.path.parent.iterdir()} == {"report.json", "report.md", "report.html"}
+
+
+def test_ablations_stand_beside_the_models(tiny_v3: Path, tiny_v2: Path, tmp_path: Path) -> None:
+    stage = Evaluate.model_validate(
+        {"models": ["teacher"], "reference": "teacher", "ablations": ["shot"], "problems": 0, "efficiency": False}
+    )
+    assert set(stage.reads()) == {"teacher", "shot"}
+    output = stage.run(open_checkpoint(tiny_v3), context(tmp_path / "out", teacher=tiny_v3, shot=tiny_v2))
+    record = read(output.path)
+    assert [model["name"] for model in record["models"]] == ["teacher"]
+    assert [model["name"] for model in record["ablations"]] == ["shot"]
+    assert record["models"][0]["metrics"]["exact_match"] is None
+    assert record["models"][0]["bytes"] > 0
+
+
+def test_mistakes_are_one_line(tiny_v3: Path, tmp_path: Path) -> None:
+    with pytest.raises(DscError, match="unknown suite 'gsm'; valid names: builtin"):
+        Evaluate.model_validate({"suite": "gsm"})
+    stage = Evaluate.model_validate({"models": ["none"]})
+    with pytest.raises(DscError, match="'none' is no earlier output; valid names: teacher"):
+        stage.run(open_checkpoint(tiny_v3), context(tmp_path / "out", teacher=tiny_v3))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_reports_and_checkpoints_are_no_artifacts(tiny_v3: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    assert artifacts({"model": tiny_v3, "evaluate": tmp_path / "report.json", "nothing": tmp_path / "nothing"}) == []

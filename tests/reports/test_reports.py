@@ -1,0 +1,261 @@
+"""Records become tables, pictures, Markdown, HTML and JSON; several become one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek_compress.errors import DscError
+from deepseek_compress.reports import charts, compare, files, merge, page, read, svg, table, words, write
+from deepseek_compress.reports.markdown import markdown
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def model(name: str, size: int, exact: float | None, **others: Any) -> dict[str, Any]:
+    parameters = others.pop("parameters", 10_000_000)
+    lineage = others.pop("lineage", [])
+    metrics = dict.fromkeys(files.METRICS) | {"exact_match": exact, "kl_divergence": others.pop("kl", None)}
+    intervals = {"exact_match": [exact - 0.02, exact + 0.02]} if exact is not None else {}
+    return {
+        "name": name, "path": f"runs/x/{name}", "bytes": size, "parameters": parameters,
+        "bits_per_weight": 8 * size / parameters, "metrics": metrics, "intervals": intervals, "lineage": lineage,
+        **others,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    step = {"stage": "compress", "source": "teacher"}
+    return {
+        "schema": 1, "name": "quick & <start>", "reference": "teacher",
+        "models": [
+            model("teacher", 11_000_000, 0.94, relative={"exact_match": 1.0}, families={"maths": {"exact_match": 0.9}}),
+            model("small", 5_500_000, 0.893, lineage=[step], relative={"exact_match": 0.95}, kl=0.0123,
+                  error_by_layer=[0.02, 0.05], families={"maths": {"exact_match": 0.85}}),
+        ],
+        "artifacts": [{"name": "engine", "target": "tensorrt-rtx", "path": "model.engine", "bytes": 7_000_000,
+                       "status": "built, not run"}],
+        "machine": {"cpu": "some", "memory_bytes": 8_000_000_000, "gpu": None}, "versions": {"torch": "2.13.0"},
+        "ablations": [model("one-shot", 20_000_000, 0.4, lineage=[step], relative={"exact_match": 0.4255})],
+        "suite": {"name": "builtin", "problems": 1000, "families": {"maths": 1000}}, "text": None,
+        "notes": ["a note"], "recipe": "stages:\n  - compress: {}  # <b>\n",
+    }  # fmt: skip
+
+
+class Checker(HTMLParser):
+    """Every element is closed in its order; what is loaded from elsewhere is collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.labels: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = dict(attrs)
+        self.loads += [f"{tag} {name}" for name in ("src", "href", "srcset", "data", "action") if name in found]
+        self.ids += [str(found["id"])] if "id" in found else []
+        self.labels += str(found.get("aria-labelledby", "")).split()
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check(html: str) -> Checker:
+    checker = Checker()
+    checker.feed(html)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def test_the_page_is_whole_and_loads_nothing(record: dict[str, Any]) -> None:
+    html = page.page(record)
+    found = check(html)
+    assert found.loads == []
+    assert not {"script", "link", "iframe", "img"} & set(found.tags)
+    assert not re.search(r"https?:|@import|url\(", html)
+    assert len(found.ids) == len(set(found.ids))
+    assert set(found.labels) <= set(found.ids)
+    assert found.tags.count("title") == 1 + html.count('role="img"')
+    assert html == page.page(copy.deepcopy(record))
+
+
+def test_text_of_the_record_is_never_markup(record: dict[str, Any]) -> None:
+    record["models"][1]["name"] = record["models"][1]["about"] = "<script>alert(1)</script>"
+    record["artifacts"][0]["path"] = '"><img src=x>'
+    html = page.page(record)
+    assert not {"script", "img"} & set(check(html).tags)
+    assert "quick &amp; &lt;start&gt;" in html
+    assert "# &lt;b&gt;" in html
+
+
+def test_the_page_shows_what_was_measured(record: dict[str, Any]) -> None:
+    html = page.page(record)
+    shown = (
+        "small is 2.0 times smaller than teacher and keeps 95.0 %", "3.6 times smaller than teacher in BF16", "94.0 %",
+        "[92.0, 96.0]", "built, not run", "Error by layer", "one-shot", "teacher</li>", "compress: small",
+        "Not measured in this run: F1",
+    )  # fmt: skip
+    assert [text for text in shown if text not in html] == []
+
+
+def test_a_record_of_nulls_still_renders(record: dict[str, Any]) -> None:
+    bare = {**record, "models": [model("only", 0, None) | {"bytes": None, "bits_per_weight": None}], "reference": None,
+            "artifacts": [], "ablations": [], "suite": None, "machine": {}, "versions": {}, "recipe": None}  # fmt: skip
+    check(page.page(bare))
+    assert markdown(bare).startswith("# quick")
+    assert charts.scatter(bare, 600, "x") is None
+    assert words.verdict(bare) == "only: nothing was measured."
+
+
+def test_rows_are_formatted_once_for_all(record: dict[str, Any]) -> None:
+    found = table.rows(record)
+    assert found.headers == ["Model", "Size", "Bits per weight", "Exact match", "Of reference", "KL"]
+    assert found.rows[0] == ["teacher (reference)", "11.0 MB", "8.80", "94.0 % [92.0, 96.0]", "100.0 %", "–"]
+    assert found.rows[1] == ["small", "5.50 MB", "4.40", "89.3 % [87.3, 91.3]", "95.0 %", "0.0123"]
+    assert found.rows[2][0] == "one-shot (ablation)"
+    assert "| small | 5.50 MB | 4.40 | 89.3 % [87.3, 91.3] | 95.0 % | 0.0123 |" in markdown(record)
+    assert "89.3 %" in page.page(record)
+    assert set(table.rows(record, compact=True).headers) <= set(found.headers)
+    assert table.layer_rows(record).rows == [["0", "0.0200"], ["1", "0.0500"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(999, "999 B"), (1000, "1.00 kB"), (11_034_112, "11.0 MB"), (999_600, "1.00 MB"), (6.7e11, "670 GB")],
+)
+def test_sizes_have_three_digits(value: float, text: str) -> None:
+    assert table.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.00810, "0.00810"), (1.6404, "1.64"), (123.4, "123"), (3e-7, "3.00e-07"), (float("inf"), "∞")],
+)
+def test_significant_digits(value: float, text: str) -> None:
+    assert table.significant(value) == text
+
+
+def test_writing_keeps_nulls_and_refuses_what_json_cannot_hold(record: dict[str, Any], tmp_path: Path) -> None:
+    paths = write(record, tmp_path / "report.json")
+    assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    kept = json.loads(paths[0].read_text())
+    assert kept == record == read(paths[2])
+    assert kept["models"][0]["metrics"]["peak_bytes"] is None
+    with pytest.raises(ValueError, match="JSON"):
+        write({**record, "notes": [float("nan")]}, tmp_path / "bad.json")
+    del record["models"][1]["metrics"]["f1"]
+    with pytest.raises(ValueError, match=r"models\[1\].metrics.f1"):
+        write(record, tmp_path / "bad.json")
+    assert not (tmp_path / "bad.json").exists()
+
+
+def test_what_is_no_report_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text('{"schema": 7}')
+    (tmp_path / "c.json").write_text('{"schema": 1, "models": []}')
+    for name, message in (("a", "not valid JSON"), ("b", "schema 7"), ("c", "lacks reference"), ("d", "No such file")):
+        with pytest.raises(DscError, match=message):
+            read(tmp_path / f"{name}.json")
+
+
+def test_comparing_puts_runs_side_by_side(record: dict[str, Any], tmp_path: Path) -> None:
+    other = copy.deepcopy(record)
+    other["models"][1]["metrics"]["exact_match"] = 0.9
+    other["models"][0]["metrics"]["decode_tokens_per_s"] = 5.0  # speed alone does not make another model
+    other["suite"]["problems"] = 500
+    for name, content in (("one", record), ("two", other)):
+        (tmp_path / name).mkdir()
+        write(content, tmp_path / name / "report.json")
+    found = compare([tmp_path / "one" / "report.json", tmp_path / "two"], tmp_path / "all.html")
+    assert [m["name"] for m in found["models"]] == ["teacher", "one/small", "two/small"]
+    assert [m["name"] for m in found["ablations"]] == ["one-shot"]
+    assert found["reference"] == "teacher"
+    assert found["suite"] is None
+    assert any(note.startswith("two against one: other problems") for note in found["notes"])
+    assert read(tmp_path / "all.json") == found
+    check((tmp_path / "all.html").read_text())
+    assert (tmp_path / "all.md").exists()
+    with pytest.raises(DscError, match="would be overwritten"):
+        compare([tmp_path / "all.json"], tmp_path / "all.html")
+    with pytest.raises(DscError, match="no reports"):
+        compare([], tmp_path / "all.html")
+
+
+def test_comparing_one_run_changes_nothing(record: dict[str, Any]) -> None:
+    found = merge([record], ["run"])
+    assert found["models"] == record["models"]
+    assert found["reference"] == "teacher"
+    other = merge([record, {**record, "reference": "small"}], ["a", "b"])
+    assert other["reference"] is None
+    assert [m["name"] for m in other["models"]] == ["teacher", "small"]
+
+
+def test_scatter_draws_every_model_where_it_is(record: dict[str, Any]) -> None:
+    picture = charts.scatter(record, 800, "k") or ""
+    for name in ("teacher", "small", "one-shot ↓ 40.0 %"):
+        assert f">{name}</text>" in picture
+    assert picture.count('class="path"') == 2  # both were made of the teacher
+    assert picture.count('class="whisker') == 2  # the ablation's is out of the picture
+    circle = re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)"', picture)
+    square = re.search(r'<polygon points="([\d.]+),([\d.]+) ([\d.]+)', picture)
+    assert circle is not None
+    assert square is not None
+    assert float(square[1]) < float(circle[1])  # smaller is to the left
+    assert float(square[2]) > float(circle[2])  # less exact is below
+
+
+def test_axis_follows_what_was_measured(record: dict[str, Any]) -> None:
+    for row in [*record["models"], *record["ablations"]]:
+        row["metrics"] |= {"exact_match": None, "perplexity": 12.5}
+    assert charts.accuracy_axis(record) == charts.AXES[2]
+    assert "Perplexity against size" in page.page(record)
+
+
+def test_series_keep_their_colours_and_the_reference_its_own(record: dict[str, Any]) -> None:
+    assert charts.series(record) == {"teacher": 0, "small": 1, "one-shot": 2}
+    record["models"] += [model(f"m{i}", 1, None) for i in range(20)]
+    numbers = charts.series(record)
+    assert set(numbers.values()) <= set(range(svg.SERIES))
+    assert [name for name, number in numbers.items() if number == 0] == ["teacher"]
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert svg.linear_ticks(0.0, 23.0, 8) == [0, 5, 10, 15, 20]
+    assert svg.linear_ticks(0.8, 1.0, 6) == pytest.approx([0.8, 0.85, 0.9, 0.95, 1.0])
+    assert svg.log_ticks(4e6, 9e8, 8) == pytest.approx([5e6, 1e7, 2e7, 5e7, 1e8, 2e8, 5e8])
+    assert svg.linear_ticks(1.0, 1.0, 4) == [1.0]
+    scale = svg.Scale(1.0, 100.0, 0.0, 200.0, log=True)
+    assert [scale(v) for v in (1.0, 10.0, 100.0)] == pytest.approx([0.0, 100.0, 200.0])
+
+
+def test_labels_do_not_cover_each_other() -> None:
+    frame, taken = svg.Box(0, 0, 400, 300), []
+    for _ in range(5):
+        spot = svg.place("a-long-name-of-a-model", 200.0, 150.0, 13.0, frame, taken)
+        assert all(spot.box.overlap(other) == 0 for other in taken)
+        assert spot.box.overlap(frame) == pytest.approx(svg.text_width("a-long-name-of-a-model", 13.0) * 13 * 1.15)
+        taken.append(spot.box)
+    spread = svg.spread([10.0, 11.0, 12.0, 100.0], 15.0, 0.0, 100.0)
+    assert all(b - a >= 15 for a, b in pairwise(spread))
+    assert spread[-1] == 100.0
