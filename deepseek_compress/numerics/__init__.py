@@ -9,13 +9,26 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.numerics.awq import Awq
+from deepseek_compress.numerics.gptaq import Gptaq
 from deepseek_compress.numerics.gptq import Gptq
+from deepseek_compress.numerics.hqq import Hqq
+from deepseek_compress.numerics.learned import Learned
 from deepseek_compress.numerics.magnitude import Magnitude
+from deepseek_compress.numerics.quantease import QuantEase
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.sparsegpt import SparseGpt
 from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
 
-WEIGHTS: dict[str, type[WeightQuantizer]] = {"rtn": Rtn, "gptq": Gptq}
+WEIGHTS: dict[str, type[WeightQuantizer]] = {
+    "rtn": Rtn,
+    "hqq": Hqq,
+    "awq": Awq,
+    "gptq": Gptq,
+    "gptaq": Gptaq,
+    "quantease": QuantEase,
+    "learned": Learned,
+}
 SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt}
 ACTIVATIONS: dict[str, type[BaseModel]] = {"dynamic": Dynamic}
 

@@ -95,13 +95,15 @@ def search(
     `groups` (..., group_size, rows), `importance` (..., group_size, 1) or None. Each winner is then refitted once:
     with its codes held, the least-squares scale, kept where it is better. Never worse than `minmax`.
     """
-    if groups.dim() > 2 and groups.numel() > _CHUNK:
-        size = max(1, _CHUNK // groups[0].numel())
-        shares = [None] * len(groups) if importance is None else list(importance.expand(len(groups), -1, -1))
-        parts = []
-        for start in range(0, len(groups), size):
-            share = None if importance is None else torch.stack(shares[start : start + size])  # type: ignore[arg-type]
-            parts.append(search(groups[start : start + size], num_bits, symmetric, share, steps, least))
+    size = max(1, _CHUNK // groups[0].numel()) if groups.dim() > 2 else len(groups)
+    if len(groups) > size:
+        shares = (
+            [None] * len(groups) if importance is None else torch.split(importance.expand(len(groups), -1, -1), size)
+        )
+        parts = [
+            search(part, num_bits, symmetric, share, steps, least)
+            for part, share in zip(torch.split(groups, size), shares, strict=False)
+        ]
         return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero_point for p in parts]), parts[0].top)
     low, high = groups.amin(-2), groups.amax(-2)
     best = fit(low, high, num_bits, symmetric)

@@ -18,7 +18,20 @@ from torch import Tensor
 
 from deepseek_compress.numerics.types import Factor
 
+_NARROWEST = 192  # columns: below this a product no longer runs at full speed
 _BLOCK = 128  # columns solved before their errors are fed forward in one product
+
+
+def gram(x: Tensor) -> Tensor:
+    """`x^T x` of float32 `x` (tokens, columns), exactly symmetric, at two thirds of the full product's work."""
+    columns = x.shape[1]
+    width = max(_NARROWEST, columns // 8)
+    result = torch.empty((columns, columns), dtype=x.dtype, device=x.device)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        torch.mm(x[:, start:stop].t(), x[:, start:], out=result[start:stop, start:])
+    upper = result.triu_()
+    return upper + upper.triu(1).t()
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -1,0 +1,164 @@
+"""The other methods against their formulas, spelled out on the inputs themselves rather than on the Hessian."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek_compress.numerics import grid
+from deepseek_compress.numerics.awq import Awq, migration
+from deepseek_compress.numerics.gptaq import corrected
+from deepseek_compress.numerics.gptq import Gptq
+from deepseek_compress.numerics.hessian import damped, gram, layer_error
+from deepseek_compress.numerics.hqq import Hqq
+from deepseek_compress.numerics.learned import Learned
+from deepseek_compress.numerics.magnitude import Magnitude
+from deepseek_compress.numerics.quantease import QuantEase, refine
+from deepseek_compress.numerics.rtn import Rtn
+from deepseek_compress.numerics.types import Quantized, Statistics
+from tests.numerics.reference import correlated
+
+
+def plain_sweep(weight: Tensor, start: Quantized, h: Tensor) -> Tensor:
+    """One sweep of coordinate descent in float64: every candidate's error taken in full, one weight at a time."""
+    size, h = start.group_size, h.double()
+    result = start.dequantize().double()
+    for row in range(len(weight)):
+        w, q = weight[row].double(), result[row]
+        for g in range(start.scale.shape[1]):
+            scale, zero = float(start.scale[row, g]), float(start.zero_point[row, g])
+            for j in range(g * size, g * size + size):
+                errors = []
+                for code in range(16):
+                    q[j] = (code - zero) * scale
+                    errors.append(float((w - q) @ h @ (w - q)))
+                q[j] = (errors.index(min(errors)) - zero) * scale
+            codes = torch.zeros_like(q)
+            codes[g * size : g * size + size] = q[g * size : g * size + size] / scale
+            fresh = scale + float(codes @ h @ (w - q)) / float(codes @ h @ codes)
+            other = q + codes * (float(torch.tensor(fresh).bfloat16()) - scale)
+            if float((w - other) @ h @ (w - other)) < float((w - q) @ h @ (w - q)):
+                q.copy_(other)
+    return result
+
+
+def test_coordinate_descent_is_the_plain_one() -> None:
+    weight, h = correlated(4, 64)
+    h = damped(h, 0.01)
+    start = Rtn(group_size=32)(weight, Statistics())
+    fast = refine(weight, start, h, 1).dequantize().double()
+    slow = plain_sweep(weight, start, h)
+    assert torch.allclose(fast, slow, rtol=1e-5, atol=1e-6)
+
+
+def test_each_sweep_lowers_the_error() -> None:
+    weight, h = correlated(16, 128)
+    start = Gptq(group_size=32, damping=0.01)(weight, Statistics(1, h))
+    errors = [layer_error(weight, start.dequantize(), damped(h, 0.01))]
+    for sweeps in (1, 2, 4):
+        errors.append(layer_error(weight, refine(weight, start, damped(h, 0.01), sweeps).dequantize(), damped(h, 0.01)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.95 * errors[0]
+
+
+def test_quantease_keeps_sparsity_and_beats_gptq() -> None:
+    weight, h = correlated(16, 128)
+    sparse = Magnitude()(weight, Statistics())
+    by_gptq = Gptq(group_size=32)(sparse, Statistics(1, h)).dequantize()
+    by_both = QuantEase(group_size=32)(sparse, Statistics(1, h)).dequantize()
+    assert bool((by_both[sparse == 0] == 0).all())
+    assert layer_error(sparse, by_both, damped(h, 0.01)) < layer_error(sparse, by_gptq, damped(h, 0.01))
+
+
+def test_corrected_target_is_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(500, 24, generator=generator, dtype=torch.float64)
+    seen = original + 0.1 * torch.randn(500, 24, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 24, generator=generator, dtype=torch.float64)
+    statistics = Statistics(500, seen.t() @ seen, drift=(original - seen).t() @ seen)
+    best = torch.linalg.lstsq(seen, original @ weight.t()).solution.t()
+    assert torch.allclose(corrected(weight, statistics, 1.0, 0.0), best)
+    assert torch.allclose(corrected(weight, statistics, 0.5, 0.0), (weight + best) / 2)
+    sparse = Magnitude()(weight.float(), Statistics())
+    floats = Statistics(500, seen.float().t() @ seen.float(), drift=((original - seen).t() @ seen).float())
+    assert bool((corrected(sparse, floats, 1.0, 0.01)[sparse == 0] == 0).all())
+
+
+def test_awq_takes_the_range_with_the_least_output_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 64, generator=generator) * torch.exp(torch.randn(64, generator=generator))
+    weight = torch.randn(3, 64, generator=generator) ** 3
+    result = Awq(group_size=32, steps=5, damping=0.0)(weight, Statistics(200, x.t() @ x)).dequantize()
+    for row in range(3):
+        for g in range(2):
+            part, own = slice(g * 32, g * 32 + 32), x[:, g * 32 : g * 32 + 32]
+            w, errors = weight[row, part], []
+            for shrink in (1, 0.9, 0.8, 0.7, 0.6, 0.5):
+                one = grid.fit(w.min()[None] * shrink, w.max()[None] * shrink, 4, False)
+                q = (w / one.scale).round().clamp(-one.zero_point, 15 - one.zero_point) * one.scale
+                errors.append(float((own @ (w - q)).square().sum()))
+            assert float((own @ (w - result[row, part])).square().sum()) == pytest.approx(min(errors), rel=1e-4)
+
+
+def test_migration_finds_the_channels_that_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.ones(64)
+    sizes[::8] = 30.0
+    x = torch.randn(400, 64, generator=generator) * sizes
+    weight = torch.randn(16, 64, generator=generator)
+    statistics = Statistics(400, x.t() @ x, input_absmean=x.abs().mean(0))
+    scales = migration([weight], statistics, Rtn(group_size=32))
+    assert bool((scales[::8] > 1.5 * scales[1::8]).all())
+    plain = layer_error(weight, Rtn(group_size=32)(weight, statistics).dequantize(), x.t() @ x)
+    moved = Rtn(group_size=32)(weight * scales, statistics).dequantize() / scales
+    assert layer_error(weight, moved, x.t() @ x) < 0.7 * plain
+
+
+def test_hqq_lowers_its_own_norm_where_there_are_outliers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 128, generator=generator)
+    weight[:, ::40] *= 8
+    plain, found = (m(group_size=64)(weight, Statistics()).dequantize() for m in (Rtn, Hqq))
+    losses = [(weight - value).abs().pow(0.7).sum(1) for value in (plain, found)]
+    assert bool((losses[1] <= losses[0] * 1.0001).all())
+    assert float(losses[1].sum()) < 0.97 * float(losses[0].sum())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_straight_through_gradients(symmetric: bool) -> None:
+    """By hand for one group: inside the range dQ/ds is the rounding error in steps, outside the end of the range."""
+    group = torch.tensor([-1.0, -0.31, 0.0, 0.12, 0.47, 2.0])[None, :, None]  # (groups, group_size, rows)
+    offset, shrink = torch.zeros_like(group).requires_grad_(), torch.full((2, 1, 1), 0.8).requires_grad_()
+    values, now = Learned(symmetric=symmetric)._values(group, offset, shrink)
+    by_offset, by_shrink = torch.autograd.grad(values.sum(), (offset, shrink))
+    s, z = float(now.scale.detach()), float(now.zero_point.detach())
+    steps = [float(w) / s for w in group.flatten()]
+    inside = [-z <= round(w) <= 15 - z for w in steps]
+    assert by_offset.flatten().tolist() == pytest.approx([s * i for i in inside])
+    assert inside == [symmetric, True, True, True, True, False]
+    error = sum(round(w) - w for w, i in zip(steps, inside, strict=True) if i)
+    if symmetric:  # s = 0.8 * 2 / 7 from the upper side alone; the clipped weight is 7 s
+        assert by_shrink.flatten().tolist() == pytest.approx([0, (error + 7) * 2 / 7], rel=1e-4)
+    else:  # clipped: -z s and (15 - z) s, z = round(0.8 / s) passing its gradient through
+        ends = 2 * (0.8 / s - z)
+        by_low, by_high = -1 + (error + ends) * (1 / 15), 2 + (error + ends) * (2 / 15)
+        assert by_shrink.flatten().tolist() == pytest.approx([by_low, by_high], rel=1e-4)
+
+
+def test_learned_rounding_goes_below_its_start() -> None:
+    weight, h = correlated(16, 128)
+    errors = [
+        layer_error(weight, Learned(group_size=32, iterations=n)(weight, Statistics(1, h)).dequantize(), h)
+        for n in (1, 20, 100)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("columns", [64, 576, 300])
+def test_gram_is_the_product(columns: int) -> None:
+    x = torch.randn(50, columns, generator=torch.Generator().manual_seed(0))
+    result = gram(x)
+    assert torch.allclose(result, x.t() @ x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(result, result.t())
