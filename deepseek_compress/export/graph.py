@@ -85,8 +85,8 @@ class Graph:
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Node names inside start with `name/`; scopes nest."""
-        outer, self._scope = self._scope, f"{self._scope}{name}/"
+        """Node names inside start with `name/`, which is a whole name: an inner scope replaces the outer one."""
+        outer, self._scope = self._scope, f"{name}/"
         try:
             yield
         finally:
@@ -171,6 +171,10 @@ class Graph:
             self._append(tensor, parts if head is None else [head])
         self._initializers[name] = tensor
         return name
+
+    def type_of(self, name: str) -> int:
+        """Element type of a written tensor."""
+        return int(self._initializers[name].data_type)
 
     def _append(self, tensor: onnx.TensorProto, parts: Iterable[bytes]) -> None:
         at = self._data.tell()

@@ -27,7 +27,7 @@ from onnx import TensorProto
 
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.errors import DscError
-from deepseek_compress.export.graph import CONTRIB, Array, Graph, pack_nibbles
+from deepseek_compress.export.graph import CONTRIB, FLOATS, Array, Graph, pack_nibbles
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.numerics.types import Quantized
 
@@ -56,6 +56,7 @@ class Build:
     cfg: ModelConfig
     lower: Lowering
     accuracy_level: int = 4  # of MatMulNBits: 4 computes with 8-bit activations, 0 in float
+    embedding_bits: int = 16  # 8: the embedding (and a tied head) in groups of 8-bit codes
     sparse_experts: bool = False  # visit routed tokens only (onnxruntime); TensorRT has no NonZero
     activation_bits: int = 8
     rounded: frozenset[str] = frozenset()  # linears that see dynamic integers instead of floats, by checkpoint name
@@ -107,10 +108,11 @@ class Grids(NamedTuple):
     rows: int
 
 
-def write_codes(build: Build, weight: Weight, signed: bool) -> Grids:
+def write_codes(build: Build, weight: Weight, signed: bool, split: bool = False) -> Grids:
     """Stream the codes as ([E,] K, N), 4 or 8 bits, and keep the (16 to 128 times smaller) scales in memory.
 
-    `signed`: codes are stored minus the centre 2^(b-1); else as they are.
+    `signed`: codes are stored minus the centre 2^(b-1); else as they are. `split`: 8-bit codes of several groups get
+    the shape ([E,] groups, group_size, N).
     """
     scales: list[Array] = []
     zeros: list[Array] = []
@@ -130,7 +132,9 @@ def write_codes(build: Build, weight: Weight, signed: bool) -> Grids:
     kinds = {True: (TensorProto.INT4, TensorProto.UINT4), False: (TensorProto.INT8, TensorProto.UINT8)}
     lead = (len(weight.names),) if weight.stacked else ()
     kind = kinds[narrow][0 if signed else 1]
-    codes = build.graph.stream(f"{weight.label}.weight", kind, (*lead, columns, rows), parts())
+    groups = first.scale.shape[1]
+    inner = (groups, first.group_size) if split and not narrow and groups > 1 else (columns,)
+    codes = build.graph.stream(f"{weight.label}.weight", kind, (*lead, *inner, rows), parts())
     scale, zero = (np.stack(a) if weight.stacked else a[0] for a in (scales, zeros))
     return Grids(codes, scale.astype(np.float32), zero, first.num_bits, first.group_size, rows)
 
@@ -143,6 +147,9 @@ def round_tokens(build: Build, x: str) -> tuple[str, str]:
     g, top = build.graph, (1 << (build.activation_bits - 1)) - 1
     wide = g.op("Cast", x, to=TensorProto.FLOAT)
     largest = g.op("ReduceMax", g.op("Abs", wide), g.ints(-1), keepdims=1)
+    if build.sparse_experts:
+        # onnxruntime 1.31 gives a reduction over no rows the shape of its input; the slice makes it (0, 1) again
+        largest = g.op("Slice", largest, g.ints(0), g.ints(1), g.ints(-1))
     t = g.op("Div", largest, g.scalar(top, np.float32))
     t = g.op("Where", g.op("Greater", t, g.scalar(SMALLEST, np.float32)), t, g.scalar(1, np.float32))
     return g.op("Div", wide, t), t
@@ -166,14 +173,31 @@ def plain(build: Build, x: str, weight: Weight) -> str:
         d, t = round_tokens(build, x)
         x = g.op("Cast", g.op("Mul", g.op("Round", d), t), to=g.elem_type)
     if not weight.stacked:
-        if not g.has(name):
-            g.weight(name, to_numpy(build.checkpoint.read(name)).astype(g.numpy))
-        return g.op("Gemm", x, name, transB=1)
-    rows, columns = build.checkpoint.header.tensors[weight.names[0] + ".weight"].shape
-    read_one = (to_numpy(build.checkpoint.read(n + ".weight")).T.astype(g.numpy) for n in weight.names)
-    shape = (len(weight.names), columns, rows)
-    g.stream(name, g.elem_type, shape, (np.ascontiguousarray(w).tobytes() for w in read_one))
-    return g.op("MatMul", x, name)
+        return g.op("Gemm", x, float_weight(build, weight), transB=1)
+    return g.op("MatMul", x, float_weight(build, weight))
+
+
+def float_weight(build: Build, weight: Weight, cast: bool = True) -> str:
+    """The weight in the graph's float type: (rows, columns), or (E, columns, rows) of experts.
+
+    An FP32 graph stores a 16-bit weight of the checkpoint as it is and casts it, which run-times do once, at load
+    (not `cast`: the stored tensor).
+    """
+    g, name = build.graph, f"{weight.label}.weight"
+    info = build.checkpoint.header.tensors[weight.names[0] + ".weight"]
+    exact = g.dtype == "float32" and info.encoding == "plain" and info.dtype in (torch.bfloat16, torch.float16)
+    dtype = info.dtype if exact else getattr(torch, g.dtype)
+    if not g.has(name):
+        shape = (len(weight.names), *info.shape[::-1]) if weight.stacked else info.shape
+        tensors = (build.checkpoint.read(f"{n}.weight", dtype) for n in weight.names)
+        parts = (to_bytes(tensor.T if weight.stacked else tensor) for tensor in tensors)
+        g.stream(name, FLOATS[str(dtype).removeprefix("torch.")][0], shape, parts)
+    return g.op("Cast", name, to=g.elem_type) if exact and cast else name
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor of any type, row by row."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def standard(build: Build, x: str, weight: Weight) -> str:
@@ -229,7 +253,7 @@ def _in_groups(build: Build, x: str, weight: Weight, grids: Grids) -> str:
 def _integer_product(build: Build, x: str, weight: Weight) -> str:
     g = build.graph
     one = g.scalar(1, np.float32)
-    grids = write_codes(build, weight, signed=True)
+    grids = write_codes(build, weight, signed=True, split=True)
     fraction, t = round_tokens(build, x)
     d = g.op("QuantizeLinear", fraction, one, g.constant(np.array(0, np.int8)))
     w = _widen(build, grids) if grids.num_bits <= 4 else grids.codes
@@ -238,7 +262,8 @@ def _integer_product(build: Build, x: str, weight: Weight) -> str:
     operand = d
     if groups > 1:
         operand = g.op("Transpose", _in_groups(build, d, weight, grids), perm=[0, 2, 1, 3] if lead else [1, 0, 2])
-        w = g.op("Reshape", w, g.ints(*lead, groups, grids.group_size, grids.rows))
+        if grids.num_bits <= 4:
+            w = g.op("Reshape", w, g.ints(*lead, groups, grids.group_size, grids.rows))
     y = g.op("MatMul", g.op("DequantizeLinear", operand, one), g.op("DequantizeLinear", w, one))
     scale = grids.scale[..., :, None, :] if groups > 1 else grids.scale
     y = g.op("Mul", y, g.weight(f"{weight.label}.weight_scale", scale))
@@ -272,24 +297,35 @@ def matmulnbits(build: Build, x: str, weight: Weight) -> str:
 
 
 def nbits_product(build: Build, x: str, name: str, found: Quantized) -> str:
-    """x . W^T by MatMulNBits; B uint8 (rows, groups, group_size * bits / 8), the even element in the low nibble."""
+    """x . W^T by MatMulNBits."""
+    rows, columns = found.codes.shape
+    knobs = {
+        "K": columns,
+        "N": rows,
+        "bits": 4 if found.num_bits <= 4 else 8,
+        "block_size": found.group_size,
+        "accuracy_level": build.accuracy_level,
+    }
+    return build.graph.op("MatMulNBits", x, *nbits_weight(build, name, found), domain=CONTRIB, **knobs)
+
+
+def nbits_weight(build: Build, name: str, found: Quantized) -> tuple[str, str, str]:
+    """Codes uint8 (rows, groups, group_size * bits / 8), even elements and groups in the low nibble; scale; zero point."""
     g = build.graph
     bits = 4 if found.num_bits <= 4 else 8
-    (rows, columns), groups = found.codes.shape, found.scale.shape[1]
+    rows, groups = found.scale.shape
+    if g.has(name):
+        return name, f"{name}_scale", f"{name}_zero_point"
     codes, zero = to_numpy(found.codes), to_numpy(found.zero_point).astype(np.uint8)
     if bits == 4:
         zero = np.pad(zero, ((0, 0), (0, groups % 2)))
         zero = zero[:, 0::2] | (zero[:, 1::2] << 4)
         codes = np.frombuffer(pack_nibbles(codes), np.uint8)
-    codes = codes.reshape(rows, groups, -1)
-    inputs = [
-        g.weight(name, codes),
+    return (
+        g.weight(name, codes.reshape(rows, groups, -1)),
         g.weight(f"{name}_scale", to_numpy(found.scale).astype(g.numpy)),
         g.weight(f"{name}_zero_point", zero),
-    ]
-    level = build.accuracy_level
-    knobs = {"K": columns, "N": rows, "bits": bits, "block_size": found.group_size, "accuracy_level": level}
-    return g.op("MatMulNBits", x, *inputs, domain=CONTRIB, **knobs)
+    )
 
 
 LOWERINGS: dict[str, Lowering] = {

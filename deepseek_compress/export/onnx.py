@@ -26,17 +26,28 @@ from onnx import TensorProto
 
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.errors import DscError
-from deepseek_compress.export.graph import Graph
-from deepseek_compress.export.lowering import LOWERINGS, Build, linear, to_numpy
+from deepseek_compress.export.graph import CONTRIB, Graph
+from deepseek_compress.export.lowering import (
+    LOWERINGS,
+    Build,
+    Weight,
+    float_weight,
+    linear,
+    nbits_product,
+    nbits_weight,
+)
 from deepseek_compress.export.moe import moe_part
 from deepseek_compress.export.pieces import grouped_attention, latent_attention, rms_norm, swiglu
 from deepseek_compress.models import family_of
 from deepseek_compress.models.activations import input_scheme
 from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.numerics.types import Quantized, Statistics
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+EMBEDDING_GROUP = 32  # of 8-bit embeddings: divides every published hidden size
 
 
 def export_onnx(
@@ -46,17 +57,21 @@ def export_onnx(
     *,
     dtype: str = "float32",
     accuracy_level: int = 4,
+    embedding_bits: int = 16,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write `path` and `path`.data; returns facts: bytes, nodes, initializers.
 
-    `lowering` is one of `LOWERINGS`, `dtype` the float type of activations, `accuracy_level` that of MatMulNBits.
+    `lowering` is one of `LOWERINGS`, `dtype` the float type of activations, `accuracy_level` that of MatMulNBits,
+    `embedding_bits` 8 stores embedding and head in groups of 8-bit codes (onnxruntime only).
     Raises `DscError` for a family or a layer that has no emitter here.
     """
     cfg = family_of(checkpoint.config).parse(checkpoint.config)
     check_supported(cfg)
     if lowering not in LOWERINGS:
         raise DscError(f"unknown lowering {lowering!r}", f"use one of {', '.join(LOWERINGS)}")
+    if embedding_bits not in (8, 16) or (embedding_bits == 8 and lowering != "matmulnbits"):
+        raise DscError(f"embedding of {embedding_bits} bits with {lowering}", "use 16, or 8 with target onnxruntime")
     bits, rounded = rounded_inputs(checkpoint, cfg)
     with Graph(path, dtype) as graph:
         build = Build(
@@ -65,6 +80,7 @@ def export_onnx(
             cfg,
             LOWERINGS[lowering],
             accuracy_level=accuracy_level,
+            embedding_bits=embedding_bits,
             sparse_experts=lowering == "matmulnbits",
             activation_bits=bits,
             rounded=rounded,
@@ -143,16 +159,32 @@ def emit_block(build: Build, layer: int, x: str) -> str:
 def embed(build: Build) -> str:
     """(B, S) tokens -> (B S, hidden)."""
     g = build.graph
-    table = to_numpy(build.checkpoint.read(f"{EMBEDDING}.weight")).astype(g.numpy)
-    x = g.op("Gather", g.weight(f"{EMBEDDING}.weight", table), "input_ids", axis=0)
+    if build.embedding_bits == 8:
+        table, scale, zero = nbits_weight(build, f"{EMBEDDING}.weight", _rounded_table(build, EMBEDDING))
+        flat = g.op("Reshape", table, g.ints(0, -1))
+        knobs = {"bits": 8, "block_size": EMBEDDING_GROUP, "gather_axis": 0, "quantize_axis": 1}
+        x = g.op("GatherBlockQuantized", flat, "input_ids", scale, zero, domain=CONTRIB, **knobs)
+    else:
+        weight = float_weight(build, Weight(EMBEDDING, (EMBEDDING,)), cast=False)
+        x = g.op("Gather", weight, "input_ids", axis=0)
+        x = x if g.type_of(weight) == g.elem_type else g.op("Cast", x, to=g.elem_type)
     return g.op("Reshape", x, g.ints(-1, build.cfg.hidden_size))
 
 
 def head(build: Build, x: str) -> str:
     """(tokens, hidden) -> (tokens, vocabulary). A tied head is the embedding table, stored once."""
-    if build.cfg.tie_word_embeddings:
-        return build.graph.op("Gemm", x, f"{EMBEDDING}.weight", transB=1)
+    name = EMBEDDING if build.cfg.tie_word_embeddings else HEAD
+    if build.embedding_bits == 8:
+        return nbits_product(build, x, f"{name}.weight", _rounded_table(build, name))
+    if name == EMBEDDING:
+        return build.graph.op("Gemm", x, float_weight(build, Weight(name, (name,))), transB=1)
     return linear(build, HEAD, x)
+
+
+def _rounded_table(build: Build, name: str) -> Quantized:
+    """The table `name` on a grid of 8 bits per group, rounded to nearest."""
+    quantize = WEIGHTS["rtn"](num_bits=8, group_size=EMBEDDING_GROUP)
+    return quantize(build.checkpoint.read(f"{name}.weight"), Statistics())
 
 
 def empty_past(cfg: ModelConfig, batch: int, dtype: Any = np.float32) -> dict[str, Any]:

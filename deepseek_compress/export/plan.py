@@ -77,6 +77,7 @@ class Plan:
             "products": dict(sorted(products.items())),
             "fusions": dict(sorted(Counter(k.name for k in self.kernels if k.kind == "runtime_fusion").items())),
             "constant_bytes": dict(sorted(stored.items())),
+            "unpacking_kernels": sum(1 for k in self.kernels if k.kind == "function" and "int4" in k.inputs),
             "scratch_bytes": self.scratch_bytes,
         }
 
@@ -180,17 +181,26 @@ def check_plan(plan: Plan, want: Expected) -> list[DscError]:
         problems.append(
             DscError(f"engine keeps {have} of {want.nibble_bytes} bytes of 4-bit weights", "the builder widened the rest")
         )
-    integer = {}
+    integer: set[str] = set()
     for kernel in (*plan.kernels, *plan.bodies):
-        if kernel.is_product and kernel.inputs[:2] == ("int8", "int8"):
-            integer.update(dict.fromkeys(kernel.layers, kernel))
-            if kernel.outputs[0] != "float" and kernel.kind == "fully_connected":
-                problems.append(DscError(f"{kernel.name}: 8-bit product accumulates to {kernel.outputs[0]}", "keep FP32"))
-            if kernel.alpha not in (None, 1.0):
-                problems.append(DscError(f"{kernel.name}: a scale {kernel.alpha} inside an integer product"))
-        if kernel.is_product and "int4" in kernel.inputs and "int8" in kernel.inputs:
+        if not kernel.is_product:
+            continue
+        if "int4" in kernel.inputs and "int8" in kernel.inputs:
             problems.append(DscError(f"{kernel.name}: 4-bit blocks meet 8-bit activations in one product"))
-    count = sum(1 for k in (*plan.kernels, *plan.bodies) if k.is_product and k.inputs[:2] == ("int8", "int8"))
-    if count < len(want.integer_products):
-        problems.append(DscError(f"engine makes {count} of {len(want.integer_products)} 8-bit products in integers"))
+        if kernel.inputs[:2] == ("int8", "int8"):
+            integer.update(kernel.layers)
+            problems += _judge_integer(kernel)
+    missing = [name for name in want.integer_products if name not in integer]  # products of one input may be merged
+    if missing:
+        count = len(want.integer_products)
+        problems.append(DscError(f"{len(missing)} of {count} 8-bit products are made in float, the first {missing[0]}"))
+    return problems
+
+
+def _judge_integer(kernel: Kernel) -> list[DscError]:
+    problems = []
+    if kernel.kind == "fully_connected" and kernel.outputs[0] != "float":
+        problems.append(DscError(f"{kernel.name}: an 8-bit product accumulates to {kernel.outputs[0]}", "keep FP32"))
+    if kernel.alpha not in (None, 1.0):
+        problems.append(DscError(f"{kernel.name}: a scale of {kernel.alpha} inside an integer product"))
     return problems

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +50,7 @@ def build_engine(
     Raises `DscError`: builder not installed, unknown compute capability, a graph that the builder refuses (with its
     words), or one that it would compile into wrong numbers.
     """
-    trt = load_builder(target)
-    capabilities = _capabilities(trt, target, compute_capabilities)
-    raise_problems(_range_problems(batch=batch, new=new, past=past))
+    trt, capabilities = check(target, compute_capabilities, batch=batch, new=new, past=past)
     raise_problems(hazards.find_in_model(onnx.load(str(model), load_external_data=False)))
     log = _Log(trt)
     builder = trt.Builder(log.logger)
@@ -86,6 +84,13 @@ def build_engine(
     }
 
 
+def check(target: str, compute_capabilities: Sequence[str], **ranges: Sequence[int]) -> tuple[Any, list[str]]:
+    """The builder's module and the capabilities in its spelling. Raises `DscError` for what a build would refuse."""
+    trt = load_builder(target)
+    raise_problems(_range_problems(ranges))
+    return trt, _capabilities(trt, target, compute_capabilities)
+
+
 def load_builder(target: str) -> Any:
     """The module of `target`. Raises `DscError` with the extra to install."""
     if target not in MODULES:
@@ -114,7 +119,7 @@ def _capabilities(trt: Any, target: str, asked: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _range_problems(**ranges: Range) -> list[DscError]:
+def _range_problems(ranges: Mapping[str, Sequence[int]]) -> list[DscError]:
     return [
         DscError(f"range of {name}: {list(r)} does not rise from a least to a most", "give least <= usual <= most")
         for name, r in ranges.items()

@@ -1,9 +1,10 @@
 """Run an exported ONNX file in onnxruntime beside the runtime it was made from: same logits, same greedy tokens.
 
-`BOUNDS` states, for each float type of the graph and with or without 8-bit activations, how far logits may be apart: the
-largest |difference| at a position over the largest |logit| of the runtime. Rounding to 8 bits makes the difference a
-step rather than a smooth error: a value that lies near half a step falls to the other side. The same holds for a router
-whose k-th and (k+1)-th experts are close. So the bound is held by `SHARE` of the positions, and the worst is reported.
+`BOUNDS` states how far logits may be apart (the largest |difference| at a position over the largest |logit| of the runtime
+there) and the share of positions that must keep to it. It isn't all of them, because two steps of such a model are not
+continuous: a router whose k-th and (k+1)-th experts are close, and an activation that lies near half an 8-bit step. A
+difference of one FP16 rounding there becomes a whole step, which then moves others: FP16 graphs with 8-bit activations
+are as far from the runtime as 8-bit activations themselves are from FP32. The worst position is always reported.
 
 onnxruntime's optimiser would replace DequantizeLinear + MatMul by 8-bit activations of its own; here it may not.
 """
@@ -24,8 +25,12 @@ from deepseek_compress.export.onnx import empty_past
 from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.runtime import Model
 
-BOUNDS = {("float32", False): 1e-4, ("float32", True): 0.05, ("float16", False): 0.02, ("float16", True): 0.05}
-SHARE = 0.95  # of the positions must be within the bound
+BOUNDS = {  # (float type of the graph, 8-bit activations): (bound, share of positions)
+    ("float32", False): (1e-4, 0.99),
+    ("float32", True): (0.05, 0.95),
+    ("float16", False): (0.02, 0.95),
+    ("float16", True): (0.1, 0.9),
+}
 DECODED = 32
 
 Ints = NDArray[np.int64]
@@ -37,6 +42,7 @@ class Agreement:
     """How an ONNX file compares with the runtime."""
 
     bound: float  # stated
+    share: float  # stated
     worst: float  # largest relative difference at any position
     within: float  # share of positions within the bound
     decoded: int  # greedy tokens whose lead was clear enough to be judged
@@ -46,7 +52,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Whether the file may be called equal to the runtime."""
-        return self.within >= SHARE and self.agreed >= SHARE * self.decoded
+        return self.within >= self.share and self.agreed >= self.share * self.decoded
 
     def facts(self) -> dict[str, Any]:
         """For a report."""
@@ -109,7 +115,7 @@ def verify(
 
     `dtype` is the float type of the graph; `rounded`: whether activations are 8-bit.
     """
-    bound = BOUNDS[(dtype, rounded)]
+    bound, share = BOUNDS[(dtype, rounded)]
     onnx_model = OnnxModel(path, model.cfg)
     onnx_model.start(len(prompts))
     tokens, mask = left_padded(prompts)
@@ -132,7 +138,7 @@ def verify(
         tokens = want[:, -1].argmax(-1)[:, None].astype(np.int64)
         mask = np.ones_like(tokens)
     every = np.concatenate([e.reshape(-1) for e in errors])
-    return Agreement(bound, float(every.max()), float((every <= bound).mean()), judged, agreed, every.size)
+    return Agreement(bound, share, float(every.max()), float((every <= bound).mean()), judged, agreed, every.size)
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
