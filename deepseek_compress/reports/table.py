@@ -190,7 +190,7 @@ def artifact_rows(record: Record) -> Table:
             a["name"],
             a["target"] or UNKNOWN,
             UNKNOWN if a["bytes"] is None else size(a["bytes"]),
-            a["status"] or UNKNOWN,
+            "; ".join(filter(None, (a["status"], a.get("note")))) or UNKNOWN,
             a["path"],
         ]
         for a in record.get("artifacts") or []

@@ -14,8 +14,6 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.reasoning import SUITES
 from deepseek_compress.stages.base import Context, Output, Stage
 
-MODEL_FILES = ("model.engine", "model.onnx")
-
 
 class Evaluate(Stage, frozen=True, extra="forbid"):
     """Perplexity, KL and top-1 agreement, the reasoning suite, size, speed and memory, of several models.
@@ -89,21 +87,27 @@ def artifacts(outputs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Rows about the outputs that are not checkpoints: engines and graphs, with what their stage said about them."""
     rows = []
     for name, path in _unique(outputs).items():
-        folder = path if path.is_dir() else path.parent
-        file = path if path.is_file() else next((path / f for f in MODEL_FILES if (path / f).is_file()), None)
-        if is_checkpoint(path) or file is None or file.name == "report.json":
+        facts = _facts(path if path.is_dir() else path.parent)
+        if not path.exists() or is_checkpoint(path) or "target" not in facts:
             continue
-        facts = _facts(folder)
-        size = sum(part.stat().st_size for part in folder.glob(f"{file.name}*") if part.is_file())
-        row = {
-            "name": name,
-            "target": facts.get("target"),
-            "path": str(file),
-            "bytes": size,
-            "status": facts.get("status"),
-        }
-        rows.append(row)
+        files = path.parent.glob(f"{path.name}*") if path.is_file() else path.rglob("*")
+        size = sum(file.stat().st_size for file in files if file.is_file())  # model.onnx and model.onnx.data
+        row = {"name": name, "target": facts["target"], "path": str(path), "bytes": size, "status": facts.get("status")}
+        rows.append({**row, "note": _note(facts), "verification": facts.get("verification")})
     return rows
+
+
+def _note(facts: Mapping[str, Any]) -> str:
+    """What was verified about the file, in words."""
+    parts = []
+    found = facts.get("verification")
+    if found:
+        subject = "its ONNX logits" if facts.get("onnx_bytes") else "logits"
+        parts.append(
+            f"{subject} within {found['bound']:g} (relative) of the runtime's at {100 * found['within']:.1f} % of "
+            f"{found['positions']} positions, {found['agreed']} of {found['decoded']} clear greedy tokens equal"
+        )
+    return "; ".join([*parts, *([facts["sparsity"]] if facts.get("sparsity") else [])])
 
 
 def is_checkpoint(path: Path) -> bool:
