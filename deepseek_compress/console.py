@@ -73,6 +73,11 @@ def errors(error: DscError) -> None:
         err().print(Text.assemble(("error: ", "bad"), text), soft_wrap=True)
 
 
+def stopped(text: str) -> None:
+    """The last line of a run that was stopped from outside."""
+    err().print(Text(text, style="warn"), soft_wrap=True)
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[str] = ()) -> None:
     """A table on standard output; the columns named in `right` are numbers. A cell that is None shows as `-`."""
     grid = Table(

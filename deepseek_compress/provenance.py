@@ -23,7 +23,7 @@ from typing import Any
 from deepseek_compress.checkpoint.files import hash_file, read_json
 from deepseek_compress.checkpoint.reader import MANIFEST, Checkpoint
 
-__all__ = ["build_manifest", "fingerprint", "hash_file", "lineage_of", "read_manifest", "source_facts", "versions"]
+__all__ = ["build_manifest", "digest", "fingerprint", "hash_file", "lineage_of", "read_manifest", "source_facts", "versions"]
 
 SCHEMA = 1
 PACKAGES = (
@@ -110,7 +110,7 @@ def fingerprint(source: Checkpoint) -> str:
         for suffix, part in sorted(info.parts.items())
     ]
     hashes = (source.manifest or {}).get("files")
-    return _digest([source.config, tensors, hashes])
+    return digest([source.config, tensors, hashes])
 
 
 def lineage_of(source: Checkpoint) -> list[dict[str, Any]]:
@@ -124,5 +124,6 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()

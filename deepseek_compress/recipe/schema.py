@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,32 +80,61 @@ class Recipe:
     document: Mapping[str, Any] = field(repr=False)
 
 
-def read_recipe(path: Path, settings: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe at `path`, changed by `settings` (`path=value`) and `changes` (top-level keys), validated."""
+@dataclass(frozen=True)
+class Changes:
+    """What options change in a recipe before it is validated."""
+
+    settings: Sequence[str] = ()  # of `--set`: path=value
+    values: Mapping[str, Any] = field(default_factory=dict)  # path -> value; a value that is None changes nothing
+    group_size: int | None = None  # of every weight quantizer in the recipe
+
+
+def read_recipe(path: Path, changes: Changes = Changes()) -> Recipe:
+    """The recipe at `path`, changed and validated. Raises `DscError`."""
     try:
         text = yaml_text.read(path)
     except OSError as error:
         raise DscError(f"{path}: {error.strerror}", "give a recipe file") from None
-    return parse_recipe(text, str(path), settings, changes or {})
+    return parse_recipe(text, str(path), changes)
 
 
-def parse_recipe(
-    text: str, where: str, settings: Iterable[str] = (), changes: Mapping[str, Any] | None = None
-) -> Recipe:
+def parse_recipe(text: str, where: str, changes: Changes = Changes()) -> Recipe:
     """As `read_recipe`, from text; `where` stands before the line number of each problem."""
     document = yaml_text.parse(text, where)
-    changed = {key: value for key, value in (changes or {}).items() if value is not None}
-    for setting in settings:
-        document.set(*_setting(document, setting))
-    for key, value in changed.items():
-        document.set((key,), value)
-    top = _validate_top(document)
-    if changed or list(settings):
+    if _apply(document, changes):
         text = yaml_text.dump(document.value)
+    top = _validate_top(document)
     name = top.name or Path(where).stem
     return Recipe(
         name, top.model, top.alias, top.inputs, top.seed, top.calibration, _steps(top, document), text, document.value
     )
+
+
+def _apply(document: Document, changes: Changes) -> bool:
+    """Make the changes; true when there was one."""
+    if not isinstance(document.value, dict):
+        return False
+    wanted = [_setting(document, setting) for setting in changes.settings]
+    wanted += [(_place(document, key.split(".")), v) for key, v in changes.values.items() if v is not None]
+    if changes.group_size is not None:
+        wanted += [(place, changes.group_size) for place in _group_sizes(document)]
+    for place, value in wanted:
+        document.set(place, value)
+    return bool(wanted)
+
+
+def _group_sizes(document: Document) -> list[tuple[str, ...]]:
+    """Where the group size of each weight quantizer stands."""
+    places = []
+    for index, item in enumerate(document.value.get("stages") or []):
+        weights = (item.get("compress") or {}).get("weights") if isinstance(item, dict) else None
+        if isinstance(weights, str):
+            document.set(("stages", index, "compress", "weights"), {weights: {}})
+            weights = {weights: {}}
+        places += [("stages", str(index), "compress", "weights", name, "group_size") for name in weights or {}]
+    if not places:
+        raise DscError(f"--group-size: {document.where} quantises no weights", "leave the option out")
+    return places
 
 
 def _validate_top(document: Document) -> _Top:
@@ -219,24 +248,24 @@ def _unknown_reads(step: Step, names: set[str]) -> list[DscError]:
 
 
 def _setting(document: Document, setting: str) -> tuple[tuple[str, ...], Any]:
-    """`path=value` of `--set` -> (path in the document, value).
-
-    The first part is a top-level key, or the name or kind of a stage (its knobs follow); with a single stage the
-    knobs may stand alone: `compress.weights.gptq.group_size=32`, `weights.gptq.group_size=32`.
-    """
+    """`path=value` of `--set` -> (path in the document, value)."""
     left, equals, right = setting.partition("=")
     parts = left.strip().split(".")
     if not equals or not all(parts):
         raise DscError(f"--set {setting!r} is not path=value", "for instance --set calibration.samples=16")
-    value = yaml_text.parse(right, f"--set {left}").value
-    top_level = {known.alias or name for name, known in _Top.model_fields.items()} - {"stages"}
-    return (tuple(parts) if parts[0] in top_level else _knob(document, parts, left)), value
+    return _place(document, parts), yaml_text.parse(right, f"--set {left}").value
 
 
-def _knob(document: Document, parts: list[str], left: str) -> tuple[str, ...]:
-    """The path of a stage's knob in the document."""
-    items = document.value.get("stages") if isinstance(document.value, dict) else None
-    items = [item if isinstance(item, dict) else {} for item in items or []]
+def _place(document: Document, parts: list[str]) -> tuple[str, ...]:
+    """The path in the document that `a.b.c` means.
+
+    The first part is a top-level key, or the name or kind of a stage (its knobs follow); with a single stage the
+    knobs may stand alone: `compress.weights.gptq.group_size`, `weights.gptq.group_size`.
+    """
+    if parts[0] in {known.alias or name for name, known in _Top.model_fields.items()} - {"stages"}:
+        return tuple(parts)
+    dotted = ".".join(parts)
+    items = [item if isinstance(item, dict) else {} for item in document.value.get("stages") or []]
     parts = parts[1:] if parts[0] == "stages" else parts
     labels = [{str(i), str(item.get("name")), *_kinds(item)} for i, item in enumerate(items)]
     chosen = [i for i, label in enumerate(labels) if parts and parts[0] in label]
@@ -247,7 +276,7 @@ def _knob(document: Document, parts: list[str], left: str) -> tuple[str, ...]:
     if len(chosen) != 1 or not parts:
         names = ", ".join(str(item.get("name") or next(iter(_kinds(item)), i)) for i, item in enumerate(items))
         what = "names several stages" if len(chosen) > 1 else "names no knob of a stage"
-        raise DscError(f"--set {left}: {what}", f"begin with calibration, seed, model, or one of: {names}")
+        raise DscError(f"--set {dotted}: {what}", f"begin with calibration, seed, model, or one of: {names}")
     if parts[0] in _STEP_KEYS:
         return ("stages", str(chosen[0]), parts[0])
     kind = _kinds(items[chosen[0]])[:1]

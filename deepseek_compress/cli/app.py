@@ -1,0 +1,94 @@
+"""The application: the order of the commands, exit codes, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from deepseek_compress import console
+from deepseek_compress.cli import look, work
+from deepseek_compress.errors import DscError, Problems
+
+STOPPED = "stopped; the same command goes on"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, so that whatever cleans up after Ctrl-C does it here too."""
+
+
+class Commands(TyperGroup):
+    """Turns what a command raises into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a traceback is left only for our own defects."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except DscError as error:
+            _report(ctx, error)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as error:
+            console.stopped(STOPPED)
+            raise typer.Exit(143 if isinstance(error, Terminated) else 130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit is silent too
+            raise typer.Exit(141) from None
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            place = f"{error.filename}: " if error.filename is not None else ""
+            _report(ctx, DscError(f"{place}{error.strerror or error}", "mend that; the same command goes on"))
+            raise typer.Exit(1) from None
+
+
+def _report(context: typer.Context, error: DscError) -> None:
+    if context.meta.get("json"):
+        found = error.problems if isinstance(error, Problems) else [error]
+        console.print_json({"problems": [{"what": problem.what, "fix": problem.fix} for problem in found]})
+    console.errors(error)
+
+
+app = typer.Typer(
+    name="dsc",
+    cls=Commands,
+    help="Make DeepSeek-family models smaller and faster, with proof that they still reason.",
+    epilog="Start with: dsc run quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_RUN, _STAGE, _LOOK = "A whole recipe", "One stage", "Look"
+for name, function, panel in (
+    ("plan", work.plan, _RUN),
+    ("run", work.run, _RUN),
+    ("distill", work.distill, _STAGE),
+    ("prune", work.prune, _STAGE),
+    ("calibrate", work.calibrate, _STAGE),
+    ("quantize", work.quantize, _STAGE),
+    ("export", work.export, _STAGE),
+    ("evaluate", work.evaluate, _STAGE),
+    ("compare", look.compare, _LOOK),
+    ("inspect", look.inspect, _LOOK),
+    ("doctor", look.doctor, _LOOK),
+    ("list", look.list_, _LOOK),
+):
+    app.command(name, rich_help_panel=panel)(function)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def main() -> None:
+    """Entry point of the command `dsc`."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()

@@ -1,0 +1,87 @@
+"""The commands that only look: inspect, doctor, list, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek_compress import console
+from deepseek_compress.cli import options as o
+from deepseek_compress.cli import show
+from deepseek_compress.errors import DscError
+
+
+def inspect(
+    model: o.Model,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare hashes with its manifest.")] = True,
+    sparsity: Annotated[bool, typer.Option("--sparsity", help="Count zeros too; reads every matrix.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Show what a checkpoint holds: roles, types, bits, sparsity, lineage; verify its hashes."""
+    from deepseek_compress.survey import survey
+
+    found = survey(model, verify, sparsity)
+    show.survey(model, found, json)
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+def doctor(json: o.Json = False) -> None:
+    """Show what this machine can run, and how to get the rest."""
+    from deepseek_compress.doctor import examine
+
+    checks = examine()
+    following = "dsc run quickstart"
+    if json:
+        console.print_json({"checks": [check._asdict() for check in checks], "next": following})
+        return
+    console.table(
+        "",
+        ("", "found", "good", "otherwise"),
+        ((check.name, check.found, console.mark(check.good), "" if check.good else check.how) for check in checks),
+    )
+    console.next_step(following)
+
+
+def list_(json: o.Json = False) -> None:
+    """Show algorithms, recipes, stages, suites and models, with one line and the paper each."""
+    from deepseek_compress.catalogue import catalogue
+
+    found = catalogue()
+    following = "dsc plan builtin:nano -r quickstart"
+    if json:
+        lists = {title: [entry._asdict() for entry in entries] for title, entries in found.items()}
+        console.print_json({**lists, "next": following})
+        return
+    for title, entries in found.items():
+        rows = ((entry.name, entry.summary + (f" ({entry.source})" if entry.source else "")) for entry in entries)
+        console.table(title, ("name", "what"), rows)
+        console.line("")
+    console.next_step(following)
+
+
+def compare(
+    reports: Annotated[list[Path], typer.Argument(metavar="REPORT...", help="report.json files.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="REPORT.html", help="One page over all of them.")],
+    json: o.Json = False,
+) -> None:
+    """Put several reports into one page."""
+    from deepseek_compress import reports as library
+
+    if out.suffix != ".html":
+        raise DscError(f"-o {out}: not a .html file", "name the page, for instance -o compare.html")
+    if out.exists() and not _is_report(out.with_suffix(".json")):
+        raise DscError(f"{out}: exists and was not written by dsc", "choose another -o")
+    library.compare(reports, out)
+    show.report(out.with_suffix(".json"), json, out)
+
+
+def _is_report(path: Path) -> bool:
+    from deepseek_compress import reports
+
+    try:
+        return bool(reports.read(path))
+    except DscError:
+        return False

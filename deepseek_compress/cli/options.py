@@ -1,0 +1,67 @@
+"""The options that commands share, each written once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek_compress.errors import DscError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _remember_json(context: typer.Context, value: bool) -> bool:
+    context.meta["json"] = value
+    return value
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or builtin:nano.")]
+Out = Annotated[
+    Path, typer.Option("-o", "--out", metavar="OUT", help="Where to write; never overwrites foreign files.")
+]
+RecipeOption = Annotated[
+    str, typer.Option("-r", "--recipe", metavar="RECIPE", help="A recipe file, or a name of `dsc list`.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a knob of the recipe; repeatable.")
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", metavar="FILE", help="Calibration text of yours; repeatable."),
+]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration samples.")]
+Length = Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens in a sample.")]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", min=1, help="Weights that share a scale. [default: what fits]")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu or cuda.")]
+Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Bound on memory, for instance 8GiB.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes; the bytes are the same for any number.")]
+Json = Annotated[bool, typer.Option("--json", callback=_remember_json, help="One JSON document on standard output.")]
+
+
+def bytes_of(text: str | None) -> int | None:
+    """`8GiB`, `500MB` or a plain number -> bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if not found or not float(found[1]):
+        raise DscError(f"--memory {text!r} is no size", "write for instance --memory 8GiB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+def device_of(name: str) -> str:
+    """`auto` -> the device this machine has; `DscError` for one it has not."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise DscError(f"--device {name!r} is unknown", "use auto, cpu or cuda")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise DscError(f"--device {name}: torch sees no GPU here", "use --device cpu; see dsc doctor")
+    return name

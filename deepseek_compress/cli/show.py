@@ -1,0 +1,177 @@
+"""How each answer looks: tables for people, one document for `--json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek_compress import console
+from deepseek_compress.errors import DscError
+from deepseek_compress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from deepseek_compress.pipeline import Plan
+    from deepseek_compress.stages.base import Forecast
+
+
+def plan(found: Plan, rates: Mapping[str, float] | None, as_json: bool, following: str) -> None:
+    """The stages of a plan with what each would write, and every problem."""
+    rows = [_planned(found, step.name, step.kind, step.source, rates) for step in found.recipe.steps]
+    if as_json:
+        problems = [{"what": problem.what, "fix": problem.fix} for problem in found.problems]
+        console.print_json(
+            {
+                "recipe": found.recipe.name,
+                "model": str(found.model) if found.model else None,
+                "stages": rows,
+                "bytes": found.bytes,
+                "problems": problems,
+                "next": None if problems else following,
+            }
+        )
+        return
+    if found.header is not None:
+        count, size = len(found.header.tensors), console.size(found.header.bytes)
+        console.line(f"{found.recipe.name} on {found.model}: {count} tensors, {size}")
+    columns = ("stage", "kind", "from", "tensors", "disk", "memory", "time")
+    cells = (
+        (r["name"], r["kind"], r["from"], r["tensors"], _size(r["bytes"]), _size(r["memory"]), _time(r["seconds"]))
+        for r in rows
+    )
+    console.table("", columns, cells, right=("tensors", "disk", "memory", "time"))
+    for problem in found.problems:
+        console.errors(problem)
+    if found.problems:
+        return
+    if rates is None:
+        console.line("time unknown: this machine was not measured yet (--measure, 10 s)", "quiet")
+    console.next_step(following)
+
+
+def _planned(found: Plan, name: str, kind: str, source: str, rates: Mapping[str, float] | None) -> dict[str, Any]:
+    forecast = found.forecasts.get(name)
+    return {
+        "name": name,
+        "kind": kind,
+        "from": source,
+        "tensors": forecast.tensors if forecast else None,
+        "bytes": forecast.bytes if forecast else None,
+        "memory": forecast.memory if forecast else None,
+        "seconds": _seconds(forecast, rates) if forecast and rates else None,
+    }
+
+
+def _seconds(forecast: Forecast, rates: Mapping[str, float]) -> float | None:
+    if forecast.operations is None:
+        return None
+    return forecast.operations / rates["operations_per_s"] + (forecast.bytes or 0) / rates["read_bytes_per_s"]
+
+
+def _size(count: int | None) -> str | None:
+    return None if count is None else console.size(count)
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else console.duration(seconds)
+
+
+def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool) -> None:
+    """What a whole recipe left behind; its report when it has one."""
+    record = _read(out / "report.json")
+    written = {step.name: str(paths[step.name]) for step in recipe.steps}
+    last = next((paths[s.name] for s in reversed(recipe.steps) if s.stage.writes == "checkpoint"), out)
+    following = f"dsc compare {out}/report.json -o compare.html" if record else _evaluate(last, recipe.model)
+    if as_json:
+        console.print_json({"out": str(out), "outputs": written, "report": record, "next": following})
+        return
+    if record:
+        _record(record)
+        console.line(f"report: {out}/report.html (also .md, .json)")
+    else:
+        console.table("", ("output", "where"), written.items())
+    console.next_step(following)
+
+
+def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
+    """What one stage left behind."""
+    stage = recipe.steps[0].stage
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    facts = _read(out / "dsc_run.json") or {}
+    following = _evaluate(out, model) if stage.writes == "checkpoint" else "dsc doctor"
+    if as_json:
+        console.print_json({"out": str(out), "bytes": size, "run": facts, "next": following})
+        return
+    console.line(f"{out}: {console.size(size)} in {console.duration(facts.get('seconds'))}")
+    for name, value in (facts.get("facts") or {}).items():
+        if isinstance(value, (str, int, float)):
+            console.line(f"  {name}: {value}")
+    console.next_step(following)
+
+
+def report(path: Path, as_json: bool, page: Path | None = None) -> None:
+    """A report that was written to `path` (.json)."""
+    record = _read(path) or {}
+    following = f"dsc list" if page else f"dsc compare {path} OTHER.json -o compare.html"
+    if as_json:
+        console.print_json({**record, "next": following})
+        return
+    _record(record)
+    console.line(f"report: {page or path} (also .md, {'.json' if page else '.html'})")
+    console.next_step(following)
+
+
+def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
+    """What `dsc inspect` found."""
+    following = f"dsc plan {model} -r w4a16"
+    if as_json:
+        console.print_json({**found, "next": following})
+        return
+    console.line(
+        f"{found['path']}: {found['model_type']}, {found['parameters']:,} parameters in {found['tensors']} tensors, "
+        f"{console.size(found['bytes'])} in {found['shards']} shards, {found['bits_per_weight']:.2f} bits per weight"
+    )
+    columns = ("role", "encoding", "type", "tensors", "parameters", "size", "bits", "zeros")
+    console.table("", columns, (_role(row) for row in found["roles"]), right=columns[3:])
+    if found["activations"]:
+        console.line(f"activations: {_words(found['activations'])}")
+    lineage = " -> ".join(str(step.get("stage")) for step in found["lineage"])
+    console.line(f"lineage: {lineage or 'none; dsc did not write it'}")
+    console.line(f"hashes: {found['hashes']}")
+    for problem in found["problems"]:
+        console.errors(DscError(problem["what"], problem["fix"]))
+    console.next_step(following)
+
+
+def _role(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    zeros = None if row["sparsity"] is None else f"{row['sparsity']:.1%}"
+    bits = None if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
+    size = console.size(row["bytes"])
+    return row["role"], row["encoding"], row["dtype"], row["tensors"], f"{row['parameters']:,}", size, bits, zeros
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, (list, dict)))
+
+
+def _evaluate(path: Path, model: str | None) -> str:
+    return f"dsc evaluate {path} --reference {model or 'MODEL'} -o report.json"
+
+
+def _record(record: Mapping[str, Any]) -> None:
+    """Verdict and table of a report, as narrow as a terminal; intervals stand in the report."""
+    from deepseek_compress.reports import table, words
+
+    columns = table.shown(record, ("bytes", "bits_per_weight", "exact_match", "exact_match_ratio", "kl_divergence"))
+    rows = ([model["name"], *(table.cell(c, model).value for c in columns)] for model in table.everything(record))
+    headers = [column.header for column in columns]
+    console.line(words.verdict(record), "next")
+    console.table("", ["model", *headers], rows, right=headers)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

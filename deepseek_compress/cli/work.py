@@ -1,0 +1,210 @@
+"""The commands that plan and do work: a recipe is read, changed by options, and given to the pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deepseek_compress import console, resources
+from deepseek_compress.cli import options as o
+from deepseek_compress.cli import show
+from deepseek_compress.errors import DscError
+from deepseek_compress.recipe import Changes, Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from deepseek_compress.pipeline import Options
+
+Target = Annotated[
+    str | None,
+    typer.Option("--target", help="onnx, onnxruntime, tensorrt, tensorrt-rtx, compressed-tensors, bf16 or triton."),
+]
+
+
+def plan(
+    model: o.Model,
+    recipe: o.RecipeOption = "w4a16",
+    settings: o.Settings = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    group_size: o.GroupSize = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = 1,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine first (10 s); kept.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Show what a recipe would do to a model: stages, tensors, bytes, time, and every problem at once."""
+    wanted = _recipe(recipe, model, settings, _calibration(calibration, samples, length, seed), group_size)
+    from deepseek_compress import machine, pipeline
+
+    found = pipeline.plan(wanted, _options(device, memory, workers))
+    show.plan(found, machine.rates(measure), json, f"dsc run {recipe} --model {model}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name of `dsc list`.")],
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Instead of the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="[default: runs/RECIPE]")] = None,
+    settings: o.Settings = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    group_size: o.GroupSize = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = 1,
+    json: o.Json = False,
+) -> None:
+    """Run every stage of a recipe; run it again after a stop and it goes on."""
+    wanted = _recipe(recipe, model, settings, _calibration(calibration, samples, length, seed), group_size)
+    target = out or Path("runs") / wanted.name
+    paths = _pipeline(wanted, target, _options(device, memory, workers), json, flat=False)
+    show.outputs(target, paths, wanted, json)
+
+
+def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
+    """A command for the one stage `kind`; `default` names its recipe."""
+
+    def command(
+        model: o.Model,
+        out: o.Out,
+        recipe: o.RecipeOption = default,
+        settings: o.Settings = None,
+        calibration: o.Calibration = None,
+        samples: o.Samples = None,
+        length: o.Length = None,
+        group_size: o.GroupSize = None,
+        seed: o.Seed = None,
+        device: o.Device = "auto",
+        memory: o.Memory = None,
+        workers: o.Workers = 1,
+        json: o.Json = False,
+    ) -> None:
+        text = _calibration(calibration, samples, length, seed)
+        wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
+        _one_stage(wanted, out, _options(device, memory, workers), json, model)
+
+    command.__doc__ = summary
+    return command
+
+
+distill = _compressing("distill", "distill", "Train a smaller student from a teacher.")
+prune = _compressing("compress", "sparse24", "Make two of every four weights zero.")
+calibrate = _compressing(
+    "calibrate", "calibrate", "Show what calibration text does to each linear: input ranges, tokens an expert sees."
+)
+quantize = _compressing("compress", "w4a16", "Store the weights in few bits; alone it means -r w4a16.")
+
+
+def export(
+    model: o.Model,
+    out: o.Out,
+    target: Target = None,
+    recipe: o.RecipeOption = "export",
+    settings: o.Settings = None,
+    json: o.Json = False,
+) -> None:
+    """Write a checkpoint in a form that others run."""
+    wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
+    _one_stage(wanted, out, _options("cpu", None, 1), json, model)
+
+
+def evaluate(
+    model: o.Model,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="REPORT.json", help="The report; .md and .html beside.")],
+    reference: Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="To compare with.")] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="Text for perplexity and KL.")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of the text.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens a window.")] = None,
+    problems: Annotated[int | None, typer.Option("--problems", min=0, help="Reasoning problems.")] = None,
+    recipe: o.RecipeOption = "evaluate",
+    settings: o.Settings = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    json: o.Json = False,
+) -> None:
+    """Measure what a model can still do, against a reference."""
+    names = _names(model, reference)
+    values = {
+        "as": names[0],
+        "inputs": {names[1]: reference} if reference else None,
+        "evaluate.models": [names[1], names[0]] if reference else [names[0]],
+        "evaluate.reference": names[1] if reference else None,
+        "evaluate.text": text,
+        "evaluate.windows": windows,
+        "evaluate.length": length,
+        "evaluate.problems": problems,
+        "seed": seed,
+    }
+    wanted = _recipe(recipe, model, settings, values, kind="evaluate")
+    from deepseek_compress import pipeline
+
+    with console.progress(quiet=json) as progress:
+        page = pipeline.run_report(wanted, out, _options(device, None, 1), progress)
+    show.report(page, json)
+
+
+def _calibration(
+    sources: list[str] | None, samples: int | None, length: int | None, seed: int | None
+) -> dict[str, Any]:
+    return {
+        "calibration.sources": sources or None,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "seed": seed,
+    }
+
+
+def _recipe(
+    name: str,
+    model: str | None,
+    settings: list[str] | None,
+    values: Mapping[str, Any],
+    group_size: int | None = None,
+    kind: str | None = None,
+) -> Recipe:
+    """The recipe that options ask for; with `kind`, it must have that one stage."""
+    changes = Changes(settings or (), {**values, "model": model}, group_size)
+    wanted = read_recipe(resources.recipe_path(name), changes)
+    kinds = [step.kind for step in wanted.steps]
+    if kind and kinds != [kind]:
+        raise DscError(f"{name}: has the stages {', '.join(kinds)}, not one {kind}", f"use dsc run {name}")
+    return wanted
+
+
+def _names(model: str, reference: str | None) -> tuple[str, str]:
+    """What a report calls the model and the reference: the last part of each path."""
+    first, second = (_label(name) for name in (model, reference or "reference"))
+    return first, second if second != first else f"{second}-reference"
+
+
+def _label(model: str) -> str:
+    last = Path(model.removeprefix("builtin:")).resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-") or "model"
+
+
+def _options(device: str, memory: str | None, workers: int) -> Options:
+    from deepseek_compress.pipeline import Options
+
+    return Options(o.device_of(device), o.bytes_of(memory), workers)
+
+
+def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:
+    from deepseek_compress import pipeline
+
+    with console.progress(quiet=json) as progress:
+        return pipeline.run(wanted, out, options, progress, flat)
+
+
+def _one_stage(wanted: Recipe, out: Path, options: Options, json: bool, model: str) -> None:
+    _pipeline(wanted, out, options, json, flat=True)
+    show.output(out, wanted, model, json)

@@ -1,0 +1,330 @@
+"""Plan and run a recipe: a fold over its stages, each reading an earlier output and writing its own directory.
+
+A stage that is finished is not repeated; an interrupted one is called again with the same directory and goes on from
+what it left there. What an output directory is of (recipe, model, data, seed, versions) stands in it, and a run that
+differs in any of them is refused with what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepseek_compress import machine, provenance, resources, workspace
+from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
+from deepseek_compress.checkpoint.files import write_json
+from deepseek_compress.console import StageProgress, duration, size
+from deepseek_compress.errors import DscError, Problems, raise_problems
+from deepseek_compress.models import family_of
+from deepseek_compress.models.resolve import resolve_model
+from deepseek_compress.recipe import Recipe, Step
+from deepseek_compress.stages.base import Context, Forecast, Output
+
+REPORTS = ("report.json", "report.md", "report.html")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the machine may give to a run; none of it changes the bytes that are written."""
+
+    device: str = "cpu"
+    memory: int | None = None  # bytes
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do. `forecasts` has a stage as far as the one before it could be foreseen."""
+
+    recipe: Recipe
+    model: Path | None
+    header: Header | None
+    forecasts: Mapping[str, Forecast]
+    problems: list[DscError]
+
+    @property
+    def bytes(self) -> int | None:
+        """On disk, all stages together; None when one of them cannot tell."""
+        sizes = [forecast.bytes for forecast in self.forecasts.values()]
+        return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+
+@dataclass
+class _Run:
+    """What the fold carries: where outputs are and what identifies them."""
+
+    out: Path
+    flat: bool
+    recipe: Recipe
+    options: Options
+    progress: StageProgress
+    versions: Mapping[str, str | None]
+    paths: dict[str, Path] = field(default_factory=dict)
+    prints: dict[str, str] = field(default_factory=dict)  # name -> what its bytes follow from
+
+    def directory(self, name: str) -> Path:
+        return self.out if self.flat else self.out / name
+
+
+def plan(recipe: Recipe, options: Options = Options()) -> Plan:
+    """Everything that would happen and every problem, from headers alone; writes nothing."""
+    problems: list[DscError] = _calibration_problems(recipe)
+    paths: dict[str, Path] = {}
+    for name, model in {"model": recipe.model, **recipe.inputs}.items():
+        with _collect(problems):
+            if model is None:
+                raise DscError(f"{recipe.name}: no model", "name one: `model:` in the recipe, or --model")
+            paths[name] = resolve_model(model)
+    header = None
+    for name, path in paths.items():
+        with _collect(problems):
+            found = open_checkpoint(path).header
+            problems += family_of(found.config).problems(found)
+            header = found if name == "model" else header
+    forecasts = _forecasts(recipe, header, problems) if header and not problems else {}
+    return Plan(recipe, paths.get("model"), header, forecasts, problems)
+
+
+def run(
+    recipe: Recipe, out: Path, options: Options = Options(), progress: StageProgress | None = None, flat: bool = False
+) -> dict[str, Path]:
+    """Run every stage that is not finished; returns the path of each output by name.
+
+    Stage NAME writes to `out/NAME`; with `flat` the only stage writes to `out` itself. Raises `DscError`.
+    """
+    found = plan(recipe, options)
+    raise_problems(found.problems)
+    if flat and len(recipe.steps) != 1:
+        raise DscError(f"{recipe.name}: has {len(recipe.steps)} stages", f"use dsc run {recipe.name}")
+    workspace.check_ours(out)
+    _check_disk(found, out, flat)
+    with workspace.lock(out), machine.peak_memory() as peak:
+        began = time.time()
+        state = _Run(out, flat, recipe, options, progress or StageProgress(), provenance.versions())
+        _inputs(state)
+        touched = any(_holds_work(state.directory(step.name)) for step in recipe.steps)
+        workspace.agree(out, _identity(state), touched)
+        for number, step in enumerate(recipe.steps, start=1):
+            state.progress.start(step.name, number, len(recipe.steps))
+            _stage(state, step)
+        if not flat:
+            _close(state)
+            write_json(out / workspace.RUN, _costs(began, peak[0], {}))
+    return state.paths
+
+
+def run_report(recipe: Recipe, page: Path, options: Options = Options(), progress: StageProgress | None = None) -> Path:
+    """Run the one stage of `recipe`, which writes a report, and put the report at `page` (.json; .md, .html beside).
+
+    The stage's own directory is `page` with the suffix `.dsc`. A `page` without suffix is a directory for everything.
+    """
+    if page.suffix != ".json":
+        run(recipe, page, options, progress, flat=True)
+        return page / REPORTS[0]
+    home = page.with_suffix(".dsc")
+    for name in REPORTS:
+        target = page.with_suffix(Path(name).suffix)
+        if target.exists() and not (home / workspace.HOUSE).is_dir():
+            raise DscError(f"{target}: exists and was not written by this command", "choose another -o")
+    run(recipe, home, options, progress, flat=True)
+    for name in REPORTS:
+        shutil.copyfile(home / name, page.with_suffix(Path(name).suffix))
+    return page
+
+
+def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict[str, Forecast]:
+    """Fold shapes through the stages; a stage after one that has problems is left out."""
+    headers, forecasts = {"model": header}, {}
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    for step in recipe.steps:
+        source = headers.get(step.source)
+        if source is None:
+            continue
+        before = len(problems)
+        with _collect(problems):
+            problems += [_named(step, problem) for problem in step.stage.problems(source)]
+        if len(problems) > before:
+            continue
+        with _collect(problems):
+            forecasts[step.name] = step.stage.forecast(source, tokens)
+            if step.stage.writes == "checkpoint":
+                headers[step.name] = forecasts[step.name].header
+    return forecasts
+
+
+def _named(step: Step, problem: DscError) -> DscError:
+    line = f" (recipe line {step.line})" if step.line else ""
+    return DscError(f"{step.name}{line}: {problem.what}", problem.fix)
+
+
+def _calibration_problems(recipe: Recipe) -> list[DscError]:
+    return [
+        DscError(f"calibration: {source}: no such file or directory", "give text of yours, or builtin")
+        for source in recipe.calibration.sources
+        if source != "builtin" and not Path(source).exists()
+    ]
+
+
+class _collect:
+    """`with _collect(problems):` a `DscError` joins the list and the block ends."""
+
+    def __init__(self, problems: list[DscError]) -> None:
+        self._problems = problems
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Problems):
+            self._problems += error.problems
+        elif isinstance(error, DscError):
+            self._problems.append(error)
+        return isinstance(error, DscError)
+
+
+def _check_disk(found: Plan, out: Path, flat: bool) -> None:
+    needed = sum(
+        forecast.bytes or 0
+        for name, forecast in found.forecasts.items()
+        if not workspace.read((out if flat else out / name) / workspace.MANIFEST).get("pipeline")
+    )
+    free = machine.free_disk(out)
+    if needed > free:
+        raise DscError(f"{out}: {size(needed)} are needed, {size(free)} are free", "make room, or choose another -o")
+
+
+def _holds_work(directory: Path) -> bool:
+    """Whether a stage has begun to write there."""
+    return any(path.is_file() and workspace.HOUSE not in path.parts for path in directory.rglob("*"))
+
+
+def _inputs(state: _Run) -> None:
+    """Path and hash of each model that comes from outside."""
+    recipe = state.recipe
+    for name, model in {"model": recipe.model, **recipe.inputs}.items():
+        state.paths[name] = resolve_model(str(model))
+        facts = provenance.source_facts(open_checkpoint(state.paths[name]))
+        state.prints[name] = provenance.digest([facts["fingerprint"], facts["files"]])
+    state.paths[recipe.alias] = state.paths["model"]
+    state.prints[recipe.alias] = state.prints["model"]
+
+
+def _text_hashes(source: str) -> dict[str, str]:
+    """Hash of each file of a calibration source."""
+    path = resources.data("calibration_data") if source == "builtin" else Path(source)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    return {file.name: provenance.hash_file(file) for file in files if file.is_file()}
+
+
+def _identity(state: _Run) -> dict[str, Any]:
+    """What the bytes of all outputs follow from."""
+    recipe = state.recipe
+    return {
+        "recipe": {key: value for key, value in recipe.document.items() if key not in {"model", "inputs", "name"}},
+        "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
+        "calibration_data": {source: _text_hashes(source) for source in recipe.calibration.sources},
+        "versions": state.versions,
+    }
+
+
+def _stage(state: _Run, step: Step) -> None:
+    """Run one stage, or find it finished."""
+    directory = state.directory(step.name)
+    identity = _stage_identity(state, step)
+    fingerprint = provenance.digest(identity)
+    state.prints[step.name] = fingerprint
+    entry = workspace.finished(directory, fingerprint)
+    if entry is not None:
+        state.paths[step.name] = directory / entry["output"]
+        state.progress.finish(step.name, "already finished")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        began = time.time()
+        source = open_checkpoint(state.paths[step.source])
+        with machine.peak_memory() as peak:
+            output = step.stage.run(source, _context(state, step, directory))
+        write_json(directory / workspace.RUN, _costs(began, peak[0], output.facts))
+        state.paths[step.name] = output.path
+        if not (directory / workspace.MANIFEST).is_file():
+            write_json(directory / workspace.MANIFEST, _manifest(state, step, source))
+        relative = str(output.path.relative_to(directory))
+        workspace.finish(directory, {"fingerprint": fingerprint, "kind": output.kind, "output": relative})
+        state.progress.finish(step.name, f"done in {duration(time.time() - began)}")
+    if step.stage.writes == "report" and not state.flat:
+        _copy(directory, state.out, REPORTS)
+
+
+def _stage_identity(state: _Run, step: Step) -> dict[str, Any]:
+    recipe = state.recipe
+    names = dict.fromkeys([step.source, *step.stage.reads()])
+    return {
+        "name": step.name,
+        "stage": step.kind,
+        "knobs": step.knobs,
+        "seed": recipe.seed,
+        "calibration": recipe.calibration.model_dump(mode="json"),
+        "inputs": {name: state.prints[name] for name in names},
+        "versions": state.versions,
+    }
+
+
+def _manifest(state: _Run, step: Step, source: Checkpoint) -> dict[str, Any]:
+    """For a stage that writes none of its own."""
+    recipe = state.recipe
+    return provenance.build_manifest(
+        stage=step.kind, source=source, recipe=recipe.text, seed=recipe.seed, knobs=step.knobs, name=step.source
+    )
+
+
+def _context(state: _Run, step: Step, directory: Path) -> Context:
+    recipe, options = state.recipe, state.options
+    return Context(
+        name=step.name,
+        out=directory,
+        recipe_text=recipe.text,
+        seed=recipe.seed,
+        calibration=recipe.calibration.model_dump(mode="json"),
+        device=options.device,
+        memory=options.memory,
+        workers=options.workers,
+        outputs=dict(state.paths),
+        progress=state.progress.update,
+        tell=state.progress.tell,
+    )
+
+
+def _costs(began: float, peak: int | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is true of this run only: never part of the promise of same bytes."""
+    now = time.time()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(now - began, 3),
+        "peak_bytes": peak,
+        "host": machine.describe(),
+        "facts": json.loads(json.dumps(dict(facts), default=str)),
+    }
+
+
+def _close(state: _Run) -> None:
+    """The manifest of the whole run."""
+    recipe = state.recipe
+    manifest = {
+        "schema": provenance.SCHEMA,
+        "recipe": recipe.text,
+        "seed": recipe.seed,
+        "versions": state.versions,
+        "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
+        "stages": {step.name: state.prints[step.name] for step in recipe.steps},
+    }
+    write_json(state.out / workspace.MANIFEST, manifest)
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
