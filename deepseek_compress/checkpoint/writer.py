@@ -13,9 +13,10 @@ import fnmatch
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ COPIED = (
     "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+
+class _Closing(NamedTuple):
+    file: ShardFile
+    stored: dict[str, Stored]
+    result: Future[Shard]
 
 
 class CheckpointWriter:
@@ -68,12 +75,14 @@ class CheckpointWriter:
         self._stored: dict[str, Stored] = {}  # logical name -> how it is stored, in the order written
         self._open: ShardFile | None = None
         self._pending: dict[str, Stored] = {}  # of the open shard
+        self._closing: _Closing | None = None  # a full shard, synced and read back while the next one grows
+        self._thread = ThreadPoolExecutor(max_workers=1)
         self._finished = False
         self._claim(expected_bytes)
 
     @property
     def written(self) -> frozenset[str]:
-        """Logical tensors in finished shards: what a resumed run does not make again."""
+        """Logical tensors that are safe on the disk: what a resumed run does not make again."""
         return frozenset(self._stored)
 
     def add(self, name: str, tensor: Tensor | Quantized) -> None:
@@ -88,12 +97,13 @@ class CheckpointWriter:
 
     def add_raw(self, name: str, parts: Mapping[str, Tensor]) -> None:
         """Write stored parts unchanged (`Checkpoint.read_raw`): FP8 stays FP8, packed stays packed."""
-        if name in self._stored or name in self._pending:
+        if name in self._stored or name in self._pending or (self._closing and name in self._closing.stored):
             raise ValueError(f"{name} is written twice")
         if self._open is not None and (self._open.bytes >= self._shard_bytes or self._open.full):
-            self.flush()
+            self._roll()
         if self._open is None:
-            self._open = ShardFile(self._partial / f"shard-{len(self._shards) + 1:05d}.safetensors")
+            number = len(self._shards) + (self._closing is not None) + 1
+            self._open = ShardFile(self._partial / f"shard-{number:05d}.safetensors", self._thread)
         self._pending[name] = describe(name, parts)
         for suffix, tensor in parts.items():
             self._open.add(stored_name(name, suffix), tensor)
@@ -106,15 +116,9 @@ class CheckpointWriter:
             self.add_raw(name, self.source.read_raw(name))
 
     def flush(self) -> None:
-        """End the current shard: from here on a resumed run has it."""
-        if self._open is None:
-            return
-        shard = self._open.close()
-        self._shards.append(shard)
-        self._stored.update(self._pending)
-        ledger = {"shard": shard._asdict(), "stored": {n: s._asdict() for n, s in self._pending.items()}}
-        write_json(self._open.path.with_suffix(".json"), ledger)
-        self._open, self._pending = None, {}
+        """End the current shard and wait until it is safe: from here on a resumed run has it."""
+        self._roll()
+        self._settle()
 
     def finish(
         self, config_changes: Mapping[str, Any], manifest: Mapping[str, Any], ignore: Iterable[str], card: str = ""
@@ -150,14 +154,39 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
+        if self._finished:
+            self._thread.shutdown()
+        else:
             self._abandon()
+
+    def _roll(self) -> None:
+        """Hand the current shard to the thread that syncs and reads it back; at most one is under way."""
+        self._settle()
+        if self._open is not None:
+            self._closing = _Closing(self._open, self._pending, self._thread.submit(self._open.close))
+            self._open, self._pending = None, {}
+
+    def _settle(self) -> None:
+        """Wait for the shard under way and note it in the ledger that a resumed run reads."""
+        if self._closing is None:
+            return
+        file, stored, result = self._closing
+        shard = result.result()
+        self._shards.append(shard)
+        self._stored.update(stored)
+        ledger = {"shard": shard._asdict(), "stored": {name: how._asdict() for name, how in stored.items()}}
+        write_json(file.path.with_suffix(".json"), ledger)
+        self._closing = None
 
     def _abandon(self) -> None:
         """Leave nothing that loads; with `resume`, the finished shards stay."""
+        self._thread.shutdown(wait=True)
         if self._open is not None:
             self._open.discard()
-            self._open = None
+        if self._closing is not None and self._resume and self._closing.result.exception() is None:
+            self._settle()
+        elif self._closing is not None:
+            self._closing.file.discard()
         if self._resume:
             _unname_shards(self.out, self._partial)
         _remove_output(self.out)
