@@ -23,7 +23,9 @@ from typing import Any
 from deepseek_compress.checkpoint.files import hash_file, read_json
 from deepseek_compress.checkpoint.reader import MANIFEST, Checkpoint
 
-__all__ = ["build_manifest", "digest", "fingerprint", "hash_file", "lineage_of", "read_manifest", "source_facts", "versions"]
+__all__ = [
+    "build_manifest", "digest", "fingerprint", "hash_file", "lineage_of", "read_manifest", "source_facts", "versions",
+]  # fmt: skip
 
 SCHEMA = 1
 PACKAGES = (

@@ -113,7 +113,7 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
 def report(path: Path, as_json: bool, page: Path | None = None) -> None:
     """A report that was written to `path` (.json)."""
     record = _read(path) or {}
-    following = f"dsc list" if page else f"dsc compare {path} OTHER.json -o compare.html"
+    following = "dsc list" if page else f"dsc compare {path} OTHER.json -o compare.html"
     if as_json:
         console.print_json({**record, "next": following})
         return
