@@ -122,9 +122,7 @@ class Graph:
         self._inputs.append(helper.make_tensor_value_info(name, elem_type, shape))
         return name
 
-    def output(
-        self, value: str, name: str, elem_type: int, shape: Sequence[int | str], first: bool = False
-    ) -> str:
+    def output(self, value: str, name: str, elem_type: int, shape: Sequence[int | str], first: bool = False) -> str:
         """Declare `value` a graph output under `name`; `first` puts it before the others."""
         self._nodes.append(helper.make_node("Identity", [value], [name], name=f"{name}/Identity"))
         info = helper.make_tensor_value_info(name, elem_type, shape)

@@ -1,18 +1,18 @@
 """How a linear becomes ONNX nodes: `Lowering(build, x, weight) -> y`, one table for all targets.
 
-A quantised weight is W[k, n] = s[g, n] (q[k, n] - z[g, n]), k in group g, with k the input and n the output channel (the
-transpose of the checkpoint's rows). c = 2^(b-1) centres the codes, so that q - c fits a signed type.
+A quantised weight is W[k, n] = s[g, n] (q[k, n] - z[g, n]), k in group g; k is the input channel and n the output
+channel, the transpose of the checkpoint's rows. c = 2^(b-1) centres the codes, so that q - c fits a signed type.
 
-| lowering | weights b <= 4 or 8 bits | 8-bit activations x = t d, t = max|x| / 127 per token, d whole |
+| lowering | quantised weights | and with 8-bit activations x = t d, t = max|x| / 127 per token, d whole |
 |---|---|---|
 | `plain` | decoded to the float type of the graph | x replaced by t d |
-| `standard` | DequantizeLinear in blocks with zero points | (d . W) t |
-| `tensorrt` | x . DQ(q - c) - groupsum(x) . (s (z - c)), exact, because TensorRT takes no zero points | integer products of each group, then the scales: t (sum_g s_g (d_g . (q - c)_g) - groupsum(d) . (s (z - c))) |
+| `standard` | DequantizeLinear in blocks, with zero points | (d . W) t |
+| `tensorrt` | x . DQ(q - c) - groupsum(x) . (s (z - c)) | t (sum_g s_g (d_g . (q - c)_g) - groupsum(d) . (s (z - c))) |
 | `matmulnbits` | onnxruntime's MatMulNBits | inside MatMulNBits at accuracy level 4, else (d . W) t |
 
-In the last column of `tensorrt` both operands of the integer product have the constant scale 1 and every real scale is
-an explicit FP32 multiplication, which leaves nothing that could be applied to the wrong group (see `hazards`). 4-bit
-codes are stored in 4 bits and widened to 8 by one kernel.
+TensorRT takes no zero points; its two forms are exact. In the second, d_g . (q - c)_g is a product of integers whose
+operands both have the constant scale 1, and every real scale is an explicit FP32 multiplication, which leaves nothing
+that could be applied to the wrong group (see `hazards`). 4-bit codes are stored in 4 bits and widened by one kernel.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _on_whole_numbers(build: Build, x: str, product: Callable[[str], str]) -> st
 
 def plain(build: Build, x: str, weight: Weight) -> str:
     """Float weights: Gemm with the checkpoint's own (rows, columns) layout, MatMul with ([E] K, N) for experts."""
-    g, name = build.graph, f"{weight.label}.weight"
+    g = build.graph
     if is_rounded(build, weight):
         d, t = round_tokens(build, x)
         x = g.op("Cast", g.op("Mul", g.op("Round", d), t), to=g.elem_type)
@@ -310,13 +310,14 @@ def nbits_product(build: Build, x: str, name: str, found: Quantized) -> str:
 
 
 def nbits_weight(build: Build, name: str, found: Quantized) -> tuple[str, str, str]:
-    """Codes uint8 (rows, groups, group_size * bits / 8), even elements and groups in the low nibble; scale; zero point."""
+    """Codes uint8 (rows, groups, group_size * bits / 8), scale, zero point; even ones in the low nibble."""
     g = build.graph
     bits = 4 if found.num_bits <= 4 else 8
     rows, groups = found.scale.shape
     if g.has(name):
         return name, f"{name}_scale", f"{name}_zero_point"
-    codes, zero = to_numpy(found.codes), to_numpy(found.zero_point).astype(np.uint8)
+    codes: Array = to_numpy(found.codes)
+    zero: Array = to_numpy(found.zero_point).astype(np.uint8)
     if bits == 4:
         zero = np.pad(zero, ((0, 0), (0, groups % 2)))
         zero = zero[:, 0::2] | (zero[:, 1::2] << 4)

@@ -15,7 +15,6 @@ from deepseek_compress.export.pieces import gated, swiglu
 from deepseek_compress.models.config import Moe
 
 
-
 def _first_of(build: Build, values: str, count: int, width: int) -> tuple[str, str]:
     """bool (..., width): whether an entry of `values` is among the `count` largest; and those largest."""
     g = build.graph

@@ -44,9 +44,7 @@ def row_softmax(elem_type: int) -> onnx.FunctionProto:
         node("Div", ["kept", "total"], ["share"]),
         node("Cast", ["share"], ["out"], to=elem_type),
     ]
-    return helper.make_function(
-        DOMAIN, SOFTMAX, ["scores", "mask"], ["out"], nodes, [helper.make_opsetid("", OPSET)]
-    )
+    return helper.make_function(DOMAIN, SOFTMAX, ["scores", "mask"], ["out"], nodes, [helper.make_opsetid("", OPSET)])
 
 
 def rms_norm(build: Build, name: str, x: str, eps: float) -> str:
@@ -114,9 +112,7 @@ def rotate(build: Build, x: str) -> str:
     )
     half = rope.dim // 2
     if rope.interleaved:
-        first, second = (
-            g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1)
-        )
+        first, second = (g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1))
     else:
         first, second = g.ops("Split", x, g.ints(half, half), count=2, axis=-1)
     return g.op(

@@ -2,8 +2,8 @@
 
 An engine holds its execution plan as text (`descriptors { tensor={... type=int4 ...} } main { function={...}
 fully_connected={...} }`), once for the whole graph and once for the body of each product with something fused to it.
-It names every kernel, the types it reads and writes, the ONNX nodes it came from and the memory it needs. The format is
-not documented; it is that of TensorRT-RTX 1.7.1. Which tactic a product uses is chosen on the GPU and stands nowhere here.
+It names every kernel, the types it reads and writes, the ONNX nodes it came from and the memory it needs. The format
+is not documented; it is that of TensorRT-RTX 1.7.1. Which tactic a product uses is chosen on the GPU and is not told.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from onnx import TensorProto
 from deepseek_compress.errors import DscError
 from deepseek_compress.export import hazards
 
-_LAUNCH = re.compile(r"^  (function|fully_connected|runtime_fusion|library_call)=\{ name=\"?([^\" ]+)\"?(.*?)\}\n", re.M | re.S)
+_LAUNCH = re.compile(
+    r"^  (function|fully_connected|runtime_fusion|library_call)=\{ name=\"?([^\" ]+)\"?(.*?)\}\n", re.M | re.S
+)
 _TENSOR = re.compile(r"^  tensor=\{(.*?) name=\"([^\"]+)\"(.*?) type=(\w+) \}", re.M)
 _VIEW = re.compile(r"^  sub_tensor=\{ base=\"([^\"]+)\".*? name=\"([^\"]+)\".*? type=(\w+) \}", re.M)
 _REGION = re.compile(r"^  region = \{ name=(\S+) size=(\d+) .*?type=(\w+) place=(\w+)", re.M)
@@ -179,7 +181,9 @@ def check_plan(plan: Plan, want: Expected) -> list[DscError]:
     have = sum(c.bytes for c in plan.constants if c.type in ("int4", "uint4"))
     if have < want.nibble_bytes:
         problems.append(
-            DscError(f"engine keeps {have} of {want.nibble_bytes} bytes of 4-bit weights", "the builder widened the rest")
+            DscError(
+                f"engine keeps {have} of {want.nibble_bytes} bytes of 4-bit weights", "the builder widened the rest"
+            )
         )
     integer: set[str] = set()
     for kernel in (*plan.kernels, *plan.bodies):

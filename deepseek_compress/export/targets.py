@@ -19,7 +19,7 @@ from typing import Any
 
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
 from deepseek_compress.errors import DscError, raise_problems
-from deepseek_compress.export.tensorrt import Range
+from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, NEW, PAST, Range
 
 ONNX, ENGINE = "model.onnx", "model.engine"
 RAN, BUILT = "ran in onnxruntime", "built, not run"
@@ -31,10 +31,10 @@ class Settings:
 
     target: str = "onnx"
     precision: str = "auto"
-    compute_capabilities: tuple[str, ...] = ("sm89", "sm120")
-    batch: Range = Range(1, 1, 8)
-    new: Range = Range(1, 1, 512)
-    past: Range = Range(0, 128, 1024)
+    compute_capabilities: tuple[str, ...] = COMPUTE_CAPABILITIES
+    batch: Range = BATCH
+    new: Range = NEW
+    past: Range = PAST
     accuracy_level: int = 4
     embedding_bits: int = 16
     verify: bool = True

@@ -2,8 +2,8 @@
 
 TensorRT-RTX builds without a GPU and for several compute capabilities at once; kernels are finished where the engine is
 first loaded. The full TensorRT builds on, and for, the GPU that is present. Graphs are strongly typed: the types in
-the ONNX file are the types of the engine. 2:4 weights need nothing here: `SPARSE_WEIGHTS` does not change a TensorRT-RTX
-1.7.1 engine by a byte.
+the ONNX file are the types of the engine. 2:4 weights need nothing here: `SPARSE_WEIGHTS` does not change an engine of
+TensorRT-RTX 1.7.1 by a byte.
 """
 
 from __future__ import annotations
@@ -12,23 +12,15 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 
 from deepseek_compress.errors import DscError, raise_problems
-from deepseek_compress.export import hazards
+from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, NEW, PAST, Range, hazards
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 REFUSED = {"sm75": "Turing has no BF16 and the builder refuses its FP32 products"}
-
-
-class Range(NamedTuple):
-    """Smallest, most usual and largest value of a dynamic dimension."""
-
-    least: int
-    usual: int
-    most: int
 
 
 def build_engine(
@@ -36,10 +28,10 @@ def build_engine(
     out: Path,
     *,
     target: str = "tensorrt-rtx",
-    compute_capabilities: Sequence[str] = ("sm89", "sm120"),
-    batch: Range = Range(1, 1, 8),
-    new: Range = Range(1, 1, 512),
-    past: Range = Range(0, 128, 1024),
+    compute_capabilities: Sequence[str] = COMPUTE_CAPABILITIES,
+    batch: Range = BATCH,
+    new: Range = NEW,
+    past: Range = PAST,
     timing_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Build `out` from the ONNX file `model`; returns facts: bytes, builder, version, compute_capabilities, profile.
@@ -68,7 +60,9 @@ def build_engine(
     cache = _timing_cache(config, timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise DscError(f"{model}: {target} built no engine: {log.last()}", "see `dsc doctor`; the ONNX file is unharmed")
+        raise DscError(
+            f"{model}: {target} built no engine: {log.last()}", "see `dsc doctor`; the ONNX file is unharmed"
+        )
     partial = out.with_name(out.name + ".partial")
     partial.write_bytes(bytes(engine))
     partial.replace(out)

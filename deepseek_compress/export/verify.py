@@ -1,10 +1,11 @@
 """Run an exported ONNX file in onnxruntime beside the runtime it was made from: same logits, same greedy tokens.
 
-`BOUNDS` states how far logits may be apart (the largest |difference| at a position over the largest |logit| of the runtime
-there) and the share of positions that must keep to it. It isn't all of them, because two steps of such a model are not
-continuous: a router whose k-th and (k+1)-th experts are close, and an activation that lies near half an 8-bit step. A
-difference of one FP16 rounding there becomes a whole step, which then moves others: FP16 graphs with 8-bit activations
-are as far from the runtime as 8-bit activations themselves are from FP32. The worst position is always reported.
+`BOUNDS` states how far logits may be apart (the largest |difference| at a position over the largest |logit| of the
+runtime there) and the share of positions that must keep to it. It isn't all of them, because two steps of such a model
+are not continuous: a router whose k-th and (k+1)-th experts are close, and an activation that lies near half an 8-bit
+step. A difference of one FP16 rounding there becomes a whole step, which then moves others: FP16 graphs with 8-bit
+activations are as far from the runtime as 8-bit activations themselves are from FP32. The worst position is always
+reported.
 
 onnxruntime's optimiser would replace DequantizeLinear + MatMul by 8-bit activations of its own; here it may not.
 """
@@ -97,6 +98,7 @@ def open_session(path: Path, threads: int = 0, accuracy_level: int = 0) -> Any:
         raise DscError("onnxruntime is not installed", "pip install onnxruntime-gpu") from None
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

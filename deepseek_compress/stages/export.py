@@ -9,31 +9,27 @@ from pydantic import Field, field_validator
 
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.errors import DscError
+from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, GRAPHS, NAMES, NEW, PAST, Range
 from deepseek_compress.stages.base import Context, Output, Stage
 
-TARGETS = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "compressed-tensors", "bf16", "triton")
-GRAPHS = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")
-
 VERIFIED_TOKENS = 64  # of each calibration text
-
-Triple = tuple[int, int, int]  # least, usual, most
 
 
 class Export(Stage, frozen=True, extra="forbid"):
     """ONNX files are run in onnxruntime beside the runtime before they count as written (`verify`).
 
     `precision` auto: float16 for TensorRT, else float32. `batch`, `new` (tokens of a call) and `past` (tokens in the
-    cache) are the ranges of the engine's profile: least, usual, most. `accuracy_level` is that of MatMulNBits: 4 computes
-    with 8-bit activations, 0 in float.
+    cache) are the ranges of the engine's profile: least, usual, most. `accuracy_level` is that of MatMulNBits: 4 means
+    8-bit activations, 0 float ones.
     """
 
     writes: ClassVar[str] = "artifact"
     target: str = "onnx"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    compute_capabilities: tuple[str, ...] = ("sm89", "sm120")
-    batch: Triple = (1, 1, 8)
-    new: Triple = (1, 1, 512)
-    past: Triple = (0, 128, 1024)
+    compute_capabilities: tuple[str, ...] = COMPUTE_CAPABILITIES
+    batch: Range = BATCH
+    new: Range = NEW
+    past: Range = PAST
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     embedding_bits: Literal[8, 16] = 16
     verify: bool = True
@@ -42,8 +38,8 @@ class Export(Stage, frozen=True, extra="forbid"):
     @field_validator("target")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in TARGETS:
-            raise DscError(f"unknown target {name!r}", f"valid names: {', '.join(TARGETS)}")
+        if name not in NAMES:
+            raise DscError(f"unknown target {name!r}", f"valid names: {', '.join(NAMES)}")
         return name
 
     def problems(self, header: Header) -> list[DscError]:
@@ -63,7 +59,6 @@ class Export(Stage, frozen=True, extra="forbid"):
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write into the stage's directory; facts go into the run record."""
         from deepseek_compress.export.targets import Settings, export
-        from deepseek_compress.export.tensorrt import Range
         from deepseek_compress.provenance import build_manifest
 
         manifest = build_manifest(
@@ -77,9 +72,9 @@ class Export(Stage, frozen=True, extra="forbid"):
             target=self.target,
             precision=self.precision,
             compute_capabilities=self.compute_capabilities,
-            batch=Range(*self.batch),
-            new=Range(*self.new),
-            past=Range(*self.past),
+            batch=self.batch,
+            new=self.new,
+            past=self.past,
             accuracy_level=self.accuracy_level,
             embedding_bits=self.embedding_bits,
             verify=self.verify,

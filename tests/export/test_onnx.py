@@ -1,0 +1,155 @@
+"""The whole graph against the runtime: every family, prefill and decode with a padded batch, nothing left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.errors import DscError
+from deepseek_compress.export.onnx import export_onnx
+from deepseek_compress.export.pieces import row_softmax
+from deepseek_compress.export.verify import OnnxModel, open_session, random_prompts, verify
+from deepseek_compress.models import family_of
+from deepseek_compress.models.runtime import Model
+
+from .conftest import Quantise
+
+FAMILIES = ("tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_llama")
+PROMPTS = random_prompts(512, (5, 19, 24))
+
+
+@pytest.mark.parametrize("lowering", ["plain", "matmulnbits"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_equals_the_runtime(
+    tmp_path: Path, request: pytest.FixtureRequest, family: str, lowering: str
+) -> None:
+    source = open_checkpoint(request.getfixturevalue(family))
+    export_onnx(source, tmp_path / "model.onnx", lowering)
+    onnx.checker.check_model(str(tmp_path / "model.onnx"))
+    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS)
+    assert found.worst < 1e-5  # far inside the stated bound: no step of these models is near a tie
+    assert found.agreed == found.decoded > 80
+
+
+@pytest.mark.parametrize("lowering", ["plain", "standard", "tensorrt", "matmulnbits"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w8a8"])
+@pytest.mark.parametrize("family", ["tiny_v3", "tiny_qwen2"])
+def test_quantised_equals_the_runtime(
+    tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str, scheme: str, lowering: str
+) -> None:
+    source = open_checkpoint(quantised(request.getfixturevalue(family), scheme))
+    export_onnx(source, tmp_path / "model.onnx", lowering, accuracy_level=0)
+    rounded = scheme != "w4a16"
+    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS, rounded=rounded, decoded=8)
+    assert found.holds, found
+    assert rounded or found.worst < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_float16_keeps_its_bound(tmp_path: Path, tiny_v3: Path, quantised: Quantise, scheme: str) -> None:
+    source = open_checkpoint(quantised(tiny_v3, scheme))
+    export_onnx(source, tmp_path / "model.onnx", "tensorrt", dtype="float16")
+    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS, dtype="float16", rounded=scheme == "w4a8")
+    assert found.holds, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_the_checkpoint_is_there_by_name(
+    tmp_path: Path, request: pytest.FixtureRequest, family: str
+) -> None:
+    source = open_checkpoint(request.getfixturevalue(family))
+    cfg = family_of(source.config).parse(source.config)
+    export_onnx(source, tmp_path / "model.onnx", "plain", dtype="float16")
+    tensors = {t.name: t for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
+    for name in source.header.tensors:
+        if ".experts." in name:
+            stem, rest = name.split(".experts.")
+            expert, part = rest.split(".", 1)
+            value = numpy_helper.to_array(tensors[f"{stem}.experts.*.{part}"])
+            assert value.shape[0] == cfg.moe.experts  # type: ignore[union-attr]
+            value = value[int(expert)].T
+        else:
+            value = numpy_helper.to_array(tensors[name])
+        want = source.read(name).numpy().astype(value.dtype)
+        assert np.array_equal(value, want), name
+
+
+def test_a_prefix_may_come_in_pieces(tmp_path: Path, tiny_v3: Path) -> None:
+    source = open_checkpoint(tiny_v3)
+    cfg = family_of(source.config).parse(source.config)
+    export_onnx(source, tmp_path / "model.onnx")
+    model = OnnxModel(tmp_path / "model.onnx", cfg)
+    tokens = np.array(random_prompts(512, [12] * 2), np.int64)
+    model.start(2)
+    whole = model.step(tokens)
+    model.start(2)
+    pieces = [model.step(tokens[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 12))]
+    assert np.abs(np.concatenate(pieces, axis=1) - whole).max() < 1e-5 * np.abs(whole).max()
+
+
+def test_a_tied_head_is_stored_once(tmp_path: Path, tiny_qwen2: Path) -> None:
+    source = open_checkpoint(tiny_qwen2)
+    facts = export_onnx(source, tmp_path / "model.onnx")
+    stored = sum(f.stat().st_size for f in tiny_qwen2.glob("*.safetensors"))
+    assert facts["bytes"] < 1.1 * stored  # a BF16 checkpoint's weights stay 16-bit in an FP32 graph
+
+
+@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_llama"])
+def test_an_8_bit_embedding(tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str) -> None:
+    source = open_checkpoint(quantised(request.getfixturevalue(family), "w4a16"))
+    path = tmp_path / "model.onnx"
+    small = export_onnx(source, path, "matmulnbits", embedding_bits=8, accuracy_level=0)["bytes"]
+    found = verify(path, Model.load(source), PROMPTS, rounded=True, decoded=8)
+    assert found.within == 1.0
+    assert small < export_onnx(source, tmp_path / "large.onnx", "matmulnbits")["bytes"]
+
+
+def test_a_wrong_file_is_found(tmp_path: Path, tiny_llama: Path) -> None:
+    source = open_checkpoint(tiny_llama)
+    path = tmp_path / "model.onnx"
+    export_onnx(source, path)
+    model = Model.load(source)
+    name = "model.layers.1.mlp.down_proj.weight"
+    model = Model(model.family, model.cfg, {**model.weights, name: model.weights[name] * 1.1})
+    assert not verify(path, model, PROMPTS, decoded=2).holds
+
+
+def test_softmax_node(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    function = row_softmax(TensorProto.FLOAT)
+    node = helper.make_node(function.name, ["x", "mask"], ["y"], domain=function.domain)
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["r", "c"])]
+    values += [helper.make_tensor_value_info("mask", TensorProto.BOOL, ["r", "c"])]
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["r", "c"])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(function.domain, 1)]
+    graph = helper.make_graph([node], "g", values, [out])
+    onnx.save(
+        helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10), str(tmp_path / "m.onnx")
+    )
+    generator = np.random.default_rng(0)
+    x = (30 * generator.standard_normal((6, 50))).astype(np.float32)
+    x[1] = -1e30
+    mask = generator.random((6, 50)) < 0.5
+    mask[2] = False
+    have = open_session(tmp_path / "m.onnx").run(None, {"x": x, "mask": mask})[0]
+    wide = np.where(mask, x.astype(np.float64), -np.inf)
+    top = np.where(mask.any(1, keepdims=True), wide.max(1, keepdims=True), 0)
+    raised = np.exp(wide - top)
+    want = raised / np.maximum(raised.sum(1, keepdims=True), 1e-300)
+    assert np.abs(have - want).max() < 1e-6
+    assert not have[2].any()
+
+
+def test_what_has_no_graph_is_said(tmp_path: Path, tiny_llama: Path) -> None:
+    source = open_checkpoint(tiny_llama)
+    with pytest.raises(DscError, match="unknown lowering"):
+        export_onnx(source, tmp_path / "m.onnx", "magic")
+    with pytest.raises(DscError, match="8 bits with plain"):
+        export_onnx(source, tmp_path / "m.onnx", "plain", embedding_bits=8)
+    assert not list(tmp_path.iterdir())
