@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from deepseek_compress.errors import DscError
 if TYPE_CHECKING:
     from deepseek_compress.models.runtime import Model
     from deepseek_compress.models.tokenizer import Tokenizer
+
+Number = TypeVar("Number", int, float)
 
 BATCH_TOKENS = 4096  # tokens in a forward pass: bounds the hidden states of all blocks
 CHUNK_ELEMENTS = 1 << 22  # rows x vocabulary in one float64 tensor: 32 MB
@@ -119,33 +121,40 @@ class Trace:
     folder: Path
     head: Tensor  # (vocabulary, hidden)
     batches: list[list[int]]
-    samples: Sequence[Sample]
+    shape: tuple[int, int]  # (blocks, hidden size)
     layered: int = 0  # the first so many batches have every block's output too
-    shape: tuple[int, int] = field(default=(0, 0))  # (blocks, hidden size)
-
-    @classmethod
-    def record(cls, model: Model, samples: Sequence[Sample], folder: Path) -> Trace:
-        """Run the reference once. Disk: 4 bytes x tokens x hidden size, and more for the first `LAYER_TOKENS`."""
-        trace = cls(folder, model.head, batches(samples), samples)
-        trace.shape = (model.cfg.num_hidden_layers, model.cfg.hidden_size)
-        seen = 0
-        for number, chosen in enumerate(trace.batches):
-            tokens, valid, _ = _pad([samples[i] for i in chosen], model.head.device)
-            states = model_states(model, tokens)
-            np.save(folder / f"final-{number}.npy", _numpy(final_hidden(model, states[-1])))
-            if seen < LAYER_TOKENS:
-                np.save(folder / f"blocks-{number}.npy", np.stack([_numpy(state[valid]) for state in states[1:]]))
-                trace.layered = number + 1
-            seen += int(valid.sum())
-        return trace
 
     def final(self, number: int) -> Tensor:
-        """(B, T, hidden): what entered the reference's head."""
+        """(positions, hidden): what entered the reference's head where a token is predicted."""
         return torch.from_numpy(np.load(self.folder / f"final-{number}.npy")).to(self.head.device)
 
     def blocks(self, number: int) -> Tensor:
         """(blocks, valid tokens, hidden): what each block gave."""
         return torch.from_numpy(np.load(self.folder / f"blocks-{number}.npy")).to(self.head.device)
+
+
+@torch.no_grad()
+def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace, Divergence]:
+    """Run the reference once: its trace, and its own perplexity (its KL to itself is 0 and its agreement 1).
+
+    Disk: 4 bytes x predicted tokens x hidden size, and the blocks' outputs for the first `LAYER_TOKENS` tokens.
+    """
+    _check(model, samples, None)
+    trace = Trace(folder, model.head, batches(samples), (model.cfg.num_hidden_layers, model.cfg.hidden_size))
+    nll, seen = [0.0] * len(samples), 0
+    for number, chosen in enumerate(trace.batches):
+        batch = _batch(samples, chosen, model.head.device)
+        states = model.hidden_states(batch.tokens)
+        hidden = _head_input(model, states[-1], batch)
+        np.save(folder / f"final-{number}.npy", _numpy(hidden))
+        if seen < LAYER_TOKENS:
+            np.save(folder / f"blocks-{number}.npy", np.stack([_numpy(state[batch.valid]) for state in states[1:]]))
+            trace.layered = number + 1
+        seen += int(batch.valid.sum())
+        for rows in _chunks(hidden, model.head):
+            _add_surprise(nll, _log_probabilities(hidden[rows], model.head), batch, rows)
+    counts = [sample.predicted for sample in samples]
+    return trace, Divergence(counts, nll, [0.0] * len(samples), counts)
 
 
 @torch.no_grad()
@@ -155,42 +164,49 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
     Raises `DscError` where reference and model have different vocabularies, or a sample predicts nothing.
     """
     _check(model, samples, trace)
-    nll = [0.0] * len(samples)
-    kl, agreed = [0.0] * len(samples), [0] * len(samples)
+    nll, kl, agreed = [0.0] * len(samples), [0.0] * len(samples), [0] * len(samples)
     layers = _LayerError(model, trace)
     for number, chosen in enumerate(trace.batches if trace else batches(samples)):
-        tokens, valid, predicting = _pad([samples[i] for i in chosen], model.head.device)
-        states = model_states(model, tokens)
-        layers.add(number, states, valid)
-        hidden = final_hidden(model, states[-1])[:, :-1][predicting]  # (positions, hidden)
-        following = tokens[:, 1:][predicting]
-        owner = torch.tensor(chosen, device=tokens.device)[:, None].expand_as(predicting)[predicting].tolist()
-        other = trace.final(number)[:, :-1][predicting] if trace else None
-        for rows in _chunks(len(following), model.head.shape[0]):
+        batch = _batch(samples, chosen, model.head.device)
+        states = model.hidden_states(batch.tokens)
+        layers.add(number, states, batch.valid)
+        hidden = _head_input(model, states[-1], batch)
+        other = trace.final(number) if trace else None
+        for rows in _chunks(hidden, model.head):
             scores = _log_probabilities(hidden[rows], model.head)
-            surprise = -scores.gather(1, following[rows, None])[:, 0]
-            _add(nll, owner[rows], surprise.tolist())
+            _add_surprise(nll, scores, batch, rows)
             if trace is not None and other is not None:
                 expected = _log_probabilities(other[rows], trace.head)
-                _add(kl, owner[rows], _kl(expected, scores).tolist())
-                for index, same in zip(owner[rows], (expected.argmax(1) == scores.argmax(1)).tolist(), strict=True):
-                    agreed[index] += same
+                _add(kl, batch.owner[rows], _kl(expected, scores).tolist())
+                _add(agreed, batch.owner[rows], (expected.argmax(1) == scores.argmax(1)).tolist())
     counts = [sample.predicted for sample in samples]
-    if trace is None:
-        return Divergence(counts, nll)
-    return Divergence(counts, nll, kl, agreed, layers.result())
+    return Divergence(counts, nll, kl, agreed, layers.result()) if trace else Divergence(counts, nll)
 
 
-def model_states(model: Model, tokens: Tensor) -> list[Tensor]:
-    """tokens (B, T) -> the hidden states before, between and after the blocks."""
-    with torch.no_grad():
-        return model.hidden_states(tokens)
+class _Batch(NamedTuple):
+    tokens: Tensor  # (B, T), padded at the right
+    valid: Tensor  # (B, T), False on padding
+    predicting: Tensor  # (B, T - 1), True where the next token counts
+    following: Tensor  # (positions,), the tokens that are predicted
+    owner: list[int]  # (positions,), the sample each belongs to
 
 
-def final_hidden(model: Model, hidden: Tensor) -> Tensor:
-    """What the last block gives -> what enters the head."""
-    with torch.no_grad():
-        return model.family.final_hidden(model.cfg, model.top, hidden)
+def _batch(samples: Sequence[Sample], chosen: Sequence[int], device: torch.device) -> _Batch:
+    picked = [samples[index] for index in chosen]
+    width = max(len(sample.tokens) for sample in picked)
+    rows = [sample.tokens + [0] * (width - len(sample.tokens)) for sample in picked]
+    tokens = torch.tensor(rows, device=device)
+    place = torch.arange(width, device=device)
+    ends = torch.tensor([len(sample.tokens) for sample in picked], device=device)[:, None]
+    starts = torch.tensor([sample.start for sample in picked], device=device)[:, None]
+    predicting = (place[1:] >= starts) & (place[1:] < ends)
+    owner = torch.tensor(chosen, device=device)[:, None].expand_as(predicting)[predicting].tolist()
+    return _Batch(tokens, place < ends, predicting, tokens[:, 1:][predicting], owner)
+
+
+def _head_input(model: Model, hidden: Tensor, batch: _Batch) -> Tensor:
+    """What the last block gives (B, T, hidden) -> what enters the head at predicting places (positions, hidden)."""
+    return model.family.final_hidden(model.cfg, model.top, hidden)[:, :-1][batch.predicting]
 
 
 class _LayerError:
@@ -233,17 +249,6 @@ def _check(model: Model, samples: Sequence[Sample], trace: Trace | None) -> None
         )
 
 
-def _pad(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, T) padded at the right, valid (B, T), and which positions (B, T - 1) predict a token that counts."""
-    width = max(len(sample.tokens) for sample in samples)
-    rows = [sample.tokens + [0] * (width - len(sample.tokens)) for sample in samples]
-    place = torch.arange(width, device=device)
-    ends = torch.tensor([len(sample.tokens) for sample in samples], device=device)[:, None]
-    starts = torch.tensor([sample.start for sample in samples], device=device)[:, None]
-    target = place[1:]
-    return torch.tensor(rows, device=device), place < ends, (target >= starts) & (target < ends)
-
-
 def _log_probabilities(hidden: Tensor, head: Tensor) -> Tensor:
     """(rows, hidden) -> float64 (rows, vocabulary)."""
     return functional.linear(hidden.to(head.dtype), head).float().double().log_softmax(1)
@@ -254,12 +259,17 @@ def _kl(expected: Tensor, scores: Tensor) -> Tensor:
     return functional.kl_div(scores, expected, reduction="none", log_target=True).sum(1)
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterable[slice]:
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _chunks(hidden: Tensor, head: Tensor) -> Iterable[slice]:
+    step = max(1, CHUNK_ELEMENTS // head.shape[0])
+    return (slice(start, start + step) for start in range(0, len(hidden), step))
 
 
-def _add(sums: list[float], owners: Sequence[int], values: Sequence[float]) -> None:
+def _add_surprise(nll: list[float], scores: Tensor, batch: _Batch, rows: slice) -> None:
+    """Add -log q of the token that follows; `scores` (rows, vocabulary) are log-probabilities."""
+    _add(nll, batch.owner[rows], (-scores.gather(1, batch.following[rows, None])[:, 0]).tolist())
+
+
+def _add(sums: list[Number], owners: Sequence[int], values: Sequence[Number]) -> None:
     for owner, value in zip(owners, values, strict=True):
         sums[owner] += value
 

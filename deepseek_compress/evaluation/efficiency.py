@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
 
 PROMPT, NEW, REPEATS = 256, 64, 3  # tokens of the prompt, tokens decoded, runs of which the median counts
+PATIENCE = 20.0  # seconds after which no further run is begun: a model that large needs no median
 UNKNOWN: dict[str, Any] = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_bytes": None}
 
 
@@ -71,25 +71,23 @@ def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:
     def once() -> tuple[float, float]:
         with torch.no_grad():
             cache = KvCache(model.cfg.num_hidden_layers, prompt + new)
-            following, prefill = _timed(lambda: model.forward(tokens, cache, last_only=True)[:, -1].argmax(-1))
             began = time.perf_counter()
+            following = model.forward(tokens, cache, last_only=True)[:, -1].argmax(-1)
+            between = time.perf_counter()
             for _ in range(new):
                 following = model.forward(following[:, None], cache, last_only=True)[:, -1].argmax(-1)
-            return prompt / prefill, new / (time.perf_counter() - began)
+            return prompt / (between - began), new / (time.perf_counter() - between)
 
-    once()  # the first run pays for memory and threads
-    runs = [once() for _ in range(REPEATS)]
+    began = time.perf_counter()
+    runs = [once()]
+    while len(runs) <= REPEATS and time.perf_counter() - began < PATIENCE:
+        runs.append(once())
+    runs = runs[1:] or runs  # the first run pays for memory and threads
     return {
         "prefill_tokens_per_s": statistics.median(run[0] for run in runs),
         "decode_tokens_per_s": statistics.median(run[1] for run in runs),
         "peak_bytes": _peak(),
     }
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - began
 
 
 def _peak() -> int | None:

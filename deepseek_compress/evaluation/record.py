@@ -171,20 +171,18 @@ def _fidelity(run: _Run, row: dict[str, Any], model: Model, checkpoint: Checkpoi
     if draws is None:
         return
     run.step(f"{row['name']}: next-token distribution", 0.05)
-    trace = run.trace
     if folder is not None:
-        trace = run.trace = Trace.record(model, samples, folder)
-    if not _same_tokenizer(run.tokenizer, checkpoint):
-        run.notes.append(
-            f"{row['name']} has another tokenizer than the reference: perplexity and KL are not comparable."
-        )
+        run.trace, found = divergence.record(model, samples, folder)
+    elif _same_tokenizer(run.tokenizer, checkpoint):
+        found = divergence.measure(model, samples, run.trace)
+    else:
+        run.notes.append(f"{row['name']} has another tokenizer than the reference: perplexity and KL are unknown.")
         return
-    found = divergence.measure(model, samples, trace)
     metrics, intervals = summary.fidelity(found, draws)
     row["metrics"] |= metrics
     row["intervals"] |= intervals
-    row["error_by_layer"] = found.error_by_layer if folder is None else None
-    if trace is not None and found.error_by_layer is None:
+    row["error_by_layer"] = found.error_by_layer
+    if folder is None and run.trace is not None and found.error_by_layer is None:
         run.notes.append(f"{row['name']} has blocks of another number or width than the reference: no error by layer.")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation import divergence
-from deepseek_compress.evaluation.divergence import Sample, Trace, batches, measure
+from deepseek_compress.evaluation.divergence import Sample, batches, measure, record
 from deepseek_compress.models.runtime import Model
 
 
@@ -52,7 +52,7 @@ def test_equals_brute_force(
 ) -> None:
     monkeypatch.setattr(divergence, "BATCH_TOKENS", 24)  # several batches with padding
     monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", 512 * 3)  # three rows a chunk
-    found = measure(noisy, samples, Trace.record(teacher, samples, tmp_path))
+    found = measure(noisy, samples, record(teacher, samples, tmp_path)[0])
     for i, sample in enumerate(samples):
         p, q = logits(teacher, sample).softmax(1), logits(noisy, sample).softmax(1)
         following = torch.tensor(sample.tokens[sample.start :])
@@ -70,7 +70,9 @@ def test_equals_brute_force(
 
 
 def test_a_model_does_not_differ_from_itself(teacher: Model, samples: list[Sample], tmp_path: Path) -> None:
-    found = measure(teacher, samples, Trace.record(teacher, samples, tmp_path))
+    trace, alone = record(teacher, samples, tmp_path)
+    found = measure(teacher, samples, trace)
+    assert (found.tokens, found.nll, found.kl, found.agreed) == (alone.tokens, alone.nll, alone.kl, alone.agreed)
     assert found.kl_divergence == 0.0
     assert found.top1_agreement == 1.0
     assert found.error_by_layer == [0.0] * 3
@@ -92,7 +94,7 @@ def test_perplexity_is_the_loss_of_transformers(tiny_llama: Path) -> None:
 def test_error_by_layer_equals_the_definition(
     teacher: Model, noisy: Model, samples: list[Sample], tmp_path: Path
 ) -> None:
-    found = measure(noisy, samples, Trace.record(teacher, samples, tmp_path)).error_by_layer
+    found = measure(noisy, samples, record(teacher, samples, tmp_path)[0]).error_by_layer
     apart, whole = torch.zeros(3), torch.zeros(3)
     with torch.no_grad():
         for sample in samples:
@@ -109,7 +111,7 @@ def test_error_by_layer_equals_the_definition(
 def test_blocks_of_another_number_have_no_error_by_layer(
     teacher: Model, tiny_llama: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    found = measure(Model.load(tiny_llama), samples, Trace.record(teacher, samples, tmp_path))
+    found = measure(Model.load(tiny_llama), samples, record(teacher, samples, tmp_path)[0])
     assert found.error_by_layer is None
     assert found.kl_divergence is not None
 
