@@ -35,11 +35,11 @@ def latent_attention(
     batch, new, _ = x.shape
     q_latent, q = _queries(cfg, mla, weights, x)
     kv = weights.linear("self_attn.kv_a_proj_with_mqa", x)
-    latent, k_rope = kv.split([mla.kv_lora_rank, mla.rope], dim=-1)
+    latent, k_rope = torch.split(kv, [mla.kv_lora_rank, mla.rope], dim=-1)
     latent = rms_norm(latent, weights["self_attn.kv_a_layernorm.weight"], LATENT_EPS)
     heads = weights.linear("self_attn.kv_b_proj", latent).view(batch, new, -1, mla.nope + mla.value).transpose(1, 2)
-    k_nope, v = heads.split([mla.nope, mla.value], dim=-1)
-    q_nope, q_rope = q.split([mla.nope, mla.rope], dim=-1)
+    k_nope, v = torch.split(heads, [mla.nope, mla.value], dim=-1)
+    q_nope, q_rope = torch.split(q, [mla.nope, mla.rope], dim=-1)
     cos, sin = cos_sin(cfg.rope, positions)
     q_rope, k_rope = rotate(cfg.rope, q_rope, cos, sin), rotate(cfg.rope, k_rope.unsqueeze(1), cos, sin)
     k_index = None

@@ -65,7 +65,7 @@ def by_expert(routing: Routing, experts: int) -> list[Tensor]:
     """For each expert the places `token * K + slot` in the flattened routing that chose it, tokens in rising order."""
     flat = routing.experts.flatten()
     order = torch.argsort(flat, stable=True)
-    return list(order.split(torch.bincount(flat, minlength=experts).tolist()))
+    return list(torch.split(order, torch.bincount(flat, minlength=experts).tolist()))
 
 
 def run_expert(moe: Moe, weights: Weights, expert: int, x: Tensor) -> Tensor:

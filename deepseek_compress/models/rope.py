@@ -26,7 +26,7 @@ def softmax_scale(rope: Rope, head_dim: int) -> float:
     scale = head_dim**-0.5
     if rope.kind != "default" and rope.mscale_all_dim:
         scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
-    return scale
+    return float(scale)
 
 
 def frequencies(rope: Rope) -> tuple[Tensor, float]:

@@ -1,0 +1,102 @@
+"""Sparsify, then quantise, the linears that share an input, and measure what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.blocks.job import Solved
+from deepseek_compress.blocks.selection import Selection, one_scale_a_row
+from deepseek_compress.models import Family, Linear
+from deepseek_compress.numerics.magnitude import Magnitude
+from deepseek_compress.numerics.rtn import Rtn
+from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
+
+
+@dataclass(frozen=True)
+class LinearChange:
+    """`sparsity`, then `weights`; both see the same statistics. Without those, their data-free stand-ins."""
+
+    family: Family
+    selection: Selection
+    sparsity: Sparsifier | None
+    weights: WeightQuantizer | None
+    min_tokens: int
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the parts need."""
+        return frozenset[str]().union(*(part.needs for part in (self.sparsity, self.weights) if part is not None))
+
+    def wants(self, layer: int, linear: Linear) -> bool:
+        """Whether this linear changes; with activations alone, none does."""
+        return bool(self.sparsity or self.weights) and self.selection.wants(self.family, layer, linear)
+
+    def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+        """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
+        fallback = bool(self.needs) and statistics.hessian is None and statistics.input_absmax is None
+        sparsity, weights = self._parts(group[0][0].columns, fallback)
+        values = [weight for _, weight in group]
+        if sparsity is not None:
+            prepared = sparsity.prepare(statistics)
+            values = [sparsity(weight, prepared) for weight in values]
+            del prepared  # its factor is as large as the Hessian
+        stored: list[Tensor | Quantized]
+        if weights is not None:
+            prepared = weights.prepare(statistics)
+            stored = [weights(weight, prepared) for weight in values]
+        else:
+            stored = [weight.to(torch.bfloat16) for weight in values]
+        methods = [type(part).__name__.lower() for part in (sparsity, weights) if part is not None]
+        facts = {"method": "+".join(methods), "tokens": statistics.tokens, "fallback": fallback}
+        pairs = zip(group, stored, strict=True)
+        return [Solved(new, {**facts, **measure(weight, new, statistics)}) for (_, weight), new in pairs]
+
+    def _parts(self, columns: int, fallback: bool) -> tuple[Sparsifier | None, WeightQuantizer | None]:
+        sparsity, weights = self.sparsity, self.weights
+        if weights is not None:
+            row = one_scale_a_row(weights)
+            size = columns if row else self.selection.group_size
+            weights = weights.model_copy(update={"group_size": size})
+            if fallback and weights.needs:
+                weights = Rtn(num_bits=weights.num_bits, group_size=size, symmetric=weights.symmetric, mse=True)
+        if sparsity is not None and fallback and sparsity.needs:
+            sparsity = Magnitude(pattern=sparsity.pattern)
+        return sparsity, weights
+
+
+def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) -> dict[str, Any]:
+    """What the change cost: relative squared errors of the weight and, with a Hessian, of the linear's output.
+
+    output_error = ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens; None without them.
+    """
+    loaded = stored.dequantize() if isinstance(stored, Quantized) else stored.float()
+    difference = weight - loaded
+    output_error = None
+    if statistics.hessian is not None:
+        whole = _energy(weight, statistics.hessian)
+        output_error = _energy(difference, statistics.hessian) / whole if whole > 0 else 0.0
+    whole = float(weight.square().sum(dtype=torch.float64))
+    return {
+        "weight_error": float(difference.square().sum(dtype=torch.float64)) / whole if whole > 0 else 0.0,
+        "output_error": output_error,
+        "zeros": float((loaded == 0).float().mean()),
+        "bits": bits(stored),
+        "weights": weight.numel(),
+    }
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    return float(((weight @ hessian) * weight).sum(dtype=torch.float64))
+
+
+def bits(stored: Tensor | Quantized) -> float:
+    """Bits per weight on disk, scales and zero points included."""
+    if not isinstance(stored, Quantized):
+        return 8.0 * stored.element_size()
+    group = 16 + (0 if stored.symmetric else stored.num_bits)
+    return stored.num_bits + group / stored.group_size

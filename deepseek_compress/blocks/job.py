@@ -1,0 +1,166 @@
+"""What the block loop is asked to do, and what it does to one block: read, solve, store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.blocks.statistics import Accumulator, observe
+from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
+from deepseek_compress.models.activations import InputScheme
+from deepseek_compress.models.config import Linear, ModelConfig
+from deepseek_compress.models.family import Family
+from deepseek_compress.models.weights import QuantizedInputs, ResidentWeights, Weights
+from deepseek_compress.numerics.types import Quantized, Statistics
+
+Watch = Callable[[Weights], Weights]
+Forward = Callable[[Watch, int], Tensor]  # (watch, batch) -> what a part of the block gives for this batch
+
+
+class Solved(NamedTuple):
+    """A linear's new weight as it is stored, and what there is to say about it."""
+
+    stored: Tensor | Quantized
+    facts: Mapping[str, Any]
+
+
+class Change(Protocol):
+    """What is done to the linears of a block."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Statistics`; without any, no block is run."""
+        ...
+
+    @property
+    def min_tokens(self) -> int:
+        """A linear whose input fewer tokens reached is solved without statistics."""
+        ...
+
+    def wants(self, layer: int, linear: Linear) -> bool:
+        """Whether this linear changes."""
+        ...
+
+    def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+        """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
+        ...
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the loop over all blocks of a checkpoint."""
+
+    source: Checkpoint
+    family: Family
+    cfg: ModelConfig
+    writer: CheckpointWriter
+    change: Change
+    work: Path  # directory for what an interrupted run needs to go on
+    tokens: Tensor | None = None  # int64 (samples, length); None: no block is run
+    written: frozenset[str] = frozenset()  # tensors that an interrupted run left in finished shards
+    scheme: InputScheme | None = None  # how inputs of linears are rounded in the model that comes out
+    keep_mtp: bool = True
+    progress: Callable[[int, int, str], None] = _silent
+
+
+class Block:
+    """One block of a job: its tensors while they are needed, and the facts about its linears."""
+
+    def __init__(self, job: Job, layer: int) -> None:
+        self.job, self.layer = job, layer
+        self.prefix = job.family.prefix(layer) + "."
+        self.linears = job.family.linears(job.cfg, layer)
+        self.tensors: dict[str, Tensor] = {}  # local name -> float32, with the values the output will load
+        self.facts: list[dict[str, Any]] = []
+        self._rounded = {linear.name for linear in self.linears if job.scheme and linear.role in job.scheme.roles}
+
+    def weights(self, watch: Watch = lambda weights: weights) -> Weights:
+        """The tensors as the finished model would use them; `watch` sees the inputs as the linears do."""
+        watched = watch(ResidentWeights(self.tensors))
+        return QuantizedInputs(watched, self._rounded, self.job.scheme.quantize) if self.job.scheme else watched
+
+    def wants(self, linear: Linear) -> bool:
+        """Whether the job changes this linear."""
+        return self.job.change.wants(self.layer, linear)
+
+    def load(self, linears: Iterable[Linear]) -> None:
+        """Read weights and biases: exact where the job changes them, otherwise as they will be stored."""
+        for linear in linears:
+            self.read(linear.name + ".weight", exact=self.wants(linear))
+            if linear.name + ".bias" in self.names:
+                self.read(linear.name + ".bias")
+
+    @property
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """The block's tensors by local name."""
+        return self.job.family.block_tensors(self.job.cfg, self.layer)
+
+    def read(self, name: str, exact: bool = False) -> None:
+        """Read one tensor into memory."""
+        info = self.job.source.header.tensors[self.prefix + name]
+        # What stays 16-bit is written in BF16 where the source has FP8, and the next block must see that value
+        stored = torch.float32 if exact or info.encoding == "plain" else torch.bfloat16
+        tensor = self.job.source.read(self.prefix + name, stored)
+        self.tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+
+    def free(self, linears: Iterable[Linear]) -> None:
+        """Forget weights that are stored and no longer needed."""
+        for linear in linears:
+            self.tensors.pop(linear.name + ".weight", None)
+            self.tensors.pop(linear.name + ".bias", None)
+
+    def solve(self, group: Sequence[Linear], statistics: Statistics) -> None:
+        """Give linears that share an input their new weights and write them."""
+        if statistics.tokens < self.job.change.min_tokens:
+            statistics = Statistics(tokens=statistics.tokens)
+        pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
+        for (linear, _), solved in zip(pairs, self.job.change.solve(pairs, statistics), strict=True):
+            self.write(linear.name + ".weight", solved.stored)
+            loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()
+            self.tensors[linear.name + ".weight"] = loaded
+            self.facts.append({"name": self.prefix + linear.name, "role": str(linear.role), **solved.facts})
+
+    def solve_in_order(self, linears: Sequence[Linear], forward: Forward, batches: int) -> None:
+        """Solve the linears that change, each with the inputs that those before it give once they are changed."""
+        for group in by_input(linears):
+            wanted = [linear for linear in group if self.wants(linear)]
+            if wanted:
+                sums = Accumulator(self.job.change.needs)
+                observe(forward, frozenset(linear.name for linear in group), batches, sums)
+                self.solve(wanted, sums.statistics())
+
+    def write(self, name: str, stored: Tensor | Quantized) -> None:
+        """Write a tensor, unless an interrupted run did."""
+        if self.prefix + name not in self.job.written:
+            self.job.writer.add(self.prefix + name, stored)
+
+    def copy_rest(self) -> None:
+        """Write every tensor of the block that does not change."""
+        changed = {linear.name + ".weight" for linear in self.linears if self.wants(linear)}
+        for name in self.names:
+            if name not in changed:
+                copy(self.job, self.prefix + name)
+
+
+def by_input(linears: Sequence[Linear]) -> Iterator[list[Linear]]:
+    """Linears that share an input, in the order in which they run."""
+    keys = list(dict.fromkeys(linear.input for linear in linears))
+    ordered = sorted(linears, key=lambda linear: keys.index(linear.input))
+    for _, group in groupby(ordered, key=lambda linear: linear.input):
+        yield list(group)
+
+
+def copy(job: Job, name: str) -> None:
+    """Write a tensor as it is, in 16 bits where it was FP8, unless an interrupted run did."""
+    if name not in job.written:
+        job.writer.copy(name, decode=True)

@@ -1,0 +1,116 @@
+"""Which linears of a model change, and in which groups, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from deepseek_compress.checkpoint import Header
+from deepseek_compress.errors import DscError
+from deepseek_compress.models import Family, Linear, ModelConfig, Role
+from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
+
+CHANGEABLE = (Role.ATTENTION, Role.MLP, Role.EXPERT, Role.SHARED_EXPERT, Role.INDEXER)
+GROUP_SIZES = (128, 64, 32)
+LEFT_AT_MOST = 0.01  # share of the weights that a chosen group size may leave in 16 bits
+PROVIDED = frozenset({"hessian", "input_absmax", "input_absmean"})  # statistics that the block loop collects
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The linears of `roles` change, but those whose name is in `left`."""
+
+    roles: frozenset[Role]
+    group_size: int | None  # None: one scale a row
+    left: frozenset[str] = frozenset()  # modules that stay 16-bit because they don't fit, by checkpoint name
+
+    def wants(self, family: Family, layer: int, linear: Linear) -> bool:
+        """Whether this linear changes."""
+        return linear.role in self.roles and f"{family.prefix(layer)}.{linear.name}" not in self.left
+
+
+def all_linears(family: Family, cfg: ModelConfig, roles: Collection[Role]) -> Iterator[tuple[str, Linear]]:
+    """(name in the checkpoint, linear) of every linear of `roles`, block by block."""
+    for layer in range(cfg.num_hidden_layers):
+        for linear in family.linears(cfg, layer):
+            if linear.role in roles:
+                yield f"{family.prefix(layer)}.{linear.name}", linear
+
+
+def one_scale_a_row(weights: WeightQuantizer) -> bool:
+    """8-bit symmetric without a group size: the form of W8A8 that servers take has one scale a row."""
+    return weights.group_size is None and weights.num_bits == 8 and weights.symmetric
+
+
+def select(
+    family: Family,
+    cfg: ModelConfig,
+    roles: Collection[Role],
+    weights: WeightQuantizer | None,
+) -> Selection:
+    """What changes. Without a group size given: the largest of 128, 64, 32 that leaves at most 1 % in 16 bits."""
+    wanted = frozenset(roles)
+    if weights is None or one_scale_a_row(weights):
+        return Selection(wanted, None)
+    if weights.group_size is not None:
+        return Selection(wanted, weights.group_size)
+    found = list(all_linears(family, cfg, wanted))
+    total = sum(linear.rows * linear.columns for _, linear in found)
+    left: list[tuple[str, Linear]] = found
+    for size in GROUP_SIZES:
+        left = [item for item in found if item[1].columns % size]
+        if sum(linear.rows * linear.columns for _, linear in left) <= LEFT_AT_MOST * total:
+            return Selection(wanted, size, frozenset(name for name, _ in left))
+    names = ", ".join(dict.fromkeys(f"{linear.columns} columns ({name})" for name, linear in left[:3]))
+    raise DscError(f"no group size of {', '.join(map(str, GROUP_SIZES))} fits: {names}", "set weights' group_size")
+
+
+def problems(
+    family: Family,
+    cfg: ModelConfig,
+    header: Header,
+    roles: Collection[Role],
+    weights: WeightQuantizer | None,
+    sparsity: Sparsifier | None,
+) -> list[DscError]:
+    """Everything that cannot work, from shapes alone."""
+    found: list[DscError] = []
+    for part in (weights, sparsity):
+        missing = sorted((part.needs if part else frozenset()) - PROVIDED)
+        if missing:
+            found.append(DscError(f"{type(part).__name__.lower()} needs {', '.join(missing)}", "choose another method"))
+    if weights is not None and weights.group_size is None:
+        try:
+            select(family, cfg, roles, weights)
+        except DscError as error:
+            found.append(error)
+    linears = list(all_linears(family, cfg, roles))
+    if weights is not None and weights.group_size is not None:
+        fits = next((size for size in (128, 64, 32, 16) if all(x.columns % size == 0 for _, x in linears)), None)
+        found += _unfit(
+            linears, weights.group_size, "groups of {}", f"set group_size: {fits}" if fits else "leave it out"
+        )
+    if sparsity is not None:
+        found += _unfit(linears, 4, "groups of {} for the pattern 2:4", "keep this role dense")
+    packed = [name for name, _ in linears if header.tensors[name + ".weight"].encoding == "packed"]
+    if packed and (weights is not None or sparsity is not None):
+        found.append(
+            DscError(f"{packed[0]} and {len(packed) - 1} more are packed already", "start from the 16-bit model")
+        )
+    return found
+
+
+def _unfit(linears: list[tuple[str, Linear]], size: int, what: str, fix: str) -> list[DscError]:
+    """One problem for each number of columns that `size` does not divide, naming the first linear that has it."""
+    by_columns: dict[int, list[str]] = {}
+    for name, linear in linears:
+        if linear.columns % size:
+            by_columns.setdefault(linear.columns, []).append(name)
+    return [
+        DscError(
+            f"{names[0]}.weight{f' and {len(names) - 1} more' if names[1:] else ''}: "
+            f"{columns} columns do not divide into {what.format(size)}",
+            fix,
+        )
+        for columns, names in by_columns.items()
+    ]

@@ -1,0 +1,54 @@
+"""What the block loop found, for the run record and the manifest; the full table goes to `dsc_layers.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepseek_compress.checkpoint.files import write_json
+
+LAYERS = "dsc_layers.json"
+Facts = dict[str, Any]  # of one block: {"linears": [...], "experts": {...}}
+
+
+def summarize(blocks: Sequence[Facts]) -> Facts:
+    """{"linears", "weights", "bits_per_weight", "sparsity", "blocks": [...], "fallback": [...]}.
+
+    Means are over weights. `blocks` has for each block the mean relative squared errors of weights and outputs, and
+    where tokens were routed: the fewest, the median and the most that an expert got, and which got too few.
+    """
+    linears = [linear for block in blocks for linear in block["linears"]]
+    return {
+        "linears": len(linears),
+        "weights": sum(linear["weights"] for linear in linears),
+        "bits_per_weight": _mean(linears, "bits"),
+        "sparsity": _mean(linears, "zeros"),
+        "blocks": [_block(layer, block) for layer, block in enumerate(blocks)],
+        "fallback": [linear["name"] for linear in linears if linear["fallback"]],
+    }
+
+
+def write(out: Path, blocks: Sequence[Facts]) -> None:
+    """The table of all linears, and the tokens of every expert, to `out`/dsc_layers.json."""
+    write_json(out / LAYERS, {"schema": 1, "blocks": list(blocks)})
+
+
+def _block(layer: int, block: Facts) -> Facts:
+    linears = block["linears"]
+    row: Facts = {
+        "block": layer,
+        "weight_error": _mean(linears, "weight_error"),
+        "output_error": _mean([linear for linear in linears if linear["output_error"] is not None], "output_error"),
+    }
+    if "experts" in block:
+        tokens = sorted(block["experts"]["tokens"])
+        row["expert_tokens"] = {"fewest": tokens[0], "median": tokens[len(tokens) // 2], "most": tokens[-1]}
+        row["starved_experts"] = block["experts"]["starved"]
+    return row
+
+
+def _mean(rows: Iterable[Facts], key: str) -> float | None:
+    rows = list(rows)
+    weights = sum(row["weights"] for row in rows)
+    return sum(row["weights"] * row[key] for row in rows) / weights if weights else None

@@ -1,0 +1,184 @@
+"""Compress: 2:4 sparsity, low-bit weights and 8-bit activations, in one pass over the blocks.
+
+Each linear is made sparse first and quantised after it with the same statistics; the quantiser keeps the zeros. Without
+`weights` the output is a plain 16-bit checkpoint; without a part that needs statistics, no block is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
+from torch import Tensor
+
+from deepseek_compress import provenance
+from deepseek_compress.blocks import Job, claim, clean, run_blocks, selection, summary
+from deepseek_compress.blocks.change import LinearChange
+from deepseek_compress.blocks.forecast import expect
+from deepseek_compress.calibration.tokens import calibration_tokens
+from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
+from deepseek_compress.errors import DscError
+from deepseek_compress.models import Family, ModelConfig, Role, family_of
+from deepseek_compress.models.activations import InputScheme
+from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS, Sparsifier, WeightQuantizer
+from deepseek_compress.registry import pick
+from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+
+WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
+KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
+
+
+def _picked(table: Mapping[str, type[Any]], what: str) -> BeforeValidator:
+    def pick_it(value: Any) -> Any:
+        return value if value is None or isinstance(value, BaseModel) else pick(table, value, what)
+
+    return BeforeValidator(pick_it)
+
+
+class Compress(Stage, frozen=True):
+    """Make the linears of every block smaller; routers, norms, embeddings, head and MTP blocks stay 16-bit."""
+
+    sparsity: Annotated[SerializeAsAny[Sparsifier] | None, _picked(SPARSITY, "sparsity")] = None
+    weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
+    activations: Annotated[SerializeAsAny[BaseModel] | None, _picked(ACTIVATIONS, "activations")] = None
+    keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
+    mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
+    min_tokens: int = Field(64, ge=0)  # a linear whose input fewer tokens reach is solved without statistics
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Roles whose linears change."""
+        return frozenset(selection.CHANGEABLE) - frozenset(self.keep)
+
+    @property
+    def scheme(self) -> dict[str, Any] | None:
+        """The activation scheme as manifests carry it."""
+        if self.activations is None:
+            return None
+        method = next(name for name, kind in ACTIVATIONS.items() if isinstance(self.activations, kind))
+        knobs = self.activations.model_dump(mode="json")
+        return {"method": method, **knobs, "roles": sorted(str(role) for role in self.roles)}
+
+    def problems(self, header: Header) -> list[DscError]:
+        """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
+        if self.sparsity is None and self.weights is None and self.activations is None:
+            return [DscError("compress: nothing to do", "give sparsity, weights or activations")]
+        family = family_of(header.config)
+        found = family.problems(header)
+        if found:
+            return found
+        return selection.problems(family, family.parse(header.config), header, self.roles, self.weights, self.sparsity)
+
+    def forecast(self, header: Header, tokens: int) -> Forecast:
+        """Sizes from shapes; operations of the calibrated solve."""
+        family = family_of(header.config)
+        cfg = family.parse(header.config)
+        change = self._change(family, cfg)
+        expected = expect(family, cfg, header, change.selection, self.weights, tokens if change.needs else 0)
+        return Forecast(expected.header, expected.changed, expected.bytes, expected.memory, expected.operations)
+
+    def run(self, source: Checkpoint, context: Context) -> Output:
+        """Write the compressed checkpoint to `context.out`; goes on where an interrupted run stopped."""
+        family = family_of(source.config)
+        cfg = family.parse(source.config)
+        change = self._change(family, cfg)
+        decisions = self._decisions(source, family, cfg, change)
+        for line in decisions:
+            context.tell(line)
+        tokens = _tokens(source, cfg, context) if change.needs else None
+        work = context.out / WORK
+        claim(context.out, work, self._identity(source, tokens))
+        with CheckpointWriter(context.out, source, activations=self.scheme, resume=True) as writer:
+            job = Job(
+                source=source,
+                family=family,
+                cfg=cfg,
+                writer=writer,
+                change=change,
+                work=work,
+                tokens=tokens,
+                scheme=self._input_scheme(),
+                keep_mtp=self.mtp == "keep",
+                progress=context.progress,
+            )
+            blocks = run_blocks(job)
+            facts = {**summary.summarize(blocks), "decisions": decisions}
+            summary.write(context.out, blocks)
+            manifest = self._manifest(source, context, facts)
+            notes = writer.finish(self._config_changes(source, family, cfg), manifest, _ignore(cfg))
+        clean(job)
+        for line in notes:
+            context.tell(line)
+        return Output("checkpoint", context.out, {**facts, "notes": notes})
+
+    def _change(self, family: Family, cfg: ModelConfig) -> LinearChange:
+        chosen = selection.select(family, cfg, self.roles, self.weights)
+        return LinearChange(family, chosen, self.sparsity, self.weights, self.min_tokens)
+
+    def _input_scheme(self) -> InputScheme | None:
+        if self.activations is None:
+            return None
+        return InputScheme(cast(Callable[[Tensor], Tensor], self.activations), self.roles)
+
+    def _decisions(self, source: Checkpoint, family: Family, cfg: ModelConfig, change: LinearChange) -> list[str]:
+        """What was decided, and why, one line each."""
+        lines = []
+        chosen = change.selection
+        if self.weights is not None and self.weights.group_size is None:
+            size = "one scale a row" if chosen.group_size is None else f"group_size {chosen.group_size}"
+            lines.append(f"{size} (chosen: the largest that fits)")
+        if chosen.left:
+            lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
+        if any(name in source.header.tensors for name in family.mtp_tensors(cfg)):
+            lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
+        return lines
+
+    def _identity(self, source: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
+        """What the bytes follow from: an unfinished output of anything else is not gone on with."""
+        return {
+            "knobs": self.model_dump(mode="json"),
+            "model": provenance.fingerprint(source),
+            "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()],
+            "versions": provenance.versions(),
+        }
+
+    def _manifest(self, source: Checkpoint, context: Context, facts: Mapping[str, Any]) -> dict[str, Any]:
+        return provenance.build_manifest(
+            stage="compress",
+            source=source,
+            recipe=context.recipe_text,
+            seed=context.seed,
+            knobs=self.model_dump(mode="json"),
+            extra={"calibration": _plain(context.calibration), "facts": dict(facts)},
+        )
+
+    def _config_changes(self, source: Checkpoint, family: Family, cfg: ModelConfig) -> dict[str, Any]:
+        """num_nextn_predict_layers is 0 where the MTP block is not there: engines break when it is announced."""
+        there = any(name in source.header.tensors for name in family.mtp_tensors(cfg))
+        stays = there and self.mtp == "keep"
+        return {"num_nextn_predict_layers": 0} if cfg.num_nextn_predict_layers and not stays else {}
+
+
+def _tokens(source: Checkpoint, cfg: ModelConfig, context: Context) -> Tensor:
+    wanted = context.calibration
+    tokenizer = load_tokenizer(source.path)
+    tokens = calibration_tokens(list(wanted["sources"]), tokenizer, wanted["samples"], wanted["length"])
+    largest = int(tokens.max())
+    if largest >= cfg.vocab_size:
+        what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"
+        raise DscError(what, "check that tokenizer and model belong together")
+    return tokens
+
+
+def _plain(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Without directories: a manifest is the same wherever the files lie."""
+    sources = [source if source == "builtin" else Path(source).name for source in calibration.get("sources", ())]
+    return {**calibration, "sources": sources}
+
+
+def _ignore(cfg: ModelConfig) -> list[str]:
+    return ["lm_head", *(["re:.*mlp\\.gate$"] if cfg.moe else [])]
