@@ -31,7 +31,7 @@ V3_CONFIG: dict[str, Any] = {
     "topk_group": 2, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_experts_per_tok": 2,
     "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": True, "ep_size": 1, "hidden_act": "silu",
     "max_position_embeddings": 256, "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
-    "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False, "rope_theta": 10000, "rope_scaling": YARN,
+    "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "rope_theta": 10000, "rope_scaling": YARN,
     "attention_bias": False, "attention_dropout": 0.0,
 }  # fmt: skip
 V2_CONFIG: dict[str, Any] = {
@@ -42,7 +42,7 @@ V2_CONFIG: dict[str, Any] = {
     "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_group": 1, "topk_group": 1,
     "topk_method": "greedy", "scoring_func": "softmax", "num_experts_per_tok": 3, "first_k_dense_replace": 1,
     "moe_layer_freq": 1, "norm_topk_prob": False, "hidden_act": "silu", "max_position_embeddings": 256,
-    "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 0, "eos_token_id": 1,
+    "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2,
     "tie_word_embeddings": False, "rope_theta": 10000, "attention_bias": False, "attention_dropout": 0.0,
     "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
 }  # fmt: skip
@@ -50,14 +50,14 @@ QWEN2_CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": "bfloat16", "vocab_size": VOCABULARY,
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 256, "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
     "rope_theta": 1000000.0, "use_sliding_window": False, "max_window_layers": 2, "attention_dropout": 0.0,
 }  # fmt: skip
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": VOCABULARY,
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 256, "initializer_range": 0.02,
-    "rms_norm_eps": 1e-5, "use_cache": True, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
     "rope_theta": 500000.0, "attention_bias": False, "mlp_bias": False, "head_dim": 32,
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 64},
@@ -191,7 +191,7 @@ def write_shards(out: Path, state: dict[str, Tensor], shards: int, last: tuple[s
 def finish_directory(out: Path, config: dict[str, Any]) -> Path:
     """config.json, and the tokenizer of the built-in tasks, which has as many words."""
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     (out / "LICENSE").write_text("Licence of the tiny model.\n")
     write_tokenizer(out)
