@@ -48,9 +48,13 @@ def test_equal_nodes_are_one_node(tmp_path: Path) -> None:
 
 
 def test_leaving_by_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), Graph(tmp_path / "m.onnx") as graph:
-        graph.weight("w", np.zeros((64, 64), np.float32))
-        raise RuntimeError("stop")
+    def stopped() -> None:
+        with Graph(tmp_path / "m.onnx") as graph:
+            graph.weight("w", np.zeros((64, 64), np.float32))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     assert not list(tmp_path.iterdir())
 
 

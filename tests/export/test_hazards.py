@@ -1,4 +1,4 @@
-"""The two graphs that TensorRT compiles into wrong numbers can't be written, and aren't built when others wrote them."""
+"""The two graphs that TensorRT compiles into wrong numbers can't be written, nor built when others wrote them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def reference(x: np.ndarray[Any, Any], weight: Quantized, rounded: bool) -> np.n
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, False), (4, 128, True), (8, 128, True), (8, 64, False)])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(4, 32, False), (4, 128, True), (8, 128, True), (8, 64, False)]
+)
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_value(
     tmp_path: Path, lowering: str, bits: int, group: int, symmetric: bool, rounded: bool, stacked: bool

@@ -25,9 +25,7 @@ PROMPTS = random_prompts(512, (5, 19, 24))
 
 @pytest.mark.parametrize("lowering", ["plain", "matmulnbits"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32_equals_the_runtime(
-    tmp_path: Path, request: pytest.FixtureRequest, family: str, lowering: str
-) -> None:
+def test_float32_equals_the_runtime(tmp_path: Path, request: pytest.FixtureRequest, family: str, lowering: str) -> None:
     source = open_checkpoint(request.getfixturevalue(family))
     export_onnx(source, tmp_path / "model.onnx", lowering)
     onnx.checker.check_model(str(tmp_path / "model.onnx"))

@@ -1,0 +1,151 @@
+"""Each target of `dsc export` as the stage runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.errors import DscError
+from deepseek_compress.export import GRAPHS, NAMES
+from deepseek_compress.export.targets import TARGETS
+from deepseek_compress.export.verify import open_session
+from deepseek_compress.models.runtime import Model
+from deepseek_compress.stages.base import Context, Output
+from deepseek_compress.stages.export import Export
+
+from .conftest import Quantise
+
+
+def run(source: Path, out: Path, told: list[str] | None = None, **knobs: Any) -> Output:
+    tell = (told if told is not None else []).append
+    context = Context(name="export", out=out, recipe_text="", seed=0, tell=tell)
+    stage = Export(**knobs)
+    checkpoint = open_checkpoint(source)
+    assert not stage.problems(checkpoint.header)
+    return stage.run(checkpoint, context)
+
+
+def test_the_tables_agree() -> None:
+    assert set(TARGETS) == set(NAMES) > set(GRAPHS)
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime"])
+def test_graph_targets(tmp_path: Path, tiny_v3: Path, quantised: Quantise, target: str) -> None:
+    told: list[str] = []
+    output = run(quantised(tiny_v3, "w4a16"), tmp_path, told, target=target)
+    assert (output.kind, output.path) == ("artifact", tmp_path / "model.onnx")
+    facts = output.facts
+    assert facts["status"] == "ran in onnxruntime"
+    assert facts["verification"]["holds"]
+    assert facts["bytes"] == sum((tmp_path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    domains = {node.domain for node in onnx.load(str(output.path), load_external_data=False).graph.node}
+    assert ("com.microsoft" in domains) == (target == "onnxruntime")
+    assert json.loads((tmp_path / "dsc_manifest.json").read_text())["knobs"]["target"] == target
+    assert any("greedy tokens equal" in line for line in told)
+
+
+def test_a_graph_that_disagrees_is_not_passed_on(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Model.load
+
+    def other(source: Any) -> Model:
+        model = load(source)
+        return Model(model.family, model.cfg, {n: t * 1.05 for n, t in model.weights.items()})
+
+    monkeypatch.setattr(Model, "load", other)
+    with pytest.raises(DscError, match="differs from the runtime"):
+        run(tiny_llama, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["tiny_v3", "tiny_llama"])
+def test_bf16_of_a_packed_checkpoint(
+    tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str
+) -> None:
+    source = quantised(request.getfixturevalue(family), "w4a16")
+    output = run(source, tmp_path, target="bf16")
+    assert output.kind == "checkpoint"
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path)
+    assert "quantization_config" not in after.config
+    assert set(before.header.tensors) == set(after.header.tensors)
+    for name, info in after.header.tensors.items():
+        assert info.encoding == "plain"
+        assert torch.equal(after.read(name), before.read(name).bfloat16().float()), name
+    assert Model.load(after)  # every tensor of the family is there
+
+
+def test_bf16_of_the_published_form(tmp_path: Path, tiny_v3: Path, tiny_v3_bf16: Path) -> None:
+    run(tiny_v3, tmp_path, target="bf16")
+    have, want = open_checkpoint(tmp_path), open_checkpoint(tiny_v3_bf16)
+    assert all(torch.equal(have.read(n, None), want.read(n, None)) for n in want.header.tensors)
+    assert have.config["topk_method"] == "noaux_tc"
+
+
+def test_compressed_tensors_is_passed_on_bit_for_bit(tmp_path: Path, tiny_qwen2: Path, quantised: Quantise) -> None:
+    source = quantised(tiny_qwen2, "w4a8")
+    output = run(source, tmp_path, target="compressed-tensors")
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path)
+    assert output.facts["packed_tensors"] == 14
+    assert after.config == before.config
+    assert after.activations == before.activations
+    for name in before.header.tensors:
+        have, want = after.read_raw(name), before.read_raw(name)
+        assert set(have) == set(want)
+        assert all(torch.equal(have[part], want[part]) for part in want)
+
+
+def test_compressed_tensors_of_a_plain_checkpoint(tmp_path: Path, tiny_qwen2: Path) -> None:
+    with pytest.raises(DscError, match="dsc quantize"):
+        run(tiny_qwen2, tmp_path, target="compressed-tensors")
+
+
+def test_triton_repository(tmp_path: Path, tiny_qwen2: Path) -> None:
+    output = run(tiny_qwen2, tmp_path, target="triton", verify=False, batch=(1, 2, 4))
+    folder = tmp_path / "model_repository" / "model"
+    assert output.path == folder / "1" / "model.onnx"
+    config = (folder / "config.pbtxt").read_text()
+    session = open_session(output.path)
+    for value in (*session.get_inputs(), *session.get_outputs()):
+        assert f'name: "{value.name}"' in config
+    assert "max_batch_size: 4" in config
+    assert "preferred_batch_size: [ 2, 4 ]" in config
+    assert config.count("{") == config.count("}")
+    assert config.count("[") == config.count("]")
+    kinds = [part["kind"] for part in yaml.safe_load_all((tmp_path / "kubernetes.yaml").read_text())]
+    assert kinds == ["Deployment", "Service", "HorizontalPodAutoscaler"]
+    assert yaml.safe_load((tmp_path / "prometheus.yaml").read_text())["rules"]
+
+
+def test_a_warm_up_of_padding_only_gives_numbers(tmp_path: Path, tiny_v2: Path) -> None:
+    """Triton's warm-up sends zeros everywhere, so that no token is real."""
+    output = run(tiny_v2, tmp_path, verify=False)
+    session = open_session(output.path)
+    feed = {
+        value.name: np.zeros(
+            [2, *(3 if isinstance(size, str) else size for size in value.shape[1:])],
+            np.int64 if value.type == "tensor(int64)" else np.float32,
+        )
+        for value in session.get_inputs()
+    }
+    feed["attention_mask"] = np.zeros((2, 6), np.int64)
+    assert np.isfinite(session.run(["logits"], feed)[0]).all()
+
+
+def test_wrong_knobs_and_models_are_told_before_the_run(tiny_v3: Path) -> None:
+    with pytest.raises((DscError, ValidationError), match="unknown target"):
+        Export(target="tensorflow")
+    header = open_checkpoint(tiny_v3).header
+    assert "sm75" in Export(target="tensorrt-rtx", compute_capabilities=("sm75",)).problems(header)[0].what
+    assert "range of past" in Export(target="tensorrt-rtx", past=(9, 1, 2)).problems(header)[0].what
+    sparse = {**header.config, "model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
+    (problem,) = Export().problems(type(header)(header.path, sparse, header.tensors))
+    assert "sparse attention" in problem.what
