@@ -85,6 +85,7 @@ class _Grids:
         cost[factor.order] = factor.cost
         empty = torch.empty_like(groups[:, 0])
         self.all = grid.Grid(empty, empty.clone(), 2**knobs.num_bits - 1) if self.late else self._find(groups, cost)
+        self.low, self.high = -self.all.zero_point, self.all.top - self.all.zero_point  # codes relative to zero
 
     def _find(self, groups: Tensor, cost: Tensor) -> grid.Grid:
         knobs = self.knobs
@@ -99,12 +100,13 @@ class _Grids:
         if self.fixed is not None:
             updated = updated.masked_fill(self.fixed[steps], 0)
         found = self._find(updated, self.factor.cost[steps])
-        self.all.scale[self.group_of[j]] = found.scale
-        self.all.zero_point[self.group_of[j]] = found.zero_point
+        group = self.group_of[j]
+        self.all.scale[group], self.all.zero_point[group] = found.scale, found.zero_point
+        self.low[group], self.high[group] = -found.zero_point, found.top - found.zero_point
 
     def choose(self, j: int, updated: Tensor) -> Tensor:
-        """The grid value of each row for the column solved at step `j`."""
+        """The grid value of each row for the column solved at step `j`; `updated` is used up."""
         group = self.group_of[j]
-        scale, zero = self.all.scale[group], self.all.zero_point[group]
-        value = (updated / scale).round_().clamp_(-zero, self.all.top - zero).mul_(scale)
+        scale = self.all.scale[group]
+        value = updated.div_(scale).round_().clamp_(self.low[group], self.high[group]).mul_(scale)
         return value if self.fixed is None else value.masked_fill_(self.fixed[j], 0)

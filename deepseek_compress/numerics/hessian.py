@@ -1,7 +1,7 @@
 """The layer-wise error `tr((W - Q) H (W - Q)^T)` as a sum over columns, and the sequential solver built on it.
 
-With H + damping = (I + U) D (I + U)^T, U strictly upper triangular and D diagonal, the error is
-`sum_j D_j |w_j + sum_{i<j} (w_i - q_i) U_ij - q_j|^2`. Fixing the columns in order, each one is rounded after the
+With H + damping = (I + F)^T D (I + F), F strictly lower triangular and D diagonal, the error is
+`sum_j D_j |w_j + sum_{i<j} F_ji (w_i - q_i) - q_j|^2`. Fixing the columns in order, each one is rounded after the
 feedback of the earlier ones: this is GPTQ and SparseGPT in the form of QuIP's LDLQ (Chee et al. 2023,
 arXiv 2307.13304, theorem 6 proves them equal). It needs one Cholesky and no inverse, a third to a half of the
 usual work, and D is exactly what a rounding error costs at its step.
@@ -19,7 +19,7 @@ from torch import Tensor
 from deepseek_compress.numerics.types import Factor
 
 _NARROWEST = 192  # columns: below this a product no longer runs at full speed
-_BLOCK = 128  # columns solved before their errors are fed forward in one product
+_BLOCK = 64  # columns solved before their errors are fed forward in one product
 
 
 def gram(x: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object,
         if int(failed) == 0 and bool(lower.isfinite().all()):
             break
         damping = max(damping * 10, 1e-6)
-    root = lower.flip(0, 1).contiguous()
+    root = lower.t().flip(0, 1)  # R^T, rows contiguous: row j is read at step j
     del lower, ordered
     diagonal = root.diagonal().clone()
-    return Factor(order, root.div_(diagonal).triu_(1), diagonal.square(), key)
+    return Factor(order, root.div_(diagonal[:, None]).tril_(-1), diagonal.square(), key)
 
 
 def solve(
@@ -81,23 +81,23 @@ def solve(
     feedback, solution, residual = factor.feedback, torch.empty_like(target), torch.zeros_like(target)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        base = torch.addmm(target[start:stop], feedback[:start, start:stop].t(), residual[:start])
+        base = torch.addmm(target[start:stop], feedback[start:stop, :start], residual[:start])
         for j in range(start, stop):
             if begin is not None and j % run == 0:
                 since, known = (
                     (start, base[j - start : j - start + run]) if j + run <= stop else (0, target[j : j + run])
                 )
-                fed = torch.addmm(known, feedback[since:j, j : j + run].t(), residual[since:j])
+                fed = torch.addmm(known, feedback[j : j + run, since:j], residual[since:j])
                 begin(j, _unrounded(target[j : j + run], fed, feedback[j : j + run, j : j + run]))
-            updated = torch.addmv(base[j - start], residual[start:j].t(), feedback[start:j, j])
+            updated = torch.addmv(base[j - start], residual[start:j].t(), feedback[j, start:j])
             solution[j] = choose(j, updated)
             torch.sub(target[j], solution[j], out=residual[j])
     return solution
 
 
 def _unrounded(target: Tensor, fed: Tensor, feedback: Tensor) -> Tensor:
-    """The values of a run (run, rows) that feed each other without rounding: `v = fed + U^T (target - v)`."""
-    moved: Tensor = torch.linalg.solve_triangular(feedback.t(), target - fed, upper=False, unitriangular=True)
+    """The values of a run (run, rows) that feed each other without rounding: `v = fed + F (target - v)`."""
+    moved: Tensor = torch.linalg.solve_triangular(feedback, target - fed, upper=False, unitriangular=True)
     return target - moved
 
 

@@ -35,10 +35,10 @@ class Quantized(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """`H[order][:, order] + damping = (I + feedback) diag(cost) (I + feedback)^T`, see `hessian.factorize`."""
+    """`H[order][:, order] + damping = (I + feedback)^T diag(cost) (I + feedback)`, see `hessian.factorize`."""
 
     order: Tensor  # int64 (columns,): the column solved at each step
-    feedback: Tensor  # float32 (columns, columns), strictly upper, in solving order
+    feedback: Tensor  # float32 (columns, columns), strictly lower, in solving order: row j feeds step j
     cost: Tensor  # float32 (columns,), in solving order: what a squared rounding error of 1 costs at that step
     key: tuple[object, ...]  # the knobs it was made with; a solver with other knobs makes its own
 

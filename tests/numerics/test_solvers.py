@@ -102,8 +102,8 @@ def test_factor_is_the_hessian() -> None:
     factor = hessian.factorize(h, order, 0.01)
     root = factor.feedback.double() + torch.eye(96, dtype=torch.float64)
     damped = hessian.damped(h, 0.01)[order][:, order].double()
-    assert torch.equal(factor.feedback, factor.feedback.triu(1))
-    assert torch.allclose(root @ torch.diag(factor.cost.double()) @ root.t(), damped, rtol=1e-4, atol=1e-3)
+    assert torch.equal(factor.feedback, factor.feedback.tril(-1))
+    assert torch.allclose(root.t() @ torch.diag(factor.cost.double()) @ root, damped, rtol=1e-4, atol=1e-3)
 
 
 def test_damping_escalates_until_the_factor_exists() -> None:
