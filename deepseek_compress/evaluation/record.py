@@ -180,7 +180,7 @@ def _fidelity(run: _Run, row: dict[str, Any], model: Model, checkpoint: Checkpoi
         return
     metrics, intervals = summary.fidelity(found, draws)
     row["metrics"] |= metrics
-    row["intervals"] |= intervals
+    row["intervals"] |= {"perplexity": intervals["perplexity"]} if folder is not None else intervals
     row["error_by_layer"] = found.error_by_layer
     if folder is None and run.trace is not None and found.error_by_layer is None:
         run.notes.append(f"{row['name']} has blocks of another number or width than the reference: no error by layer.")

@@ -78,8 +78,9 @@ def fidelity(divergence: Divergence, draws: Bootstrap) -> tuple[dict[str, Any], 
         "top1_agreement": divergence.top1_agreement,
     }
     intervals: dict[str, Any] = {"perplexity": draws.exp_ratio(divergence.nll, tokens)}
-    intervals["kl_divergence"] = None if divergence.kl is None else draws.ratio(divergence.kl, tokens)
-    intervals["top1_agreement"] = None if divergence.agreed is None else draws.ratio(divergence.agreed, tokens)
+    if divergence.kl is not None and divergence.agreed is not None:
+        intervals["kl_divergence"] = draws.ratio(divergence.kl, tokens)
+        intervals["top1_agreement"] = draws.ratio(divergence.agreed, tokens)
     return metrics, intervals
 
 

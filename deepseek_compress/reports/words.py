@@ -121,7 +121,7 @@ def lineage(model: Model) -> list[str]:
 def fact(name: str, value: Any) -> str:
     """A value of the machine or the versions as text."""
     if value is None:
-        return "unknown"
+        return table.UNKNOWN
     if isinstance(value, int) and name.endswith("bytes"):
         return table.size(value)
     if isinstance(value, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,7 +56,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         ablations = {name: _path(context.outputs, name) for name in self.ablations}
         record = evaluate(models, reference, self._settings(context), ablations, context.progress)
         record["artifacts"] = artifacts(context.outputs)
-        record["name"] = context.out.parent.name if context.name == "evaluate" else context.name
+        record["name"] = title(context.recipe_text, list(models), reference)
         record["recipe"] = context.recipe_text
         path = context.out / "report.json"
         write(record, path)
@@ -81,6 +82,17 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             efficiency=self.efficiency,
             seed=context.seed,
         )
+
+
+def title(recipe: str, models: Sequence[str], reference: str | None) -> str:
+    """The name that the recipe gives itself, else what is compared with what."""
+    named = re.search(r"^name: *([\w.-]+) *$", recipe, re.MULTILINE)
+    if named:
+        return named[1]
+    others = [name for name in models if name != reference]
+    if not others:
+        return models[0]
+    return f"{others[-1]} against {reference}" if reference else others[-1]
 
 
 def artifacts(outputs: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.reports import read
 from deepseek_compress.stages.base import Context
-from deepseek_compress.stages.evaluate import Evaluate, artifacts
+from deepseek_compress.stages.evaluate import Evaluate, artifacts, title
 
 
 def context(out: Path, **outputs: Path) -> Context:
     out.mkdir(parents=True)
-    return Context(name="evaluate", out=out, recipe_text="stages: []\n", seed=0, outputs=outputs)
+    return Context(name="evaluate", out=out, recipe_text="name: whole\nstages: []\n", seed=0, outputs=outputs)
 
 
 def test_it_writes_the_report_of_every_checkpoint(tiny_v3: Path, tiny_v2: Path, tmp_path: Path) -> None:
@@ -33,8 +33,8 @@ def test_it_writes_the_report_of_every_checkpoint(tiny_v3: Path, tiny_v2: Path, 
     output = stage.run(open_checkpoint(tiny_v3), told)
     assert (output.kind, output.path) == ("report", tmp_path / "run" / "evaluate" / "report.json")
     record = read(output.path)
-    assert record["name"] == "run"
-    assert record["recipe"] == "stages: []\n"
+    assert record["name"] == "whole"
+    assert record["recipe"] == "name: whole\nstages: []\n"
     assert [model["name"] for model in record["models"]] == ["teacher", "student"]
     assert record["artifacts"] == [
         {"name": "engine", "target": "tensorrt-rtx", "path": str(engine / "model.engine"), "bytes": 100,
@@ -70,3 +70,9 @@ def test_mistakes_are_one_line(tiny_v3: Path, tmp_path: Path) -> None:
 def test_reports_and_checkpoints_are_no_artifacts(tiny_v3: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     assert artifacts({"model": tiny_v3, "evaluate": tmp_path / "report.json", "nothing": tmp_path / "nothing"}) == []
+
+
+def test_a_report_has_the_name_of_its_recipe_or_says_what_is_compared() -> None:
+    assert title("# name: no\nname: quickstart\nstages: []\n", ["a"], None) == "quickstart"
+    assert title("stages: []\n", ["base", "small"], "base") == "small against base"
+    assert title("", ["only"], None) == title("", ["only"], "only") == "only"
