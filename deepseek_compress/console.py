@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -84,11 +84,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     aligned = set(right)
-    for column in columns:
-        grid.add_column(column, justify="right" if column in aligned else "left", header_style="bold", overflow="fold")
+    for number, column in enumerate(columns):
+        side: JustifyMethod = "right" if column in aligned else "left"
+        grid.add_column(column, justify=side, header_style="bold", overflow="fold", no_wrap=number == 0 or None)
     for row in rows:
         grid.add_row(*(cell if isinstance(cell, Text) else Text("-" if cell is None else str(cell)) for cell in row))
-    out().print(grid)
+    screen = out()
+    with screen.capture() as lines:
+        screen.print(grid)
+    screen.file.write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
 
 
 def mark(good: bool | None) -> Text:

@@ -39,8 +39,8 @@ def doctor(json: o.Json = False) -> None:
         return
     console.table(
         "",
-        ("", "found", "good", "otherwise"),
-        ((check.name, check.found, console.mark(check.good), "" if check.good else check.how) for check in checks),
+        ("", "good", "found"),
+        ((c.name, console.mark(c.good), c.found if c.good else f"{c.found}\n{c.how}") for c in checks),
     )
     console.next_step(following)
 

@@ -99,14 +99,14 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
     stage = recipe.steps[0].stage
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     facts = _read(out / "dsc_run.json") or {}
-    following = _evaluate(out, model) if stage.writes == "checkpoint" else "dsc doctor"
+    following = _evaluate(out, model) if stage.writes == "checkpoint" else f"dsc quantize {model} -o OUT"
     if as_json:
         console.print_json({"out": str(out), "bytes": size, "run": facts, "next": following})
         return
     console.line(f"{out}: {console.size(size)} in {console.duration(facts.get('seconds'))}")
     for name, value in (facts.get("facts") or {}).items():
         if isinstance(value, (str, int, float)):
-            console.line(f"  {name}: {value}")
+            console.line(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
     console.next_step(following)
 
 
@@ -132,8 +132,8 @@ def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
         f"{found['path']}: {found['model_type']}, {found['parameters']:,} parameters in {found['tensors']} tensors, "
         f"{console.size(found['bytes'])} in {found['shards']} shards, {found['bits_per_weight']:.2f} bits per weight"
     )
-    columns = ("role", "encoding", "type", "tensors", "parameters", "size", "bits", "zeros")
-    console.table("", columns, (_role(row) for row in found["roles"]), right=columns[3:])
+    columns = ("role", "stored as", "tensors", "parameters", "size", "bits", "zeros")
+    console.table("", columns, (_role(row) for row in found["roles"]), right=columns[2:])
     if found["activations"]:
         console.line(f"activations: {_words(found['activations'])}")
     lineage = " -> ".join(str(step.get("stage")) for step in found["lineage"])
@@ -148,7 +148,8 @@ def _role(row: Mapping[str, Any]) -> tuple[Any, ...]:
     zeros = None if row["sparsity"] is None else f"{row['sparsity']:.1%}"
     bits = None if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
     size = console.size(row["bytes"])
-    return row["role"], row["encoding"], row["dtype"], row["tensors"], f"{row['parameters']:,}", size, bits, zeros
+    stored = row["dtype"] if row["encoding"] == "plain" else row["encoding"]
+    return row["role"], stored, row["tensors"], f"{row['parameters']:,}", size, bits, zeros
 
 
 def _words(values: Mapping[str, Any]) -> str:
