@@ -139,10 +139,11 @@ class Compress(Stage, frozen=True):
 
     def _identity(self, source: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
         """What the bytes follow from: an unfinished output of anything else is not gone on with."""
+        text = None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()]
         return {
             "knobs": self.model_dump(mode="json"),
             "model": provenance.fingerprint(source),
-            "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()],
+            "calibration": text,
             "versions": provenance.versions(),
         }
 
