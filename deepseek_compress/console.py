@@ -86,7 +86,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
     aligned = set(right)
     for number, column in enumerate(columns):
         side: JustifyMethod = "right" if column in aligned else "left"
-        grid.add_column(column, justify=side, header_style="bold", overflow="fold", no_wrap=number == 0 or None)
+        grid.add_column(column, justify=side, header_style="bold", overflow="fold", no_wrap=number == 0)
     for row in rows:
         grid.add_row(*(cell if isinstance(cell, Text) else Text("-" if cell is None else str(cell)) for cell in row))
     screen = out()

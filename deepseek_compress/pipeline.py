@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import family_of
 from deepseek_compress.models.resolve import resolve_model
 from deepseek_compress.recipe import Recipe, Step
-from deepseek_compress.stages.base import Context, Forecast, Output
+from deepseek_compress.stages.base import Context, Forecast
 
 REPORTS = ("report.json", "report.md", "report.html")
 
@@ -51,7 +52,8 @@ class Plan:
     def bytes(self) -> int | None:
         """On disk, all stages together; None when one of them cannot tell."""
         sizes = [forecast.bytes for forecast in self.forecasts.values()]
-        return sum(size for size in sizes if size is not None) if None not in sizes else None
+        known = [size for size in sizes if size is not None]
+        return sum(known) if known and len(known) == len(self.recipe.steps) else None
 
 
 @dataclass
@@ -73,21 +75,20 @@ class _Run:
 
 def plan(recipe: Recipe, options: Options = Options()) -> Plan:
     """Everything that would happen and every problem, from headers alone; writes nothing."""
-    problems: list[DscError] = _calibration_problems(recipe)
+    problems: list[DscError] = []
     paths: dict[str, Path] = {}
+    headers: dict[str, Header] = {}
     for name, model in {"model": recipe.model, **recipe.inputs}.items():
         with _collect(problems):
             if model is None:
                 raise DscError(f"{recipe.name}: no model", "name one: `model:` in the recipe, or --model")
             paths[name] = resolve_model(model)
-    header = None
-    for name, path in paths.items():
-        with _collect(problems):
-            found = open_checkpoint(path).header
-            problems += family_of(found.config).problems(found)
-            header = found if name == "model" else header
-    forecasts = _forecasts(recipe, header, problems) if header and not problems else {}
-    return Plan(recipe, paths.get("model"), header, forecasts, problems)
+            header = open_checkpoint(paths[name]).header
+            raise_problems(family_of(header.config).problems(header))
+            headers[name] = header
+    forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
+    problems += _calibration_problems(recipe)
+    return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems)
 
 
 def run(
@@ -170,21 +171,15 @@ def _calibration_problems(recipe: Recipe) -> list[DscError]:
     ]
 
 
-class _collect:
-    """`with _collect(problems):` a `DscError` joins the list and the block ends."""
-
-    def __init__(self, problems: list[DscError]) -> None:
-        self._problems = problems
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, Problems):
-            self._problems += error.problems
-        elif isinstance(error, DscError):
-            self._problems.append(error)
-        return isinstance(error, DscError)
+@contextmanager
+def _collect(problems: list[DscError]) -> Iterator[None]:
+    """A `DscError` inside joins `problems`."""
+    try:
+        yield
+    except Problems as error:
+        problems += error.problems
+    except DscError as error:
+        problems.append(error)
 
 
 def _check_disk(found: Plan, out: Path, flat: bool) -> None:

@@ -17,6 +17,7 @@ from deepseek_compress.errors import DscError
 
 Path_ = Sequence["str | int"]  # where a value stands: keys and list indices
 MAX_BYTES = 1 << 20
+_COLLECTIONS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 _NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
 
 
@@ -94,7 +95,7 @@ def read(path: Path) -> str:
 def parse(text: str, where: str) -> Document:
     """`where` stands before the line number of each problem. Raises `DscError`."""
     lines: dict[tuple[str | int, ...], int] = {}
-    loader = yaml.SafeLoader(text)
+    loader = yaml.SafeLoader("")  # only its rules for scalars are used
     try:
         node = _Composer(text).get_single_node()
         value = None if node is None else _value(loader, node, (), lines, where)
@@ -117,7 +118,7 @@ def dump(value: Mapping[str, Any]) -> str:
     return text
 
 
-class _Composer(yaml.SafeLoader):
+class _Composer(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types here
     """Builds nodes only; refuses aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -129,6 +130,8 @@ class _Composer(yaml.SafeLoader):
 
 def _value(loader: Any, node: Any, path: tuple[str | int, ...], lines: Any, where: str) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+        raise DscError(f"{where}:{node.start_mark.line + 1}: the tag {node.tag!r} is not supported", "remove it")
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from deepseek_compress import stages
+from deepseek_compress import resources, stages
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.recipe import document as yaml_text
 from deepseek_compress.recipe.document import Document
@@ -38,17 +39,17 @@ _STEP_KEYS = ("name", "from")
 class Calibration(BaseModel, frozen=True, extra="forbid"):
     """The text that statistics are taken from: `builtin`, or files of the user's."""
 
-    sources: tuple[str, ...] = Field(("builtin",), min_length=1)
-    samples: int = Field(64, gt=0)
-    length: int = Field(512, gt=1)  # tokens in a sample
+    sources: tuple[str, ...] = Field(default=("builtin",), min_length=1)
+    samples: int = Field(default=64, gt=0)
+    length: int = Field(default=512, gt=1)  # tokens in a sample
 
 
 class _Top(BaseModel, frozen=True, extra="forbid"):
     name: str = ""
     model: str | None = None
-    alias: str = Field("model", alias="as", pattern=_NAME.pattern)
+    alias: str = Field(default="model", alias="as", pattern=_NAME.pattern)
     inputs: dict[str, str] = {}
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     calibration: Calibration = Calibration()
     stages: list[dict[str, Any]] = Field(min_length=1)
 
@@ -95,7 +96,8 @@ def read_recipe(path: Path, changes: Changes = Changes()) -> Recipe:
         text = yaml_text.read(path)
     except OSError as error:
         raise DscError(f"{path}: {error.strerror}", "give a recipe file") from None
-    return parse_recipe(text, str(path), changes)
+    own = path.parent == resources.data("recipes")
+    return parse_recipe(text, path.name if own else str(path), changes)
 
 
 def parse_recipe(text: str, where: str, changes: Changes = Changes()) -> Recipe:
@@ -125,7 +127,7 @@ def _apply(document: Document, changes: Changes) -> bool:
 
 def _group_sizes(document: Document) -> list[tuple[str, ...]]:
     """Where the group size of each weight quantizer stands."""
-    places = []
+    places: list[tuple[str, ...]] = []
     for index, item in enumerate(document.value.get("stages") or []):
         weights = (item.get("compress") or {}).get("weights") if isinstance(item, dict) else None
         if isinstance(weights, str):
@@ -161,27 +163,39 @@ def _steps(top: _Top, document: Document) -> list[Step]:
     taken = {"model", top.alias, *top.inputs}
     checkpoints = ["model"]  # names a later stage may read, the last one is the default
     for index, item in enumerate(top.stages):
-        place = ("stages", index)
-        try:
+        place: tuple[str | int, ...] = ("stages", index)
+        found = len(problems)
+        name = kind = ""
+        with _collect(problems, document, place):
             kind, knobs = _kind(item)
+        with _collect(problems, document, place):
             name = _name(item, kind, taken)
-            taken.add(name)
-            source = _source(item, name, checkpoints, top.alias)
-            stage = _stage(document, (*place, kind), kind, knobs)
-        except Problems as found:
-            problems += found.problems
-            continue
-        except DscError as found:
-            problems.append(document.at(place, found))
-            continue
-        steps.append(Step(name, kind, source, knobs, stage, document.line((*place, kind))))
-        if stage.writes == "checkpoint":
+        with _collect(problems, document, place):
+            source = _source(item, name or kind, checkpoints, top.alias)
+        taken.add(name)
+        with _collect(problems, document, place):
+            if kind:
+                stage = _stage(document, (*place, kind), kind, knobs)
+        if kind and stages.load(kind).writes == "checkpoint" and name:
             checkpoints.append(name)
+        if len(problems) == found:
+            steps.append(Step(name, kind, source, knobs, stage, document.line((*place, kind))))
     names = {"model", top.alias, *top.inputs, *(step.name for step in steps)}
     if not problems:
         problems = [document.at(("stages", i), e) for i, step in enumerate(steps) for e in _unknown_reads(step, names)]
     raise_problems(problems)
     return steps
+
+
+@contextmanager
+def _collect(problems: list[DscError], document: Document, place: Sequence[str | int]) -> Iterator[None]:
+    """A `DscError` inside joins `problems`, with the line of `place` unless it has its own."""
+    try:
+        yield
+    except Problems as error:
+        problems += error.problems
+    except DscError as error:
+        problems.append(document.at(place, error))
 
 
 def _kind(item: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
