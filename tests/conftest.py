@@ -116,7 +116,7 @@ def published_state(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         for published, piece in _split_experts(name, tensor):
-            state[published] = _spread(published, piece, generator)
+            state[published] = _spread(published, piece, generator, tied=config["tie_word_embeddings"])
     return state
 
 
@@ -135,13 +135,16 @@ def _split_experts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     return pieces
 
 
-def _spread(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Values with some spread: weights as trained ones have, norms off one, biases off zero."""
+def _spread(name: str, tensor: Tensor, generator: torch.Generator, tied: bool) -> Tensor:
+    """Values with some spread: weights as trained ones have, norms off one, biases off zero.
+
+    Embeddings that are the head too are small: otherwise every token predicts itself.
+    """
     noise = torch.randn(tensor.shape, generator=generator)
     if name.endswith("e_score_correction_bias"):
         return 0.1 * noise  # float32, as published
     if tensor.dim() == 2:
-        gain = 1.0 if "embed" in name else tensor.shape[1] ** -0.5
+        gain = 1.0 if "embed" in name and not tied else tensor.shape[1] ** -0.5
         return (gain * noise).bfloat16()
     return (1 + 0.1 * noise if "norm" in name else 0.2 * noise).bfloat16()
 
