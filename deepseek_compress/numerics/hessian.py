@@ -64,6 +64,17 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object,
     return Factor(order, root.div_(diagonal[:, None]).tril_(-1), diagonal.square(), key)
 
 
+def divide(right: Tensor, factor: Factor) -> Tensor:
+    """`right (H + damping)^-1` for `right` (rows, columns), columns in their natural order."""
+    lower = factor.feedback  # its unit diagonal is implied
+    ordered = right.t()[factor.order]
+    ordered = torch.linalg.solve_triangular(lower.t(), ordered, upper=True, unitriangular=True)
+    ordered = torch.linalg.solve_triangular(lower, ordered / factor.cost[:, None], upper=False, unitriangular=True)
+    result = torch.empty_like(ordered)
+    result[factor.order] = ordered
+    return result.t()
+
+
 def solve(
     target: Tensor,
     factor: Factor,

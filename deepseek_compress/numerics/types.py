@@ -54,6 +54,7 @@ class Statistics(NamedTuple):
     input_absmax: Tensor | None = None  # float32 (columns,): largest |x| per channel
     input_absmean: Tensor | None = None  # float32 (columns,): mean |x| per channel
     drift: Tensor | None = None  # float32 (columns, columns): sum of (x_original - x) x^T, x from the compressed model
+    owed: Tensor | None = None  # float32 (rows, columns): sum of (h_original - h) x^T, h what the output is added to
     factor: Factor | None = None
 
 

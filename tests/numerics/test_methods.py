@@ -10,7 +10,7 @@ from deepseek_compress.numerics import grid
 from deepseek_compress.numerics.awq import Awq, migration
 from deepseek_compress.numerics.gptaq import corrected
 from deepseek_compress.numerics.gptq import Gptq
-from deepseek_compress.numerics.hessian import damped, gram, layer_error
+from deepseek_compress.numerics.hessian import damped, factorize, gram, layer_error
 from deepseek_compress.numerics.hqq import Hqq
 from deepseek_compress.numerics.learned import Learned
 from deepseek_compress.numerics.magnitude import Magnitude
@@ -73,16 +73,20 @@ def test_quantease_keeps_sparsity_and_beats_gptq() -> None:
 
 def test_corrected_target_is_the_least_squares_solution() -> None:
     generator = torch.Generator().manual_seed(0)
-    original = torch.randn(500, 24, generator=generator, dtype=torch.float64)
-    seen = original + 0.1 * torch.randn(500, 24, generator=generator, dtype=torch.float64)
-    weight = torch.randn(5, 24, generator=generator, dtype=torch.float64)
-    statistics = Statistics(500, seen.t() @ seen, drift=(original - seen).t() @ seen)
+    original = torch.randn(500, 24, generator=generator)
+    seen = original + 0.1 * torch.randn(500, 24, generator=generator)
+    lost = 0.1 * seen @ torch.randn(24, 5, generator=generator) + 0.1 * torch.randn(500, 5, generator=generator)
+    weight = torch.randn(5, 24, generator=generator)
+    factor = factorize(seen.t() @ seen, torch.randperm(24, generator=generator), 0.0)
+    statistics = Statistics(500, drift=(original - seen).t() @ seen)
     best = torch.linalg.lstsq(seen, original @ weight.t()).solution.t()
-    assert torch.allclose(corrected(weight, statistics, 1.0, 0.0), best)
-    assert torch.allclose(corrected(weight, statistics, 0.5, 0.0), (weight + best) / 2)
-    sparse = Magnitude()(weight.float(), Statistics())
-    floats = Statistics(500, seen.float().t() @ seen.float(), drift=((original - seen).t() @ seen).float())
-    assert bool((corrected(sparse, floats, 1.0, 0.01)[sparse == 0] == 0).all())
+    assert torch.allclose(corrected(weight, statistics, factor, 1.0), best, atol=1e-5)
+    assert torch.allclose(corrected(weight, statistics, factor, 0.5), (weight + best) / 2, atol=1e-5)
+    owing = statistics._replace(owed=lost.t() @ seen)
+    best = torch.linalg.lstsq(seen, original @ weight.t() + lost).solution.t()
+    assert torch.allclose(corrected(weight, owing, factor, 1.0), best, atol=1e-5)
+    sparse = Magnitude()(weight, Statistics())
+    assert bool((corrected(sparse, owing, factor, 0.5)[sparse == 0] == 0).all())
 
 
 def test_awq_takes_the_range_with_the_least_output_error() -> None:
