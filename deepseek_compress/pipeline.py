@@ -108,8 +108,7 @@ def run(
         began = time.time()
         state = _Run(out, flat, recipe, options, progress or StageProgress(), provenance.versions())
         _inputs(state)
-        touched = any(_holds_work(state.directory(step.name)) for step in recipe.steps)
-        workspace.agree(out, _identity(state), touched)
+        workspace.agree(out, _identity(state))
         for number, step in enumerate(recipe.steps, start=1):
             state.progress.start(step.name, number, len(recipe.steps))
             _stage(state, step)
@@ -191,11 +190,6 @@ def _check_disk(found: Plan, out: Path, flat: bool) -> None:
     free = machine.free_disk(out)
     if needed > free:
         raise DscError(f"{out}: {size(needed)} are needed, {size(free)} are free", "make room, or choose another -o")
-
-
-def _holds_work(directory: Path) -> bool:
-    """Whether a stage has begun to write there."""
-    return any(path.is_file() and workspace.HOUSE not in path.parts for path in directory.rglob("*"))
 
 
 def _inputs(state: _Run) -> None:

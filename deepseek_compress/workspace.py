@@ -67,11 +67,12 @@ def _take(file: IO[str]) -> bool:
     return True
 
 
-def agree(out: Path, state: Mapping[str, Any], touched: bool) -> None:
+def agree(out: Path, state: Mapping[str, Any]) -> None:
     """Make `out` the directory of `state`, or raise `Problems` naming what differs from the state that made it.
 
-    A directory that no stage has written to yet (`touched` false) takes the new state.
+    A directory that no stage has written to yet takes the new state.
     """
+    touched = any(path.is_file() and HOUSE not in path.parts for path in out.rglob("*"))
     kept = out / HOUSE / "state.json"
     wanted = json.loads(json.dumps(state))
     if kept.is_file() and touched:
