@@ -116,8 +116,7 @@ def _hidden(job: Job, layer: int) -> Spool:
         return Spool(path, job.tokens.numel(), shape, existing=True)
     if layer:
         raise DscError(f"{path}: missing, block {layer} cannot go on", "remove the output and start again")
-    name = "model.embed_tokens.weight"
-    table = job.source.read(name, dtype=None)  # as stored: float32 would take twice the memory
+    table = job.source.read(job.family.embedding, dtype=None)  # as stored: float32 would take twice the memory
     spool = Spool(job.work / "embedded.tmp", job.tokens.numel(), shape)
     step = max(1, BATCH_TOKENS // job.tokens.shape[1])
     for start in range(0, len(job.tokens), step):
@@ -146,10 +145,10 @@ def _around(job: Job, before: bool) -> list[str]:
     """Tensors of the checkpoint that belong to no block: the embedding before them, the others after."""
     blocks = tuple(job.family.prefix(layer) + "." for layer in range(job.cfg.num_hidden_layers))
     dropped = set() if job.keep_mtp else set(job.family.mtp_tensors(job.cfg))
-    known = set(job.family.tensors(job.cfg)) | {"lm_head.weight"}
+    known = set(job.family.tensors(job.cfg)) | {job.family.head}
     outside = [name for name in job.source.header.tensors if not name.startswith(blocks)]
     wanted = [name for name in sorted(outside) if name in known and name not in dropped]
-    return [name for name in wanted if (name == "model.embed_tokens.weight") == before]
+    return [name for name in wanted if (name == job.family.embedding) == before]
 
 
 def _facts(job: Job, layer: int) -> Path:

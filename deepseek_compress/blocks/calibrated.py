@@ -17,7 +17,7 @@ from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import ROWS
 from deepseek_compress.models.config import Linear, Moe, Role
 from deepseek_compress.models.layers import swiglu
-from deepseek_compress.models.moe import Routing, by_expert, route, run_expert
+from deepseek_compress.models.moe import Routing, by_expert, route, run_expert, run_shared
 
 BATCH_TOKENS = 2048  # fixed: another batch size has other roundings
 
@@ -97,7 +97,7 @@ def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: S
             routing = _route(block, cfg.moe, x, batches)
             facts["experts"] = _experts(block, cfg.moe, routing, x, added if following else None)
             if cfg.moe.shared:
-                _dense(block, "mlp.shared_experts", x, added if following else None, batches)
+                _dense(block, cfg.moe.names.shared, x, added if following else None, batches)
         else:
             _dense(block, "mlp", x, added if following else None, batches)
         if following is not None:
@@ -111,11 +111,14 @@ def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: S
 
 def _dense(block: Block, name: str, x: Spool, added: Spool | None, batches: Batches) -> None:
     """The MLP `name`: solve it and add what it gives to `added`."""
-    limit = block.job.cfg.moe.swiglu_limit if block.job.cfg.moe else None
+    moe = block.job.cfg.moe
     linears = [linear for linear in block.linears if linear.name.rsplit(".", 1)[0] == name]
 
     def forward(watch: Watch, batch: int) -> Tensor:
-        return swiglu(block.weights(watch), name, batches.read(x, batch), limit)
+        source = batches.read(x, batch)
+        if moe is not None and name == moe.names.shared:
+            return run_shared(moe, block.weights(watch), source)
+        return swiglu(block.weights(watch), name, source)
 
     block.load(linears)
     block.solve_in_order(linears, forward, len(batches))

@@ -9,13 +9,14 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models.config import Linear, ModelConfig, Role
 from deepseek_compress.models.deepseek_v2 import DeepseekV2
 from deepseek_compress.models.deepseek_v3 import DeepseekV3
+from deepseek_compress.models.deepseek_v4 import DeepseekV4
 from deepseek_compress.models.deepseek_v32 import DeepseekV32
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.llama import Llama
 from deepseek_compress.models.qwen2 import Qwen2
 
 FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family for family in (DeepseekV2, DeepseekV3, DeepseekV32, Llama, Qwen2)
+    family.model_type: family for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, Llama, Qwen2)
 }
 
 

@@ -83,6 +83,23 @@ class Indexer:
     top_k: int
 
 
+class FfnNames(NamedTuple):
+    """What a family calls the tensors of its MLPs and experts, within a block."""
+
+    mlp: str = "mlp"
+    experts: str = "mlp.experts"
+    shared: str = "mlp.shared_experts"
+    router: str = "mlp.gate.weight"
+    bias: str = "mlp.gate.e_score_correction_bias"
+    table: str = "mlp.gate.tid2eid"  # token id -> experts, in blocks that are routed by it
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+FFN_NAMES = FfnNames()
+
+
 @dataclass(frozen=True)
 class Moe:
     """Mixture of experts and its router."""
@@ -101,6 +118,7 @@ class Moe:
     scaling: float = 1.0
     swiglu_limit: float | None = None  # gate and up are clipped to it (DeepSeek-V4)
     hash_layers: int = 0  # first blocks, routed by token id (DeepSeek-V4)
+    names: FfnNames = FFN_NAMES
 
 
 @dataclass(frozen=True)
@@ -116,13 +134,13 @@ class HyperConnections:
 class Compressed:
     """Attention of DeepSeek-V4: a sliding window and, in most blocks, compressed long-range entries."""
 
-    kinds: tuple[str, ...]  # per block: sliding | sparse (compressed and indexed) | heavy
+    rates: tuple[int, ...]  # per block: tokens that become one entry, 0 for a sliding window alone
+    overlapping: tuple[bool, ...]  # per block: entries overlap and an indexer chooses among them
     window: int
-    sparse_rate: int
-    heavy_rate: int
+    q_lora_rank: int
     o_groups: int
     o_lora_rank: int
-    rope_main: Rope
+    rope_window: Rope  # of blocks without compressed entries; `rope` of the model is for those with them
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,10 @@ class Family:
 
     model_type: ClassVar[str] = "llama"
     qkv_bias: ClassVar[bool] = False
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
+    head: ClassVar[str] = "lm_head.weight"
+    norm: ClassVar[str] = "model.norm.weight"
+    cached: ClassVar[bool] = True  # generation may keep what it knows of earlier tokens
 
     # -- what the checkpoint says ------------------------------------------------------------------------------------
 
@@ -96,13 +100,13 @@ class Family:
 
     def tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
         """Every logical tensor a complete checkpoint has, by name, with its shape."""
-        found: dict[str, Shape] = {"model.embed_tokens.weight": (cfg.vocab_size, cfg.hidden_size)}
+        found: dict[str, Shape] = {self.embedding: (cfg.vocab_size, cfg.hidden_size)}
         for layer in range(cfg.num_hidden_layers):
             for name, shape in self.block_tensors(cfg, layer).items():
                 found[f"{self.prefix(layer)}.{name}"] = shape
-        found["model.norm.weight"] = (cfg.hidden_size,)
+        found[self.norm] = (cfg.hidden_size,)
         if not cfg.tie_word_embeddings:
-            found["lm_head.weight"] = (cfg.vocab_size, cfg.hidden_size)
+            found[self.head] = (cfg.vocab_size, cfg.hidden_size)
         return {**found, **self.mtp_tensors(cfg)}
 
     def mtp_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
@@ -152,7 +156,7 @@ class Family:
         given = {name: info for name, info in header.tensors.items() if not IGNORED.search(name)}
         if not any(name in given for name in mtp):
             expected = {name: shape for name, shape in expected.items() if name not in mtp}
-        optional = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
+        optional = {self.head} if cfg.tie_word_embeddings else set()
         return [*_missing(expected, given), *_unknown(given, expected, optional), *_misshaped(expected, given)]
 
     # -- how a block runs --------------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ class Family:
 
     def final_hidden(self, cfg: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
         """What the last block gives -> the input of the head (B, T, hidden_size). `weights` has checkpoint names."""
-        return rms_norm(hidden, weights["model.norm.weight"], cfg.rms_norm_eps)
+        return rms_norm(hidden, weights[self.norm], cfg.rms_norm_eps)
 
     def attention(
         self,

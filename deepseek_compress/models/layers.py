@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepseek_compress.models.cache import KvCache
-from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.models.config import FFN_NAMES, FfnNames, ModelConfig
 from deepseek_compress.models.rope import cos_sin, rotate, softmax_scale
 from deepseek_compress.models.weights import Weights
 
@@ -25,12 +25,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def swiglu(weights: Weights, name: str, x: Tensor, limit: float | None = None) -> Tensor:
+def swiglu(weights: Weights, name: str, x: Tensor, limit: float | None = None, names: FfnNames = FFN_NAMES) -> Tensor:
     """down(silu(gate(x)) * up(x)); with `limit`, gate is clipped above and up on both sides."""
-    gate, up = weights.linear(f"{name}.gate_proj", x), weights.linear(f"{name}.up_proj", x)
+    gate, up = weights.linear(f"{name}.{names.gate}", x), weights.linear(f"{name}.{names.up}", x)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-    return weights.linear(f"{name}.down_proj", functional.silu(gate) * up)
+    return weights.linear(f"{name}.{names.down}", functional.silu(gate) * up)
 
 
 def causal_mask(new: int, seen: int, like: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Routing(NamedTuple):
 
 def score(moe: Moe, weights: Weights, x: Tensor) -> Tensor:
     """x (N, hidden) -> float32 (N, E), before any bias."""
-    logits = functional.linear(x.float(), weights["mlp.gate.weight"].float())
+    logits = functional.linear(x.float(), weights[moe.names.router].float())
     if moe.scoring == "softmax":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if moe.scoring == "sigmoid" else functional.softplus(logits).sqrt()
@@ -37,10 +37,10 @@ def score(moe: Moe, weights: Weights, x: Tensor) -> Tensor:
 def route(moe: Moe, weights: Weights, x: Tensor, tokens: Tensor | None = None) -> Routing:
     """x (N, hidden) -> Routing. `tokens` int64 (N,) are needed in blocks that are routed by token id."""
     scores = score(moe, weights, x)
-    if "mlp.gate.tid2eid" in weights:
+    if moe.names.table in weights:
         if tokens is None:
             raise ValueError("a block routed by token id needs the tokens")
-        experts = weights["mlp.gate.tid2eid"][tokens].long()
+        experts = weights[moe.names.table][tokens].long()
     else:
         experts = _choose(moe, weights, scores.detach())
     shares = scores.gather(1, experts)
@@ -51,7 +51,7 @@ def route(moe: Moe, weights: Weights, x: Tensor, tokens: Tensor | None = None) -
 
 def _choose(moe: Moe, weights: Weights, scores: Tensor) -> Tensor:
     if moe.method == "noaux_tc":
-        scores = scores + weights["mlp.gate.e_score_correction_bias"].float()
+        scores = scores + weights[moe.names.bias].float()
     if moe.method != "greedy" and moe.groups > 1:
         groups = scores.view(len(scores), moe.groups, -1)
         best = groups.topk(2, dim=-1).values.sum(-1) if moe.method == "noaux_tc" else groups.amax(-1)
@@ -70,7 +70,12 @@ def by_expert(routing: Routing, experts: int) -> list[Tensor]:
 
 def run_expert(moe: Moe, weights: Weights, expert: int, x: Tensor) -> Tensor:
     """x (n, hidden), the tokens routed to `expert` -> (n, hidden)."""
-    return swiglu(weights, f"mlp.experts.{expert}", x, moe.swiglu_limit)
+    return swiglu(weights, f"{moe.names.experts}.{expert}", x, moe.swiglu_limit, moe.names)
+
+
+def run_shared(moe: Moe, weights: Weights, x: Tensor) -> Tensor:
+    """The experts that every token goes to, stored as one MLP."""
+    return swiglu(weights, moe.names.shared, x, moe.swiglu_limit, moe.names)
 
 
 def experts_part(
@@ -94,4 +99,4 @@ def moe_part(moe: Moe, weights: Weights, x: Tensor, tokens: Tensor | None = None
     flat = x.reshape(-1, x.shape[-1])
     routing = route(moe, weights, flat, None if tokens is None else tokens.reshape(-1))
     out = experts_part(moe, weights, flat, routing).view_as(x)
-    return out + swiglu(weights, "mlp.shared_experts", x, moe.swiglu_limit) if moe.shared else out
+    return out + run_shared(moe, weights, x) if moe.shared else out

@@ -75,8 +75,8 @@ class Model:
     @property
     def head(self) -> Tensor:
         """(vocab, hidden): the output embedding."""
-        tied = self.cfg.tie_word_embeddings
-        return self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        family = self.family
+        return self.weights[family.embedding if self.cfg.tie_word_embeddings else family.head]
 
     def hidden_states(
         self, tokens: Tensor, cache: KvCache | None = None, left_padding: Tensor | None = None
@@ -85,7 +85,7 @@ class Model:
         batch, new = tokens.shape
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + new, device=tokens.device).expand(batch, new)
-        hidden = self.family.embed(self.cfg, self.weights["model.embed_tokens.weight"], tokens)
+        hidden = self.family.embed(self.cfg, self.weights[self.family.embedding], tokens)
         mask = None
         if left_padding is not None:
             mask = padding_mask(left_padding, new, past + new, hidden)
@@ -110,6 +110,8 @@ class Model:
         Prompts of similar length share a batch, padded at the left; finished rows leave it. `eos` None: the model's.
         """
         ends = self.cfg.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        if not self.family.cached:
+            return [self._without_cache(prompt, max_new_tokens, ends) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), batch_size):
@@ -117,6 +119,17 @@ class Model:
             for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], max_new_tokens, ends), strict=True):
                 out[index] = ids
         return out
+
+    def _without_cache(self, prompt: Sequence[int], limit: int, ends: Collection[int]) -> list[int]:
+        """One prompt, the whole text again for each token."""
+        tokens, device = list(prompt), self.head.device
+        while len(tokens) < len(prompt) + limit:
+            logits = self.forward(torch.tensor([tokens], device=device), last_only=True)
+            following = int(logits[0, -1].argmax())
+            if following in ends:
+                break
+            tokens.append(following)
+        return tokens[len(prompt) :]
 
     def _batch(self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int]) -> list[list[int]]:
         device = self.head.device

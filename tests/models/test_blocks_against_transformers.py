@@ -14,7 +14,7 @@ from deepseek_compress.models.weights import ResidentWeights, StreamedWeights
 from tests.models.reference import relative, state_of, transformers_model
 
 BOUND = 2e-6  # largest difference over largest value, float32; measured 3.5e-7
-FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v3_bf16", "tiny_v2", "tiny_qwen2", "tiny_llama"]
+FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v4", "tiny_v3_bf16", "tiny_v2", "tiny_qwen2", "tiny_llama"]
 TOKENS = torch.randint(0, 512, (3, 80), generator=torch.Generator().manual_seed(7))  # 80 > 64 = original length
 
 
@@ -44,13 +44,15 @@ def test_blocks_and_logits(name: str, request: pytest.FixtureRequest) -> None:
     state = state_of(checkpoint)
     states = hidden_states(path)
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
-    assert torch.equal(family.embed(cfg, state["model.embed_tokens.weight"], TOKENS), states[0])
+    assert torch.equal(family.embed(cfg, state[family.embedding], TOKENS), states[0])
     for layer in range(cfg.num_hidden_layers):
         prefix = family.prefix(layer) + "."
-        ours = family.run_block(cfg, layer, ResidentWeights(state, prefix), states[layer], positions)
+        ours = family.run_block(cfg, layer, ResidentWeights(state, prefix), states[layer], positions, tokens=TOKENS)
         assert relative(ours, states[layer + 1]) < BOUND
-        streamed = family.run_block(cfg, layer, StreamedWeights(checkpoint, prefix), states[layer], positions)
+        streamed = family.run_block(
+            cfg, layer, StreamedWeights(checkpoint, prefix), states[layer], positions, tokens=TOKENS
+        )
         assert torch.equal(streamed, ours)
     hidden = family.final_hidden(cfg, ResidentWeights(state), states[-2])
-    head = state.get("lm_head.weight", state["model.embed_tokens.weight"])
+    head = state.get(family.head, state[family.embedding])
     assert relative(hidden @ head.T, states[-1]) < BOUND

@@ -17,7 +17,7 @@ from deepseek_compress.numerics.activations import round_tokens
 from tests.models.reference import relative, transformers_model
 
 BOUND = 2e-6
-FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v2", "tiny_qwen2", "tiny_llama"]
+FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v4", "tiny_v2", "tiny_qwen2", "tiny_llama"]
 PROMPTS = [torch.randint(2, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 3, 17, 9, 30)]
 
 
@@ -40,7 +40,7 @@ def test_logits_equal_transformers(name: str, request: pytest.FixtureRequest) ->
     assert relative(Model.load(path).forward(tokens), transformers_model(path)(tokens).logits) < BOUND
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "tiny_v4"])  # V4 runs without a cache
 @torch.no_grad()
 def test_cache_and_left_padding_change_nothing(name: str, request: pytest.FixtureRequest) -> None:
     model = Model.load(request.getfixturevalue(name))
