@@ -15,7 +15,7 @@ shapes that do not fit each other are errors that name the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -29,8 +29,14 @@ _PACKED_PARTS = ("weight_scale", "weight_zero_point", "weight_shape")
 _ENCODED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
-def fold(stored: Mapping[str, Location], config: dict[str, Any]) -> tuple[dict[str, TensorInfo], list[DscError]]:
-    """Logical tensors in the order of `stored`, and every part that does not fit."""
+def fold(
+    stored: Mapping[str, Location], config: dict[str, Any], absent: Set[str] = frozenset()
+) -> tuple[dict[str, TensorInfo], list[DscError]]:
+    """Logical tensors in the order of `stored`, and every part that does not fit.
+
+    absent: names that the index promises and no shard holds. They are reported already, so a tensor that lacks one of
+    them is not reported again.
+    """
     tensors: dict[str, TensorInfo] = {}
     problems: list[DscError] = []
     block = fp8.block_size(config)
@@ -51,7 +57,8 @@ def fold(stored: Mapping[str, Location], config: dict[str, Any]) -> tuple[dict[s
             else:
                 tensors[name] = TensorInfo(name, place.shape, "plain", place.dtype, {suffix: place})
         except DscError as error:
-            problems.append(error)
+            if absent.isdisjoint(stored_name(name, part) for part in ("weight", *_PARTS)):
+                problems.append(error)
     return tensors, problems
 
 

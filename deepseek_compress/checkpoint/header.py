@@ -123,13 +123,12 @@ def read_shard_header(path: Path) -> tuple[dict[str, Location], list[DscError]]:
         return {}, [DscError(f"{path.name}: the header is not valid JSON ({error})", _AGAIN)]
     if not isinstance(entries, dict):
         return {}, [DscError(f"{path.name}: the header is not a JSON object", _AGAIN)]
-    data = size - 8 - raw
     tensors: dict[str, Location] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
         try:
-            tensors[name] = _location(path, name, entry, 8 + raw, data)
+            tensors[name] = _location(path, name, entry, 8 + raw)
         except DscError as error:
             problems.append(error)
     if not problems:
@@ -161,7 +160,7 @@ def _whole(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
-def _location(path: Path, name: str, entry: Any, start: int, data: int) -> Location:
+def _location(path: Path, name: str, entry: Any, start: int) -> Location:
     where = f"{path.name}: {name}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise DscError(f"{where}: the header lacks dtype, shape or data_offsets", _AGAIN)
@@ -179,13 +178,15 @@ def _location(path: Path, name: str, entry: Any, start: int, data: int) -> Locat
         raise DscError(
             f"{where}: shape {shape} of {dtype_name} takes {needed} bytes, the header gives {end - begin}", _AGAIN
         )
-    if end > data:
-        raise DscError(f"{where}: ends at byte {end} of {data}; the file is truncated", _AGAIN)
     return Location(path, start + begin, needed, dtype, tuple(shape))
 
 
 def _layout_problems(path: Path, tensors: dict[str, Location], start: int, size: int) -> Iterator[DscError]:
-    """Holes and overlaps: a file that has them was not written by an honest writer."""
+    """One line for a truncated file; holes and overlaps, which no honest writer leaves."""
+    end = max((place.offset + place.bytes for place in tensors.values()), default=start)
+    if end > size:
+        yield DscError(f"{path.name}: {size} bytes, but its tensors end at byte {end}; the file is truncated", _AGAIN)
+        return
     position, before = start, "the header"
     for name, place in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)):
         if place.offset != position:

@@ -106,15 +106,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     problems: list[DscError] = []
     config: dict[str, Any] = {}
     try:
-        config = read_json(path / "config.json")
+        config = _config(path)
     except DscError as error:
         problems.append(error)
     try:
-        stored, found = _stored(path)
+        stored, promised, found = _stored(path)
         problems += found
-        tensors, found = fold(stored, config)
-        # Parts are missing because their shard is: the shard's problem is the one to tell.
-        problems += [] if problems else found
+        tensors, found = fold(stored, config, absent=promised - stored.keys())
+        problems += found
     except DscError as error:
         problems.append(error)
     raise_problems(problems)
@@ -142,14 +141,22 @@ def read_tensor(place: Location, what: str) -> Tensor:
     return buffer.view(place.dtype).view(place.shape)
 
 
-def _stored(path: Path) -> tuple[dict[str, Location], list[DscError]]:
-    """Every stored tensor by name, and what index and shards do not agree on."""
+def _config(path: Path) -> dict[str, Any]:
+    config = read_json(path / "config.json")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise DscError(f"{path / 'config.json'}: quantization_config is not an object", "download the file again")
+    return config
+
+
+def _stored(path: Path) -> tuple[dict[str, Location], set[str], list[DscError]]:
+    """Every stored tensor by name, the names that should be there, and what is wrong with the files."""
     if (path / INDEX).exists():
         return _indexed(path)
     if (path / SINGLE).exists():
         if not inside(path, path / SINGLE):
             raise DscError(f"{path / SINGLE}: a link that leads out of the directory", "put the file itself there")
-        return read_shard_header(path / SINGLE)
+        tensors, problems = read_shard_header(path / SINGLE)
+        return ({}, set(), problems) if problems else (tensors, set(tensors), [])
     shards = sorted(file.name for file in path.glob("*.safetensors"))
     if shards:
         raise DscError(f"{path}: {len(shards)} safetensors files without {INDEX}", "copy the index too")
@@ -162,24 +169,26 @@ def _stored(path: Path) -> tuple[dict[str, Location], list[DscError]]:
     raise DscError(f"{path}: no {SINGLE} and no {INDEX}", "give a complete checkpoint directory")
 
 
-def _indexed(path: Path) -> tuple[dict[str, Location], list[DscError]]:
+def _indexed(path: Path) -> tuple[dict[str, Location], set[str], list[DscError]]:
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise DscError(f"{path / INDEX}: no weight_map of names to files", "download the file again")
     problems: list[DscError] = []
     stored: dict[str, Location] = {}
-    for shard in sorted(set(weight_map.values())):
-        expected = {name for name, file in weight_map.items() if file == shard}
+    by_shard: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        by_shard.setdefault(shard, set()).add(name)
+    for shard, expected in sorted(by_shard.items()):
         tensors, found = _shard(path, shard)
         problems += found or _disagreements(shard, expected, set(tensors), weight_map)
         stored.update({name: place for name, place in tensors.items() if name in expected})
-    strays = sorted({file.name for file in path.glob("model*.safetensors")} - set(weight_map.values()))
+    strays = sorted({file.name for file in path.glob("model*.safetensors")} - set(by_shard))
     problems += [DscError(f"{path / name}: not named in the index", "remove it, or copy its index") for name in strays]
-    return stored, problems
+    return stored, set(weight_map), problems
 
 
 def _shard(path: Path, shard: str) -> tuple[dict[str, Location], list[DscError]]:
-    if Path(shard).name != shard or not inside(path, path / shard):
+    if "\0" in shard or Path(shard).name != shard or not inside(path, path / shard):
         return {}, [
             DscError(f"{path / INDEX}: {shard!r} leads out of the directory", "name files of the directory only")
         ]

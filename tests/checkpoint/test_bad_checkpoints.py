@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deepseek_compress.checkpoint import open_checkpoint
@@ -69,7 +72,7 @@ def entry(dtype: Any, shape: Any, offsets: Any) -> dict[str, Any]:
         (
             {"a": entry("F32", [1 << 40], [0, 1 << 42])},
             b"1234",
-            "ends at byte 4398046511104 of 4; the file is truncated",
+            "97 bytes, but its tensors end at byte 4398046511197; the file is truncated",
         ),
         ({"a": entry("U8", [4], [0, 4]), "b": entry("U8", [4], [2, 6])}, b"123456", "b overlaps a"),
         ({"a": entry("U8", [2], [0, 2]), "b": entry("U8", [2], [4, 6])}, b"123456", "b leaves a hole after a"),
@@ -103,9 +106,9 @@ def test_a_truncated_shard(copy_of: Mutable) -> None:
     path = copy_of("tiny_v3")
     shard = sorted(path.glob("*.safetensors"))[1]
     os.truncate(shard, shard.stat().st_size - 1)
-    found = problems(path)
-    assert found[0].startswith(shard.name)
-    assert found[0].endswith("the file is truncated")
+    size = shard.stat().st_size
+    expected = f"{shard.name}: {size} bytes, but its tensors end at byte {size + 1}; the file is truncated"
+    assert problems(path) == [expected]
 
 
 def test_everything_wrong_is_told_together(copy_of: Mutable) -> None:
@@ -125,6 +128,41 @@ def test_everything_wrong_is_told_together(copy_of: Mutable) -> None:
         f"model.norm.weight: in the index, but not in {third.name}",
         f"surplus: in {third.name}, but not in the index",
     ]
+
+
+def test_a_missing_scale_is_told_beside_a_missing_shard(copy_of: Mutable) -> None:
+    """And the parts that the missing shard should hold are not told one by one."""
+    path = copy_of("tiny_v3")
+    first, _, third = sorted(path.glob("*.safetensors"))
+    first.unlink()
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    lost = "model.layers.2.mlp.shared_experts.up_proj.weight_scale_inv"
+    assert index["weight_map"].pop(lost) == third.name
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    state = load_file(third)
+    del state[lost]
+    save_file(state, third)
+    assert problems(path) == [
+        f"{first.name}: named in the index, but not there",
+        f"{lost.removesuffix('_scale_inv')}: torch.float8_e4m3fn with no weight_scale_inv and no scale",
+    ]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_damage_is_an_error_of_ours_or_harmless(data: st.DataObject, tiny_qwen2: Path, tmp_path: Path) -> None:
+    content = bytearray((tiny_qwen2 / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "model.safetensors").write_bytes(
+        content[: data.draw(st.sampled_from([len(content), header, header + 99]))]
+    )
+    (tmp_path / "config.json").write_bytes((tiny_qwen2 / "config.json").read_bytes())
+    with contextlib.suppress(DscError):
+        checkpoint = open_checkpoint(tmp_path)
+        for name in checkpoint.header.tensors:
+            checkpoint.read(name)
 
 
 def test_a_missing_scale_and_a_scale_without_its_weight(copy_of: Mutable) -> None:
@@ -190,7 +228,9 @@ def test_finite_values_whose_sum_overflows_are_fine(copy_of: Mutable) -> None:
     assert open_checkpoint(path).read("model.norm.weight").shape == (128,)
 
 
-@pytest.mark.parametrize("target", ["../other/model.safetensors", "/etc/passwd", "..", "sub/x.safetensors"])
+@pytest.mark.parametrize(
+    "target", ["../other/model.safetensors", "/etc/passwd", "..", ".", "", "sub/x.safetensors", "a\0.safetensors"]
+)
 def test_an_index_that_leads_out_of_the_directory(target: str, copy_of: Mutable) -> None:
     path = copy_of("tiny_v3")
     index = json.loads((path / "model.safetensors.index.json").read_text())
@@ -338,6 +378,18 @@ def test_a_file_that_shrinks_between_header_and_read(copy_of: Mutable) -> None:
     (path / "model.safetensors").unlink()
     with pytest.raises(DscError, match="No such file or directory"):
         checkpoint.read(name)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [("fp8", "quantization_config is not an object"), ({"weight_block_size": [0, 128]}, "weight_block_size [0, 128]")],
+)
+def test_a_config_that_says_nonsense(quantization: Any, expected: str, copy_of: Mutable) -> None:
+    path = copy_of("tiny_v3")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    (found,) = problems(path)
+    assert expected in found
 
 
 def test_an_unknown_name(tiny_llama: Path) -> None:
