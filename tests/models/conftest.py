@@ -32,7 +32,7 @@ V4_CONFIG: dict[str, Any] = {
                     "compressed_sparse_attention", "heavily_compressed_attention"],
     "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "swiglu_limit": 1.5, "sliding_window": 12, "o_groups": 2,
     "o_lora_rank": 32, "index_n_heads": 4, "index_head_dim": 48, "index_topk": 6, "num_nextn_predict_layers": 0,
-    "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False, "expert_dtype": "fp4",
+    "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "expert_dtype": "fp4",
     "rope_scaling": {key: value for key, value in YARN.items() if not key.startswith("mscale")},
 }  # fmt: skip
 

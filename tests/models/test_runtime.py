@@ -69,7 +69,7 @@ def test_generation_is_the_slow_loop(name: str, request: pytest.FixtureRequest) 
 
 def test_the_models_own_end_is_the_default(tiny_qwen2: Path) -> None:
     model = Model.load(tiny_qwen2)
-    assert model.generate(PROMPTS, 8) == model.generate(PROMPTS, 8, eos={1})
+    assert model.generate(PROMPTS, 8) == model.generate(PROMPTS, 8, eos={2})
     assert model.generate([], 8) == []
 
 
