@@ -26,7 +26,8 @@ FAMILIES = {
     "adversarial": (adversarial, 0.10),
 }
 SPLITS = ("test", "calibration", "train")
-DEFAULT = Difficulty()
+LONGEST = 110  # words of prompt and solution; longer problems are not given
+DEFAULT = Difficulty(largest=999, limit=9999, shortest=3, longest=4)
 
 __all__ = ["DEFAULT", "FAMILIES", "SPLITS", "Difficulty", "Problem", "Verdict", "generate", "mixture", "split_of", "verify", "write_tokenizer"]  # fmt: skip
 
@@ -38,19 +39,22 @@ def split_of(prompt: str) -> str:
 
 
 def generate(
-    family: str, seed: int, count: int, split: str = "train", difficulty: Difficulty = DEFAULT
+    family: str, seed: int, count: int, split: str = "train", difficulty: Difficulty = DEFAULT, kind: str = ""
 ) -> list[Problem]:
-    """`count` different problems of one family and split; the same arguments give the same problems."""
+    """`count` different problems of one family and split; the same arguments give the same problems.
+
+    `kind` limits them to one sub-task. Raises DscError for an unknown name.
+    """
     if family not in FAMILIES or split not in SPLITS:
         raise DscError(
             f"no tasks of family {family!r}, split {split!r}", f"families: {', '.join(FAMILIES)}; splits: {', '.join(SPLITS)}"
         )
-    rng = random.Random(f"{family}/{split}/{seed}")
-    module = FAMILIES[family][0]
+    rng = random.Random(f"{family}{kind}/{split}/{seed}")
+    makers = list(FAMILIES[family][0].KINDS.values()) if not kind else [FAMILIES[family][0].KINDS[kind]]
     found: dict[str, Problem] = {}
     while len(found) < count:
-        problem = module.make(rng, difficulty)
-        if split_of(problem.prompt) == split:
+        problem = rng.choice(makers)(rng, difficulty)
+        if split_of(problem.prompt) == split and len(f"{problem.prompt} {problem.solution}".split()) <= LONGEST:
             found.setdefault(problem.prompt, problem)
     return list(found.values())
 

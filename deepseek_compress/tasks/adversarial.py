@@ -16,24 +16,20 @@ from deepseek_compress.tasks.mathematics import equal, operate
 from deepseek_compress.tasks.problem import Difficulty, Problem
 
 
-def make(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """One problem of a random kind."""
-    return rng.choice((cycle, two_amounts, unknown_amount, two_places, unknown_variable))(rng, difficulty)
-
 
 def cycle(rng: random.Random, difficulty: Difficulty) -> Problem:
     """An order that bites its tail: any statement on the cycle may be named."""
     people = rng.sample(words.NAMES, rng.randint(3, min(difficulty.longest + 1, 4)))
-    relation = rng.choice(words.RELATIONS)
+    relation = rng.choice(words.RELATIONS[: words.USED_RELATIONS])
     pairs = list(zip(people, people[1:] + people[:1], strict=True))
-    shuffled = rng.sample(pairs, len(pairs))
-    shown = [commonsense.premise(rng, high, low, relation) for high, low in shuffled]
-    first = pairs.index(shuffled[0])
-    walk = pairs[first:] + pairs[:first]
-    steps = [f"{high} {relation[0]} {low}" for high, low in walk]
-    question = rng.choice((f"who is {relation[2]} ?", f"who is {relation[3]} ?", f"who is second {relation[2]} ?"))
-    meta = {"pairs": pairs, "relation": relation[0], "answers": [f"contradiction {high} {relation[0]} {low}" for high, low in pairs]}
-    return _problem("cycle", f"{' . '.join(shown)} . {question}", steps, f"contradiction {steps[-1]}", meta)
+    said = {pair: commonsense.premise(rng, *pair, relation) for pair in pairs}
+    shown = rng.sample(pairs, len(pairs))
+    up = rng.random() < 0.5
+    first = pairs.index(shown[0])
+    steps = [said[pairs[(first - i if up else first + i) % len(pairs)]] for i in range(len(pairs))]
+    prompt = f"{' . '.join(said[pair] for pair in shown)} . who is {relation[2 if up else 3]} ?"
+    meta: dict[str, object] = {"facts": steps, "answers": [f"contradiction {step}" for step in steps]}
+    return _problem("cycle", prompt, steps, f"contradiction {steps[-1]}", meta)
 
 
 def two_amounts(rng: random.Random, difficulty: Difficulty) -> Problem:
@@ -51,7 +47,7 @@ def two_amounts(rng: random.Random, difficulty: Difficulty) -> Problem:
         value, other = other, value
     steps = [f"{name} has {digits(value)} {item}", f"{name} has {digits(other)} {item}"]
     answer = f"contradiction {digits(value)} and {digits(other)} {item}"
-    meta = {"answers": [answer, f"contradiction {digits(other)} and {digits(value)} {item}"], "facts": steps}
+    meta: dict[str, object] = {"answers": [answer, f"contradiction {digits(other)} and {digits(value)} {item}"], "facts": steps}
     return _problem("two_amounts", " . ".join(parts), steps, answer, meta)
 
 
@@ -98,9 +94,9 @@ def unknown_variable(rng: random.Random, difficulty: Difficulty) -> Problem:
     """A program that reads a variable which was never given a value."""
     one, two, never = rng.sample(programs.VARIABLES, 3)
     value = rng.randint(2, difficulty.largest)
-    operator, operand, result = operate(rng, value, difficulty, "+-*")
+    operator, operand, _ = operate(rng, value, difficulty, "+-*")
     statements = [f"{one} = {digits(value)}", f"{two} = {one} {operator} {digits(operand)}"]
-    steps = [f"{one} = {digits(value)}", f"{two} = {digits(result)}"]
+    steps = programs.trace(" ; ".join(statements).split())
     statements.append(f"{one} = {rng.choice((one, two))} {rng.choice('+-')} {never}")
     if rng.random() < 0.5:
         statements.append(f"{two} = {one} + {digits(rng.randint(2, difficulty.largest))}")
@@ -113,8 +109,6 @@ def unknown_variable(rng: random.Random, difficulty: Difficulty) -> Problem:
 def step_holds(problem: Problem, step: Sequence[str], earlier: Sequence[Sequence[str]]) -> bool:
     """Whether a step is one of the facts of the problem, follows from them, or is true arithmetic."""
     sentence = " ".join(step)
-    if problem.kind == "cycle":
-        return len(step) == 3 and step[1] == problem.meta["relation"] and (step[0], step[2]) in problem.meta["pairs"]
     if problem.kind == "two_places":
         return len(step) == 3 and step[1] == "in" and (step[0], step[2]) in problem.meta["pairs"]
     if sentence in problem.meta["facts"]:
@@ -124,3 +118,7 @@ def step_holds(problem: Problem, step: Sequence[str], earlier: Sequence[Sequence
 
 def _problem(kind: str, prompt: str, steps: Sequence[str], answer: str, meta: dict[str, object]) -> Problem:
     return Problem("adversarial", kind, prompt, tuple(steps), answer, meta)
+
+
+#: the sub-tasks, drawn with equal shares
+KINDS = {make.__name__: make for make in (cycle, two_amounts, unknown_amount, two_places, unknown_variable)}

@@ -18,10 +18,6 @@ GAIN = ("{name} buys {n} more", "{name} finds {n} more", "{name} gets {n} more",
 LOSE = ("{name} sells {n}", "{name} eats {n}", "{name} loses {n}", "{name} gives {other} {n}")
 
 
-def make(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """One problem of a random kind."""
-    return rng.choice((commands, story, groups, equation, comparison))(rng, difficulty)
-
 
 def equal(left: str, value: int) -> str:
     """The step that states `left = value`."""
@@ -158,3 +154,7 @@ def given(prompt: Sequence[str]) -> list[int]:
 
 def _problem(kind: str, prompt: str, steps: Sequence[str], answer: str) -> Problem:
     return Problem("mathematics", kind, prompt, tuple(steps), answer)
+
+
+#: the sub-tasks, drawn with equal shares
+KINDS = {make.__name__: make for make in (commands, story, groups, equation, comparison)}

@@ -23,10 +23,6 @@ OPERATORS = ("+", "-", "*", "max", "min")
 LONGEST_LOOP = 9
 
 
-def make(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """One problem of a random kind."""
-    return rng.choice((straight, branch, loop, linear, operator))(rng, difficulty)
-
 
 def straight(rng: random.Random, difficulty: Difficulty) -> Problem:
     """Assignments, one after the other."""
@@ -34,7 +30,7 @@ def straight(rng: random.Random, difficulty: Difficulty) -> Problem:
     while True:
         state: dict[str, int] = {}
         statements: list[str] = []
-        for index in range(rng.randint(difficulty.shortest + 1, difficulty.longest + 1)):
+        for index in range(rng.randint(difficulty.shortest, difficulty.longest)):
             target = names[index] if index < 2 else rng.choice(names)
             statements.append(_assignment(rng, target, state, difficulty, "+-*"))
         if all(0 < value <= difficulty.limit for value in state.values()) and len(set(names) & set(state)) == 2:
@@ -107,7 +103,7 @@ def operator(rng: random.Random, difficulty: Difficulty) -> Problem:
     """Find the operator of f ( x , y ) = x ? y from two tests: try one after the other."""
     while True:
         wanted = rng.choice(OPERATORS)
-        pairs = [(rng.randint(2, difficulty.largest), rng.randint(2, 9)) for _ in range(2)]
+        pairs = [(rng.randint(2, min(99, difficulty.largest)), rng.randint(2, 9)) for _ in range(2)]
         values = [[_operation(name, x, y) for name in OPERATORS] for x, y in pairs]
         index = OPERATORS.index(wanted)
         if all(len(set(row)) == 5 and min(row) >= 0 and row[index] <= difficulty.limit for row in values):
@@ -128,7 +124,7 @@ def operator(rng: random.Random, difficulty: Difficulty) -> Problem:
 def trace(program: Sequence[str]) -> list[str]:
     """What a program does, one line for each assignment and comparison; raises `Malformed`.
 
-    `["a", "=", "7", ";", "b", "=", "a", "*", "3"]` gives `["a = 7", "b = 2 1"]`.
+    `["a", "=", "7", ";", "b", "=", "a", "*", "3"]` gives `["a = 7", "b = 7 * 3 = 2 1"]`: the values are put in first.
     """
     state: dict[str, int] = {}
     lines: list[str] = []
@@ -193,8 +189,9 @@ def _execute(statement: Sequence[str], state: dict[str, int], lines: list[str]) 
         _execute(statement[colon + 1 : other] if true else statement[other + 1 :], state, lines)
     elif len(statement) > 2 and statement[1] == "=":
         value = value_of(statement[2:], state)
+        filled = " ".join(digits(state[word]) if word in state else word for word in statement[2:])
+        lines.append(f"{statement[0]} = {filled}" + ("" if filled == digits(value) else f" = {digits(value)}"))
         state[statement[0]] = value
-        lines.append(f"{statement[0]} = {digits(value)}")
     else:
         raise Malformed(f"not a statement: {' '.join(statement)}")
 
@@ -224,7 +221,7 @@ def _traced(kind: str, statements: Sequence[str], shown: str) -> Problem:
     lines = trace(program.split())
     last = next(line for line in reversed(lines) if line.startswith(f"{shown} ="))
     return Problem(
-        "programs", kind, f"run : {program} ; print {shown}", tuple(lines), last.split(" = ")[1], {"trace": lines}
+        "programs", kind, f"run : {program} ; print {shown}", tuple(lines), last.split(" = ")[-1], {"trace": lines}
     )
 
 
@@ -234,3 +231,7 @@ def _operation(name: str, x: int, y: int) -> int:
 
 def _apply(name: str, x: str, y: str) -> str:
     return f"{x} {name} {y}"
+
+
+#: the sub-tasks, drawn with equal shares
+KINDS = {make.__name__: make for make in (straight, branch, loop, linear, operator)}

@@ -35,7 +35,8 @@ trunk locker sack cabinet""".split()
 ROOMS = """kitchen garage cellar attic garden office library bedroom bathroom hall shed barn studio workshop balcony
 pantry""".split()
 
-#: comparative, its opposite, superlative, the opposite's superlative
+#: comparative, its opposite, superlative, the opposite's superlative; the tasks use the first `USED_RELATIONS`
+USED_RELATIONS = 4
 RELATIONS = [
     ("taller", "shorter", "tallest", "shortest"),
     ("older", "younger", "oldest", "youngest"),
