@@ -29,9 +29,11 @@ TIMEOUT_S = 600
 
 # Features of torch 2.10 are enough, so one source builds with 2.10 and everything later.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Contraction to fused multiply-add would change the last bit of what must equal the reference; 
-HOST_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra",
-              "-Wno-maybe-uninitialized")  # GCC 12 says this of its own AVX-512 header
+# Contraction to fused multiply-add would change the last bit of what must equal the reference.
+HOST_FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 says so of its own AVX-512 header
+)
 
 
 class BuildError(Exception):
@@ -81,32 +83,41 @@ def cpu_library() -> Path:
 
 def cuda_library(capability: str) -> Path:
     """The CUDA operators for one architecture such as "90", built if need be. Raises BuildError."""
+    flags = [f for f in torch_flags() if not f.startswith("-Wl")]  # torch is loaded by then: no need to find it
+    flags = [*cuda_flags(capability), *flags, "-ltorch_cuda"]
+    return build(f"cuda{capability}", _nvcc(), ["torch_cuda.cpp", "softmax.cu"], flags)
+
+
+def cuda_kernels(capability: str) -> Path:
+    """The CUDA kernels alone, behind a C function for `harness`; needs no torch headers. Raises BuildError."""
+    return build(f"kernels{capability}", _nvcc(), ["softmax.cu"], cuda_flags(capability))
+
+
+def cuda_flags(capability: str) -> tuple[str, ...]:
+    """How nvcc compiles the kernels into a shared library."""
+    return ("-std=c++20", "-O3", "-shared", f"-arch=sm_{capability}", "-Xcompiler=-fPIC,-fvisibility=hidden")
+
+
+def _nvcc() -> str:
     nvcc = cuda_compiler()
     if nvcc is None:
         raise BuildError("no CUDA compiler: nvcc is not on the path and $CUDA_HOME is not set")
-    flags = ["-std=c++20", "-O3", "-shared", f"-arch=sm_{capability}", "-Xcompiler", "-fPIC", "-cudart", "shared"]
-    rpath = [f for f in torch_flags() if f.startswith("-Wl")]
-    rest = [f for f in torch_flags() if not f.startswith("-Wl")]
-    return build(
-        f"cuda{capability}",
-        nvcc,
-        ["torch_cuda.cpp", "softmax.cu"],
-        (*flags, *rest, *(f"-Xlinker={f.removeprefix('-Wl,').replace(',', '=')}" for f in rpath)),
-    )
+    return nvcc
 
 
 def emulated_library() -> Path:
     """The CUDA kernels compiled for the CPU, one fiber per CUDA thread; for tests. Raises BuildError."""
     # _FORTIFY_SOURCE refuses the longjmp from one stack to another that switches fibers.
-    flags = (*HOST_FLAGS, "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{NATIVE}")
-    return build("emulated", host_compiler(), [str(EMULATION / "softmax_emulated.cpp")], flags)
+    flags = ("-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{NATIVE}")
+    host = [flag for flag in HOST_FLAGS if flag != "-O3"]
+    return build("emulated", host_compiler(), [str(EMULATION / "softmax_emulated.cpp")], (*host, "-O1", *flags))
 
 
 def torch_flags() -> tuple[str, ...]:
     """Where torch's headers and libraries are."""
     torch = torch_directory()
     lib = torch / "lib"
-    return (TORCH_TARGET, f"-isystem{torch / 'include'}", f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
+    return (TORCH_TARGET, "-isystem", str(torch / "include"), f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
 
 
 def build(name: str, compiler: str, sources: Sequence[str], flags: Sequence[str]) -> Path:

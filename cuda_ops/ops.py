@@ -53,12 +53,14 @@ def load() -> bool:
     _library.append(library)
     for schema in SCHEMAS:
         library.define(schema)
+    torch.library.register_fake(f"{NAMESPACE}::softmax", _softmax_shapes, lib=library)
     try:
         torch.ops.load_library(str(build.cpu_library()))
         return True
     except (build.BuildError, OSError) as error:
         _log.warning("native kernels not available, the slow reference is used: %s", error)
     library.impl("pack_weights", _reference_pack, "CPU")
+    library.impl("softmax", reference.softmax, "CPU")
     library.impl("limit_isa", lambda level: 0, "CompositeExplicitAutograd")
     return False
 
@@ -120,6 +122,53 @@ def pack_weights(
     if bad >= 0:
         raise DscError(f"{name}: row {bad} holds NaN, infinity or a range beyond float32", "download the file again")
     return Packed(packed, stored, None if symmetric else zero)
+
+
+def softmax(
+    logits: Tensor,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    mask: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension in mixed precision: `(out, out_scale)`.
+
+    `logits` (..., rows, columns) int32 products of an 8-bit matrix product, or float16, bfloat16, float32; each is
+    multiplied by `row_scale` (..., rows) and `column_scale` (columns,) or (..., columns), float32. `mask` is bool, True
+    where a column takes part, broadcastable to the logits; or int32 (..., rows, 2), the first column that takes part
+    and the one after the last (causal and padding masks in eight bytes a row). A row that is fully masked gives zeros.
+    Maximum and sum are float32. `out` has `out_dtype`: float16 within one unit in the last place; for uint8,
+    p = out * out_scale with `out_scale` float32 (..., rows, 1), else `out_scale` is empty.
+    """
+    load()
+    if logits.is_cuda:
+        load_cuda(torch.cuda.get_device_capability(logits.device))
+    return torch.ops.deepseek_compress.softmax(  # type: ignore[no-any-return]
+        logits.contiguous(), _flat(row_scale), _flat(column_scale), mask, out_dtype
+    )
+
+
+@functools.cache
+def load_cuda(capability: tuple[int, int]) -> bool:
+    """Compile (once) and load the CUDA operators for a device; the reference where that fails, said once."""
+    try:
+        torch.ops.load_library(str(build.cuda_library(f"{capability[0]}{capability[1]}")))
+        return True
+    except (build.BuildError, OSError) as error:
+        _log.warning("CUDA kernels not available, the slow reference is used: %s", error)
+    _library[0].impl("softmax", reference.softmax, "CUDA")
+    return False
+
+
+def _flat(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.contiguous()
+
+
+def _softmax_shapes(
+    logits: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    scale = (*logits.shape[:-1], 1) if out_dtype == torch.uint8 else (0,)
+    return logits.new_empty(logits.shape, dtype=out_dtype), logits.new_empty(scale, dtype=torch.float32)
 
 
 def _expect(name: str, scale: Tensor, shape: tuple[int, int]) -> None:

@@ -70,3 +70,30 @@ def pack_weights(
     width = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
     bad = (~(values.isfinite().all(1) & width.isfinite().all(1))).nonzero()
     return pack_rows(codes), stored, pack_rows(zero.T.contiguous()).T.contiguous(), int(bad[0]) if len(bad) else -1
+
+
+def softmax(
+    logits: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The operator's contract in double precision, rounded once to `out_dtype`; see `ops.softmax`."""
+    values = logits.double()
+    if row_scale is not None:
+        values = values * row_scale.double().view(*logits.shape[:-1], 1)
+    if column_scale is not None:
+        columns = column_scale.double()
+        values = values * (columns if columns.numel() == logits.shape[-1] else columns.unsqueeze(-2))
+    if mask is not None and mask.dtype == torch.int32:
+        begin, end = mask.view(*logits.shape[:-1], 2).split(1, dim=-1)
+        column = torch.arange(logits.shape[-1], device=logits.device)
+        mask = (column >= begin) & (column < end)
+    if mask is not None:
+        values = values.masked_fill(~mask, -torch.inf)
+    largest = values.amax(-1, keepdim=True)
+    exponentials = (values - torch.where(largest == -torch.inf, 0.0, largest)).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    probability = torch.where(total == 0, 0.0, exponentials / total)
+    if out_dtype != torch.uint8:
+        return probability.to(out_dtype), logits.new_empty(0, dtype=torch.float32)
+    scale = probability.amax(-1, keepdim=True) / 255
+    codes = (probability / torch.where(scale == 0, 1.0, scale)).round().to(torch.uint8)
+    return codes, scale.float()

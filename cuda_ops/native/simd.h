@@ -9,14 +9,16 @@
 //   load_e4m3, load_e2m1      FP8 (NaN kept) and FP4 codes as float
 //   load_keep(p, x)           x where the mask byte is not 0, else -infinity
 //   first(x, n)               the first n lanes of x, -infinity in the others
-//   zero_below(x, limit, v)   v, but 0 where x < limit; a NaN in x keeps v
+//   fma(a, b, c)              a * b + c, in one rounding where the machine has it
+//   min, max(a, b)            a NaN in b is dropped
+//   exp2_of<fine>(t)          2^t for t < 9, 0 below 2^-110 or less, a NaN kept; fine: relative error about 1e-7, else
+//                             3e-6, far below half a unit of FP16, 5e-4
 //   quotient(a, b, 1 / b)     a / b rounded once, for b with at most 8 significant bits (a BF16 number). Dividing is the
 //                             slowest instruction there is, so the vector versions correct a guess. Why that is exact:
 //                             the guess q is within 1.5 ulp of Q = a / b and the remainder a - q b has no rounding, so
 //                             the sum before its one rounding is Q up to 2^-23 ulp. With b an 8-bit and a a 24-bit
 //                             whole number (times powers of two), Q is never a midpoint of two floats, and never
 //                             nearer to one than ulp / 512. Underflow only touches |Q| far below one half.
-//   times_power_of_two(x, n)  x * 2^n for whole n in [-126, 127]
 //   store_codes(row, k, r, z) 4-bit codes min(round(r) + z, 15) of elements k.., low nibble first; the sum is never
 //                             negative, for r >= low / scale and z = round(-low / scale) <= 15
 #pragma once
@@ -34,8 +36,12 @@
 
 namespace dsc {
 
-struct Half { uint16_t bits; };
-struct Bf16 { uint16_t bits; };
+struct Half {
+  uint16_t bits;
+};
+struct Bf16 {
+  uint16_t bits;
+};
 
 enum class Isa : int64_t { scalar = 0, avx2 = 1, avx512 = 2 };
 
@@ -70,6 +76,9 @@ inline uint16_t float_to_half(float x) {
   }
   return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
+
+inline float to_float(Bf16 x) { return bf16_to_float(x.bits); }
+inline float to_float(Half x) { return half_to_float(x.bits); }
 
 inline float e4m3_to_float(uint8_t x) {  // OCP FP8 E4M3: bias 7, no infinity, 0x7f and 0xff are NaN
   const uint32_t magnitude = x & 0x7f;

@@ -66,13 +66,27 @@ static inline F quotient(F a, F b, F reciprocal) {
 static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F min(F a, F b) { return _mm256_min_ps(b, a); }  // the instruction returns its second operand for a NaN
 static inline F max(F a, F b) { return _mm256_max_ps(b, a); }
-static inline F round_even(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline F zero_below(F x, F limit, F value) {
-  return _mm256_and_ps(value, _mm256_cmp_ps(x, limit, _CMP_NLT_UQ));
-}
-static inline F times_power_of_two(F x, F n) {
-  const I exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return _mm256_mul_ps(x, float_of(_mm256_slli_epi32(exponent, 23)));
+
+// 2^t = 2^n 2^f, n = round(t): adding 1.5 * 2^23 leaves n in the low bits of the sum. Minimax polynomials for 2^f on
+// [-1/2, 1/2], constant held at 1: relative error 2.8e-6 and 1.1e-7. Below 2^-110 the result is 0, so that no subnormal
+// float, which traps into microcode, is made.
+template <bool kFine>
+static inline F exp2_of(F t) {
+  const F magic = set(0x1.8p23f), shifted = add(t, magic), n = sub(shifted, magic), f = sub(t, n);
+  F p;
+  if constexpr (kFine) {
+    p = fma(set(0x1.5bba12p-10f), f, set(0x1.3cea88p-7f));
+    p = fma(p, f, set(0x1.c6b752p-5f));
+    p = fma(p, f, set(0x1.ebf9bcp-3f));
+    p = fma(p, f, set(0x1.62e42ap-1f));
+  } else {
+    p = fma(set(0x1.3a02ccp-7f), f, set(0x1.c9fc46p-5f));
+    p = fma(p, f, set(0x1.ec0378p-3f));
+    p = fma(p, f, set(0x1.62e12cp-1f));
+  }
+  p = fma(p, f, set(1.0f));
+  const F e = float_of(_mm256_add_epi32(bits_of(p), _mm256_slli_epi32(bits_of(shifted), 23)));
+  return _mm256_and_ps(e, _mm256_cmp_ps(t, set(-110.0f), _CMP_NLT_UQ));  // a NaN passes
 }
 
 static inline bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }

@@ -49,7 +49,6 @@ static inline F first(F x, int count) {
 }
 
 static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
-static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 static inline F quotient(F a, F b, F reciprocal) {
   const F guess = _mm512_mul_ps(a, reciprocal);
@@ -58,16 +57,56 @@ static inline F quotient(F a, F b, F reciprocal) {
 static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F min(F a, F b) { return _mm512_min_ps(b, a); }  // the instruction returns its second operand for a NaN
 static inline F max(F a, F b) { return _mm512_max_ps(b, a); }
-static inline F round_even(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline F zero_below(F x, F limit, F value) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), value);
+
+// 2^t = 2^floor(t) 2^f. The two instructions at the ends take -infinity (to 0) and everything below the smallest float
+// by themselves. Minimax polynomials for 2^f on [0, 1), constant held at 1: relative error 2.9e-6 and 9e-8.
+template <bool kFine>
+static inline F exp2_of(F t) {
+  const F f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);
+  F p;
+  if constexpr (kFine) {
+    p = fma(set(0x1.e974fcp-10f), f, set(0x1.277854p-7f));
+    p = fma(p, f, set(0x1.c91ce6p-5f));
+    p = fma(p, f, set(0x1.ebdb56p-3f));
+    p = fma(p, f, set(0x1.62e4bap-1f));
+  } else {
+    p = fma(set(0x1.b7f732p-7f), f, set(0x1.abf868p-5f));
+    p = fma(p, f, set(0x1.ee2450p-3f));
+    p = fma(p, f, set(0x1.62d6c6p-1f));
+  }
+  return _mm512_scalef_ps(fma(p, f, set(1.0f)), t);
 }
-static inline F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
 
 static inline bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 static inline float lowest(F a) { return _mm512_reduce_min_ps(a); }
 static inline float highest(F a) { return _mm512_reduce_max_ps(a); }
 static inline float total(F a) { return _mm512_reduce_add_ps(a); }
+
+// The largest of a row of 16-bit floats without converting them: as integers, with the other bits of a negative number
+// flipped, they are in the order of their values, and 32 go into one vector.
+static inline __m512i ordered(__m512i x) {
+  const __m512i flip = _mm512_and_si512(_mm512_srai_epi16(x, 15), _mm512_set1_epi16(0x7fff));
+  return _mm512_xor_si512(x, flip);
+}
+template <typename T>
+static inline float largest_of_words(const T* x, int64_t count) {
+  __m512i best[2] = {_mm512_set1_epi16(-0x8000), _mm512_set1_epi16(-0x8000)};  // below every number, NaN included
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64)
+    for (int j = 0; j < 2; j++) best[j] = _mm512_max_epi16(best[j], ordered(_mm512_loadu_si512(x + i + 32 * j)));
+  for (; i < count; i += 32) {
+    const __mmask32 lanes = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
+    const __m512i words = ordered(_mm512_maskz_loadu_epi16(lanes, x + i));
+    best[0] = _mm512_mask_max_epi16(best[0], lanes, best[0], words);
+  }
+  const __m512i both = _mm512_max_epi16(best[0], best[1]);
+  const __m256i words = _mm256_max_epi16(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
+  const int32_t top = _mm512_reduce_max_epi32(_mm512_cvtepi16_epi32(words));
+  const T largest{static_cast<uint16_t>(top < 0 ? top ^ 0x7fff : top)};
+  return to_float(largest);
+}
+static inline float largest_of(const Half* x, int64_t count) { return largest_of_words(x, count); }
+static inline float largest_of(const Bf16* x, int64_t count) { return largest_of_words(x, count); }
 
 static inline void store_codes(uint8_t* row, int64_t k, F ratio, float zero_point) {
   I code = _mm512_add_epi32(_mm512_cvtps_epi32(ratio), _mm512_set1_epi32(static_cast<int32_t>(zero_point)));

@@ -19,19 +19,19 @@ static inline F load_keep(const uint8_t* p, F x) { return *p ? x : -kInfinity; }
 static inline void store(float* p, F x) { *p = x; }
 static inline void store(Bf16* p, F x) { p->bits = float_to_bf16(x); }
 static inline void store(Half* p, F x) { p->bits = float_to_half(x); }
-static inline void store(uint8_t* p, F x) { *p = static_cast<uint8_t>(std::nearbyint(x)); }
+static inline void store(uint8_t* p, F x) { *p = static_cast<uint8_t>(x < 255.0f ? std::nearbyint(x) : 255.0f); }
 static inline F first(F x, int count) { return count > 0 ? x : -kInfinity; }
 
 static inline F add(F a, F b) { return a + b; }
-static inline F sub(F a, F b) { return a - b; }
 static inline F mul(F a, F b) { return a * b; }
 static inline F quotient(F a, F b, F) { return a / b; }
 static inline F fma(F a, F b, F c) { return a * b + c; }  // not fused: without the instruction that is a slow call
 static inline F min(F a, F b) { return b < a ? b : a; }
 static inline F max(F a, F b) { return b > a ? b : a; }  // a NaN in a stays, a NaN in b is dropped
-static inline F round_even(F x) { return std::nearbyint(x); }
-static inline F zero_below(F x, F limit, F value) { return x < limit ? 0.0f : value; }
-static inline F times_power_of_two(F x, F n) { return x * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23); }
+template <bool kFine>
+static inline F exp2_of(F t) {
+  return t < -110.0f ? 0.0f : std::exp2(t);
+}
 
 static inline bool any_nan(F a) { return a != a; }
 static inline float lowest(F a) { return a; }

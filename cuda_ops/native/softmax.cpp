@@ -1,0 +1,52 @@
+// The three builds of softmax_rows.h and the choice between them.
+#include "softmax.h"
+
+#include <vector>
+
+#include "simd.h"
+
+namespace dsc {
+
+namespace scalar {
+#include "simd_scalar.h"
+//
+#include "softmax_rows.h"
+}  // namespace scalar
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#include "simd_avx2.h"
+//
+#include "softmax_rows.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+namespace avx512 {
+#include "simd_avx512.h"
+//
+#include "softmax_rows.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+void softmax_rows(const SoftmaxJob& job, int64_t first, int64_t last) {
+  thread_local std::vector<float> buffer;  // kept: pages fresh from the system cost more than a row
+  buffer.resize(std::max(buffer.size(), static_cast<size_t>(job.columns) + 16));  // the last vector may be partly filled
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);  // subnormal floats count as 0: they trap into microcode
+    avx512::softmax_rows(job, first, last, buffer.data());
+    _mm_setcsr(before);
+    return;
+  }
+  if (isa() == Isa::avx2) return avx2::softmax_rows(job, first, last, buffer.data());
+#endif
+  scalar::softmax_rows(job, first, last, buffer.data());
+}
+
+}  // namespace dsc

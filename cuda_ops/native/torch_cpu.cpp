@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "pack.h"
+#include "softmax_arguments.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -66,10 +67,20 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> pack_weights(Tensor weight, std::opt
   return {packed, scales, zeros, bad.load()};
 }
 
+std::tuple<Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> row_scale, std::optional<Tensor> column_scale,
+                                   std::optional<Tensor> mask, ScalarType out_dtype) {
+  dsc::SoftmaxCall call = dsc::softmax_call(logits, row_scale, column_scale, mask, out_dtype);
+  const int64_t rows_at_once = std::max<int64_t>(1, (1 << 15) / call.job.columns);
+  torch::stable::parallel_for(0, call.job.rows, rows_at_once,
+                              [&](int64_t first, int64_t last) { dsc::softmax_rows(call.job, first, last); });
+  return {call.out, call.out_scale};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_compress, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
+  m.impl("softmax", TORCH_BOX(&softmax));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_compress, CompositeExplicitAutograd, m) {

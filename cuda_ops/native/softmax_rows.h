@@ -1,0 +1,179 @@
+// Softmax of a row on the CPU in two or three passes over memory that fits the second-level cache:
+//
+//   1. the largest logit; with scales or a mask the scaled logits are kept as floats in `buffer`
+//   2. e = 2^(l log2 e - largest log2 e), summed; uint8 codes leave here, for they need no sum
+//   3. e / sum in the output type
+//
+// The rounding of `largest log2 e` is the same for all of a row and goes out with the sum.
+// Included once for each set of instructions; see simd.h.
+
+constexpr float kLog2E = 0x1.715476p+0f;
+constexpr float kLog2Of255 = 0x1.ffa37cp+2f;
+
+// The last `count` < kLanes numbers of a row, -infinity in the other lanes.
+template <typename T>
+static inline F load_tail(const T* p, int64_t count) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return first(load(lanes), static_cast<int>(count));
+}
+
+template <typename T>
+static inline void store_tail(T* p, F x, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, x);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <typename In>
+static inline float largest_of(const In* x, int64_t count) {
+  F best[4] = {set(-kInfinity), set(-kInfinity), set(-kInfinity), set(-kInfinity)};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+    for (int j = 0; j < 4; j++) best[j] = max(best[j], load(x + i + j * kLanes));
+  for (; i + kLanes <= count; i += kLanes) best[0] = max(best[0], load(x + i));
+  if (i < count) best[1] = max(best[1], load_tail(x + i, count - i));
+  return highest(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
+// Logits times `scale`, column scales and mask, into `buffer`: a whole number of vectors, filled up with -infinity.
+template <typename In, bool kColumns, bool kKeep>
+static inline float scaled_logits(const In* x, float scale, const float* column_scale, const uint8_t* keep,
+                                  int64_t count, float* buffer) {
+  const F by = set(scale);
+  F best[4] = {set(-kInfinity), set(-kInfinity), set(-kInfinity), set(-kInfinity)};  // for the latency of the maximum
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int j = 0; j < 4; j++) {
+      const int64_t k = i + j * kLanes;
+      F l = mul(load(x + k), by);
+      if constexpr (kColumns) l = mul(l, load(column_scale + k));
+      if constexpr (kKeep) l = load_keep(keep + k, l);
+      store(buffer + k, l);
+      best[j] = max(best[j], l);
+    }
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t rest = count - i < kLanes ? count - i : kLanes;
+    F l = mul(load_tail(x + i, rest), by);
+    if constexpr (kColumns) l = mul(l, load_tail(column_scale + i, rest));
+    if constexpr (kKeep) {
+      uint8_t lanes[kLanes] = {};
+      std::memcpy(lanes, keep + i, static_cast<size_t>(rest));
+      l = load_keep(lanes, l);
+    }
+    l = first(l, static_cast<int>(rest));
+    store(buffer + i, l);
+    best[0] = max(best[0], l);
+  }
+  return highest(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
+template <typename In>
+static inline float scaled_logits(const In* x, float scale, const float* column_scale, const uint8_t* keep,
+                                  int64_t count, float* buffer) {
+  if (column_scale && keep) return scaled_logits<In, true, true>(x, scale, column_scale, keep, count, buffer);
+  if (column_scale) return scaled_logits<In, true, false>(x, scale, column_scale, keep, count, buffer);
+  if (keep) return scaled_logits<In, false, true>(x, scale, column_scale, keep, count, buffer);
+  return scaled_logits<In, false, false>(x, scale, column_scale, keep, count, buffer);
+}
+
+// x - largest into `buffer`, which may be x itself.
+template <typename T>
+static inline void subtract(const T* x, int64_t count, float largest, float* buffer) {
+  const F minus = set(-largest);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t rest = count - i;
+    store(buffer + i, add(rest < kLanes ? load_tail(x + i, rest) : load(x + i), minus));
+  }
+}
+
+// e = 2^(x log2 e - offset): with kCodes rounded to whole numbers into `codes`, else into `buffer`. Returns the sum of
+// e, added up in blocks: its error grows with the length of a block plus their number, not with the product.
+template <typename T, bool kFine, bool kCodes>
+static inline float exponentials(const T* x, int64_t count, float offset, float* buffer, uint8_t* codes) {
+  constexpr int64_t kBlock = 64 * kLanes;
+  const F by = set(kLog2E), minus = set(-offset);
+  F sum = set(0.0f);
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = start + kBlock < count ? start + kBlock : count;
+    F part = set(0.0f);
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      const F e = exp2_of<kFine>(fma(load(x + i), by, minus));
+      part = add(part, e);
+      if constexpr (kCodes) store(codes + i, e);
+      else store(buffer + i, e);
+    }
+    if (i < end) {
+      const F e = exp2_of<kFine>(fma(load_tail(x + i, end - i), by, minus));
+      part = add(part, e);
+      if constexpr (kCodes) store_tail(codes + i, e, end - i);
+      else store(buffer + i, e);
+    }
+    sum = add(sum, part);
+  }
+  return total(sum);
+}
+
+template <typename Out>
+static inline void write_out(const float* e, int64_t count, float factor, Out* out) {
+  const F by = set(factor);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, mul(load(e + i), by));
+  if (i < count) store_tail(out + i, mul(load(e + i), by), count - i);
+}
+
+// Passes 2 and 3 for `count` numbers x, of which the largest is given; `out` is typed by job.out_type.
+template <typename T>
+static inline void finish_row(const SoftmaxJob& job, int64_t row, const T* x, int64_t count, float largest,
+                              float* buffer, uint8_t* out) {
+  if (largest == -kInfinity) largest = 0.0f;  // nothing visible: every e is 0, or NaN stays NaN
+  const float offset = largest * kLog2E;
+  if (std::fabs(offset) == kInfinity && std::fabs(largest) < kInfinity) {  // within a third of the end of float32
+    subtract(x, count, largest, buffer);
+    finish_row(job, row, const_cast<const float*>(buffer), count, 0.0f, buffer, out);
+    return;
+  }
+  if (job.out_type == Type::uint8) {
+    const float sum = exponentials<T, false, true>(x, count, offset - kLog2Of255, nullptr, out);
+    job.out_scale[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    return;
+  }
+  const float sum = job.out_type == Type::float32 ? exponentials<T, true, false>(x, count, offset, buffer, nullptr)
+                                                  : exponentials<T, false, false>(x, count, offset, buffer, nullptr);
+  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+  if (job.out_type == Type::float16) write_out(buffer, count, factor, reinterpret_cast<Half*>(out));
+  else if (job.out_type == Type::bfloat16) write_out(buffer, count, factor, reinterpret_cast<Bf16*>(out));
+  else write_out(buffer, count, factor, reinterpret_cast<float*>(out));
+}
+
+template <typename In>
+static inline void softmax_row(const SoftmaxJob& job, int64_t row, float* buffer) {
+  const int64_t begin = job.begin_of(row), count = job.end_of(row) - begin;
+  const In* x = static_cast<const In*>(job.logits) + row * job.columns + begin;
+  const float* column_scale = job.columns_of(row);
+  const uint8_t* keep = job.keep_of(row);
+  const int64_t size = job.out_type == Type::uint8 ? 1 : job.out_type == Type::float32 ? 4 : 2;
+  auto* out = static_cast<uint8_t*>(job.out) + row * job.columns * size;
+  if (count < job.columns) std::memset(out, 0, static_cast<size_t>(job.columns * size));
+  out += begin * size;
+
+  if (!job.row_scale && !column_scale && !keep) {
+    finish_row(job, row, x, count, largest_of(x, count), buffer, out);
+    return;
+  }
+  const float scale = job.row_scale ? job.row_scale[row] : 1.0f;
+  const float largest = scaled_logits(x, scale, column_scale ? column_scale + begin : nullptr,
+                                      keep ? keep + begin : nullptr, count, buffer);
+  finish_row(job, row, const_cast<const float*>(buffer), count, largest, buffer, out);
+}
+
+static inline void softmax_rows(const SoftmaxJob& job, int64_t first, int64_t last, float* buffer) {
+  for (int64_t row = first; row < last; row++) {
+    if (job.in == Type::int32) softmax_row<int32_t>(job, row, buffer);
+    else if (job.in == Type::float16) softmax_row<Half>(job, row, buffer);
+    else if (job.in == Type::bfloat16) softmax_row<Bf16>(job, row, buffer);
+    else softmax_row<float>(job, row, buffer);
+  }
+}
