@@ -53,7 +53,10 @@ def fold(
             elif suffix in _PARTS and suffix != "scale":
                 raise DscError(f"{name}: a part without its weight", f"no encoded {main} goes with it")
             elif place.dtype in _ENCODED:
-                raise DscError(f"{name}: {place.dtype} without a scale is not a known encoding", "see README, formats")
+                raise DscError(
+                    f"{name}: {place.dtype} without a scale is not a known encoding",
+                    "dsc reads FP8 blocks, MXFP4 and pack-quantized",
+                )
             else:
                 tensors[name] = TensorInfo(name, place.shape, "plain", place.dtype, {suffix: place})
         except DscError as error:

@@ -62,6 +62,27 @@ def test_transformers_computes_the_logits_of_the_plain_twin(
     assert 0.7 < likeness < 0.9999  # the weights did change, and are weights still
 
 
+@pytest.mark.parametrize("model", ["tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_llama"])
+def test_our_runtime_computes_what_transformers_does_with_the_unpacked_weights(
+    model: str, pack: Pack, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """In float32 on both sides, so that the bound is that of sums in another order."""
+    import transformers
+
+    from deepseek_compress.models.runtime import Model
+
+    packed = open_checkpoint(pack(request.getfixturevalue(model), lambda name: {"group_size": 32}))
+    with CheckpointWriter(tmp_path / "plain", packed) as writer:
+        for name in packed.header.tensors:
+            writer.add(name, packed.read(name))
+        writer.finish({}, {}, [])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+        found = Model.load(packed).forward(TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+
+
 def test_transformers_loads_int8_weights_with_dynamic_activations(tiny_llama: Path, pack: Pack, tmp_path: Path) -> None:
     def channel(name: str) -> dict[str, Any]:
         return {"group_size": 256 if "down_proj" in name else 128, "num_bits": 8, "symmetric": True}
