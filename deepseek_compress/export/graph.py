@@ -71,7 +71,7 @@ class Graph:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._functions: dict[str, onnx.FunctionProto] = {}
         self._domains = {"": OPSET}
-        self._known: dict[Any, str] = {}
+        self._known: dict[Any, list[str]] = {}
         self._scope = ""
         self._names: dict[str, int] = {}
         self.bytes = 0  # of both files, once saved
@@ -94,21 +94,22 @@ class Graph:
 
     # ---- nodes
 
-    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """Add a node with one output and return the output's name."""
-        return self.ops(kind, *inputs, count=1, domain=domain, **attributes)[0]
+    def op(self, kind: str, *inputs: str, domain: str = "", named: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return the output's name, `named` where that is given."""
+        return self.ops(kind, *inputs, count=1, domain=domain, named=named, **attributes)[0]
 
-    def ops(self, kind: str, *inputs: str, count: int, domain: str = "", **attributes: Any) -> list[str]:
+    def ops(
+        self, kind: str, *inputs: str, count: int, domain: str = "", named: str = "", **attributes: Any
+    ) -> list[str]:
         """Add a node with `count` outputs, or return the outputs of the equal node that is already there."""
         key = (kind, domain, inputs, count, repr(sorted(attributes.items())))
-        if key not in self._known:
+        if named or key not in self._known:
             name = self._unique(self._scope + kind)
-            outputs = [name if count == 1 else f"{name}:{i}" for i in range(count)]
+            outputs = [named or name] if count == 1 else [f"{name}:{i}" for i in range(count)]
             self._nodes.append(helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes))
             self._domains.setdefault(domain, 1)
-            self._known[key] = name
-        name = self._known[key]
-        return [name if count == 1 else f"{name}:{i}" for i in range(count)]
+            self._known[key] = outputs
+        return self._known[key]
 
     def function(self, function: onnx.FunctionProto) -> None:
         """Register a model-local function; a second one of the same name must be the same."""
@@ -122,9 +123,8 @@ class Graph:
         self._inputs.append(helper.make_tensor_value_info(name, elem_type, shape))
         return name
 
-    def output(self, value: str, name: str, elem_type: int, shape: Sequence[int | str], first: bool = False) -> str:
-        """Declare `value` a graph output under `name`; `first` puts it before the others."""
-        self._nodes.append(helper.make_node("Identity", [value], [name], name=f"{name}/Identity"))
+    def output(self, name: str, elem_type: int, shape: Sequence[int | str], first: bool = False) -> str:
+        """Declare the value `name` (its node was `named` so) a graph output; `first` puts it before the others."""
         info = helper.make_tensor_value_info(name, elem_type, shape)
         self._outputs.insert(0 if first else len(self._outputs), info)
         return name

@@ -57,7 +57,8 @@ class Build:
     lower: Lowering
     accuracy_level: int = 4  # of MatMulNBits: 4 computes with 8-bit activations, 0 in float
     embedding_bits: int = 16  # 8: the embedding (and a tied head) in groups of 8-bit codes
-    sparse_experts: bool = False  # visit routed tokens only (onnxruntime); TensorRT has no NonZero
+    last_only: bool = False
+    contrib: bool = False  # for onnxruntime: its own operators, and routed experts, for which TensorRT has no NonZero
     activation_bits: int = 8
     rounded: frozenset[str] = frozenset()  # linears that see dynamic integers instead of floats, by checkpoint name
 
@@ -147,7 +148,7 @@ def round_tokens(build: Build, x: str) -> tuple[str, str]:
     g, top = build.graph, (1 << (build.activation_bits - 1)) - 1
     wide = g.op("Cast", x, to=TensorProto.FLOAT)
     largest = g.op("ReduceMax", g.op("Abs", wide), g.ints(-1), keepdims=1)
-    if build.sparse_experts:
+    if build.contrib:
         # onnxruntime 1.31 gives a reduction over no rows the shape of its input; the slice makes it (0, 1) again
         largest = g.op("Slice", largest, g.ints(0), g.ints(1), g.ints(-1))
     t = g.op("Div", largest, g.scalar(top, np.float32))
@@ -299,7 +300,7 @@ def matmulnbits(build: Build, x: str, weight: Weight) -> str:
 def nbits_product(build: Build, x: str, name: str, found: Quantized) -> str:
     """x . W^T by MatMulNBits."""
     rows, columns = found.codes.shape
-    knobs = {
+    knobs: dict[str, Any] = {
         "K": columns,
         "N": rows,
         "bits": 4 if found.num_bits <= 4 else 8,

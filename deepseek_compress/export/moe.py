@@ -88,5 +88,5 @@ def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> s
 def moe_part(build: Build, moe: Moe, stem: str, x: str) -> str:
     """Routed and shared experts: x (tokens, hidden) -> (tokens, hidden), without the residual."""
     shares = route(build, moe, stem, x)
-    y = (_routed_experts if build.sparse_experts else _all_experts)(build, moe, stem, x, shares)
+    y = (_routed_experts if build.contrib else _all_experts)(build, moe, stem, x, shares)
     return build.graph.op("Add", y, swiglu(build, f"{stem}.shared_experts", x)) if moe.shared else y

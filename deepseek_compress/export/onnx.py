@@ -43,11 +43,11 @@ from deepseek_compress.models.activations import input_scheme
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.numerics.grid import fit_group_size
 from deepseek_compress.numerics.types import Quantized, Statistics
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
-EMBEDDING_GROUP = 32  # of 8-bit embeddings: divides every published hidden size
 
 
 def export_onnx(
@@ -58,12 +58,14 @@ def export_onnx(
     dtype: str = "float32",
     accuracy_level: int = 4,
     embedding_bits: int = 16,
+    last_only: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write `path` and `path`.data; returns facts: bytes, nodes, initializers.
 
     `lowering` is one of `LOWERINGS`, `dtype` the float type of activations, `accuracy_level` that of MatMulNBits,
-    `embedding_bits` 8 stores embedding and head in groups of 8-bit codes (onnxruntime only).
+    `embedding_bits` 8 stores embedding and head in groups of 8-bit codes (onnxruntime only). `last_only`: logits of the
+    last token of a call alone, (batch, 1, vocabulary), which is what serving needs of a prompt.
     Raises `DscError` for a family or a layer that has no emitter here.
     """
     cfg = family_of(checkpoint.config).parse(checkpoint.config)
@@ -81,7 +83,8 @@ def export_onnx(
             LOWERINGS[lowering],
             accuracy_level=accuracy_level,
             embedding_bits=embedding_bits,
-            sparse_experts=lowering == "matmulnbits",
+            last_only=last_only,
+            contrib=lowering == "matmulnbits",
             activation_bits=bits,
             rounded=rounded,
         )
@@ -129,12 +132,16 @@ def emit_model(build: Build) -> None:
     x = embed(build)
     for layer in range(cfg.num_hidden_layers):
         x = emit_block(build, layer, x)
-    x = rms_norm(build, "model.norm", x, cfg.rms_norm_eps)
-    logits = head(build, x)
+    lengths = g.op("Shape", "input_ids")
+    if build.last_only:
+        x = g.op("Reshape", x, g.op("Concat", lengths, g.ints(cfg.hidden_size), axis=0))
+        x = g.op("Gather", x, g.constant(np.array(-1, np.int64)), axis=1)
+        lengths = g.op("Concat", g.op("Slice", lengths, g.ints(0), g.ints(1)), g.ints(1), axis=0)
+    logits = head(build, rms_norm(build, "model.norm", x, cfg.rms_norm_eps))
     logits = g.op("Cast", logits, to=TensorProto.FLOAT)
-    shape = g.op("Concat", g.op("Shape", "input_ids"), g.ints(cfg.vocab_size), axis=0)
-    logits = g.op("Reshape", logits, shape)
-    g.output(logits, "logits", TensorProto.FLOAT, ["batch", "new", cfg.vocab_size], first=True)
+    shape = g.op("Concat", lengths, g.ints(cfg.vocab_size), axis=0)
+    logits = g.op("Reshape", logits, shape, named="logits")
+    g.output(logits, TensorProto.FLOAT, ["batch", 1 if build.last_only else "new", cfg.vocab_size], first=True)
 
 
 def emit_block(build: Build, layer: int, x: str) -> str:
@@ -162,7 +169,8 @@ def embed(build: Build) -> str:
     if build.embedding_bits == 8:
         table, scale, zero = nbits_weight(build, f"{EMBEDDING}.weight", _rounded_table(build, EMBEDDING))
         flat = g.op("Reshape", table, g.ints(0, -1))
-        knobs = {"bits": 8, "block_size": EMBEDDING_GROUP, "gather_axis": 0, "quantize_axis": 1}
+        size = fit_group_size(build.cfg.hidden_size, None)
+        knobs: dict[str, Any] = {"bits": 8, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
         x = g.op("GatherBlockQuantized", flat, "input_ids", scale, zero, domain=CONTRIB, **knobs)
     else:
         weight = float_weight(build, Weight(EMBEDDING, (EMBEDDING,)), cast=False)
@@ -183,7 +191,7 @@ def head(build: Build, x: str) -> str:
 
 def _rounded_table(build: Build, name: str) -> Quantized:
     """The table `name` on a grid of 8 bits per group, rounded to nearest."""
-    quantize = WEIGHTS["rtn"](num_bits=8, group_size=EMBEDDING_GROUP)
+    quantize = WEIGHTS["rtn"](num_bits=8, group_size=None)
     return quantize(build.checkpoint.read(f"{name}.weight"), Statistics())
 
 

@@ -125,6 +125,10 @@ def rotate(build: Build, x: str) -> str:
 
 def _shares(build: Build, scores: str) -> str:
     g = build.graph
+    if build.contrib:
+        # onnxruntime's own Softmax is one pass over the row; hidden scores get a bias that no score outweighs
+        bias = g.op("Where", causal_mask(build), g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
+        return g.op("Softmax", g.op("Add", scores, bias), axis=-1)
     g.function(row_softmax(g.elem_type))
     return g.op(SOFTMAX, scores, causal_mask(build), domain=DOMAIN)
 
@@ -137,8 +141,8 @@ def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: t
         return ["batch", *shape[: axis - 1], length, *shape[axis - 1 :]]
 
     past = g.input(f"past.{layer}.{part}", g.elem_type, dims("past"))
-    every = g.op("Concat", past, new, axis=axis)
-    return g.output(every, f"present.{layer}.{part}", g.elem_type, dims("total"))
+    every = g.op("Concat", past, new, axis=axis, named=f"present.{layer}.{part}")
+    return g.output(every, g.elem_type, dims("total"))
 
 
 def _queries(build: Build, mla: Mla, stem: str, x: str) -> str:

@@ -37,6 +37,7 @@ class Settings:
     past: Range = PAST
     accuracy_level: int = 4
     embedding_bits: int = 16
+    last_only: bool = False
     verify: bool = True
     prompts: Sequence[Sequence[int]] = ()  # calibration tokens to verify with, besides random ones
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +129,7 @@ def _graph(source: Checkpoint, path: Path, lowering: str, settings: Settings) ->
         dtype=kind,
         accuracy_level=settings.accuracy_level,
         embedding_bits=settings.embedding_bits,
+        last_only=settings.last_only,
     )
     facts |= {"status": "written, not run", "sparsity": _sparsity(source)}
     if settings.verify and kind != "bfloat16":

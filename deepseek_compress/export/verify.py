@@ -129,9 +129,10 @@ def verify(
         with torch.no_grad():
             want = model.forward(torch.from_numpy(tokens), cache, padding).numpy()
         have = onnx_model.step(tokens, mask)
+        want, judged_mask = want[:, -have.shape[1] :], mask[:, -have.shape[1] :]  # some files give the last logits only
         largest = np.abs(want).max(-1)
         error = np.abs(want.astype(np.float64) - have).max(-1) / np.maximum(largest, 1e-30)
-        errors.append(error[mask.astype(bool)])
+        errors.append(error[judged_mask.astype(bool)])
         last = np.sort(want[:, -1], axis=-1)
         clear = last[:, -1] - last[:, -2] > 2 * bound * largest[:, -1]
         same = want[:, -1].argmax(-1) == have[:, -1].argmax(-1)

@@ -20,7 +20,7 @@ class Export(Stage, frozen=True, extra="forbid"):
 
     `precision` auto: float16 for TensorRT, else float32. `batch`, `new` (tokens of a call) and `past` (tokens in the
     cache) are the ranges of the engine's profile: least, usual, most. `accuracy_level` is that of MatMulNBits: 4 means
-    8-bit activations, 0 float ones.
+    8-bit activations, 0 float ones. `logits` last: of the last token of a call alone, which is what serving needs.
     """
 
     writes: ClassVar[str] = "artifact"
@@ -32,6 +32,7 @@ class Export(Stage, frozen=True, extra="forbid"):
     past: Range = PAST
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     embedding_bits: Literal[8, 16] = 16
+    logits: Literal["all", "last"] = "all"
     verify: bool = True
     samples: int = Field(2, ge=0)  # calibration texts to verify with, besides random tokens
 
@@ -77,6 +78,7 @@ class Export(Stage, frozen=True, extra="forbid"):
             past=self.past,
             accuracy_level=self.accuracy_level,
             embedding_bits=self.embedding_bits,
+            last_only=self.logits == "last",
             verify=self.verify,
             prompts=self._prompts(source, context) if self.verify and self.target in GRAPHS else (),
             manifest=manifest,

@@ -28,7 +28,7 @@ def test_tensors_and_types_survive_the_external_file(tmp_path: Path) -> None:
         x = graph.input("x", TensorProto.FLOAT, ["n", 300])
         y = graph.op("MatMul", x, graph.weight("wide", wide))
         graph.weight4("codes", codes, signed=True)
-        graph.output(y, "y", TensorProto.FLOAT, ["n", 7])
+        graph.output(graph.op("Identity", y, named="y"), TensorProto.FLOAT, ["n", 7])
         graph.save({"made": "here"})
     model = onnx.load(str(tmp_path / "m.onnx"))
     onnx.checker.check_model(model)

@@ -34,7 +34,7 @@ def test_blocks_never_meet_rounded_activations(tmp_path: Path, through: tuple[st
             weight = graph.op(step, weight, **knobs)
         x = graph.input("x", TensorProto.FLOAT, ["n", K])
         y = graph.op("MatMul", rounded(graph, x, graph.scalar(0.1)), weight)
-        graph.output(y, "y", TensorProto.FLOAT, ["n", N])
+        graph.output(graph.op("Identity", y, named="y"), TensorProto.FLOAT, ["n", N])
         with pytest.raises(DscError, match="block-wise"):
             graph.save({})
     assert not list(tmp_path.iterdir())
@@ -46,7 +46,7 @@ def test_narrow_scales_never_meet_bytes(tmp_path: Path) -> None:
         weight = graph.op("DequantizeLinear", codes, graph.weight("s", np.ones(N, np.float16)), axis=1)
         x = graph.input("x", TensorProto.FLOAT16, ["n", K])
         y = graph.op("MatMul", rounded(graph, x, graph.scalar(0.1)), weight)
-        graph.output(y, "y", TensorProto.FLOAT16, ["n", N])
+        graph.output(graph.op("Identity", y, named="y"), TensorProto.FLOAT16, ["n", N])
         with pytest.raises(DscError, match="16-bit scales"):
             graph.save({})
 
@@ -54,7 +54,7 @@ def test_narrow_scales_never_meet_bytes(tmp_path: Path) -> None:
 def test_blocks_with_float_activations_are_fine(tmp_path: Path) -> None:
     with Graph(tmp_path / "m.onnx") as graph:
         x = graph.input("x", TensorProto.FLOAT, ["n", K])
-        graph.output(graph.op("MatMul", x, blocks(graph, np.float32)), "y", TensorProto.FLOAT, ["n", N])
+        graph.output(graph.op("MatMul", x, blocks(graph, np.float32), named="y"), TensorProto.FLOAT, ["n", N])
         assert graph.save({}).is_file()
 
 

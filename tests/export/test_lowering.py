@@ -93,7 +93,9 @@ def test_value(
         value = graph.input("x", graph.elem_type, ["n", COLUMNS])
         value = graph.op("Unsqueeze", value, graph.ints(0)) if stacked else value
         y = build.lower(build, value, weight)
-        graph.output(y, "y", graph.elem_type, [EXPERTS, "n", ROWS] if stacked else ["n", ROWS])
+        graph.output(
+            graph.op("Identity", y, named="y"), graph.elem_type, [EXPERTS, "n", ROWS] if stacked else ["n", ROWS]
+        )
         graph.save({})
     have = open_session(path).run(None, {"x": x})[0]
     want = np.stack([reference(x, weights[name], rounded) for name in names])
