@@ -96,10 +96,10 @@ def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool)
 
 def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
     """What one stage left behind."""
-    stage = recipe.steps[0].stage
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     facts = _read(out / "dsc_run.json") or {}
-    following = _evaluate(out, model) if stage.writes == "checkpoint" else f"dsc quantize {model} -o OUT"
+    others = {"calibrate": f"dsc quantize {model} -o OUT", "export": f"dsc evaluate {model} -o report.json"}
+    following = others.get(recipe.steps[0].kind) or _evaluate(out, model)
     if as_json:
         console.print_json({"out": str(out), "bytes": size, "run": facts, "next": following})
         return
