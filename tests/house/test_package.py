@@ -72,5 +72,6 @@ def test_a_source_archive_can_be_built(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    names = tarfile.open(next(tmp_path.glob("*.tar.gz"))).getnames()
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
     assert any(name.endswith("/recipes/quickstart.yaml") for name in names)
