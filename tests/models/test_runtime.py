@@ -55,7 +55,12 @@ def test_cache_and_left_padding_change_nothing(name: str, request: pytest.Fixtur
         assert relative(padded[row, width - len(prompt) :], model.forward(torch.tensor([prompt]))[0]) < BOUND
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_without_a_cache(tiny_v4: Path) -> None:
+    model = Model.load(tiny_v4)
+    assert model.generate(PROMPTS[:2], 3, eos=()) == [slow_greedy(model, prompt, 3, end=-1) for prompt in PROMPTS[:2]]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "tiny_v4"])
 def test_generation_is_the_slow_loop(name: str, request: pytest.FixtureRequest) -> None:
     model = Model.load(request.getfixturevalue(name))
     free = [slow_greedy(model, prompt, 12, end=-1) for prompt in PROMPTS]
