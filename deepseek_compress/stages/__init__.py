@@ -22,7 +22,6 @@ STAGES: dict[str, Entry] = {
     "compress": Entry("compress", "Compress", "2:4 sparsity, low-bit weights, 8-bit activations, in one pass"),
     "recover": Entry("recover", "Recover", "scales and norms of a packed model trained by KL against the original"),
     "calibrate": Entry("calibrate", "Calibrate", "what calibration text does to each linear: ranges, coverage"),
-    "recover": Entry("recover", "Recover", "scales and norms trained on the original's outputs after rounding"),
     "export": Entry("export", "Export", "compressed-tensors, BF16, ONNX, TensorRT engine"),
     "evaluate": Entry("evaluate", "Evaluate", "what was lost and gained against a reference, as a report"),
 }
