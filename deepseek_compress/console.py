@@ -112,14 +112,14 @@ def size(count: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people: `45 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Seconds for people: `45 s`, `3 min 20 s`, `12 min`, `2 h 05 min`."""
     if seconds is None:
         return "unknown"
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole // 60} min {whole % 60:02d} s" if whole < 600 else f"{whole // 60} min"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 

@@ -35,12 +35,22 @@ def plan(found: Plan, rates: Mapping[str, float] | None, as_json: bool, followin
     if found.header is not None:
         count, size = len(found.header.tensors), console.size(found.header.bytes)
         console.line(f"{found.recipe.name} on {found.model}: {count} tensors, {size}")
-    columns = ("stage", "kind", "from", "tensors", "disk", "memory", "time")
+    columns = ("stage", "kind", "#", "from", "tensors", "disk", "memory", "time")
+    numbers = {row["name"]: f"#{number}" for number, row in enumerate(rows, start=1)}
     cells = (
-        (r["name"], r["kind"], r["from"], r["tensors"], _size(r["bytes"]), _size(r["memory"]), _time(r["seconds"]))
-        for r in rows
+        (
+            row["name"],
+            row["kind"],
+            number.removeprefix("#"),
+            numbers.get(row["from"], "model"),
+            row["tensors"],
+            _size(row["bytes"]),
+            _size(row["memory"]),
+            _time(row["seconds"]),
+        )
+        for row, number in zip(rows, numbers.values(), strict=True)
     )
-    console.table("", columns, cells, right=("tensors", "disk", "memory", "time"))
+    console.table("", columns, cells, right=columns[4:])
     for problem in found.problems:
         console.errors(problem)
     if found.problems:

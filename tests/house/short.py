@@ -7,7 +7,7 @@ from pathlib import Path
 
 TEXT = ("--samples", "2", "--length", "16")
 MEASURE = ("--set", "evaluate.problems=2", "--set", "evaluate.efficiency=false")
-DISTILL: tuple[str, ...] = ()
+DISTILL = ("--set", "distill.steps=1", "--set", "distill.documents=8", "--set", "distill.experts=6")
 
 
 def shorten(words: Sequence[str], model: Path, text: Path) -> list[str]:
