@@ -25,8 +25,8 @@ CHUNK = 2000  # problems made together, by one process from one seed
 
 #: sub-tasks that are learnt late, and the problems of each that every chunk holds on top of the mix
 LATE = {
-    ("commonsense", "order"): 100, ("commonsense", "kinship"): 140, ("adversarial", "cycle"): 80,
-    ("programs", "straight"): 110, ("programs", "branch"): 90, ("programs", "linear"): 110,
+    ("commonsense", "order"): 180, ("commonsense", "kinship"): 220, ("adversarial", "cycle"): 100,
+    ("programs", "straight"): 140, ("programs", "branch"): 60, ("programs", "linear"): 60,
 }  # fmt: skip
 
 Rows = tuple[np.ndarray, np.ndarray]  # ids int16 (rows, length), weights float16 (rows, length)

@@ -100,6 +100,32 @@ def missing_experts(model: nn.Module, generator: torch.Generator | None) -> Iter
 
 
 @torch.no_grad()
+def spread(model: nn.Module, sigma: float, seed: int) -> None:
+    """Give the channels the uneven scales that large models have, without changing what the model computes.
+
+    The gain of each channel of a norm is divided by exp(sigma n), n normal, and the columns of the linears behind it
+    are multiplied by it. Large models grow such channels by themselves (Dettmers et al. 2022, LLM.int8(), section 4;
+    Lin et al. 2023, AWQ, section 3); a small one that is trained for minutes does not.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(norm: nn.Module, *columns: Tensor) -> None:
+        scale = torch.exp(sigma * torch.randn(len(norm.weight), generator=generator)).to(norm.weight.device)
+        norm.weight.div_(scale)
+        for weight in columns:
+            weight.mul_(scale)
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        pair(layer.input_layernorm, attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight)
+        pair(attention.q_a_layernorm, attention.q_b_proj.weight)
+        pair(attention.kv_a_layernorm, attention.kv_b_proj.weight)
+        inner = mlp.shared_experts if hasattr(mlp, "experts") else mlp
+        routed = (mlp.experts.gate_up_proj, mlp.gate.weight) if hasattr(mlp, "experts") else ()
+        pair(layer.post_attention_layernorm, inner.gate_proj.weight, inner.up_proj.weight, *routed)
+
+
+@torch.no_grad()
 def balance(model: nn.Module, real: Tensor, gamma: float) -> None:
     """One step of the balancing without an auxiliary loss (DeepSeek-V3 report, section 2.1.2).
 

@@ -25,7 +25,6 @@ from nano import data, model as nano
 from nano.optimizer import optimizers
 
 SAVE_EVERY = 300.0  # seconds
-TEST_PROBLEMS = 1000
 
 
 def arguments() -> argparse.Namespace:
@@ -43,6 +42,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gamma", type=float, default=2e-3, help="step of the router's balancing bias")
     parser.add_argument("--missing", type=float, default=0.5, help="share of the steps in which experts are taken out")
     parser.add_argument("--start", type=Path, help="weights to start from")
+    parser.add_argument("--spread", type=float, default=0.0, help="sigma of the channels' scales, applied at the start")
+    parser.add_argument("--tests", type=int, default=1000, help="test problems")
     parser.add_argument("--difficulty", default="", help="largest,limit,shortest,longest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=200, help="steps between tests")
@@ -62,9 +63,10 @@ def batch_of(rows: data.Rows, size: int, step: int, seed: int, device: torch.dev
     per_epoch = max(1, len(ids) // size)
     order = np.random.default_rng([seed, step // per_epoch]).permutation(len(ids))
     picked = order[step % per_epoch * size :][:size]
+    longest = int((ids[picked] != 0).sum(1).max())  # columns of padding alone are not worth their time
     return (
-        torch.from_numpy(ids[picked].astype(np.int64)).to(device),
-        torch.from_numpy(weights[picked].astype(np.float32)).to(device),
+        torch.from_numpy(ids[picked, :longest].astype(np.int64)).to(device),
+        torch.from_numpy(weights[picked, :longest].astype(np.float32)).to(device),
     )
 
 
@@ -76,9 +78,11 @@ def loss_of(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
     return (losses * wanted).sum() / wanted.sum()
 
 
-def test_set(difficulty: tasks.Difficulty, device: torch.device) -> tuple[list[tasks.Problem], Tensor, Tensor]:
+def test_set(
+    difficulty: tasks.Difficulty, device: torch.device, count: int = 1000
+) -> tuple[list[tasks.Problem], Tensor, Tensor]:
     """Unseen problems in the shares of the mix."""
-    problems = tasks.mixture(0, TEST_PROBLEMS, "test", difficulty)
+    problems = tasks.mixture(0, count, "test", difficulty)
     ids, weights = data.singles(problems)
     return problems, torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(weights.astype(np.float32)).to(device)
 
@@ -100,10 +104,12 @@ def train(options: argparse.Namespace) -> nn.Module:
     started = time.time()
     mean = 72  # tokens a problem
     singles, packed = data.pool(int((options.unique or options.tokens) / mean), options.seed, difficulty, options.workers)
-    problems, ids, weights = test_set(difficulty, device)
+    problems, ids, weights = test_set(difficulty, device, options.tests)
     model = nano.build(device, options.seed)
     if options.start:
         model.load_state_dict(torch.load(options.start, map_location=device))
+    if options.spread:
+        nano.spread(model, options.spread, options.seed)
     parts = optimizers(model, options.optimizer, options.lr, options.weight_decay, options.pull)
     sizes = (round(options.batch / mean), max(1, options.batch // data.PACKED))
     steps = int(options.tokens / options.batch)

@@ -50,7 +50,10 @@ def generate(
             f"no tasks of family {family!r}, split {split!r}", f"families: {', '.join(FAMILIES)}; splits: {', '.join(SPLITS)}"
         )
     rng = random.Random(f"{family}{kind}/{split}/{seed}")
-    makers = list(FAMILIES[family][0].KINDS.values()) if not kind else [FAMILIES[family][0].KINDS[kind]]
+    kinds = FAMILIES[family][0].KINDS
+    if kind and kind not in kinds:
+        raise DscError(f"no kind {kind!r} in family {family}", f"kinds: {', '.join(kinds)}")
+    makers = [kinds[kind]] if kind else list(kinds.values())
     found: dict[str, Problem] = {}
     while len(found) < count:
         problem = rng.choice(makers)(rng, difficulty)

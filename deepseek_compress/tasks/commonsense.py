@@ -46,22 +46,20 @@ def premise(rng: random.Random, high: str, low: str, relation: Sequence[str]) ->
 
 
 def order(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """People in a line; who stands at one end? The chain starts at the first premise and climbs to that end."""
+    """People in a line; who stands at one end? The first premise is at the other end, the rest is shuffled."""
     people = rng.sample(words.NAMES, rng.randint(difficulty.shortest + 1, min(difficulty.longest + 1, 5)))
     relation = rng.choice(words.RELATIONS[: words.USED_RELATIONS])
-    said = {pair: premise(rng, *pair, relation) for pair in zip(people, people[1:], strict=False)}
-    shown = rng.sample(list(said), len(said))
-    up = rng.random() < 0.5
-    first = people.index(shown[0][0])
-    climb = [said[people[i], people[i + 1]] for i in (range(first, -1, -1) if up else range(first, len(said)))]
-    prompt = f"{' . '.join(said[pair] for pair in shown)} . who is {relation[2 if up else 3]} ?"
-    meta = {"facts": list(said.values())}
-    return Problem("commonsense", "order", prompt, tuple(climb), people[0 if up else -1], meta)
+    up = rng.random() < 0.5  # climb to the highest, or go down to the lowest
+    chain = [premise(rng, high, low, relation) for high, low in zip(people, people[1:], strict=False)]
+    chain = chain[::-1] if up else chain
+    shown = [chain[0], *rng.sample(chain[1:], len(chain) - 1)]
+    prompt = f"{' . '.join(shown)} . who is {relation[2 if up else 3]} ?"
+    return Problem("commonsense", "order", prompt, tuple(chain), people[0 if up else -1], {"facts": chain})
 
 
 def kinship(rng: random.Random, difficulty: Difficulty) -> Problem:
     """Two or three family links composed."""
-    relations = _links(rng, 3 if difficulty.longest >= 4 and rng.random() < 0.5 else 2)
+    relations = _links(rng, 3 if difficulty.longest >= 4 and rng.random() < 0.25 else 2)
     people = rng.sample(words.NAMES, len(relations) + 2)
     women = {person: rng.random() < 0.5 for person in people}
 
