@@ -73,9 +73,7 @@ def measure(dtype: torch.dtype, columns: int, elements: int, repeats: int) -> di
         error = int((ours[:64].view(torch.int16).int() - exact.view(torch.int16).int()).abs().max())  # in ulp
         if error > 1:
             raise SystemExit(f"wrong: {dtype} x {columns}: {error} ulp")
-        seconds = best_of(
-            repeats, lambda: cuda_ops.softmax(x, out_dtype=torch.float16), lambda: torch.softmax(x, -1)
-        )
+        seconds = best_of(repeats, lambda: cuda_ops.softmax(x, out_dtype=torch.float16), lambda: torch.softmax(x, -1))
     kind = str(dtype).removeprefix("torch.")
     ratio = seconds[1] / seconds[0]
     nanoseconds = [1e9 * s / x.numel() for s in seconds]

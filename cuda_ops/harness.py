@@ -112,9 +112,7 @@ def emulate(call: Call, kernel: str, order: int = 0) -> Traffic:
         spans[2 * i + 1] = tensor.data_ptr() + extent * tensor.element_size()
     counts = (ctypes.c_int64 * (4 * len(tensors)))()
     library = emulation()
-    result = library.dsc_softmax_emulated(
-        ctypes.byref(call.job), KERNELS[kernel], order, spans, len(tensors), counts
-    )
+    result = library.dsc_softmax_emulated(ctypes.byref(call.job), KERNELS[kernel], order, spans, len(tensors), counts)
     if result < 0:
         raise RuntimeError(library.dsc_emulated_error().decode())
     if result:

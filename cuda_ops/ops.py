@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FP8_BLOCK, MXFP4 = 3, 4
 
 _log = logging.getLogger("cuda_ops")
-_library: list[torch.library.Library] = []  # kept: an operator lives as long as the library that defines it
+_torch: Any = torch  # where torch has no types
+_library: list[Any] = []  # kept: an operator lives as long as the library that defines it
 
 
 class Packed(NamedTuple):
@@ -49,13 +50,13 @@ def load() -> bool:
     The reason is logged, once, where it cannot be built. Called by every function here; call it yourself before you
     use `torch.ops.deepseek_compress` directly.
     """
-    library = torch.library.Library(NAMESPACE, "DEF")
+    library = _torch.library.Library(NAMESPACE, "DEF")
     _library.append(library)
     for schema in SCHEMAS:
         library.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::softmax", _softmax_shapes, lib=library)
     try:
-        torch.ops.load_library(str(build.cpu_library()))
+        _torch.ops.load_library(str(build.cpu_library()))
         return True
     except (build.BuildError, OSError) as error:
         _log.warning("native kernels not available, the slow reference is used: %s", error)
@@ -152,7 +153,7 @@ def softmax(
 def load_cuda(capability: tuple[int, int]) -> bool:
     """Compile (once) and load the CUDA operators for a device; the reference where that fails, said once."""
     try:
-        torch.ops.load_library(str(build.cuda_library(f"{capability[0]}{capability[1]}")))
+        _torch.ops.load_library(str(build.cuda_library(f"{capability[0]}{capability[1]}")))
         return True
     except (build.BuildError, OSError) as error:
         _log.warning("CUDA kernels not available, the slow reference is used: %s", error)

@@ -16,8 +16,8 @@ SMALLEST_SCALE = 1e-30  # below this the group is all zeros
 def decode(weight: Tensor, scale: Tensor | None, block: tuple[int, int]) -> Tensor:
     """Stored weight -> float32 (rows, columns).
 
-    float8_e4m3fn with a scale a block (DeepSeek-V3 README_WEIGHTS: multiply); uint8 or int8 nibbles (low first) with E8M0
-    exponents per 32 (OCP Microscaling v1.0); float32, float16 and bfloat16 as they are.
+    float8_e4m3fn with a scale a block (DeepSeek-V3 README_WEIGHTS: multiply); uint8 or int8 nibbles (low first) with
+    E8M0 exponents per 32 (OCP Microscaling v1.0); float32, float16 and bfloat16 as they are.
     """
     if scale is None:
         return weight.float()
@@ -63,7 +63,7 @@ def pack_rows(codes: Tensor) -> Tensor:
 def pack_weights(
     weight: Tensor, scale: Tensor | None, block: tuple[int, int], group_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The operator's contract: packed codes, scale, zero points packed along rows, first row that is not finite or -1."""
+    """The operator's contract: packed codes, scale, zero points packed along rows, first row not finite or -1."""
     values = decode(weight, scale, block)
     codes, stored, zero = quantize(values, group_size, symmetric)
     groups = values.view(values.shape[0], -1, group_size)
@@ -83,9 +83,9 @@ def softmax(
         columns = column_scale.double()
         values = values * (columns if columns.numel() == logits.shape[-1] else columns.unsqueeze(-2))
     if mask is not None and mask.dtype == torch.int32:
-        begin, end = mask.view(*logits.shape[:-1], 2).split(1, dim=-1)
+        ranges = mask.view(*logits.shape[:-1], 2)
         column = torch.arange(logits.shape[-1], device=logits.device)
-        mask = (column >= begin) & (column < end)
+        mask = (column >= ranges[..., :1]) & (column < ranges[..., 1:])
     if mask is not None:
         values = values.masked_fill(~mask, -torch.inf)
     largest = values.amax(-1, keepdim=True)

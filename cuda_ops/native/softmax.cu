@@ -382,7 +382,7 @@ inline bool rows_are_aligned(const SoftmaxJob& job, int per_load) {
 
 // Returns 0, or 1 where the kernel asked for cannot take rows this long.
 template <typename In, bool aligned, typename Stream>
-int launch_kernel(const SoftmaxJob& job, Kernel kernel, Stream stream) {
+int launch_kernel(const SoftmaxJob& job, Kernel kernel, [[maybe_unused]] Stream stream) {
   const auto rows = static_cast<unsigned>(job.rows);
   if (kernel == Kernel::automatic) {
     kernel = job.columns <= kLongestInWarp ? Kernel::warp : job.columns <= kLongestInBlock ? Kernel::block : Kernel::online;

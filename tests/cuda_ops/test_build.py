@@ -89,7 +89,8 @@ def test_without_a_compiler_the_reference_serves_and_says_so_once(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["reference"]
     notices = [line for line in done.stderr.splitlines() if "native kernels not available" in line]
-    assert len(notices) == 1 and "/bin/false failed" in notices[0]
+    assert len(notices) == 1
+    assert "/bin/false failed" in notices[0]
 
 
 def test_importing_costs_nothing() -> None:

@@ -112,7 +112,8 @@ def compressed_tensors_helpers() -> ModuleType:
         pytest.skip("compressed-tensors is not installed")
     path = Path(found.submodule_search_locations[0]) / "compressors" / "pack_quantized" / "helpers.py"
     spec = importlib.util.spec_from_file_location("compressed_tensors_helpers", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -130,7 +131,8 @@ def test_layout_is_that_of_compressed_tensors() -> None:
     codes, _, zero = reference.quantize(weight, 32, False)
     assert torch.equal(made.packed, helpers.pack_to_int32((codes.int() - 8).to(torch.int8), 4))
     packed_zero = helpers.pack_to_int32((zero.int() - 8).to(torch.int8), 4, packed_dim=0)
-    assert made.zero_point is not None and torch.equal(made.zero_point, packed_zero)
+    assert made.zero_point is not None
+    assert torch.equal(made.zero_point, packed_zero)
 
 
 def test_threads_do_not_change_a_bit(isa: str) -> None:

@@ -72,7 +72,7 @@ def test_codes_are_within_half_a_step(isa: str, dtype: torch.dtype) -> None:
         row, column = scales(2, columns) if dtype == torch.int32 else (None, None)
         codes, scale = cuda_ops.softmax(x, row, column, out_dtype=torch.uint8)
         exact = reference.softmax(x, row, column, None, torch.float64)[0]
-        assert scale.shape == (2, 1) and scale.dtype == torch.float32
+        assert (scale.shape, scale.dtype) == ((2, 1), torch.float32)
         assert ((codes * scale.double() - exact).abs() <= 0.502 * scale).all(), columns
         assert (codes.amax(-1) == 255).all()
 
@@ -105,11 +105,14 @@ def test_masks_and_scales_of_attention(isa: str, kind: str, columns: int) -> Non
     exact = reference.softmax(x, row, column, mask, torch.float16)[0]
     assert ulps(out, exact) <= 1
     hidden = exact.amax(-1) == 0
-    assert hidden.any() and (out[hidden] == 0).all()
+    assert hidden.any()
+    assert (out[hidden] == 0).all()
     assert (out[~hidden].float().sum(-1) - 1).abs().max() < 0.02
     codes, scale = cuda_ops.softmax(x, row, column, mask, torch.uint8)
-    assert (codes[hidden] == 0).all() and (scale[hidden] == 0).all()
-    assert ulps(cuda_ops.softmax(x.half(), mask=mask)[0], reference.softmax(x.half(), None, None, mask, torch.float16)[0]) <= 1
+    assert (codes[hidden] == 0).all()
+    assert (scale[hidden] == 0).all()
+    unscaled = reference.softmax(x.half(), None, None, mask, torch.float16)[0]
+    assert ulps(cuda_ops.softmax(x.half(), mask=mask)[0], unscaled) <= 1
 
 
 def test_masked_columns_are_not_looked_at(isa: str) -> None:
@@ -119,7 +122,8 @@ def test_masked_columns_are_not_looked_at(isa: str) -> None:
     mask[:, 35:] = False
     x[0, 37], x[1, 36], x[2, 2] = torch.nan, torch.inf, torch.nan
     out = cuda_ops.softmax(x, mask=mask, out_dtype=torch.float32)[0]
-    assert out[:2].isfinite().all() and out[2].isnan().any()
+    assert out[:2].isfinite().all()
+    assert out[2].isnan().any()
     assert (out[:2, 35:] == 0).all()
 
 
@@ -173,15 +177,18 @@ def test_meta_gives_shapes_and_types() -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (dict(logits=torch.zeros(2, 3, dtype=torch.float64)), "logits must be int32, float16"),
-        (dict(logits=torch.zeros(2, 3), out_dtype=torch.int8), "out_dtype must be float16"),
-        (dict(logits=torch.zeros(2, 3), row_scale=torch.ones(3)), "row_scale must have 2 numbers"),
-        (dict(logits=torch.zeros(2, 3), column_scale=torch.ones(2)), "column_scale must have 3 numbers"),
-        (dict(logits=torch.zeros(2, 3), mask=torch.ones(2, 2, dtype=torch.bool)), "last dimension of the mask"),
-        (dict(logits=torch.zeros(2, 3), mask=torch.ones(4, 3, dtype=torch.bool)), "dimension 0 is 4, not 1 or 2"),
-        (dict(logits=torch.zeros(2, 3), mask=torch.ones(2, 3)), "mask must be bool"),
-        (dict(logits=torch.zeros(2, 3), mask=torch.ones(3, 2, dtype=torch.int32)), "an int32 mask"),
-        (dict(logits=torch.zeros(2, 3), row_scale=torch.ones(2, dtype=torch.float64)), "row_scale must be contiguous"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.float64)}, "logits must be int32, float16"),
+        ({"logits": torch.zeros(2, 3), "out_dtype": torch.int8}, "out_dtype must be float16"),
+        ({"logits": torch.zeros(2, 3), "row_scale": torch.ones(3)}, "row_scale must have 2 numbers"),
+        ({"logits": torch.zeros(2, 3), "column_scale": torch.ones(2)}, "column_scale must have 3 numbers"),
+        ({"logits": torch.zeros(2, 3), "mask": torch.ones(2, 2, dtype=torch.bool)}, "last dimension of the mask"),
+        ({"logits": torch.zeros(2, 3), "mask": torch.ones(4, 3, dtype=torch.bool)}, "dimension 0 is 4, not 1 or 2"),
+        ({"logits": torch.zeros(2, 3), "mask": torch.ones(2, 3)}, "mask must be bool"),
+        ({"logits": torch.zeros(2, 3), "mask": torch.ones(3, 2, dtype=torch.int32)}, "an int32 mask"),
+        (
+            {"logits": torch.zeros(2, 3), "row_scale": torch.ones(2, dtype=torch.float64)},
+            "row_scale must be contiguous",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments: dict[str, Tensor], match: str) -> None:

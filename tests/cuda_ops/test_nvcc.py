@@ -1,0 +1,82 @@
+"""What the CUDA compiler makes of the kernels: no warning, no spill, no local memory, loads of 16 bytes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from cuda_ops import build
+
+SOURCE = build.NATIVE / "softmax.cu"
+CAPABILITIES = ["80", "86", "89", "90", "100", "120"]
+FAST = ["80"]  # `make test`; the others are part of `make verify`
+
+
+def nvcc() -> str:
+    found = build.cuda_compiler()
+    if found is None:
+        pytest.skip("nvcc is not installed")
+    return found
+
+
+def disassembler() -> list[str]:
+    """cuobjdump from the path, beside nvcc, or of the package nvidia-cuda-cuobjdump."""
+    beside = Path(nvcc()).resolve().parent / "cuobjdump"
+    try:
+        files = metadata.files("nvidia-cuda-cuobjdump") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    packaged = [str(f.locate()) for f in files if f.name == "cuobjdump"]
+    for candidate in (shutil.which("cuobjdump"), str(beside), *packaged):
+        if candidate and Path(candidate).is_file():
+            return [candidate, "-sass"]
+    pytest.skip("cuobjdump is not installed (python -m pip install nvidia-cuda-cuobjdump)")
+
+
+@pytest.fixture(
+    scope="module", params=[c if c in FAST else pytest.param(c, marks=pytest.mark.verify) for c in CAPABILITIES]
+)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The compiler's report on registers and memory, and the machine code; every warning is an error."""
+    output = tmp_path_factory.mktemp("nvcc") / f"sm_{request.param}.cubin"
+    flags = ["-std=c++20", "-O3", f"-arch=sm_{request.param}", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    command = [nvcc(), *flags, "-Xcompiler", "-Wall", "-cubin", str(SOURCE), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr, output
+
+
+def test_no_warning_no_spill_no_local_memory(compiled: tuple[str, Path]) -> None:
+    report = compiled[0]
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) >= 4 * 7  # four inputs: naive, and three kernels for aligned rows and ragged ones
+    assert set(frames) == {("0", "0", "0")}, re.findall(r"(?s)Compiling entry.*?Used \d+", report)
+    assert "lmem" not in report
+    assert "warning" not in report
+
+
+def test_loads_are_16_bytes_wide(compiled: tuple[str, Path]) -> None:
+    sass = subprocess.run([*disassembler(), str(compiled[1])], capture_output=True, text=True, check=True).stdout
+    functions = re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, flags=re.S)
+    assert len(functions) >= 4 * 7
+    for name, code in functions:
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
+        if "Lb1E" in name or name == "dsc_softmax_float16":  # the kernels for aligned rows
+            assert re.search(r"LDG\.E(\.\w+)*\.128", code), f"{name} has no 16-byte load"
+
+
+@pytest.mark.verify
+def test_ptx_for_the_tensorrt_plugin(tmp_path: Path) -> None:
+    """The plain entry point is there with its three parameters, and reads 16 bytes at a time."""
+    output = tmp_path / "kernels.ptx"
+    command = [nvcc(), "-std=c++20", "-O3", "-ptx", "-arch=compute_89", str(SOURCE), "-o", str(output)]
+    subprocess.run(command, check=True)
+    entry = re.search(r"\.entry dsc_softmax_float16\((.*?)\)(.*?)\n}", output.read_text(), flags=re.S)
+    assert entry is not None
+    assert len(re.findall(r"\.param", entry[1])) == 3
+    assert "ld.global.nc.v4.u32" in entry[2]
