@@ -36,6 +36,8 @@ def run_blocks(job: Job) -> list[dict[str, Any]]:
     """
     job.work.mkdir(parents=True, exist_ok=True)
     job = dataclasses.replace(job, written=job.writer.written)
+    if job.paired and job.tokens is not None:
+        job = dataclasses.replace(job, tokens=job.tokens.repeat_interleave(2, dim=0))
     total = job.cfg.num_hidden_layers
     first = _first_unfinished(job)
     for name in _around(job, before=True):
@@ -98,7 +100,7 @@ def _calibrated(job: Job, layer: int, hidden: Spool) -> tuple[Spool, dict[str, A
         raise ValueError("no calibration tokens")
     last = layer + 1 == job.cfg.num_hidden_layers
     following = None if last else Spool(job.work / "following.tmp", hidden.rows, hidden.row_shape)
-    facts = calibrated_block(job, layer, hidden, Batches(job.tokens), following)
+    facts = calibrated_block(job, layer, hidden, Batches(job.tokens, job.paired), following)
     hidden.close()
     if following is None:
         return hidden, facts

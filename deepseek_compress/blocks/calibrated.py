@@ -7,14 +7,16 @@ their own tokens, so that no more than one expert and one Hessian is held.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseek_compress.blocks.job import Block, Forward, Job, Watch
+from deepseek_compress.blocks.job import Block, Job
+from deepseek_compress.blocks.pairs import ReplayWeights, Split, pairs
 from deepseek_compress.blocks.spool import Spool
-from deepseek_compress.blocks.statistics import ROWS
+from deepseek_compress.blocks.statistics import ROWS, Part, Watch
 from deepseek_compress.models.config import Linear, Moe, Role
 from deepseek_compress.models.layers import swiglu
 from deepseek_compress.models.moe import Routing, by_expert, route, run_expert, run_shared
@@ -23,12 +25,18 @@ BATCH_TOKENS = 2048  # fixed: another batch size has other roundings
 
 
 class Batches:
-    """How the rows of a spool (samples * length) are taken: whole samples, about BATCH_TOKENS tokens at a time."""
+    """How the rows of a spool (samples * length) are taken: whole samples, about BATCH_TOKENS tokens at a time.
 
-    def __init__(self, tokens: Tensor) -> None:
+    `paired`: every sample stands there twice, and the two are never parted.
+    """
+
+    def __init__(self, tokens: Tensor, paired: bool = False) -> None:
         self.tokens = tokens  # (samples, length)
+        self.paired = paired
         self.samples, self.length = tokens.shape
         self.step = max(1, BATCH_TOKENS // self.length)
+        if paired:
+            self.step += self.step % 2
 
     def __len__(self) -> int:
         return -(-self.samples // self.step)
@@ -46,6 +54,10 @@ class Batches:
     def ids(self, batch: int) -> Tensor:
         """Token ids (n, length)."""
         return self.tokens[batch * self.step : (batch + 1) * self.step]
+
+    def split(self, batch: int) -> Split | None:
+        """Which samples of the batch are the original model's."""
+        return pairs(len(self.ids(batch))) if self.paired else None
 
     def positions(self, batch: int) -> Tensor:
         """(n, length): every sample starts at 0."""
@@ -75,14 +87,37 @@ def _attention(block: Block, hidden: Spool, attended: Spool, batches: Batches) -
     linears = [linear for linear in block.linears if linear.role in (Role.ATTENTION, Role.INDEXER)]
 
     def forward(watch: Watch, batch: int) -> Tensor:
-        x, weights = batches.read(hidden, batch), block.weights(watch)
+        x, weights = batches.read(hidden, batch), block.weights(watch, batches.split(batch))
         return job.family.attention_part(job.cfg, block.layer, weights, x, batches.positions(batch))
 
-    block.load(linears)
-    block.solve_in_order(linears, forward, len(batches))
-    for batch in range(len(batches)):
-        batches.write(attended, batch, forward(_plain, batch))
-    block.free(linears)
+    plain = hidden.row_shape == (job.cfg.hidden_size,)  # one stream, to which attention adds what its last linear gives
+    part = Part(linears, forward, len(batches), batches.split, "self_attn.o_proj" if plain else "")
+    for batch, output in _solved(block, replace(part, stream=lambda batch: batches.read(hidden, batch)), batches):
+        batches.write(attended, batch, output)
+
+
+def _solved(block: Block, part: Part, batches: Batches) -> Iterator[tuple[int, Tensor]]:
+    """Solve the linears of a part, then give what it computes, batch by batch.
+
+    The input of the last linear is kept on disk while it is observed, so that nothing before it runs again.
+    """
+    block.load(part.linears)
+    last = next((linear for linear in part.linears if linear.name == part.last and block.wants(linear)), None)
+    if last is None:
+        block.solve_in_order(part)
+        for batch in range(part.batches):
+            yield batch, part.forward(_plain, batch)
+    else:
+        with Spool(block.job.work / "last.tmp", batches.samples * batches.length, (last.columns,)) as kept:
+            block.solve_in_order(replace(part, keep=lambda batch, x: batches.write(kept, batch, x)))
+            for batch in range(part.batches):
+                yield batch, part.forward(_replay(block, part.last, batches.read(kept, batch)), batch)
+            kept.remove()
+    block.free(part.linears)
+
+
+def _replay(block: Block, last: str, x: Tensor) -> Watch:
+    return lambda weights: ReplayWeights(weights, last, x, lambda name: len(block.tensors[name + ".weight"]))
 
 
 def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: Spool | None) -> dict[str, Any]:
@@ -95,11 +130,11 @@ def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: S
     with Spool(job.work / "added.tmp", x.rows, x.row_shape) as added:
         if cfg.moe is not None and cfg.is_moe(block.layer):
             routing = _route(block, cfg.moe, x, batches)
-            facts["experts"] = _experts(block, cfg.moe, routing, x, added if following else None)
+            facts["experts"] = _experts(block, cfg.moe, routing, x, added if following else None, batches)
             if cfg.moe.shared:
-                _dense(block, cfg.moe.names.shared, x, added if following else None, batches)
+                _dense(block, cfg.moe.names.shared, attended, x, added if following else None, batches)
         else:
-            _dense(block, "mlp", x, added if following else None, batches)
+            _dense(block, "mlp", attended, x, added if following else None, batches)
         if following is not None:
             for batch in range(len(batches)):
                 before, more = batches.read(attended, batch), batches.read(added, batch)
@@ -109,23 +144,31 @@ def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: S
     return facts
 
 
-def _dense(block: Block, name: str, x: Spool, added: Spool | None, batches: Batches) -> None:
-    """The MLP `name`: solve it and add what it gives to `added`."""
+def _dense(block: Block, name: str, attended: Spool, x: Spool, added: Spool | None, batches: Batches) -> None:
+    """The MLP `name`: solve it and add what it gives to `added`; with that, it is added to `attended`."""
     moe = block.job.cfg.moe
     linears = [linear for linear in block.linears if linear.name.rsplit(".", 1)[0] == name]
 
     def forward(watch: Watch, batch: int) -> Tensor:
-        source = batches.read(x, batch)
+        source, weights = batches.read(x, batch), block.weights(watch, batches.split(batch))
         if moe is not None and name == moe.names.shared:
-            return run_shared(moe, block.weights(watch), source)
-        return swiglu(block.weights(watch), name, source)
+            return run_shared(moe, weights, source)
+        return swiglu(weights, name, source)
 
-    block.load(linears)
-    block.solve_in_order(linears, forward, len(batches))
-    if added is not None:
-        for batch in range(len(batches)):
-            batches.write(added, batch, batches.read(added, batch) + forward(_plain, batch))
-    block.free(linears)
+    def stream(batch: int) -> Tensor:
+        before = batches.read(attended, batch)
+        return before if added is None else before + batches.read(added, batch)
+
+    part = Part(linears, forward, len(batches), batches.split)
+    if attended.row_shape == x.row_shape and (added is not None or moe is None):
+        part = replace(part, last=f"{name}.down_proj", stream=stream)
+    if added is None:
+        block.load(linears)
+        block.solve_in_order(part)
+        block.free(linears)
+        return
+    for batch, output in _solved(block, part, batches):
+        batches.write(added, batch, batches.read(added, batch) + output)
 
 
 def _route(block: Block, moe: Moe, x: Spool, batches: Batches) -> Routing:
@@ -136,32 +179,43 @@ def _route(block: Block, moe: Moe, x: Spool, batches: Batches) -> Routing:
     return Routing(torch.cat([part.experts for part in parts]), torch.cat([part.shares for part in parts]))
 
 
-def _experts(block: Block, moe: Moe, routing: Routing, x: Spool, added: Spool | None) -> dict[str, Any]:
+def _experts(
+    block: Block, moe: Moe, routing: Routing, x: Spool, added: Spool | None, batches: Batches
+) -> dict[str, Any]:
     """Solve every expert with the tokens routed to it; add their outputs to `added`. Returns the coverage."""
     places = by_expert(routing, moe.experts)
     shares = routing.shares.flatten()
+    counts = []
     for expert, linears in _by_expert(block.linears):
         chosen = places[expert]
-        tokens = (chosen // moe.top_k).tolist()
-        forward = _expert_forward(block, moe, expert, x, tokens)
-        count = -(-len(tokens) // ROWS)
+        tokens = chosen // moe.top_k
+        theirs = (tokens // batches.length) % 2 == 1 if batches.paired else None
+        part = _expert_part(block, moe, expert, linears, x, tokens.tolist(), theirs)
         block.load(linears)
-        block.solve_in_order(linears, forward, count)
+        block.solve_in_order(part)
         if added is not None:
-            for batch, part in enumerate(torch.split(chosen, ROWS) if len(chosen) else ()):
-                y = forward(_plain, batch) * shares[part, None]
-                added.add(tokens[batch * ROWS : (batch + 1) * ROWS], y)
+            for batch, some in enumerate(torch.split(chosen, ROWS) if len(chosen) else ()):
+                y = part.forward(_plain, batch) * shares[some, None]
+                added.add((some // moe.top_k).tolist(), y)
         block.free(linears)
-    counts = [len(place) for place in places]
+        counts.append(len(chosen) if theirs is None else int((~theirs).sum()))
     starved = [expert for expert, count in enumerate(counts) if count < block.job.change.min_tokens]
     return {"tokens": counts, "starved": starved}
 
 
-def _expert_forward(block: Block, moe: Moe, expert: int, x: Spool, tokens: list[int]) -> Forward:
-    def forward(watch: Watch, batch: int) -> Tensor:
-        return run_expert(moe, block.weights(watch), expert, x.gather(tokens[batch * ROWS : (batch + 1) * ROWS]))
+def _expert_part(
+    block: Block, moe: Moe, expert: int, linears: list[Linear], x: Spool, tokens: list[int], theirs: Tensor | None
+) -> Part:
+    """`tokens`: rows of `x` routed to the expert; `theirs`: which of them are the original model's."""
 
-    return forward
+    def split(batch: int) -> Split | None:
+        return None if theirs is None else Split(theirs[batch * ROWS : (batch + 1) * ROWS], False)
+
+    def forward(watch: Watch, batch: int) -> Tensor:
+        some = x.gather(tokens[batch * ROWS : (batch + 1) * ROWS])
+        return run_expert(moe, block.weights(watch, split(batch)), expert, some)
+
+    return Part(linears, forward, -(-len(tokens) // ROWS), split)
 
 
 def _by_expert(linears: Sequence[Linear]) -> Iterator[tuple[int, list[Linear]]]:

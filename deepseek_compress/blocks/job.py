@@ -11,16 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deepseek_compress.blocks.statistics import Accumulator, observe
+from deepseek_compress.blocks.pairs import PairedWeights, Split, only_changed
+from deepseek_compress.blocks.statistics import Accumulator, Part, Watch, observe
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.config import Linear, ModelConfig
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.weights import QuantizedInputs, ResidentWeights, Weights
 from deepseek_compress.numerics.types import Quantized, Statistics
-
-Watch = Callable[[Weights], Weights]
-Forward = Callable[[Watch, int], Tensor]  # (watch, batch) -> what a part of the block gives for this batch
 
 
 class Solved(NamedTuple):
@@ -72,6 +70,11 @@ class Job:
     keep_mtp: bool = True
     progress: Callable[[int, int, str], None] = _silent
 
+    @property
+    def paired(self) -> bool:
+        """Whether every sample stands twice in `tokens`, once for each model: see `pairs`."""
+        return self.tokens is not None and "drift" in self.change.needs
+
 
 class Block:
     """One block of a job: its tensors while they are needed, and the facts about its linears."""
@@ -81,13 +84,23 @@ class Block:
         self.prefix = job.family.prefix(layer) + "."
         self.linears = job.family.linears(job.cfg, layer)
         self.tensors: dict[str, Tensor] = {}  # local name -> float32, with the values the output will load
+        self.original: dict[str, Tensor] = {}  # the linears among them as they were, in a paired job
         self.facts: list[dict[str, Any]] = []
         self._rounded = {linear.name for linear in self.linears if job.scheme and linear.role in job.scheme.roles}
 
-    def weights(self, watch: Watch = lambda weights: weights) -> Weights:
-        """The tensors as the finished model would use them; `watch` sees the inputs as the linears do."""
-        watched = watch(ResidentWeights(self.tensors))
-        return QuantizedInputs(watched, self._rounded, self.job.scheme.quantize) if self.job.scheme else watched
+    def weights(self, watch: Watch = lambda weights: weights, split: Split | None = None) -> Weights:
+        """The tensors as the finished model would use them; `watch` sees the inputs as the linears do.
+
+        With `split`, the rows of the original model meet the original linears and are not rounded.
+        """
+        weights: Weights = ResidentWeights(self.tensors)
+        if split is not None:
+            weights = PairedWeights(weights, ResidentWeights(self.original), split)
+        watched = watch(weights)
+        if self.job.scheme is None:
+            return watched
+        quantize = self.job.scheme.quantize
+        return QuantizedInputs(watched, self._rounded, quantize if split is None else only_changed(quantize, split))
 
     def wants(self, linear: Linear) -> bool:
         """Whether the job changes this linear."""
@@ -99,6 +112,9 @@ class Block:
             self.read(linear.name + ".weight", exact=self.wants(linear))
             if linear.name + ".bias" in self.names:
                 self.read(linear.name + ".bias")
+            if self.job.paired:
+                names = (linear.name + ".weight", linear.name + ".bias")
+                self.original.update({name: self.tensors[name] for name in names if name in self.tensors})
 
     @property
     def names(self) -> Mapping[str, tuple[int, ...]]:
@@ -116,8 +132,9 @@ class Block:
     def free(self, linears: Iterable[Linear]) -> None:
         """Forget weights that are stored and no longer needed."""
         for linear in linears:
-            self.tensors.pop(linear.name + ".weight", None)
-            self.tensors.pop(linear.name + ".bias", None)
+            for tensors in (self.tensors, self.original):
+                tensors.pop(linear.name + ".weight", None)
+                tensors.pop(linear.name + ".bias", None)
 
     def solve(self, group: Sequence[Linear], statistics: Statistics) -> None:
         """Give linears that share an input their new weights and write them."""
@@ -130,13 +147,13 @@ class Block:
             self.tensors[linear.name + ".weight"] = loaded
             self.facts.append({"name": self.prefix + linear.name, "role": str(linear.role), **solved.facts})
 
-    def solve_in_order(self, linears: Sequence[Linear], forward: Forward, batches: int) -> None:
+    def solve_in_order(self, part: Part) -> None:
         """Solve the linears that change, each with the inputs that those before it give once they are changed."""
-        for group in by_input(linears):
+        for group in by_input(part.linears):
             wanted = [linear for linear in group if self.wants(linear)]
             if wanted:
                 sums = Accumulator(self.job.change.needs)
-                observe(forward, frozenset(linear.name for linear in group), batches, sums)
+                observe(part, frozenset(linear.name for linear in group), sums)
                 self.solve(wanted, sums.statistics())
 
     def write(self, name: str, stored: Tensor | Quantized) -> None:

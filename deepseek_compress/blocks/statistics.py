@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deepseek_compress.blocks.pairs import Split, rows
+from deepseek_compress.models.config import Linear
 from deepseek_compress.models.weights import ObservingWeights, Weights
+from deepseek_compress.numerics.hessian import gram
 from deepseek_compress.numerics.types import Statistics
 
+Watch = Callable[[Weights], Weights]
+Forward = Callable[[Watch, int], Tensor]  # (watch, batch) -> what a part of the block gives for this batch
 ROWS = 2048  # tokens that are multiplied at a time; fixed, since sums in another order have other bits
 
 
@@ -22,55 +28,95 @@ class Accumulator:
         self._hessian: Tensor | None = None
         self._absmax: Tensor | None = None
         self._abssum: Tensor | None = None
+        self._drift: Tensor | None = None
+        self._owed: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Take in x (..., columns)."""
-        for rows in torch.split(x.reshape(-1, x.shape[-1]).float(), ROWS):
-            self._rows(rows)
+    def add(self, x: Tensor, split: Split | None = None) -> None:
+        """Take in x (..., columns); of a `split` batch the compressed model's rows, and how the original's differ."""
+        if split is None:
+            parts: list[tuple[Tensor, ...]] = [(x,)]
+        else:
+            theirs = rows(split.original, x)
+            parts = [(x[~theirs],)]
+            if split.paired and "drift" in self.needs:
+                stream = () if split.stream is None else (split.stream[theirs] - split.stream[~theirs],)
+                parts = [(x[~theirs], x[theirs] - x[~theirs], *stream)]
+        for part in parts:
+            flat = [torch.split(tensor.reshape(-1, tensor.shape[-1]).float(), ROWS) for tensor in part]
+            for chunk in zip(*flat, strict=True):
+                self._rows(chunk[0])
+                if len(chunk) > 1:
+                    self._drift = _more(self._drift, chunk[1].T @ chunk[0])
+                if len(chunk) > 2:
+                    self._owed = _more(self._owed, chunk[2].T @ chunk[0])
 
     def _rows(self, x: Tensor) -> None:
         self.tokens += len(x)
-        columns = x.shape[1]
         if "hessian" in self.needs:
-            self._hessian = x.new_zeros(columns, columns) if self._hessian is None else self._hessian
-            self._hessian.addmm_(x.T, x)
+            self._hessian = _more(self._hessian, gram(x))
         if "input_absmax" in self.needs:
             largest = x.abs().amax(0)
             self._absmax = largest if self._absmax is None else torch.maximum(self._absmax, largest)
         if "input_absmean" in self.needs:
-            total = x.abs().sum(0)
-            self._abssum = total if self._abssum is None else self._abssum + total
+            self._abssum = _more(self._abssum, x.abs().sum(0))
 
     def statistics(self) -> Statistics:
         """The sums so far."""
         mean = None if self._abssum is None else self._abssum / max(1, self.tokens)
-        return Statistics(self.tokens, self._hessian, self._absmax, mean)
+        return Statistics(self.tokens, self._hessian, self._absmax, mean, self._drift, self._owed)
+
+
+def _more(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 class _Seen(Exception):
     """The input was seen; the rest of the forward is not needed."""
 
 
-def observe(
-    forward: Callable[[Callable[[Weights], Weights], int], object],
-    names: frozenset[str],
-    batches: int,
-    into: Accumulator,
-) -> None:
-    """Feed `into` with the input that the linears `names` share, over all batches.
+@dataclass(frozen=True)
+class Part:
+    """Linears of a block that run together: `forward(watch, batch)` over `watch(weights)`, `batches` times.
 
-    `forward(watch, batch)` runs over `watch(weights)` and is stopped at the first of them, so what comes after need not
-    be there yet.
+    In a paired job `split(batch)` says which rows are the original model's. `last` names the linear whose output the
+    part adds to `stream(batch)` (n, length, hidden); `keep(batch, x)` is given its input.
     """
 
-    def look(name: str, x: Tensor) -> None:
-        if name in names:
-            into.add(x)
-            raise _Seen
+    linears: Sequence[Linear]
+    forward: Forward
+    batches: int
+    split: Callable[[int], Split | None] = lambda batch: None
+    last: str = ""
+    stream: Callable[[int], Tensor] | None = None
+    keep: Callable[[int, Tensor], None] | None = None
 
-    for batch in range(batches):
+    def seen(self, name: str, batch: int, x: Tensor, into: Accumulator) -> None:
+        """Add the input of the linear `name` to the sums."""
+        split = self.split(batch)
+        if name != self.last:
+            into.add(x, split)
+            return
+        if split is not None and self.stream is not None:
+            split = split._replace(stream=self.stream(batch))
+        into.add(x, split)
+        if self.keep is not None:
+            self.keep(batch, x)
+
+
+def observe(part: Part, names: frozenset[str], into: Accumulator) -> None:
+    """Feed `into` with the input that the linears `names` share, over all batches.
+
+    The forward is stopped at the first of them, so what comes after need not be there yet.
+    """
+    for batch in range(part.batches):
+
+        def look(name: str, x: Tensor, batch: int = batch) -> None:
+            if name in names:
+                part.seen(name, batch, x, into)
+                raise _Seen
+
         try:
-            forward(lambda weights: ObservingWeights(weights, look), batch)
+            part.forward(lambda weights: ObservingWeights(weights, look), batch)
         except _Seen:
             continue
         raise ValueError(f"none of {sorted(names)} ran")

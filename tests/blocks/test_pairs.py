@@ -1,0 +1,118 @@
+"""The statistics of a paired job against both models run whole, and what the correction is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek_compress.calibration.tokens import calibration_tokens
+from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.numerics.gptaq import Gptaq
+from deepseek_compress.numerics.types import Quantized, Statistics
+from deepseek_compress.registry import build
+from deepseek_compress.stages.base import Context
+from deepseek_compress.stages.compress import Compress
+from deepseek_compress.tasks import mixture
+
+SAMPLES, LENGTH = 6, 48
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "calibration.jsonl"
+    problems = mixture(seed=3, count=60, split="calibration")
+    file.write_text("".join(json.dumps({"text": f"{p.prompt} {p.solution}"}) + "\n" for p in problems))
+    return file
+
+
+def compress(source: Path, out: Path, text: Path, **weights: object) -> Path:
+    stage = build(
+        Compress, {"weights": {"gptaq": {"num_bits": 3, "group_size": 32, "mse": False, **weights}}}, "compress"
+    )
+    calibration = {"sources": [str(text)], "samples": SAMPLES, "length": LENGTH}
+    return stage.run(open_checkpoint(source), Context(out.name, out, "stages: []\n", 0, calibration)).path
+
+
+def inputs(path: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The input (tokens, columns) of every linear outside the routed experts, and the hidden states between blocks."""
+    model, seen = Model.load(path), {}
+
+    def watched(layer: int) -> ObservingWeights:
+        def look(name: str, x: Tensor) -> None:
+            if ".experts." not in name:
+                seen[f"{model.family.prefix(layer)}.{name}"] = x.flatten(0, -2).double()
+
+        return ObservingWeights(model.blocks[layer], look)
+
+    model.blocks = [watched(layer) for layer in range(len(model.blocks))]
+    with torch.no_grad():
+        return seen, [state.flatten(0, -2).double() for state in model.hidden_states(tokens)]
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_v3_bf16"])
+def test_statistics_are_those_of_both_models(
+    name: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path: Path = request.getfixturevalue(name)
+    source = open_checkpoint(path)
+    given: list[tuple[Tensor, Statistics]] = []
+    plain = Gptaq.__call__
+
+    def record(self: Gptaq, weight: Tensor, statistics: Statistics) -> Quantized:
+        given.append((weight, statistics))
+        return plain(self, weight, statistics)
+
+    monkeypatch.setattr(Gptaq, "__call__", record)
+    out = compress(path, tmp_path / "out", text)
+    tokens = calibration_tokens([text], load_tokenizer(path), SAMPLES, LENGTH)
+    (theirs, before), (ours, after) = inputs(path, tokens), inputs(out, tokens)
+    weights = {key: source.read(key + ".weight") for key in ours}
+    checked = 0
+    for weight, statistics in given:
+        found = [key for key, other in weights.items() if other.shape == weight.shape and torch.equal(other, weight)]
+        if not found:
+            continue  # a routed expert
+        key, x = found[0], ours[found[0]]
+        assert statistics.hessian is not None
+        assert statistics.drift is not None, key
+        assert statistics.tokens == len(x)
+        assert close(statistics.hessian, x.t() @ x)
+        assert close(statistics.drift, (theirs[key] - x).t() @ x, x.t() @ x)
+        if key.endswith("o_proj"):
+            layer = int(key.split(".")[2])
+            assert statistics.owed is not None
+            assert close(statistics.owed, (before[layer] - after[layer]).t() @ x, before[layer].t() @ x)
+        elif key.endswith("mlp.down_proj"):
+            layer = int(key.split(".")[2])
+            outputs = [inputs_[key] @ open_checkpoint(at).read(key + ".weight").double().t() for inputs_, at in
+                       ((theirs, path), (ours, out))]  # fmt: skip
+            stream = (before[layer + 1] - outputs[0]) - (after[layer + 1] - outputs[1])
+            assert statistics.owed is not None
+            assert close(statistics.owed, stream.t() @ x, before[layer].t() @ x)
+        else:
+            assert statistics.owed is None or "shared_experts.down_proj" in key
+        checked += 1
+    assert checked == len(weights)
+
+
+def close(value: Tensor, wanted: Tensor, size: Tensor | None = None) -> bool:
+    """Within the rounding of sums whose terms are of the size of `size`."""
+    bound = 1e-4 * float((wanted if size is None else size).abs().max())
+    return bool(((value.double() - wanted).abs() <= bound).all())
+
+
+def test_correction_brings_the_outputs_closer(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    tokens = calibration_tokens([text], load_tokenizer(tiny_llama), SAMPLES, LENGTH)
+    wanted = inputs(tiny_llama, tokens)[1][-1]
+    errors = []
+    for strength in (0.0, 1.0):
+        out = compress(tiny_llama, tmp_path / f"strength-{strength}", text, strength=strength)
+        errors.append(float((inputs(out, tokens)[1][-1] - wanted).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
