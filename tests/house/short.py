@@ -7,24 +7,37 @@ from pathlib import Path
 
 TEXT = ("--samples", "2", "--length", "16")
 MEASURE = ("--set", "evaluate.problems=2", "--set", "evaluate.efficiency=false")
-DISTILL = ("--set", "distill.steps=1", "--set", "distill.documents=8", "--set", "distill.experts=6")
+TRAIN = {"steps": 1, "documents": 8, "length": 64}
 
 
 def shorten(words: Sequence[str], model: Path, text: Path) -> list[str]:
     """What to add to `dsc WORDS` so that it takes a second or two."""
     calibration = [*TEXT, "--calibration", str(text)]
-    command, recipe = words[0], words[1]
+    command, recipe = words[0], words[words.index("-r") + 1] if "-r" in words else words[1]
+    if recipe == "quickstart":
+        extra = [
+            *_train("student"),
+            *_train("student-sparse24"),
+            "--set",
+            "student.experts=8",
+            "--set",
+            "engine.compute_capabilities=[sm89]",
+            *MEASURE,
+        ]
+        run = ["--model", str(model)] if command == "run" else []
+        return [*run, *calibration, "--group-size", "32", *extra]
+    if command == "run":
+        return ["--model", str(model), *calibration, "--group-size", "32"]
     if command in {"prune", "calibrate"}:
         return calibration
-    if command == "quantize":
+    if command in {"plan", "quantize"}:
         return [*calibration, "--group-size", "32"]
     if command == "distill":
-        return [*calibration, *DISTILL]
+        return [*calibration, *_train("distill"), "--set", "experts=8"]
     if command == "evaluate":
         return list(MEASURE)
-    if command == "plan":
-        return [*calibration, "--group-size", "32"]
-    if command == "run":
-        extra = [*DISTILL, *MEASURE] if recipe == "quickstart" else []
-        return ["--model", str(model), *calibration, "--group-size", "32", *extra]
     return []
+
+
+def _train(stage: str) -> list[str]:
+    return [word for key, value in TRAIN.items() for word in ("--set", f"{stage}.{key}={value}")]
