@@ -16,7 +16,7 @@ from deepseek_compress.models.config import FFN_NAMES, FfnNames, ModelConfig
 from deepseek_compress.models.rope import cos_sin, rotate, softmax_scale
 from deepseek_compress.models.weights import Weights
 
-SCORES_AT_ONCE = 1 << 26  # attention scores held at a time; more queries than that are taken in turns
+SCORES_AT_ONCE = 1 << 20  # attention scores held at a time, so that they stay in the cache
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,40 +48,54 @@ def attend(
 ) -> Tensor:
     """softmax(scale * sum_i q_i k_i^T + mask) v.
 
-    `pairs`: (q (B, H, T, D_i), k (B, H or 1, S, D_i)), whose scores add up: latent attention has two parts, and the
-    rotated keys of one are shared by all heads. `values` (B, H or 1, S, D_v). `mask` additive (B or 1, 1, T, S), None
-    means causal. `sinks` (H,): a score that takes its share of the softmax and gives nothing. -> (B, H, T, D_v)
+    `pairs`: (q (B, H, T, D_i), k (B, H, S, D_i)), whose scores add up: latent attention has two parts. Keys and
+    `values` (B, H, S, D_v) may have fewer heads, each shared by as many neighbouring queries. `mask` additive
+    (B or 1, 1, T, S), None means causal. `sinks` (H,): a score that takes its share of the softmax and gives nothing.
+    -> (B, H, T, D_v)
     """
     batch, heads, new, _ = pairs[0][0].shape
     seen = values.shape[2]
-    if mask is None and new > 1:
-        mask = causal_mask(new, seen, values)[None, None]
+    scaled = [(q * scale, k) for q, k in pairs]
     step = max(1, min(new, SCORES_AT_ONCE // max(1, batch * heads * seen)))
     parts = []
     for start in range(0, new, step):
-        rows = slice(start, start + step)
-        q, k = pairs[0]
-        scores = _scores(q[:, :, rows], k)
-        for q, k in pairs[1:]:
-            scores = scores + _scores(q[:, :, rows], k)
-        scores = scores * scale
+        stop = min(start + step, new)
+        last = seen if mask is not None else seen - new + stop  # nothing after it is visible
+        q, k = scaled[0]
+        scores = _scores(q[:, :, start:stop], k[:, :, :last])
+        for q, k in scaled[1:]:
+            scores = scores.add_(_scores(q[:, :, start:stop], k[:, :, :last]))
         if mask is not None:
-            scores = scores + mask[:, :, rows]
-        if sinks is not None:
-            sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, scores.shape[2], 1)
-            scores = torch.cat((scores, sink), dim=-1)
-        share = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-        parts.append((share[..., :seen] if sinks is not None else share) @ values)
+            scores = scores.add_(mask[:, :, start:stop])
+        elif stop - start > 1:
+            own = stop - start  # the last columns are the queries' own tokens; all before them is visible
+            scores[..., last - own :] += causal_mask(own, own, scores)
+        parts.append(_shared(_softmax(scores, sinks).to(values.dtype), values[:, :, :last]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """float32 (B, H, T, S); with `sinks` a row's shares add up to less than one."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32)
+    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
+    return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+
+
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """q (B, H, T, D), k (B, H or 1, S, D) -> (B, H, T, S)."""
-    batch, heads, new, dim = q.shape
-    if k.shape[1] == heads:
-        return q @ k.mT
-    # one product for all heads: broadcasting would copy the keys for each of them
-    return (q.reshape(batch, 1, heads * new, dim) @ k.mT).view(batch, heads, new, -1)
+    """q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S)."""
+    return _shared(q, k.mT)
+
+
+def _shared(left: Tensor, right: Tensor) -> Tensor:
+    """left (B, H, T, X) @ right (B, G, X, Y), head h of the left with head h * G // H of the right."""
+    batch, heads, new, inner = left.shape
+    groups = right.shape[1]
+    if groups == heads:
+        return left @ right
+    # one product for all heads of a group: broadcasting would copy the right side for each of them
+    rows = left.reshape(batch, groups, heads // groups * new, inner)
+    return (rows @ right).view(batch, heads, new, right.shape[-1])
 
 
 def grouped_attention(
@@ -103,20 +117,5 @@ def grouped_attention(
     q, k = rotate(cfg.rope, q, cos, sin), rotate(cfg.rope, k, cos, sin)
     if cache is not None:
         k, v = cache.update(layer, k, v)
-    if heads != kv_heads:
-        # queries of one group become rows of one head, so that keys and values are not repeated
-        return weights.linear("self_attn.o_proj", _grouped(cfg, q, k, v, mask))
     out = attend([(q, k)], v, softmax_scale(cfg.rope, dim), mask)
     return weights.linear("self_attn.o_proj", out.transpose(1, 2).reshape(batch, new, heads * dim))
-
-
-def _grouped(cfg: ModelConfig, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    batch, heads, new, dim = q.shape
-    kv_heads, seen = k.shape[1], k.shape[2]
-    share = heads // kv_heads
-    if mask is None:
-        mask = causal_mask(new, seen, v)[None, None]
-    # row g * T + t of a key head is query t of the g-th head that shares it
-    rows = q.reshape(batch, kv_heads, share * new, dim)
-    out = attend([(rows, k)], v, softmax_scale(cfg.rope, dim), mask.repeat(1, 1, share, 1))
-    return out.view(batch, heads, new, dim).transpose(1, 2).reshape(batch, new, heads * dim)
