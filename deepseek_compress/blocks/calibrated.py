@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.blocks.job import Block, Job
-from deepseek_compress.blocks.pairs import ReplayWeights, Split, pairs
+from deepseek_compress.blocks.pairs import Split, pairs
 from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import ROWS, Part, Watch
 from deepseek_compress.models.config import Linear, Moe, Role
@@ -91,13 +91,15 @@ def _attention(block: Block, hidden: Spool, attended: Spool, batches: Batches) -
         return job.family.attention_part(job.cfg, block.layer, weights, x, batches.positions(batch))
 
     plain = hidden.row_shape == (job.cfg.hidden_size,)  # one stream, to which attention adds what its last linear gives
-    part = Part(linears, forward, len(batches), batches.split, "self_attn.o_proj" if plain else "")
-    for batch, output in _solved(block, replace(part, stream=lambda batch: batches.read(hidden, batch)), batches):
-        batches.write(attended, batch, output)
+    part = Part(linears, forward, len(batches), batches.split)
+    if plain:
+        part = replace(part, last="self_attn.o_proj", stream=lambda batch: batches.read(hidden, batch))
+    for batch, output, partial in _solved(block, part, batches):
+        batches.write(attended, batch, batches.read(hidden, batch) + output if partial else output)
 
 
-def _solved(block: Block, part: Part, batches: Batches) -> Iterator[tuple[int, Tensor]]:
-    """Solve the linears of a part, then give what it computes, batch by batch.
+def _solved(block: Block, part: Part, batches: Batches) -> Iterator[tuple[int, Tensor, bool]]:
+    """Solve the linears of a part, then give (batch, what it computes, whether that is its last linear's output alone).
 
     The input of the last linear is kept on disk while it is observed, so that nothing before it runs again.
     """
@@ -106,18 +108,15 @@ def _solved(block: Block, part: Part, batches: Batches) -> Iterator[tuple[int, T
     if last is None:
         block.solve_in_order(part)
         for batch in range(part.batches):
-            yield batch, part.forward(_plain, batch)
+            yield batch, part.forward(_plain, batch), False
     else:
         with Spool(block.job.work / "last.tmp", batches.samples * batches.length, (last.columns,)) as kept:
             block.solve_in_order(replace(part, keep=lambda batch, x: batches.write(kept, batch, x)))
             for batch in range(part.batches):
-                yield batch, part.forward(_replay(block, part.last, batches.read(kept, batch)), batch)
+                weights = block.unrounded(part.split(batch))
+                yield batch, weights.linear(part.last, batches.read(kept, batch)), True
             kept.remove()
     block.free(part.linears)
-
-
-def _replay(block: Block, last: str, x: Tensor) -> Watch:
-    return lambda weights: ReplayWeights(weights, last, x, lambda name: len(block.tensors[name + ".weight"]))
 
 
 def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: Spool | None) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def _dense(block: Block, name: str, attended: Spool, x: Spool, added: Spool | No
         block.solve_in_order(part)
         block.free(linears)
         return
-    for batch, output in _solved(block, part, batches):
+    for batch, output, _ in _solved(block, part, batches):
         batches.write(added, batch, batches.read(added, batch) + output)
 
 

@@ -63,7 +63,7 @@ class LinearChange:
             size = columns if row else self.selection.group_size
             weights = weights.model_copy(update={"group_size": size})
             if fallback and weights.needs:
-                weights = Rtn(num_bits=weights.num_bits, group_size=size, symmetric=weights.symmetric, mse=True)
+                weights = Rtn(num_bits=weights.num_bits, group_size=size, symmetric=weights.symmetric)
         if sparsity is not None and fallback and sparsity.needs:
             sparsity = Magnitude(pattern=sparsity.pattern)
         return sparsity, weights

@@ -93,14 +93,16 @@ class Block:
 
         With `split`, the rows of the original model meet the original linears and are not rounded.
         """
-        weights: Weights = ResidentWeights(self.tensors)
-        if split is not None:
-            weights = PairedWeights(weights, ResidentWeights(self.original), split)
-        watched = watch(weights)
+        watched = watch(self.unrounded(split))
         if self.job.scheme is None:
             return watched
         quantize = self.job.scheme.quantize
         return QuantizedInputs(watched, self._rounded, quantize if split is None else only_changed(quantize, split))
+
+    def unrounded(self, split: Split | None = None) -> Weights:
+        """The same, for inputs that are rounded already."""
+        weights = ResidentWeights(self.tensors)
+        return weights if split is None else PairedWeights(weights, ResidentWeights(self.original), split)
 
     def wants(self, linear: Linear) -> bool:
         """Whether the job changes this linear."""

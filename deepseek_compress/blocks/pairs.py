@@ -67,28 +67,3 @@ def only_changed(quantize: Callable[[Tensor], Tensor], split: Split) -> Callable
         return torch.where(theirs, x, quantize(x))
 
     return rounded
-
-
-class ReplayWeights:
-    """`inner`, where only the linear `name` runs, with an input that was kept; the others give zeros that nobody reads.
-
-    For the last linear of a part: what the part gives depends on the others through that input alone.
-    """
-
-    def __init__(self, inner: Weights, name: str, x: Tensor, rows_of: Callable[[str], int]) -> None:
-        self.inner = inner
-        self.name = name
-        self.x = x
-        self.rows_of = rows_of
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.inner[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.inner
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """x (..., columns) -> (..., rows)."""
-        if name == self.name:
-            return self.inner.linear(name, self.x.reshape(x.shape))
-        return x.new_zeros(*x.shape[:-1], self.rows_of(name))

@@ -1,12 +1,15 @@
-"""Rows of float32 on disk: the activations between blocks, which may not fit into memory.
+"""Rows of float32: the activations between blocks, which may not fit into memory and then lie on disk.
 
-Read and written with `pread` / `pwrite` into fresh buffers, never mapped: pages of a mapped file count as resident.
+There they are read and written with `pread` / `pwrite` into fresh buffers, never mapped: the pages of a mapped file
+count as resident.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +19,17 @@ from torch import Tensor
 
 from deepseek_compress.errors import DscError
 
+HELD = 64 << 20  # bytes
+_AGAIN = "remove the output and start again"
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DscError(f"{path}: {error.strerror}", "make room; the same command goes on") from None
+
 
 def _bytes(tensor: Tensor) -> memoryview:
     array: Any = tensor.numpy()
@@ -23,33 +37,46 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class Spool:
-    """A file of `rows` rows of shape `row_shape`, float32. It is fresh (zeros) unless `existing`."""
+    """`rows` rows of shape `row_shape`, float32, zeros at first; `existing` takes up a file that was renamed.
+
+    Up to HELD bytes stay in memory until `rename`; what is larger lies in the file from the start.
+    """
 
     def __init__(self, path: Path, rows: int, row_shape: tuple[int, ...], existing: bool = False) -> None:
         self.path, self.rows, self.row_shape = path, rows, row_shape
         self._width = 4 * math.prod(row_shape)  # bytes of a row
-        try:
+        self._held: Tensor | None = None
+        with _disk(path):
             self._fd = os.open(path, os.O_RDWR | (0 if existing else os.O_CREAT | os.O_TRUNC), 0o644)
-            if not existing:
-                os.ftruncate(self._fd, rows * self._width)
-            size = os.fstat(self._fd).st_size
-        except OSError as error:
-            raise DscError(f"{path}: {error.strerror}", "make room or choose another output directory") from None
-        if size != rows * self._width:
-            raise DscError(f"{path}: {size} bytes, {rows * self._width} expected", "remove the output and start again")
+            size = os.fstat(self._fd).st_size if existing else rows * self._width
+            if size != rows * self._width:
+                raise DscError(f"{path}: {size} bytes, {rows * self._width} expected", _AGAIN)
+            if size <= HELD:
+                self._held = torch.zeros((rows, *row_shape))
+                if existing:
+                    self._pread(_bytes(self._held), 0)
+            elif not existing:
+                os.ftruncate(self._fd, size)
 
     def read(self, start: int, count: int) -> Tensor:
-        """Rows [start, start + count): float32 (count, *row_shape)."""
+        """Rows [start, start + count): float32 (count, *row_shape), not to be modified."""
+        if self._held is not None:
+            return self._held[start : start + count]
         out = torch.empty((count, *self.row_shape), dtype=torch.float32)
         self._pread(_bytes(out), start)
         return out
 
     def write(self, start: int, rows: Tensor) -> None:
         """Replace the rows from `start` on by `rows` (n, *row_shape)."""
-        self._pwrite(_bytes(rows.detach().float().contiguous()), start)
+        if self._held is not None:
+            self._held[start : start + len(rows)] = rows
+        else:
+            self._pwrite(_bytes(rows.detach().float().contiguous()), start)
 
     def gather(self, places: list[int]) -> Tensor:
         """The rows at `places`, float32 (n, *row_shape)."""
+        if self._held is not None:
+            return self._held[places]
         out = torch.empty((len(places), *self.row_shape), dtype=torch.float32)
         view = _bytes(out)
         for i, place in enumerate(places):
@@ -58,17 +85,21 @@ class Spool:
 
     def add(self, places: list[int], rows: Tensor) -> None:
         """Add `rows` (n, *row_shape) to those at `places`, which differ from each other."""
-        view = _bytes(self.gather(places) + rows)
+        total = self.gather(places) + rows
+        if self._held is not None:
+            self._held[places] = total
+            return
+        view = _bytes(total)
         for i, place in enumerate(places):
             self._pwrite(view[i * self._width : (i + 1) * self._width], place)
 
     def rename(self, path: Path) -> None:
         """Make everything written durable, then give the file its final name."""
-        try:
+        if self._held is not None:
+            self._pwrite(_bytes(self._held), 0)
+        with _disk(path):
             os.fsync(self._fd)
             os.replace(self.path, path)
-        except OSError as error:
-            raise DscError(f"{path}: {error.strerror}", "make room; the same command goes on") from None
         self.path = path
 
     def remove(self) -> None:
@@ -95,13 +126,11 @@ class Spool:
         while done < len(view):
             got = os.preadv(self._fd, [view[done:]], row * self._width + done)
             if got == 0:
-                raise DscError(f"{self.path}: ends early", "remove the output and start again")
+                raise DscError(f"{self.path}: ends early", _AGAIN)
             done += got
 
     def _pwrite(self, view: memoryview, row: int) -> None:
         done = 0
-        try:
+        with _disk(self.path):
             while done < len(view):
                 done += os.pwritev(self._fd, [view[done:]], row * self._width + done)
-        except OSError as error:
-            raise DscError(f"{self.path}: {error.strerror}", "make room; the same command goes on") from None

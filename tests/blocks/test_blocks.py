@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.blocks import Job, claim, clean, run_blocks
+from deepseek_compress.blocks import spool as spool_module
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.job import Solved
 from deepseek_compress.blocks.selection import CHANGEABLE, select
@@ -249,13 +250,15 @@ def test_one_thread_or_two_give_the_same_bytes(tiny_v3: Path, tmp_path: Path) ->
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            compress(tiny_v3, tmp_path / str(count), gptq(tiny_v3))
+            compress(tiny_v3, tmp_path / str(count), gptq(tiny_v3), tokens=FEW)
     finally:
         torch.set_num_threads(threads)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_spool(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    monkeypatch.setattr(spool_module, "HELD", held)
     rows = torch.randn(10, 3, 2, generator=torch.Generator().manual_seed(0))
     with Spool(tmp_path / "a.tmp", 10, (3, 2)) as spool:
         assert not spool.read(0, 10).any()
@@ -270,6 +273,13 @@ def test_spool(tmp_path: Path) -> None:
         assert torch.equal(spool.read(0, 10), rows)
     with pytest.raises(DscError, match="expected"):
         Spool(tmp_path / "a.f32", 11, (3, 2), existing=True)
+
+
+def test_in_memory_or_on_disk_the_same_bytes(tiny_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress(tiny_v3, tmp_path / "held", gptq(tiny_v3), tokens=FEW)
+    monkeypatch.setattr(spool_module, "HELD", 0)
+    compress(tiny_v3, tmp_path / "disk", gptq(tiny_v3), tokens=FEW)
+    assert contents(tmp_path / "held") == contents(tmp_path / "disk")
 
 
 def test_facts_are_plain_json(tiny_qwen2: Path, tmp_path: Path) -> None:
