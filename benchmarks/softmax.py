@@ -1,6 +1,7 @@
 """How much faster is our softmax than torch's on this CPU? FP16 and BF16 in, FP16 out; int32 products to uint8.
 
-Checked against the double-precision reference first; both sides measured in one run, one thread, best of several.
+Checked against the double-precision reference first; both sides measured in one run, one thread, CPU
+time, best of several.
 
     python benchmarks/softmax.py [--elements N] [--repeats N]
 
@@ -41,13 +42,13 @@ def composed(x: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor
 
 
 def best_of(repeats: int, *functions: Callable[[], object]) -> list[float]:
-    """Least seconds of each, taken in turns so that a busy moment of the machine hits all of them."""
+    """Least CPU seconds of each, taken in turns so that a busy moment of the machine hits all of them."""
     least = [float("inf")] * len(functions)
     for _ in range(repeats):
         for i, function in enumerate(functions):
-            start = time.perf_counter()
+            start = time.process_time()
             function()
-            least[i] = min(least[i], time.perf_counter() - start)
+            least[i] = min(least[i], time.process_time() - start)
     return least
 
 

@@ -93,6 +93,13 @@ def cuda_kernels(capability: str) -> Path:
     return build(f"kernels{capability}", _nvcc(), ["softmax.cu"], cuda_flags(capability))
 
 
+def softmax_ptx(capability: str) -> Path:
+    """PTX of the kernels, for a TensorRT plugin: entry `dsc_softmax_float16(logits, columns, out)`, a row a block of
+    512 threads. Built if need be. Raises BuildError."""
+    flags = ("-std=c++20", "-O3", "-ptx", f"-arch=compute_{capability}")
+    return build(f"softmax{capability}", _nvcc(), ["softmax.cu"], flags, ".ptx")
+
+
 def cuda_flags(capability: str) -> tuple[str, ...]:
     """How nvcc compiles the kernels into a shared library."""
     return ("-std=c++20", "-O3", "-shared", f"-arch=sm_{capability}", "-Xcompiler=-fPIC,-fvisibility=hidden")
@@ -120,10 +127,10 @@ def torch_flags() -> tuple[str, ...]:
     return (TORCH_TARGET, "-isystem", str(torch / "include"), f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
 
 
-def build(name: str, compiler: str, sources: Sequence[str], flags: Sequence[str]) -> Path:
-    """Compile `sources` (of native/, or absolute) into one shared library in the cache and return its path."""
+def build(name: str, compiler: str, sources: Sequence[str], flags: Sequence[str], suffix: str = ".so") -> Path:
+    """Compile `sources` (of native/, or absolute) into one file in the cache and return its path."""
     directory = cache_directory()
-    target = directory / f"{name}-{_key(compiler, sources, flags)}.so"
+    target = directory / f"{name}-{_key(compiler, sources, flags)}{suffix}"
     if target.exists():
         return target
     try:

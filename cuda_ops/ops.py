@@ -145,7 +145,7 @@ def softmax(
     if logits.is_cuda:
         load_cuda(torch.cuda.get_device_capability(logits.device))
     return torch.ops.deepseek_compress.softmax(  # type: ignore[no-any-return]
-        logits.contiguous(), _flat(row_scale), _flat(column_scale), mask, out_dtype
+        logits.contiguous(), _flat(row_scale), _flat(column_scale), _rows_of(mask, logits), out_dtype
     )
 
 
@@ -163,6 +163,14 @@ def load_cuda(capability: tuple[int, int]) -> bool:
 
 def _flat(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.contiguous()
+
+
+def _rows_of(mask: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The mask as the kernels want it: bool with contiguous rows as long as the logits', or contiguous ranges."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() == 0:
+        return _flat(mask)
+    wide = mask if mask.shape[-1] == logits.shape[-1] else mask.expand(*mask.shape[:-1], logits.shape[-1])
+    return wide if wide.stride(-1) == 1 else wide.contiguous()
 
 
 def _softmax_shapes(

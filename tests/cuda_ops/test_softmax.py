@@ -127,6 +127,16 @@ def test_masked_columns_are_not_looked_at(isa: str) -> None:
     assert (out[:2, 35:] == 0).all()
 
 
+def test_masks_of_any_layout(isa: str) -> None:
+    """A transposed mask, and one that says the same for every column of a row."""
+    x = spiky(torch.float16, 6, 20)
+    transposed = (torch.rand(20, 6, generator=torch.Generator().manual_seed(2)) > 0.5).T
+    per_row = torch.tensor([[True], [False], [True], [True], [False], [True]])
+    for mask in (transposed, per_row):
+        out = cuda_ops.softmax(x, mask=mask)[0]
+        assert ulps(out, reference.softmax(x, None, None, mask, torch.float16)[0]) <= 1
+
+
 def test_rows_of_minus_infinity_are_zeros(isa: str) -> None:
     out = cuda_ops.softmax(torch.full((2, 19), -torch.inf), out_dtype=torch.float32)[0]
     assert (out == 0).all()
@@ -181,7 +191,10 @@ def test_meta_gives_shapes_and_types() -> None:
         ({"logits": torch.zeros(2, 3), "out_dtype": torch.int8}, "out_dtype must be float16"),
         ({"logits": torch.zeros(2, 3), "row_scale": torch.ones(3)}, "row_scale must have 2 numbers"),
         ({"logits": torch.zeros(2, 3), "column_scale": torch.ones(2)}, "column_scale must have 3 numbers"),
-        ({"logits": torch.zeros(2, 3), "mask": torch.ones(2, 2, dtype=torch.bool)}, "last dimension of the mask"),
+        (
+            {"logits": torch.zeros(2, 3), "mask": torch.ones(2, 2, dtype=torch.bool)},
+            "expanded size of the tensor|last dimension",
+        ),
         ({"logits": torch.zeros(2, 3), "mask": torch.ones(4, 3, dtype=torch.bool)}, "dimension 0 is 4, not 1 or 2"),
         ({"logits": torch.zeros(2, 3), "mask": torch.ones(2, 3)}, "mask must be bool"),
         ({"logits": torch.zeros(2, 3), "mask": torch.ones(3, 2, dtype=torch.int32)}, "an int32 mask"),
