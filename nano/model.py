@@ -64,7 +64,7 @@ def _fused_gated() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _experts(self: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """hidden (S, H), chosen and weights (S, k) -> (S, H); keeps how often each expert was chosen."""
-    count, _, width = self.gate_up_proj.shape
+    count = len(self.gate_up_proj)
     gates = torch.zeros(len(hidden), count, dtype=hidden.dtype, device=hidden.device)
     gates = gates.scatter(1, chosen, weights.to(hidden.dtype))  # (S, E)
     self.chosen = (gates.detach() > 0).float()
@@ -91,7 +91,9 @@ def missing_experts(model: nn.Module, generator: torch.Generator | None) -> Iter
     for moe in mixtures(model) if generator is not None else []:
         bias = moe.gate.e_score_correction_bias
         width = len(bias) // model.config.n_group
-        picked = torch.randint(width, (model.config.n_group,), generator=generator) + width * torch.arange(model.config.n_group)
+        picked = torch.randint(width, (model.config.n_group,), generator=generator) + width * torch.arange(
+            model.config.n_group
+        )
         taken.append((bias, picked.to(bias.device), bias[picked.to(bias.device)].clone()))
         bias[picked.to(bias.device)] = TAKEN_OUT
     yield

@@ -4,9 +4,9 @@ Muon (Jordan et al. 2024; the scaling of Liu et al. 2025, "Muon is scalable for 
 momentum of a matrix is replaced by the nearest orthogonal one, found by five Newton-Schulz steps, and scaled by
 0.2 sqrt(max(rows, columns)), so that the learning rate of AdamW fits.
 
-`pull` moves every weight towards zero by `lr * pull` a step (an L1 penalty, decoupled as AdamW decouples L2). Muon alone
-leaves weights that look drawn from a normal distribution, which no published model has and which any rounding spares;
-under the pull, few weights carry much and many carry little.
+`pull` moves every weight towards zero by `lr * pull` a step (an L1 penalty, decoupled as AdamW decouples L2). Muon
+alone leaves weights that look drawn from a normal distribution, which no published model has and which any rounding
+spares; under the pull, few weights carry much and many carry little.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ def orthogonal(momentum: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Parameters are matrices or stacks of them; the two halves of a fused `gate_up_proj` count as two matrices."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, pull: float, fused: set[int]) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, pull: float, fused: set[int]
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "pull": pull})
         self.fused = fused
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """One update of every matrix that has a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -49,7 +52,9 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(weight.grad, 0.05)
                 update = weight.grad.lerp(momentum, 0.95)
-                stacked = update.view(-1, update.shape[-2] // 2, update.shape[-1]) if id(weight) in self.fused else update
+                stacked = (
+                    update.view(-1, update.shape[-2] // 2, update.shape[-1]) if id(weight) in self.fused else update
+                )
                 update = orthogonal(stacked) * 0.2 * max(stacked.shape[-2:]) ** 0.5
                 weight.sub_(weight.sign(), alpha=group["lr"] * group["pull"])
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(weight), alpha=group["lr"])

@@ -2,13 +2,15 @@
 
     python -m nano.publish runs/nano/best.pt builtin/nano
 
-Projections are FP8; the embedding, the head, the norms and the router are BF16, the router's bias float32. Three shards;
-the last scales of a shard lie in the next one, as happens in the published DeepSeek-V3, so that readers must look there.
+Projections are FP8; the embedding, the head, the norms and the router are BF16, the router's bias float32. Three
+shards; the last scales of a shard lie in the next one, as happens in the published DeepSeek-V3, so that readers must
+look there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def stored(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         tensor = tensor.detach().cpu().float()
         if name.endswith("e_score_correction_bias"):
             found[name] = tensor
-        elif tensor.ndim == 2 and name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight"):
+        elif (tensor.ndim == 2 and name.endswith("_proj.weight")) or name.endswith("kv_a_proj_with_mqa.weight"):
             codes, scale = encode_fp8_block(tensor)
             found[name], found[f"{name}_scale_inv"] = codes, scale
         else:
@@ -61,7 +63,7 @@ def shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     for name, tensor in tensors.items():
         parts[min(SHARDS - 1, size * SHARDS // total)][name] = tensor
         size += tensor.nbytes
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in itertools.pairwise(parts):
         for name in [name for name in part if name.endswith("_scale_inv")][-MOVED:]:
             following[name] = part.pop(name)
     return parts

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deepseek_compress import tasks
-from nano import data, model as nano
+from nano import data
+from nano import model as nano
 from nano.optimizer import optimizers
 
 SAVE_EVERY = 300.0  # seconds
@@ -78,13 +79,17 @@ def loss_of(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
     return (losses * wanted).sum() / wanted.sum()
 
 
-def test_set(
-    difficulty: tasks.Difficulty, device: torch.device, count: int = 1000
+def unseen(
+    difficulty: tasks.Difficulty, device: torch.device, count: int
 ) -> tuple[list[tasks.Problem], Tensor, Tensor]:
     """Unseen problems in the shares of the mix."""
     problems = tasks.mixture(0, count, "test", difficulty)
     ids, weights = data.singles(problems)
-    return problems, torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(weights.astype(np.float32)).to(device)
+    return (
+        problems,
+        torch.from_numpy(ids.astype(np.int64)).to(device),
+        torch.from_numpy(weights.astype(np.float32)).to(device),
+    )
 
 
 def by_family(problems: list[tasks.Problem], right: list[bool]) -> dict[str, float]:
@@ -103,8 +108,10 @@ def train(options: argparse.Namespace) -> nn.Module:
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     mean = 72  # tokens a problem
-    singles, packed = data.pool(int((options.unique or options.tokens) / mean), options.seed, difficulty, options.workers)
-    problems, ids, weights = test_set(difficulty, device, options.tests)
+    singles, packed = data.pool(
+        int((options.unique or options.tokens) / mean), options.seed, difficulty, options.workers
+    )
+    problems, ids, weights = unseen(difficulty, device, options.tests)
     model = nano.build(device, options.seed)
     if options.start:
         model.load_state_dict(torch.load(options.start, map_location=device))
@@ -115,7 +122,10 @@ def train(options: argparse.Namespace) -> nn.Module:
     steps = int(options.tokens / options.batch)
     state: dict[str, Any] = {"step": 0, "tokens": 0.0, "best": -1.0, "seconds": 0.0}
     _resume(options.out, state, model, parts)
-    _log(options.out, {"event": "start", "step": state["step"], "steps": steps, "setup_s": round(time.time() - started, 1)})
+    _log(
+        options.out,
+        {"event": "start", "step": state["step"], "steps": steps, "setup_s": round(time.time() - started, 1)},
+    )
     started, saved = time.time() - state["seconds"], time.time()
     for step in range(state["step"], steps):
         done = max(step / steps, (time.time() - started) / options.seconds)

@@ -29,7 +29,10 @@ SPLITS = ("test", "calibration", "train")
 LONGEST = 110  # words of prompt and solution; longer problems are not given
 DEFAULT = Difficulty(largest=999, limit=9999, shortest=3, longest=4)
 
-__all__ = ["DEFAULT", "FAMILIES", "SPLITS", "Difficulty", "Problem", "Verdict", "generate", "mixture", "split_of", "verify", "write_tokenizer"]  # fmt: skip
+__all__ = [
+    "DEFAULT", "FAMILIES", "SPLITS", "Difficulty", "Problem", "Verdict", "generate", "mixture", "split_of", "verify",
+    "write_tokenizer",
+]  # fmt: skip
 
 
 def split_of(prompt: str) -> str:
@@ -47,7 +50,8 @@ def generate(
     """
     if family not in FAMILIES or split not in SPLITS:
         raise DscError(
-            f"no tasks of family {family!r}, split {split!r}", f"families: {', '.join(FAMILIES)}; splits: {', '.join(SPLITS)}"
+            f"no tasks of family {family!r}, split {split!r}",
+            f"families: {', '.join(FAMILIES)}; splits: {', '.join(SPLITS)}",
         )
     rng = random.Random(f"{family}{kind}/{split}/{seed}")
     kinds = FAMILIES[family][0].KINDS
@@ -108,9 +112,11 @@ def _right(problem: Problem, answer: list[str]) -> bool:
 def _step_holds(problem: Problem, step: list[str], held: list[list[str]], index: int) -> bool:
     if "trace" in problem.meta:
         trace = problem.meta["trace"]
-        return index < len(trace) and " ".join(step) == trace[index]
+        return bool(index < len(trace) and " ".join(step) == trace[index])
     if problem.kind == "operator":
         return programs.tried(problem, step)
     if problem.family in ("mathematics", "programs"):
         return mathematics.step_holds(problem, step, held)
-    return (commonsense if problem.family == "commonsense" else adversarial).step_holds(problem, step, held)
+    if problem.family == "commonsense":
+        return commonsense.step_holds(problem, step, held)
+    return adversarial.step_holds(problem, step, held)

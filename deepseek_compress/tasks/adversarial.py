@@ -16,7 +16,6 @@ from deepseek_compress.tasks.mathematics import equal, operate
 from deepseek_compress.tasks.problem import Difficulty, Problem
 
 
-
 def cycle(rng: random.Random, difficulty: Difficulty) -> Problem:
     """An order that bites its tail: any statement on the cycle may be named."""
     people = rng.sample(words.NAMES, rng.randint(3, min(difficulty.longest + 1, 4)))
@@ -47,7 +46,10 @@ def two_amounts(rng: random.Random, difficulty: Difficulty) -> Problem:
         value, other = other, value
     steps = [f"{name} has {digits(value)} {item}", f"{name} has {digits(other)} {item}"]
     answer = f"contradiction {digits(value)} and {digits(other)} {item}"
-    meta: dict[str, object] = {"answers": [answer, f"contradiction {digits(other)} and {digits(value)} {item}"], "facts": steps}
+    meta: dict[str, object] = {
+        "answers": [answer, f"contradiction {digits(other)} and {digits(value)} {item}"],
+        "facts": steps,
+    }
     return _problem("two_amounts", " . ".join(parts), steps, answer, meta)
 
 
@@ -58,7 +60,9 @@ def unknown_amount(rng: random.Random, difficulty: Difficulty) -> Problem:
     value = rng.randint(2, difficulty.largest)
     count = rng.randint(difficulty.shortest, min(difficulty.longest, 3))
     hidden = rng.randrange(count)
-    parts, steps, known = [f"{name} has {digits(value)} {item}"], [], True
+    parts = [f"{name} has {digits(value)} {item}"]
+    steps: list[str] = []
+    known = True
     for index in range(count):
         operator, operand, result = operate(rng, value, difficulty, "+-")
         event = rng.choice(mathematics.GAIN if operator == "+" else mathematics.LOSE)

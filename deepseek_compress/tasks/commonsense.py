@@ -1,11 +1,13 @@
 """Commonsense: order, kinship, time and containment.
 
 A step of an order chain holds if it is a premise; of a kinship or containment chain, if it follows from the premises
-(their closure is computed from `meta`); a step of a time chain is an addition, `9 : 4 0 + 3 5 = 1 0 : 1 5` or `monday + 4 = friday`.
+(their closure is computed from `meta`); a step of a time chain is an addition, `9 : 4 0 + 3 5 = 1 0 : 1 5` or
+`monday + 4 = friday`.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 
@@ -37,7 +39,6 @@ COMPOSE = {
 }
 
 
-
 def premise(rng: random.Random, high: str, low: str, relation: Sequence[str]) -> str:
     """`high is taller than low`, or the same said the other way round."""
     if rng.random() < 0.6:
@@ -50,7 +51,7 @@ def order(rng: random.Random, difficulty: Difficulty) -> Problem:
     people = rng.sample(words.NAMES, rng.randint(difficulty.shortest + 1, min(difficulty.longest + 1, 5)))
     relation = rng.choice(words.RELATIONS[: words.USED_RELATIONS])
     up = rng.random() < 0.5  # climb to the highest, or go down to the lowest
-    chain = [premise(rng, high, low, relation) for high, low in zip(people, people[1:], strict=False)]
+    chain = [premise(rng, high, low, relation) for high, low in itertools.pairwise(people)]
     chain = chain[::-1] if up else chain
     shown = [chain[0], *rng.sample(chain[1:], len(chain) - 1)]
     prompt = f"{' . '.join(shown)} . who is {relation[2 if up else 3]} ?"
@@ -125,7 +126,7 @@ def containment(rng: random.Random, difficulty: Difficulty) -> Problem:
     places = rng.sample(words.CONTAINERS, depth - 1)
     room, elsewhere = rng.sample(words.ROOMS, 2)
     chain = [thing, *places, room]
-    pairs = list(zip(chain, chain[1:], strict=False))
+    pairs = list(itertools.pairwise(chain))
     move = rng.random() < 0.5
     shown = [f"the {inner} is in the {outer}" for inner, outer in (pairs[:-1] if move else pairs)]
     if move:

@@ -26,16 +26,22 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Number:
+    """A whole number."""
+
     value: int
 
 
 @dataclass(frozen=True)
 class Variable:
+    """A letter with a value."""
+
     name: str
 
 
 @dataclass(frozen=True)
 class Operation:
+    """Two operands and what is done with them."""
+
     operator: str  # + - * / max min
     left: Node
     right: Node

@@ -18,7 +18,6 @@ GAIN = ("{name} buys {n} more", "{name} finds {n} more", "{name} gets {n} more",
 LOSE = ("{name} sells {n}", "{name} eats {n}", "{name} loses {n}", "{name} gives {other} {n}")
 
 
-
 def equal(left: str, value: int) -> str:
     """The step that states `left = value`."""
     return f"{left} = {digits(value)}"
@@ -86,7 +85,9 @@ def equation(rng: random.Random, difficulty: Difficulty) -> Problem:
     while True:
         x, factor = rng.randint(2, difficulty.largest), rng.randint(2, 9)
         product = x * factor
-        operator, operand, result = operate(rng, product, difficulty, "+-") if product <= difficulty.limit else ("", 0, 0)
+        operator, operand, result = (
+            operate(rng, product, difficulty, "+-") if product <= difficulty.limit else ("", 0, 0)
+        )
         if operator:
             break
     undo = "-" if operator == "+" else "+"

@@ -23,7 +23,6 @@ OPERATORS = ("+", "-", "*", "max", "min")
 LONGEST_LOOP = 9
 
 
-
 def straight(rng: random.Random, difficulty: Difficulty) -> Problem:
     """Assignments, one after the other."""
     names = rng.sample(VARIABLES, 2)
@@ -196,9 +195,7 @@ def _execute(statement: Sequence[str], state: dict[str, int], lines: list[str]) 
         raise Malformed(f"not a statement: {' '.join(statement)}")
 
 
-def _assignment(
-    rng: random.Random, target: str, state: dict[str, int], difficulty: Difficulty, operators: str
-) -> str:
+def _assignment(rng: random.Random, target: str, state: dict[str, int], difficulty: Difficulty, operators: str) -> str:
     """A statement that gives `target` a value, from the variables known so far; `state` is updated."""
     if not state:
         state[target] = rng.randint(2, difficulty.largest)

@@ -74,6 +74,7 @@ last all both same different put took lost holds another one two three between n
 product half double true false think answer because since so it was were will be can only most least every person
 people name number question problem step unit result program function variable""".split()
 
+
 def words() -> list[str]:
     """The 512 words in the order of their ids: special ones first, unused places last."""
     kin = [word for pair in KIN.values() for word in pair]
