@@ -1,10 +1,13 @@
 # Needs Python 3.11 with pip and venv, make and g++. Everything else goes into .venv.
 #   TORCH_INDEX=URL   take torch from this package index (for instance CPU wheels)
-#   BENCH=NAME        which file of benchmarks/ `make bench` runs; all when empty
+#   BENCH=NAME        which file of benchmarks/ `make bench` runs, all when empty; ARGS="..." goes to it
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 BENCH ?=
+ARGS ?=
+BENCHES := $(filter-out common __init__ gpu_%,$(basename $(notdir $(wildcard benchmarks/*.py))))
+GPU_BENCHES := $(filter gpu_%,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -27,10 +30,10 @@ check: .venv/.installed-dev
 	$(BIN)/mypy --strict deepseek_compress cuda_ops
 
 bench: .venv/.installed-dev
-	$(BIN)/python -m benchmarks $(BENCH)
+	@set -e; for name in $(or $(BENCH),$(BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 bench-gpu: .venv/.installed-dev
-	$(BIN)/python -m benchmarks --gpu $(BENCH)
+	@set -e; for name in $(or $(BENCH),$(GPU_BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 clean:
 	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

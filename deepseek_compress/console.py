@@ -213,5 +213,5 @@ def progress(quiet: bool = False) -> Iterator[StageProgress]:
             _TimeLeft(),
             TextColumn("{task.fields[note]}", style="quiet"),
         )
-        with Progress(*columns, console=err(), transient=True) as bars:
+        with Progress(*columns, console=err(), transient=True, refresh_per_second=4) as bars:
             yield _LiveProgress(bars)
