@@ -48,7 +48,7 @@ def expect(
 
 
 def _stored16(info: TensorInfo) -> TensorInfo:
-    if info.encoding == "plain":
+    if info.encoding in ("plain", "mxfp4"):
         return info
     shape, size = info.shape, 2 * info.elements
     place = Location(next(iter(info.parts.values())).file, 0, size, torch.bfloat16, shape)

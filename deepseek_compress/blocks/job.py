@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek_compress.blocks.pairs import PairedWeights, Split, only_changed
 from deepseek_compress.blocks.statistics import Accumulator, Part, Watch, observe
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
+from deepseek_compress.checkpoint.formats.mxfp4 import main_parts
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.config import Linear, ModelConfig
 from deepseek_compress.models.family import Family
@@ -181,5 +182,11 @@ def by_input(linears: Sequence[Linear]) -> Iterator[list[Linear]]:
 
 def copy(job: Job, name: str) -> None:
     """Write a tensor as it is, in 16 bits where it was FP8, unless an interrupted run did."""
-    if name not in job.written:
+    if name in job.written:
+        return
+    if job.source.header.tensors[name].encoding == "mxfp4":
+        # the same bytes under the names that servers read beside packed weights
+        codes, scale = main_parts(job.source.read_raw(name))
+        job.writer.add_raw(name, {"weight_packed": codes, "weight_scale": scale})
+    else:
         job.writer.copy(name, decode=True)

@@ -47,12 +47,17 @@ class Compress(Stage, frozen=True):
     activations: Annotated[SerializeAsAny[BaseModel] | None, _picked(ACTIVATIONS, "activations")] = None
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
+    requantize: bool = False  # change experts that are published in MXFP4 too: few bits to gain, accuracy to lose
     min_tokens: int = Field(64, ge=0)  # a linear whose input fewer tokens reach is solved without statistics
 
     @property
     def roles(self) -> frozenset[Role]:
-        """Roles whose linears change."""
+        """Roles whose linears change, and whose inputs are rounded."""
         return frozenset(selection.CHANGEABLE) - frozenset(self.keep)
+
+    def _changed(self, header: Header) -> frozenset[Role]:
+        """Roles whose weights change: experts in MXFP4 stay as they are unless the recipe asks."""
+        return self.roles if self.requantize or not _mxfp4(header) else self.roles - {Role.EXPERT}
 
     @property
     def scheme(self) -> dict[str, Any] | None:
@@ -71,13 +76,15 @@ class Compress(Stage, frozen=True):
         found = family.problems(header)
         if found:
             return found
-        return selection.problems(family, family.parse(header.config), header, self.roles, self.weights, self.sparsity)
+        return selection.problems(
+            family, family.parse(header.config), header, self._changed(header), self.weights, self.sparsity
+        )
 
     def forecast(self, header: Header, tokens: int) -> Forecast:
         """Sizes from shapes; operations of the calibrated solve."""
         family = family_of(header.config)
         cfg = family.parse(header.config)
-        change = self._change(family, cfg)
+        change = self._change(family, cfg, header)
         expected = expect(family, cfg, header, change.selection, self.weights, tokens if change.needs else 0)
         return Forecast(expected.header, expected.changed, expected.bytes, expected.memory, expected.operations)
 
@@ -85,7 +92,7 @@ class Compress(Stage, frozen=True):
         """Write the compressed checkpoint to `context.out`; goes on where an interrupted run stopped."""
         family = family_of(source.config)
         cfg = family.parse(source.config)
-        change = self._change(family, cfg)
+        change = self._change(family, cfg, source.header)
         decisions = self._decisions(source, family, cfg, change)
         for line in decisions:
             context.tell(line)
@@ -115,8 +122,8 @@ class Compress(Stage, frozen=True):
             context.tell(line)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
-    def _change(self, family: Family, cfg: ModelConfig) -> LinearChange:
-        chosen = selection.select(family, cfg, self.roles, self.weights)
+    def _change(self, family: Family, cfg: ModelConfig, header: Header) -> LinearChange:
+        chosen = selection.select(family, cfg, self._changed(header), self.weights)
         return LinearChange(family, chosen, self.sparsity, self.weights, self.min_tokens)
 
     def _input_scheme(self) -> InputScheme | None:
@@ -133,6 +140,10 @@ class Compress(Stage, frozen=True):
             lines.append(f"{size} (chosen: the largest that fits)")
         if chosen.left:
             lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
+        if _mxfp4(source.header) and not self.requantize and (self.weights or self.sparsity):
+            lines.append("routed experts keep their MXFP4 values (requantize: true changes them)")
+        if any(name.startswith("mtp.") for name in source.header.tensors):
+            lines.append("MTP block left out")
         if any(name in source.header.tensors for name in family.mtp_tensors(cfg)):
             lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
         return lines
@@ -173,6 +184,10 @@ def _tokens(source: Checkpoint, cfg: ModelConfig, context: Context) -> Tensor:
         what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"
         raise DscError(what, "check that tokenizer and model belong together")
     return tokens
+
+
+def _mxfp4(header: Header) -> bool:
+    return any(info.encoding == "mxfp4" for info in header.tensors.values())
 
 
 def _plain(calibration: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Compressing DeepSeek-V4: attention and shared experts change, routed experts keep their MXFP4 bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_compress.blocks import Job, run_blocks
+from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
+from deepseek_compress.models import Role, family_of
+from deepseek_compress.models.runtime import Model
+from deepseek_compress.registry import build
+from deepseek_compress.stages.base import Context
+from deepseek_compress.stages.compress import Compress
+from deepseek_compress.tasks import mixture
+
+TOKENS = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_experts_keep_their_bytes(method: str, tiny_v4: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{p.prompt} {p.solution}" for p in mixture(seed=4, count=30, split="calibration")))
+    calibration = {"sources": [str(text)], "samples": 8, "length": 64}
+    told: list[str] = []
+    context = Context("out", tmp_path / "out", "", 0, calibration=calibration, tell=told.append)
+    stage = build(Compress, {"weights": {method: {"group_size": 32}}}, "compress")
+    source = open_checkpoint(tiny_v4)
+    assert stage.problems(source.header) == []
+    done = open_checkpoint(stage.run(source, context).path)
+    assert "routed experts keep their MXFP4 values (requantize: true changes them)" in told
+    assert done.config["quantization_config"]["format"] == "mixed-precision"
+    family = family_of(done.config)
+    for name, info in done.header.tensors.items():
+        if family.role(name) is Role.EXPERT:
+            assert info.encoding == "mxfp4"
+            assert torch.equal(done.read(name), source.read(name))
+        elif name.endswith(("wq_a.weight", "wo_b.weight", "shared_experts.w1.weight")):
+            assert info.encoding == "packed"
+    with torch.no_grad():
+        ours, theirs = Model.load(done).forward(TOKENS), Model.load(source).forward(TOKENS)
+    assert 0 < float((ours - theirs).square().mean() / theirs.var()) < 0.5
+
+
+def test_the_loop_advances_the_streams(tiny_v4: Path, tmp_path: Path) -> None:
+    """The hidden state that the last block is calibrated with is that of the finished model."""
+    stage = build(Compress, {"weights": {"gptq": {"group_size": 32, "mse": False}}, "requantize": True}, "compress")
+    source = open_checkpoint(tiny_v4)
+    family = family_of(source.config)
+    cfg = family.parse(source.config)
+    kept: list[torch.Tensor] = []
+
+    with CheckpointWriter(tmp_path / "out", source) as writer:
+        change = stage._change(family, cfg, source.header)
+        work = tmp_path / "out" / ".dsc_blocks"
+
+        def look(done: int, total: int, note: str) -> None:
+            if done == total - 1:
+                raw = (work / f"hidden-{done:05d}.f32").read_bytes()
+                kept.append(torch.frombuffer(bytearray(raw), dtype=torch.float32).clone())
+
+        run_blocks(Job(source, family, cfg, writer, change, work, tokens=TOKENS, progress=look))
+        writer.finish({}, {}, [])
+    with torch.no_grad():
+        states = Model.load(tmp_path / "out").hidden_states(TOKENS)
+    torch.testing.assert_close(kept[0].view_as(states[-2]), states[-2], rtol=1e-3, atol=1e-3)
