@@ -31,7 +31,7 @@ class Gptq(WeightQuantizer, frozen=True):
     paper: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv 2210.17323"
     act_order: Literal["group", "column", "none"] = "group"
     mse: bool = True  # search each range for the least squared error; False: smallest to largest
-    damping: float = Field(0.01, ge=0)  # share of the mean of the Hessian's diagonal
+    damping: float = Field(0.005, ge=0)  # share of the mean of the Hessian's diagonal
 
     def prepare(self, statistics: Statistics) -> Statistics:
         """Factor the Hessian once for all linears with this input."""

@@ -1,4 +1,8 @@
-"""Round to nearest: no calibration data, each weight to the closest value of its group's grid."""
+"""Round to nearest: no calibration data, each weight to the closest value of its group's grid.
+
+`mse` lowers the error of the weights and can still cost accuracy: it clips the largest ones, and inputs are not alike
+(SmolLM2-135M, group 64: KL 0.366 with it, 0.323 without). Methods that know the inputs weigh the search by them.
+"""
 
 from __future__ import annotations
 
