@@ -35,7 +35,8 @@ namespace avx512 {
 
 void softmax_rows(const SoftmaxJob& job, int64_t first, int64_t last) {
   thread_local std::vector<float> buffer;  // kept: pages fresh from the system cost more than a row
-  buffer.resize(std::max(buffer.size(), static_cast<size_t>(job.columns) + 16));  // the last vector may be partly filled
+  // The last vector may be partly filled.
+  buffer.resize(std::max(buffer.size(), static_cast<size_t>(job.columns) + 16));
 #if defined(__x86_64__)
   if (isa() == Isa::avx512) {
     const unsigned before = _mm_getcsr();

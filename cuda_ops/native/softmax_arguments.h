@@ -81,7 +81,8 @@ inline SoftmaxCall softmax_call(const Tensor& logits, const std::optional<Tensor
   job.rows_per_matrix = dims > 0 && job.rows > 0 ? static_cast<int32_t>(logits.size(dims - 1)) : 1;
   job.logits = logits.const_data_ptr();
   job.row_scale = softmax_scale(row_scale, "row_scale", logits);
-  STD_TORCH_CHECK(!row_scale || row_scale->numel() == job.rows, "row_scale must have ", job.rows, " numbers, one a row");
+  STD_TORCH_CHECK(!row_scale || row_scale->numel() == job.rows, "row_scale must have ", job.rows,
+                  " numbers, one a row");
   job.column_scale = softmax_scale(column_scale, "column_scale", logits);
   if (column_scale && column_scale->numel() != job.columns) {
     STD_TORCH_CHECK(column_scale->numel() == job.rows / job.rows_per_matrix * job.columns,
