@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from nano.optimizer import optimizers
 SAVE_EVERY = 300.0  # seconds
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -50,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=200, help="steps between tests")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end by then; the decay follows the time")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def rate(step: int, done: float, decay: float, warmup: int = 50) -> float:
