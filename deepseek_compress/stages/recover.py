@@ -26,7 +26,7 @@ class Recover(Stage, frozen=True):
     """Scales and norms trained by KL on the original's outputs; codes and zero points stay as they are."""
 
     reference: str = "model"  # the name of the output that holds the original
-    samples: int = Field(256, gt=0)  # fresh text counts most: these are read from the recipe's calibration sources
+    samples: int | None = Field(None, gt=0)  # None: as many as the recipe's calibration; more text beats more passes
     passes: int = Field(1, gt=0)
     batch_size: int = Field(4, gt=0)  # samples a step
     learning_rate: float = Field(3e-3, gt=0)  # relative change of a scale in an early step of Adam
@@ -47,13 +47,12 @@ class Recover(Stage, frozen=True):
         """Both models in float32, the codes, the largest gradient; one forward, and one with its gradients."""
         sizes = [math.prod(info.shape) for info in header.tensors.values()]
         total = sum(sizes)
-        length = tokens and 512
         return Forecast(
             header,
             tensors=sum(info.encoding == "packed" for info in header.tensors.values()),
             bytes=sum(info.bytes for info in header.tensors.values()),
             memory=9 * total + 4 * max(sizes),
-            operations=4.0 * total * self.samples * self.passes * length,
+            operations=4.0 * total * self.passes * (512 * self.samples if self.samples else tokens),
         )
 
     def run(self, source: Checkpoint, context: Context) -> Output:
@@ -64,7 +63,8 @@ class Recover(Stage, frozen=True):
         cfg = family.parse(source.config)
         calibration = context.calibration
         tokenizer = load_tokenizer(source.path)
-        tokens = calibration_tokens(list(calibration["sources"]), tokenizer, self.samples, calibration["length"])
+        samples = self.samples or calibration["samples"]
+        tokens = calibration_tokens(list(calibration["sources"]), tokenizer, samples, calibration["length"])
         teacher = Model.load(context.outputs[self.reference])
         loaded = Model.load(source)
         student = Model(family, cfg, loaded.weights)  # without the activation scheme: rounding has no gradient
