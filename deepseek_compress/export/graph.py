@@ -96,16 +96,20 @@ class Graph:
 
     def op(self, kind: str, *inputs: str, domain: str = "", named: str = "", **attributes: Any) -> str:
         """Add a node with one output and return the output's name, `named` where that is given."""
-        return self.ops(kind, *inputs, count=1, domain=domain, named=named, **attributes)[0]
+        return self.ops(kind, *inputs, count=1, domain=domain, named=(named,), **attributes)[0]
 
     def ops(
-        self, kind: str, *inputs: str, count: int, domain: str = "", named: str = "", **attributes: Any
+        self, kind: str, *inputs: str, count: int, domain: str = "", named: Sequence[str] = (), **attributes: Any
     ) -> list[str]:
-        """Add a node with `count` outputs, or return the outputs of the equal node that is already there."""
+        """Add a node with `count` outputs, or return the outputs of the equal node that is already there.
+
+        `named`: names for the first outputs, empty for a name of the builder's choice.
+        """
         key = (kind, domain, inputs, count, repr(sorted(attributes.items())))
-        if named or key not in self._known:
+        if any(named) or key not in self._known:
             name = self._unique(self._scope + kind)
-            outputs = [named or name] if count == 1 else [f"{name}:{i}" for i in range(count)]
+            outputs = [name] if count == 1 else [f"{name}:{i}" for i in range(count)]
+            outputs[: len(named)] = [given or own for given, own in zip(named, outputs, strict=False)]
             self._nodes.append(helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes))
             self._domains.setdefault(domain, 1)
             self._known[key] = outputs

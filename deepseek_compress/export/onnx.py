@@ -8,7 +8,9 @@
 | past.L.latent, past.L.rope | (batch, past, kv_lora_rank), (batch, past, rope) | latent attention; past may be 0 |
 | past.L.key, past.L.value | (batch, key heads, past, head_dim) | grouped-query attention |
 
-Outputs: logits float32 (batch, new, vocabulary) and present.L.*, which are the next step's past.L.*.
+Outputs: logits float32 (batch, new, vocabulary) and present.L.*, which are the next step's past.L.*. Calls may take the
+tokens in any pieces; only onnxruntime's GroupQueryAttention (target `onnxruntime`, Llama and Qwen2) wants one token a
+row, or one row, in every call after the first.
 
 The graph is written from the configuration, not traced: all experts are there whatever the sample, and a tensor keeps
 its name in the checkpoint, so that a value in the engine can be followed back to the file it came from.

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from deepseek_compress.export.graph import DOMAIN, OPSET, Graph
+from deepseek_compress.export.graph import CONTRIB, DOMAIN, OPSET, Graph
 from deepseek_compress.export.lowering import Build, linear, to_numpy
 from deepseek_compress.models.config import Mla
 from deepseek_compress.models.mla import LATENT_EPS
@@ -126,11 +126,15 @@ def rotate(build: Build, x: str) -> str:
 def _shares(build: Build, scores: str) -> str:
     g = build.graph
     if build.contrib:
-        # onnxruntime's own Softmax is one pass over the row; hidden scores get a bias that no score outweighs
-        bias = g.op("Where", causal_mask(build), g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
-        return g.op("Softmax", g.op("Add", scores, bias), axis=-1)
+        return g.op("Softmax", g.op("Add", scores, _bias(build)), axis=-1)  # one pass over the row
     g.function(row_softmax(g.elem_type))
     return g.op(SOFTMAX, scores, causal_mask(build), domain=DOMAIN)
+
+
+def _bias(build: Build) -> str:
+    """The mask as something to add to scores, (B, 1, S, T): 0, or what no score outweighs."""
+    g = build.graph
+    return g.op("Where", causal_mask(build), g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
 
 
 def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: tuple[int, ...]) -> str:
@@ -190,6 +194,8 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
         _unflatten(build, linear(build, f"{stem}.{part}_proj", x), _steps(build), count, dim)
         for part, count in (("q", heads), ("k", shared), ("v", shared))
     )
+    if build.contrib:
+        return linear(build, f"{stem}.o_proj", _attention_node(build, layer, rotate(build, q), rotate(build, k), v))
     q = g.op("Mul", rotate(build, q), g.scalar(softmax_scale(cfg.rope, dim)))
     q, k, v = (g.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, rotate(build, k), v))
     k = _remember(build, layer, "key", k, 2, (shared, dim))  # (B, shared, T, dim)
@@ -206,6 +212,27 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     out = g.op("MatMul", shares, v)
     out = g.op("Reshape", out, g.ints(0, heads, -1, dim)) if shared != heads else out
     return linear(build, f"{stem}.o_proj", _merge_heads(build, out, heads * dim))
+
+
+def _attention_node(build: Build, layer: int, q: str, k: str, v: str) -> str:
+    """onnxruntime's GroupQueryAttention on rotated (B, S, heads, dim); it appends to the cache itself."""
+    g, cfg = build.graph, build.cfg
+    shared, dim = cfg.num_key_value_heads, cfg.head_dim
+    q, k, v = (g.op("Reshape", part, g.ints(0, 0, -1)) for part in (q, k, v))
+    names = [f"{{}}.{layer}.{part}" for part in ("key", "value")]
+    past = [g.input(n.format("past"), g.elem_type, ["batch", shared, "past", dim]) for n in names]
+    total = g.op("Cast", g.op("Gather", _seen(build), g.constant(np.array(1, np.int64))), to=TensorProto.INT32)
+    batch = g.op("Slice", _seen(build), g.ints(0), g.ints(1))
+    last = g.op("Expand", g.op("Sub", total, g.scalar(1, np.int32)), batch)  # (B,): the last place that is filled
+    present = [n.format("present") for n in names]
+    out = g.ops(
+        "GroupQueryAttention", q, k, v, *past, last, total, "", "", "", _bias(build),
+        count=3, domain=CONTRIB, named=("", *present),
+        num_heads=cfg.num_attention_heads, kv_num_heads=shared, scale=softmax_scale(cfg.rope, dim),
+    )  # fmt: skip
+    for name in present:
+        g.output(name, g.elem_type, ["batch", shared, "total", dim])
+    return g.op("Reshape", out[0], g.ints(-1, cfg.num_attention_heads * dim))
 
 
 def _merge_heads(build: Build, x: str, width: int) -> str:

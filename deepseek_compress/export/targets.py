@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, NEW, PAST, Range
 
 ONNX, ENGINE = "model.onnx", "model.engine"
+VERIFIED_BYTES = 2 << 30  # an export streams; comparing needs the whole model in memory
 RAN, BUILT = "ran in onnxruntime", "built, not run"
 
 
@@ -38,7 +40,7 @@ class Settings:
     accuracy_level: int = 4
     embedding_bits: int = 16
     last_only: bool = False
-    verify: bool = True
+    verify: bool | None = None  # None: where the model in FP32 fits into VERIFIED_BYTES
     prompts: Sequence[Sequence[int]] = ()  # calibration tokens to verify with, besides random ones
     manifest: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[str], None] = print
@@ -132,10 +134,19 @@ def _graph(source: Checkpoint, path: Path, lowering: str, settings: Settings) ->
         last_only=settings.last_only,
     )
     facts |= {"status": "written, not run", "sparsity": _sparsity(source)}
-    if settings.verify and kind != "bfloat16":
+    if kind != "bfloat16" and _to_verify(source, settings):
         facts["verification"] = _verified(source, path, kind, settings)
         facts["status"] = RAN
     return facts
+
+
+def _to_verify(source: Checkpoint, settings: Settings) -> bool:
+    if settings.verify is not None:
+        return settings.verify
+    size = 4 * sum(math.prod(info.shape) for info in source.header.tensors.values())
+    if size > VERIFIED_BYTES:
+        settings.tell(f"not compared with the runtime: that takes {size / 1e9:.1f} GB (verify: true does it)")
+    return size <= VERIFIED_BYTES
 
 
 def _verified(source: Checkpoint, path: Path, kind: str, settings: Settings) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Export(Stage, frozen=True, extra="forbid"):
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     embedding_bits: Literal[8, 16] = 16
     logits: Literal["all", "last"] = "all"
-    verify: bool = True
+    verify: bool | None = None  # None: where the model is small enough to be held in FP32
     samples: int = Field(2, ge=0)  # calibration texts to verify with, besides random tokens
 
     @field_validator("target")
@@ -80,7 +80,7 @@ class Export(Stage, frozen=True, extra="forbid"):
             embedding_bits=self.embedding_bits,
             last_only=self.logits == "last",
             verify=self.verify,
-            prompts=self._prompts(source, context) if self.verify and self.target in GRAPHS else (),
+            prompts=self._prompts(source, context) if self.verify is not False and self.target in GRAPHS else (),
             manifest=manifest,
             tell=context.tell,
         )
