@@ -26,6 +26,7 @@ from deepseek_compress.models.resolve import resolve_model
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
 
+LIBRARIES = 450_000_000  # bytes that Python, torch and transformers take before a stage begins
 REPORTS = ("report.json", "report.md", "report.html")
 
 
@@ -88,6 +89,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
             headers[name] = header
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe)
+    problems += _memory_problems(forecasts, options.memory)
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems)
 
 
@@ -167,6 +169,16 @@ def _calibration_problems(recipe: Recipe) -> list[DscError]:
         DscError(f"calibration: {source}: no such file or directory", "give text of yours, or builtin")
         for source in recipe.calibration.sources
         if source != "builtin" and not Path(source).exists()
+    ]
+
+
+def _memory_problems(forecasts: Mapping[str, Forecast], limit: int | None) -> list[DscError]:
+    """Stages that need more than `--memory`, the interpreter and its libraries included."""
+    needs = {name: LIBRARIES + forecast.memory for name, forecast in forecasts.items() if forecast.memory is not None}
+    return [
+        DscError(f"{name}: needs about {size(need)}, --memory is {size(limit)}", "give more, or fewer --samples")
+        for name, need in needs.items()
+        if limit is not None and need > limit
     ]
 
 

@@ -38,9 +38,11 @@ GroupSize = Annotated[
     int | None, typer.Option("--group-size", min=1, help="Weights that share a scale. [default: what fits]")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu or cuda.")]
-Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Bound on memory, for instance 8GiB.")]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes; the bytes are the same for any number.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto or cpu.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Refuse stages that need more, for instance 8GiB.")
+]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes; 1 in this version.")]
 Json = Annotated[bool, typer.Option("--json", callback=_remember_json, help="One JSON document on standard output.")]
 
 
@@ -55,13 +57,16 @@ def bytes_of(text: str | None) -> int | None:
 
 
 def device_of(name: str) -> str:
-    """`auto` -> the device this machine has; `DscError` for one it has not."""
-    import torch
+    """`auto` -> the device that stages compute on. `DscError` for one that no stage uses."""
+    if name not in {"auto", "cpu"}:
+        known = re.fullmatch(r"cuda(:\d+)?", name)
+        what = "no stage computes on a GPU in this version" if known else "unknown device"
+        raise DscError(f"--device {name}: {what}", "use --device cpu, or leave it out")
+    return "cpu"
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
-        raise DscError(f"--device {name!r} is unknown", "use auto, cpu or cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise DscError(f"--device {name}: torch sees no GPU here", "use --device cpu; see dsc doctor")
-    return name
+
+def workers_of(count: int) -> int:
+    """The number of processes; `DscError` for more than this version uses."""
+    if count > 1:
+        raise DscError(f"--workers {count}: stages run in one process in this version", "leave it out")
+    return count

@@ -195,7 +195,7 @@ def _label(model: str) -> str:
 def _options(device: str, memory: str | None, workers: int) -> Options:
     from deepseek_compress.pipeline import Options
 
-    return Options(o.device_of(device), o.bytes_of(memory), workers)
+    return Options(o.device_of(device), o.bytes_of(memory), o.workers_of(workers))
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

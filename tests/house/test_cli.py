@@ -105,7 +105,7 @@ def test_plan_as_json_has_the_problems(dsc: Dsc, tiny_v3: Path) -> None:
         (["quantize", "MODEL", "-o", "q", "--memory", "much"], "error: --memory 'much' is no size; "),
         (
             ["quantize", "MODEL", "-o", "q", "--device", "tpu"],
-            "error: --device 'tpu' is unknown; use auto",
+            "error: --device tpu: unknown device; use",
         ),
         (
             ["quantize", "MODEL", "-o", "q", "-r", "evaluate"],
