@@ -13,7 +13,8 @@ TRAIN = {"steps": 1, "documents": 8, "length": 64}
 def shorten(words: Sequence[str], model: Path, text: Path) -> list[str]:
     """What to add to `dsc WORDS` so that it takes a second or two."""
     calibration = [*TEXT, "--calibration", str(text)]
-    command, recipe = words[0], words[words.index("-r") + 1] if "-r" in words else words[1]
+    command = words[0]
+    recipe = words[words.index("-r") + 1] if "-r" in words else "".join(words[1:2])
     if recipe == "quickstart":
         extra = [
             *_train("student"),
