@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, a measured child process, a table for people and one JSON line."""
+"""What every benchmark shares: the machine, a measured child process, a table for people and one JSON line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from deepseek_compress.machine import resident
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "reports"
@@ -66,35 +68,16 @@ def measure(command: Sequence[str], env: Mapping[str, str] | None = None, cwd: P
 
 def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
     while process.poll() is None:
-        peak[0] = max(peak[0], sum(_pss(pid) for pid in _family(process.pid)))
+        peak[0] = max(peak[0], resident(process.pid) or 0)
         time.sleep(0.1)
-
-
-def _family(pid: int) -> list[int]:
-    found = [pid]
-    for parent in found:
-        try:
-            children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        except OSError:
-            continue
-        found.extend(int(child) for child in children)
-    return found
-
-
-def _pss(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:")), 0)
 
 
 def present(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], facts: Mapping[str, Any]) -> None:
     """Print a table, write `reports/NAME.json` and `.md`, and print the record as the last line."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-    lines = ["| " + " | ".join(value.ljust(width) for value, width in zip(row, widths)) + " |" for row in cells]
-    head = "| " + " | ".join(column.ljust(width) for column, width in zip(columns, widths)) + " |"
+    lines = ["| " + " | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    head = "| " + " | ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)) + " |"
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     table = "\n".join([head, rule, *lines])
     record = {"benchmark": name, **facts, "columns": list(columns), "rows": [list(row) for row in rows]}

@@ -57,12 +57,12 @@ def peak_memory(every: float = 0.5) -> Iterator[list[int | None]]:
 
     PSS counts a page that n processes share 1/n times each. None where the system does not tell it.
     """
-    peak: list[int | None] = [_resident()]
+    peak: list[int | None] = [resident()]
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(every):
-            peak[0] = max(peak[0] or 0, _resident() or 0) or None
+            peak[0] = max(peak[0] or 0, resident() or 0) or None
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -71,7 +71,7 @@ def peak_memory(every: float = 0.5) -> Iterator[list[int | None]]:
     finally:
         over.set()
         thread.join()
-        peak[0] = max(peak[0] or 0, _resident() or 0) or None
+        peak[0] = max(peak[0] or 0, resident() or 0) or None
 
 
 def rates(measure: bool = False) -> dict[str, float] | None:
@@ -104,10 +104,10 @@ def _cpu() -> tuple[str, set[str]]:
     return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
 
 
-def _resident() -> int | None:
-    """Sum of PSS over this process and all below it, in bytes."""
+def resident(root: int | None = None) -> int | None:
+    """Sum of PSS over process `root` (default: this one) and all below it, in bytes; None where it is not told."""
     total = 0
-    for pid in _family(os.getpid()):
+    for pid in _family(root or os.getpid()):
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
