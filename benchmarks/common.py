@@ -76,8 +76,10 @@ def present(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], fa
     """Print a table, write `reports/NAME.json` and `.md`, and print the record as the last line."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-    lines = ["| " + " | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + " |" for row in cells]
-    head = "| " + " | ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)) + " |"
+    head, *lines = (
+        "| " + " | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + " |"
+        for row in [list(columns), *cells]
+    )
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     table = "\n".join([head, rule, *lines])
     record = {"benchmark": name, **facts, "columns": list(columns), "rows": [list(row) for row in rows]}
