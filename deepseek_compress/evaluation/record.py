@@ -21,6 +21,7 @@ from deepseek_compress.evaluation.about import about
 from deepseek_compress.evaluation.divergence import Sample, Trace
 from deepseek_compress.evaluation.reasoning import Prompts
 from deepseek_compress.evaluation.statistics import Bootstrap
+from deepseek_compress.models.resolve import name_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
 from deepseek_compress.tasks import Verdict
@@ -151,7 +152,7 @@ def _open(models: Mapping[str, Path]) -> dict[str, Checkpoint]:
 def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> dict[str, Any]:
     """Everything about one model. With a folder it is the reference, and its trace is kept there."""
     run.step(f"{name}: reading")
-    row: dict[str, Any] = {"name": name, "path": str(checkpoint.path), **efficiency.sizes(checkpoint)}
+    row: dict[str, Any] = {"name": name, "path": name_of(checkpoint.path), **efficiency.sizes(checkpoint)}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": _lineage(checkpoint)}
     row |= {"about": about(checkpoint), "relative": {}, "families": None, "error_by_layer": None}
     if run.task.prompts or run.task.samples:

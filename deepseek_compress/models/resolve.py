@@ -28,3 +28,9 @@ def resolve_model(name: str | Path) -> Path:
         return path
     what = "is a file" if path.is_file() else "no such directory"
     raise DscError(f"{text}: {what}", "give the directory of a checkpoint, or builtin:nano")
+
+
+def name_of(path: Path) -> str:
+    """How a user would name the model at `path`: `builtin:nano`, or the path as it is."""
+    there = path.resolve()
+    return next((name for name, folder in builtin_models().items() if folder.resolve() == there), str(path))
