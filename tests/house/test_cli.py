@@ -167,6 +167,8 @@ def test_each_one_stage_command_does_its_stage(dsc: Dsc, tiny_llama: Path, text:
 
 def dsc_process(*words: object, cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "deepseek_compress", *map(str, words)]
+    # a shell starts background jobs with SIGINT ignored, and children inherit that: a terminal's Ctrl-C is meant here
+    command = ["env", "--default-signal=INT", *command]
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root, "COLUMNS": "80"}
     pipe = subprocess.PIPE
