@@ -21,7 +21,7 @@ from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics.grid import STORED
 from deepseek_compress.numerics.types import Quantized
 
-WARM_UP = 8  # steps until the learning rate is reached
+WARM_UP = 8  # steps until the learning rate is reached, a quarter of all at most
 BETAS = (0.9, 0.99)  # a recovery has tens of steps: the usual 0.999 would not forget the first ones
 
 
@@ -111,11 +111,12 @@ def recover(
     order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(passes)])
     steps = torch.split(order, batch_size)
     adam = torch.optim.Adam([part.change for part in parts.values()], lr=learning_rate, betas=BETAS)
+    warm_up = max(1, min(WARM_UP, len(steps) // 4))
     losses = []
     for step, chosen in enumerate(steps):
         loss = sum(_backward(teacher, student, tokens[i : i + 1], len(chosen)) for i in chosen.tolist())
         for group in adam.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / WARM_UP) * (1 - step / len(steps))
+            group["lr"] = learning_rate * min(1.0, (step + 1) / warm_up) * (1 - step / len(steps))
         adam.step()
         adam.zero_grad()
         for part in parts.values():
