@@ -30,6 +30,8 @@ SCHEMA = 1
 METRICS = (*summary.REASONING, *summary.FIDELITY, *efficiency.UNKNOWN)
 Progress = Callable[[int, int, str], None]
 
+SOLUTIONS = 400  # fidelity is a mean over tokens: these hold some 15,000, and each model predicts them all
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -104,7 +106,7 @@ def prepare(settings: Settings, tokenizer: Tokenizer) -> Task:
     prompts = None
     if settings.suite is not None:
         prompts = reasoning.prepare(reasoning.load_suite(settings.suite, settings.problems), tokenizer)
-    samples: Sequence[Sample] = prompts.solutions if prompts else ()
+    samples: Sequence[Sample] = prompts.solutions[:SOLUTIONS] if prompts else ()
     if settings.text is not None:
         samples = divergence.text_windows(settings.text, tokenizer, settings.windows, settings.length)
     return Task(
