@@ -18,6 +18,7 @@ from deepseek_compress.distillation.losses import distillation_loss
 from deepseek_compress.distillation.traces import Trace, batches_by_length, target_of
 from deepseek_compress.models import Role
 from deepseek_compress.models.runtime import Model
+from deepseek_compress.numerics import pattern
 
 WARM_UP = 10  # steps until the learning rate is reached
 BETAS = (0.9, 0.95)
@@ -46,12 +47,7 @@ class State(NamedTuple):
 
 def masks_of(weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """float32 0/1 masks of the weights among `names` that are 2:4 sparse: their zeros stay."""
-    found = {}
-    for name in names:
-        weight = weights[name]
-        if weight.shape[1] % 4 == 0 and bool(((weight.view(len(weight), -1, 4) == 0).sum(-1) >= 2).all()):
-            found[name] = (weight != 0).float()
-    return found
+    return {name: (weights[name] != 0).float() for name in names if pattern.holds(weights[name])}
 
 
 def train(
