@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -48,7 +49,11 @@ def machine() -> dict[str, Any]:
 
 
 def measure(command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Cost:
-    """Run `command` to its end with one OpenMP thread unless `env` says otherwise; CPU seconds include its children."""
+    """Run `command` to its end with one OpenMP thread unless `env` says otherwise; CPU seconds include its children.
+
+    Processes that outlive it, as a fork server does for a moment, are adopted, waited for and counted too.
+    """
+    _adopt_orphans()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     settings = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
@@ -61,9 +66,27 @@ def measure(command: Sequence[str], env: Mapping[str, str] | None = None, cwd: P
     output, _ = process.communicate()
     wall = time.perf_counter() - start
     watcher.join()
+    _reap()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Cost(wall, cpu, peak[0], process.returncode, output)
+
+
+def _adopt_orphans() -> None:
+    """What a child leaves running becomes a child of this process (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
+def _reap(seconds: float = 10.0) -> None:
+    """Wait for adopted processes; their time counts once they ended."""
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.02)
+    except ChildProcessError:
+        return
 
 
 def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
