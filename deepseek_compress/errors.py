@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class DscError(Exception):
@@ -17,6 +18,9 @@ class DscError(Exception):
         self.fix = fix
         super().__init__(f"{what}; {fix}" if fix else what)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DscError, (self.what, self.fix)  # what a worker process raises arrives whole
+
 
 class Problems(DscError):
     """Several mistakes found at one door, reported together, each as its own line."""
@@ -24,6 +28,9 @@ class Problems(DscError):
     def __init__(self, problems: Iterable[DscError | str]) -> None:
         self.problems = [p if isinstance(p, DscError) else DscError(p) for p in problems]
         super().__init__("\n".join(str(p) for p in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Problems, (self.problems,)
 
 
 def raise_problems(problems: Iterable[DscError | str]) -> None:

@@ -35,8 +35,9 @@ class Options:
     """What the machine may give to a run; none of it changes the bytes that are written."""
 
     device: str = "cpu"
-    memory: int | None = None  # bytes
-    workers: int = 1
+    memory: int | None = None  # bytes, all processes together
+    workers: int | None = None  # processes; None: as many as serve
+    ray: str | None = None  # address of a cluster
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,11 @@ def _check_disk(found: Plan, out: Path, flat: bool) -> None:
 
 
 def _inputs(state: _Run) -> None:
-    """Path and hash of each model that comes from outside."""
+    """Path and fingerprint of each model that comes from outside."""
     recipe = state.recipe
     for name, model in {"model": recipe.model, **recipe.inputs}.items():
         state.paths[name] = resolve_model(str(model))
-        facts = provenance.source_facts(open_checkpoint(state.paths[name]))
-        state.prints[name] = provenance.digest([facts["fingerprint"], facts["files"]])
+        state.prints[name] = provenance.fingerprint(open_checkpoint(state.paths[name]))
     state.paths[recipe.alias] = state.paths["model"]
     state.prints[recipe.alias] = state.prints["model"]
 
@@ -293,6 +293,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         device=options.device,
         memory=options.memory,
         workers=options.workers,
+        ray=options.ray,
         outputs=dict(state.paths),
         progress=state.progress.update,
         tell=state.progress.tell,

@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deepseek_compress.checkpoint.files import hash_file, read_json
+from deepseek_compress.checkpoint.files import disk_errors, hash_file, read_json
 from deepseek_compress.checkpoint.reader import MANIFEST, Checkpoint
 
 __all__ = [
-    "build_manifest", "digest", "fingerprint", "hash_file", "lineage_of", "read_manifest", "source_facts", "versions",
+    "build_manifest", "digest", "fingerprint", "hash_file", "lineage_of", "read_manifest", "source_facts", "unhashed",
+    "versions",
 ]  # fmt: skip
 
 SCHEMA = 1
+SAMPLES, SAMPLE = 16, 4096  # pieces of a shard that a fingerprint reads, and their bytes
 PACKAGES = (
     "deepseek-compress", "torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnxscript",
     "onnxruntime-gpu", "onnxruntime", "nvidia-modelopt", "tensorrt-cu13", "tensorrt-rtx-cu13", "compressed-tensors",
@@ -54,16 +57,16 @@ def build_manifest(
     knobs: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Path] | None = None,
     name: str | None = None,
-    hash_source: bool = True,
+    hashes: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of an output of `stage`, to hand to `CheckpointWriter.finish`.
 
     inputs: other files that went in (calibration text), by a name of your choice. name: what the model card calls the
-    source; its directory's name otherwise. hash_source: take the BLAKE3 of every shard that the source's own manifest
-    does not list (one pass over the files); otherwise only headers and config are hashed. extra: more keys.
+    source; its directory's name otherwise. hashes: BLAKE3 of the source's files, where they were taken already; what
+    neither they nor the source's own manifest list is hashed here. extra: more keys.
     """
-    facts = source_facts(source, name, hash_source) if source is not None else None
+    facts = source_facts(source, name, hashes) if source is not None else None
     step = {
         "stage": stage,
         "knobs": dict(knobs or {}),
@@ -85,34 +88,60 @@ def build_manifest(
     }
 
 
-def source_facts(source: Checkpoint, name: str | None = None, hash_shards: bool = True) -> dict[str, Any]:
-    """{"name", "fingerprint", "files"}: the shards' sizes and hashes, None where they were not taken."""
-    known = (source.manifest or {}).get("files") or {}
-    shards = sorted({part.file for info in source.header.tensors.values() for part in info.parts.values()})
-    files: dict[str, Any] = {}
-    for shard in shards:
-        size = shard.stat().st_size
-        listed = known.get(shard.name) or {}
-        digest = listed.get("blake3") if listed.get("bytes") == size else None
-        if digest is None and hash_shards:
-            digest = hash_file(shard)
-        files[shard.name] = {"bytes": size, "blake3": digest}
+def source_facts(
+    source: Checkpoint, name: str | None = None, hashes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """{"name", "fingerprint", "files"}: sizes and hashes of the shards, taken here unless `hashes` has them."""
+    known = {**_listed(source), **(hashes or {})}
+    files = {
+        shard.name: {"bytes": shard.stat().st_size, "blake3": known.get(shard.name) or hash_file(shard)}
+        for shard in _shards(source)
+    }
     return {"name": name or source.path.resolve().name, "fingerprint": fingerprint(source), "files": files}
 
 
-def fingerprint(source: Checkpoint) -> str:
-    """SHA-256 over config, every tensor's name, type, shape and place, and a manifest's hashes: cheap, from headers.
+def unhashed(source: Checkpoint) -> list[Path]:
+    """Shards whose hash the source's own manifest does not tell."""
+    known = _listed(source)
+    return [shard for shard in _shards(source) if shard.name not in known]
 
-    Two checkpoints of equal fingerprint may still differ in values where neither has a manifest; hash the shards to
-    be sure.
+
+def fingerprint(source: Checkpoint) -> str:
+    """SHA-256 over config, every tensor's name, type, shape and place, and a sample of each shard's bytes.
+
+    Cheap whatever the size. Two checkpoints of equal fingerprint could differ in single values only; hash the shards
+    to be sure.
     """
     tensors = [
         [name, suffix, str(part.dtype), list(part.shape), part.file.name, part.offset]
         for name, info in sorted(source.header.tensors.items())
         for suffix, part in sorted(info.parts.items())
     ]
-    hashes = (source.manifest or {}).get("files")
-    return digest([source.config, tensors, hashes])
+    return digest([source.config, tensors, {shard.name: _sample(shard) for shard in _shards(source)}])
+
+
+def _sample(file: Path) -> str:
+    """SHA-256 of pieces from all over a file."""
+    size, found = file.stat().st_size, hashlib.sha256()
+    with disk_errors(file), open(file, "rb", buffering=0) as opened:
+        for i in range(SAMPLES):
+            found.update(os.pread(opened.fileno(), SAMPLE, size * i // SAMPLES))
+    return found.hexdigest()
+
+
+def _shards(source: Checkpoint) -> list[Path]:
+    return sorted({part.file for info in source.header.tensors.values() for part in info.parts.values()})
+
+
+def _listed(source: Checkpoint) -> dict[str, str]:
+    """Hashes in the source's own manifest, of files that still have the size they had."""
+    listed = (source.manifest or {}).get("files") or {}
+    sizes = {shard.name: shard.stat().st_size for shard in _shards(source)}
+    return {
+        name: facts["blake3"]
+        for name, facts in listed.items()
+        if facts.get("blake3") and facts.get("bytes") == sizes.get(name)
+    }
 
 
 def lineage_of(source: Checkpoint) -> list[dict[str, Any]]:

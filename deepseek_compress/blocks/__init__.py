@@ -2,60 +2,114 @@
 
 A finished block is never repeated: its shard is closed, the hidden state it gives lies in the work directory, and its
 facts beside it. An interrupted run goes on at the first block that is not finished and gives the same bytes, because
-the hidden state is saved, not computed again. Nothing is held but one block's attention, or one expert.
+the hidden state is saved, not computed again. Nothing is held but one block's attention, or one expert a worker.
+Without calibration no block is run, and the shards are tasks: see `data_free`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from deepseek_compress import provenance
+from deepseek_compress.blocks import data_free
 from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, calibrated_block
-from deepseek_compress.blocks.job import Block, Change, Job, Solved, copy
+from deepseek_compress.blocks.job import Block, Change, Job, Solved
 from deepseek_compress.blocks.spool import Spool
+from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.files import read_json, write_json
 from deepseek_compress.checkpoint.writer import PARTIAL
 from deepseek_compress.errors import DscError
-from deepseek_compress.numerics.types import Statistics
+from deepseek_compress.workers import Pool, open_pool
 
-__all__ = ["Change", "Job", "Solved", "claim", "clean", "run_blocks"]
+__all__ = ["Block", "Change", "Done", "Job", "Solved", "claim", "clean", "run_blocks"]
+
+
+class Done(NamedTuple):
+    """What a run of the loop found."""
+
+    blocks: list[dict[str, Any]]  # {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}
+    hashes: dict[str, str]  # BLAKE3 of the source's files that its manifest does not list
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A calibrated job under way."""
+
+    job: Job
+    writer: CheckpointWriter
+    written: frozenset[str]  # tensors that an interrupted run left in finished shards
+    tokens: Tensor
+    pool: Pool
+
+    def store(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Write a tensor, unless an interrupted run did."""
+        if name not in self.written:
+            self.writer.add_raw(name, parts)
+
+    def copy(self, name: str) -> None:
+        """Write a tensor that does not change, unless an interrupted run did."""
+        if name in self.written:
+            return
+        raw = data_free.kept_parts(self.job, name)
+        if raw is None:
+            self.writer.copy(name, decode=True)
+        else:
+            self.writer.add_raw(name, raw)
 
 
 @torch.no_grad()
-def run_blocks(job: Job) -> list[dict[str, Any]]:
-    """Write every tensor of `job.source` to `job.writer`, changed where the job wants it. Returns facts by block.
+def run_blocks(
+    job: Job,
+    writer: CheckpointWriter,
+    tokens: Tensor | None = None,
+    pool: Pool | None = None,
+    progress: Callable[[int, int, str], None] = _silent,
+) -> Done:
+    """Write every tensor of `job.source` to `writer`, changed where the job wants it.
 
-    {"linears": [{"name", "role", ...}], "experts": {"tokens": [per expert], "starved": [...]}}; the caller finishes the
-    writer and then calls `clean`.
+    tokens: int64 (samples, length) of calibration text; None: no block is run. pool: who computes tasks; it shares
+    `job`. The caller finishes the writer and then calls `clean`.
     """
     job.work.mkdir(parents=True, exist_ok=True)
-    job = dataclasses.replace(job, written=job.writer.written)
-    if job.paired and job.tokens is not None:
-        job = dataclasses.replace(job, tokens=job.tokens.repeat_interleave(2, dim=0))
+    if pool is None:
+        with open_pool(job) as inline:
+            return run_blocks(job, writer, tokens, inline, progress)
+    if tokens is None:
+        return Done(*data_free.convert(job, writer, pool, progress))
+    if job.paired:
+        tokens = tokens.repeat_interleave(2, dim=0)
+    run = _Run(job, writer, writer.written, tokens, pool)
     total = job.cfg.num_hidden_layers
-    first = _first_unfinished(job)
+    first = _first_unfinished(run)
     for name in _around(job, before=True):
-        copy(job, name)
-    hidden = _hidden(job, first) if job.tokens is not None and first < total else None
+        run.copy(name)
+    hidden = _hidden(run, first) if first < total else None
     for layer in range(first, total):
-        job.progress(layer, total, f"block {layer}")
-        if hidden is None:
-            facts = _free_block(job, layer)
-        else:
-            hidden, facts = _calibrated(job, layer, hidden)
-        write_json(_facts(job, layer), facts)
-        job.writer.flush()
+        progress(layer, total, f"block {layer}")
+        hidden = _block(run, layer, hidden)
         _spooled(job, layer).unlink(missing_ok=True)
     for name in _around(job, before=False):
-        copy(job, name)
-    job.progress(total, total, "blocks done")
-    return [json.loads(_facts(job, layer).read_text(encoding="utf-8")) for layer in range(total)]
+        run.copy(name)
+    progress(total, total, "blocks done")
+    blocks = [json.loads(_facts(job, layer).read_text(encoding="utf-8")) for layer in range(total)]
+    files = provenance.unhashed(job.source)
+    return Done(blocks, {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)})
+
+
+def _hash(job: Job, file: Path) -> str:
+    return provenance.hash_file(file)
 
 
 def claim(out: Path, work: Path, identity: Mapping[str, Any]) -> None:
@@ -82,48 +136,43 @@ def clean(job: Job) -> None:
     shutil.rmtree(job.work, ignore_errors=True)
 
 
-def _free_block(job: Job, layer: int) -> dict[str, Any]:
-    """Change the linears of a block one by one, without running it."""
-    block = Block(job, layer)
-    block.copy_rest()
-    for linear in block.linears:
-        if block.wants(linear):
-            block.read(linear.name + ".weight", exact=True)
-            block.solve([linear], Statistics())
-            block.free([linear])
-    return {"linears": block.facts}
-
-
-def _calibrated(job: Job, layer: int, hidden: Spool) -> tuple[Spool, dict[str, Any]]:
-    """Change a block; gives the spool of the next one's input, durable, and the facts."""
-    if job.tokens is None:
-        raise ValueError("no calibration tokens")
+def _block(run: _Run, layer: int, hidden: Spool | None) -> Spool | None:
+    """Change a block; gives the spool of the next one's input, durable."""
+    assert hidden is not None
+    job = run.job
+    changed = {
+        f"{linear.name}.weight" for linear in job.family.linears(job.cfg, layer) if job.change.wants(layer, linear)
+    }
+    for name in job.family.block_tensors(job.cfg, layer):
+        if name not in changed:
+            run.copy(f"{job.family.prefix(layer)}.{name}")
     last = layer + 1 == job.cfg.num_hidden_layers
     following = None if last else Spool(job.work / "following.tmp", hidden.rows, hidden.row_shape)
-    facts = calibrated_block(job, layer, hidden, Batches(job.tokens, job.paired), following)
+    batches = Batches(run.tokens, job.paired)
+    facts = calibrated_block(job, layer, hidden, batches, following, run.store, run.pool)
     hidden.close()
-    if following is None:
-        return hidden, facts
-    following.rename(_spooled(job, layer + 1))
-    return following, facts
+    if following is not None:
+        following.rename(_spooled(job, layer + 1))
+    write_json(_facts(job, layer), facts)
+    run.writer.flush()
+    return following
 
 
-def _hidden(job: Job, layer: int) -> Spool:
+def _hidden(run: _Run, layer: int) -> Spool:
     """The input of block `layer` for all samples: from the interrupted run, or the embeddings."""
-    if job.tokens is None:
-        raise ValueError("no calibration tokens")
+    job, tokens = run.job, run.tokens
     shape = _row_shape(job)
     path = _spooled(job, layer)
     if path.is_file():
-        return Spool(path, job.tokens.numel(), shape, existing=True)
+        return Spool(path, tokens.numel(), shape, existing=True)
     if layer:
         raise DscError(f"{path}: missing, block {layer} cannot go on", "remove the output and start again")
     table = job.source.read(job.family.embedding, dtype=None)  # as stored: float32 would take twice the memory
-    spool = Spool(job.work / "embedded.tmp", job.tokens.numel(), shape)
-    step = max(1, BATCH_TOKENS // job.tokens.shape[1])
-    for start in range(0, len(job.tokens), step):
-        rows = job.family.embed(job.cfg, table, job.tokens[start : start + step]).float()
-        spool.write(start * job.tokens.shape[1], rows.flatten(0, 1))
+    spool = Spool(job.work / "embedded.tmp", tokens.numel(), shape)
+    step = max(1, BATCH_TOKENS // tokens.shape[1])
+    for start in range(0, len(tokens), step):
+        rows = job.family.embed(job.cfg, table, tokens[start : start + step]).float()
+        spool.write(start * tokens.shape[1], rows.flatten(0, 1))
     spool.rename(path)
     return spool
 
@@ -133,12 +182,13 @@ def _row_shape(job: Job) -> tuple[int, ...]:
     return tuple(probe.shape[2:])
 
 
-def _first_unfinished(job: Job) -> int:
+def _first_unfinished(run: _Run) -> int:
     """The first block that is not in finished shards with its facts."""
+    job = run.job
     for layer in range(job.cfg.num_hidden_layers):
         prefix = job.family.prefix(layer) + "."
         names = {prefix + name for name in job.family.block_tensors(job.cfg, layer)}
-        if not (names <= job.written and _facts(job, layer).is_file()):
+        if not (names <= run.written and _facts(job, layer).is_file()):
             return layer
     return job.cfg.num_hidden_layers
 

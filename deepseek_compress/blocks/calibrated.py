@@ -1,25 +1,27 @@
 """One block with calibration: attention, then the MLP or the experts, each linear seeing what the changed ones give.
 
-The hidden state of all samples lies on disk; a batch of it is in memory. Experts are solved one after the other with
-their own tokens, so that no more than one expert and one Hessian is held.
+The hidden state of all samples lies on disk; a batch of it is in memory. Experts are tasks of the pool; everything else
+is computed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseek_compress.blocks.job import Block, Job
+from deepseek_compress.blocks.experts import run_experts
+from deepseek_compress.blocks.job import Block, Job, Store
 from deepseek_compress.blocks.pairs import Split, pairs
 from deepseek_compress.blocks.spool import Spool
-from deepseek_compress.blocks.statistics import ROWS, Part, Watch
-from deepseek_compress.models.config import Linear, Moe, Role
+from deepseek_compress.blocks.statistics import Part, Watch
+from deepseek_compress.models.config import Moe, Role
 from deepseek_compress.models.layers import swiglu
-from deepseek_compress.models.moe import Routing, by_expert, route, run_expert, run_shared
+from deepseek_compress.models.moe import Routing, route, run_shared
+from deepseek_compress.workers import Pool
 
 BATCH_TOKENS = 2048  # fixed: another batch size has other roundings
 
@@ -64,10 +66,14 @@ class Batches:
         return torch.arange(self.length).expand(len(self.ids(batch)), -1)
 
 
-def calibrated_block(job: Job, layer: int, hidden: Spool, batches: Batches, following: Spool | None) -> dict[str, Any]:
-    """Change block `layer`; with `following`, store what it then gives. Returns the facts."""
-    block = Block(job, layer)
-    block.copy_rest()
+def calibrated_block(
+    job: Job, layer: int, hidden: Spool, batches: Batches, following: Spool | None, store: Store, pool: Pool
+) -> dict[str, Any]:
+    """Change block `layer`: new weights go to `store`; with `following`, keep what the block then gives there.
+
+    Returns {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}, the latter where there are any.
+    """
+    block = Block(job, layer, store)
     linears = {linear.name + suffix for linear in block.linears for suffix in (".weight", ".bias")}
     for name in block.names:
         if name not in linears:
@@ -75,8 +81,8 @@ def calibrated_block(job: Job, layer: int, hidden: Spool, batches: Batches, foll
     rows = hidden.rows
     with Spool(job.work / "attended.tmp", rows, hidden.row_shape) as attended:
         _attention(block, hidden, attended, batches)
-        with Spool(job.work / "input.tmp", rows, (job.cfg.hidden_size,)) as x:
-            facts = _ffn(block, attended, x, batches, following)
+        with Spool(job.work / "input.tmp", rows, (job.cfg.hidden_size,), held=0) as x:
+            facts = _ffn(block, attended, x, batches, following, pool)
             x.remove()
         attended.remove()
     return {"linears": block.facts, **facts}
@@ -119,7 +125,9 @@ def _solved(block: Block, part: Part, batches: Batches) -> Iterator[tuple[int, T
     block.free(part.linears)
 
 
-def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: Spool | None) -> dict[str, Any]:
+def _ffn(
+    block: Block, attended: Spool, x: Spool, batches: Batches, following: Spool | None, pool: Pool
+) -> dict[str, Any]:
     """The MLP, or shared and routed experts; fills `x` with their input and `following` with the block's output."""
     job, cfg = block.job, block.job.cfg
     for batch in range(len(batches)):
@@ -129,7 +137,7 @@ def _ffn(block: Block, attended: Spool, x: Spool, batches: Batches, following: S
     with Spool(job.work / "added.tmp", x.rows, x.row_shape) as added:
         if cfg.moe is not None and cfg.is_moe(block.layer):
             routing = _route(block, cfg.moe, x, batches)
-            facts["experts"] = _experts(block, cfg.moe, routing, x, added if following else None, batches)
+            facts["experts"] = run_experts(block, routing, x, added if following else None, batches.length, pool)
             if cfg.moe.shared:
                 _dense(block, cfg.moe.names.shared, attended, x, added if following else None, batches)
         else:
@@ -176,53 +184,6 @@ def _route(block: Block, moe: Moe, x: Spool, batches: Batches) -> Routing:
         for batch in range(len(batches))
     ]
     return Routing(torch.cat([part.experts for part in parts]), torch.cat([part.shares for part in parts]))
-
-
-def _experts(
-    block: Block, moe: Moe, routing: Routing, x: Spool, added: Spool | None, batches: Batches
-) -> dict[str, Any]:
-    """Solve every expert with the tokens routed to it; add their outputs to `added`. Returns the coverage."""
-    places = by_expert(routing, moe.experts)
-    shares = routing.shares.flatten()
-    counts = []
-    for expert, linears in _by_expert(block.linears):
-        chosen = places[expert]
-        tokens = chosen // moe.top_k
-        theirs = (tokens // batches.length) % 2 == 1 if batches.paired else None
-        part = _expert_part(block, moe, expert, linears, x, tokens.tolist(), theirs)
-        block.load(linears)
-        block.solve_in_order(part)
-        if added is not None:
-            for batch, some in enumerate(torch.split(chosen, ROWS) if len(chosen) else ()):
-                y = part.forward(_plain, batch) * shares[some, None]
-                added.add((some // moe.top_k).tolist(), y)
-        block.free(linears)
-        counts.append(len(chosen) if theirs is None else int((~theirs).sum()))
-    starved = [expert for expert, count in enumerate(counts) if count < block.job.change.min_tokens]
-    return {"tokens": counts, "starved": starved}
-
-
-def _expert_part(
-    block: Block, moe: Moe, expert: int, linears: list[Linear], x: Spool, tokens: list[int], theirs: Tensor | None
-) -> Part:
-    """`tokens`: rows of `x` routed to the expert; `theirs`: which of them are the original model's."""
-
-    def split(batch: int) -> Split | None:
-        return None if theirs is None else Split(theirs[batch * ROWS : (batch + 1) * ROWS], False)
-
-    def forward(watch: Watch, batch: int) -> Tensor:
-        some = x.gather(tokens[batch * ROWS : (batch + 1) * ROWS])
-        return run_expert(moe, block.weights(watch, split(batch)), expert, some)
-
-    return Part(linears, forward, -(-len(tokens) // ROWS), split)
-
-
-def _by_expert(linears: Sequence[Linear]) -> Iterator[tuple[int, list[Linear]]]:
-    found: dict[int, list[Linear]] = {}
-    for linear in linears:
-        if linear.role is Role.EXPERT:
-            found.setdefault(int(linear.name.split(".")[2]), []).append(linear)
-    yield from found.items()
 
 
 def _plain(weights: Any) -> Any:

@@ -39,7 +39,7 @@ class LinearChange:
     def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
         """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
         fallback = bool(self.needs) and statistics.hessian is None and statistics.input_absmax is None
-        sparsity, weights = self._parts(group[0][0].columns, fallback)
+        sparsity, weights = self.parts(group[0][0].columns, fallback)
         values = [weight for _, weight in group]
         if sparsity is not None:
             prepared = sparsity.prepare(statistics)
@@ -56,7 +56,8 @@ class LinearChange:
         pairs = zip(group, stored, strict=True)
         return [Solved(new, {**facts, **measure(weight, new, statistics)}) for (_, weight), new in pairs]
 
-    def _parts(self, columns: int, fallback: bool) -> tuple[Sparsifier | None, WeightQuantizer | None]:
+    def parts(self, columns: int, fallback: bool) -> tuple[Sparsifier | None, WeightQuantizer | None]:
+        """What is done to a linear of so many `columns`; `fallback`: without the statistics it needs."""
         sparsity, weights = self.sparsity, self.weights
         if weights is not None:
             row = one_scale_a_row(weights)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deepseek_compress.blocks.pairs import PairedWeights, Split, only_changed
 from deepseek_compress.blocks.statistics import Accumulator, Part, Watch, observe
-from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
-from deepseek_compress.checkpoint.formats.mxfp4 import main_parts
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint.ledger import parts_of
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.config import Linear, ModelConfig
 from deepseek_compress.models.family import Family
@@ -51,37 +51,32 @@ class Change(Protocol):
         ...
 
 
-def _silent(done: int, total: int, note: str) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Job:
-    """One run of the loop over all blocks of a checkpoint."""
+    """What is done to a checkpoint: plain values, so that any process can do a part of it."""
 
     source: Checkpoint
     family: Family
     cfg: ModelConfig
-    writer: CheckpointWriter
     change: Change
-    work: Path  # directory for what an interrupted run needs to go on
-    tokens: Tensor | None = None  # int64 (samples, length); None: no block is run
-    written: frozenset[str] = frozenset()  # tensors that an interrupted run left in finished shards
+    work: Path  # directory for spools, and for what an interrupted run needs to go on
     scheme: InputScheme | None = None  # how inputs of linears are rounded in the model that comes out
     keep_mtp: bool = True
-    progress: Callable[[int, int, str], None] = _silent
 
     @property
     def paired(self) -> bool:
-        """Whether every sample stands twice in `tokens`, once for each model: see `pairs`."""
-        return self.tokens is not None and "drift" in self.change.needs
+        """Whether calibration shows every sample twice, once for each model: see `pairs`."""
+        return "drift" in self.change.needs
+
+
+Store = Callable[[str, dict[str, Tensor]], None]  # takes a tensor's name in the checkpoint and its stored parts
 
 
 class Block:
-    """One block of a job: its tensors while they are needed, and the facts about its linears."""
+    """One block of a job: its tensors while they are needed, what is new of them, and the facts about its linears."""
 
-    def __init__(self, job: Job, layer: int) -> None:
-        self.job, self.layer = job, layer
+    def __init__(self, job: Job, layer: int, store: Store) -> None:
+        self.job, self.layer, self.store = job, layer, store
         self.prefix = job.family.prefix(layer) + "."
         self.linears = job.family.linears(job.cfg, layer)
         self.tensors: dict[str, Tensor] = {}  # local name -> float32, with the values the output will load
@@ -145,7 +140,8 @@ class Block:
             statistics = Statistics(tokens=statistics.tokens)
         pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
         for (linear, _), solved in zip(pairs, self.job.change.solve(pairs, statistics), strict=True):
-            self.write(linear.name + ".weight", solved.stored)
+            name = self.prefix + linear.name + ".weight"
+            self.store(name, parts_of(name, solved.stored, self.job.scheme is not None))
             loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()
             self.tensors[linear.name + ".weight"] = loaded
             self.facts.append({"name": self.prefix + linear.name, "role": str(linear.role), **solved.facts})
@@ -159,18 +155,6 @@ class Block:
                 observe(part, frozenset(linear.name for linear in group), sums)
                 self.solve(wanted, sums.statistics())
 
-    def write(self, name: str, stored: Tensor | Quantized) -> None:
-        """Write a tensor, unless an interrupted run did."""
-        if self.prefix + name not in self.job.written:
-            self.job.writer.add(self.prefix + name, stored)
-
-    def copy_rest(self) -> None:
-        """Write every tensor of the block that does not change."""
-        changed = {linear.name + ".weight" for linear in self.linears if self.wants(linear)}
-        for name in self.names:
-            if name not in changed:
-                copy(self.job, self.prefix + name)
-
 
 def by_input(linears: Sequence[Linear]) -> Iterator[list[Linear]]:
     """Linears that share an input, in the order in which they run."""
@@ -178,15 +162,3 @@ def by_input(linears: Sequence[Linear]) -> Iterator[list[Linear]]:
     ordered = sorted(linears, key=lambda linear: keys.index(linear.input))
     for _, group in groupby(ordered, key=lambda linear: linear.input):
         yield list(group)
-
-
-def copy(job: Job, name: str) -> None:
-    """Write a tensor as it is, in 16 bits where it was FP8, unless an interrupted run did."""
-    if name in job.written:
-        return
-    if job.source.header.tensors[name].encoding == "mxfp4":
-        # the same bytes under the names that servers read beside packed weights
-        codes, scale = main_parts(job.source.read_raw(name))
-        job.writer.add_raw(name, {"weight_packed": codes, "weight_scale": scale})
-    else:
-        job.writer.copy(name, decode=True)

@@ -39,10 +39,13 @@ def _bytes(tensor: Tensor) -> memoryview:
 class Spool:
     """`rows` rows of shape `row_shape`, float32, zeros at first; `existing` takes up a file that was renamed.
 
-    Up to HELD bytes stay in memory until `rename`; what is larger lies in the file from the start.
+    Up to `held` bytes (None: HELD) stay in memory until `rename`; what is larger, and what other processes read
+    (`held` 0), lies in the file from the start.
     """
 
-    def __init__(self, path: Path, rows: int, row_shape: tuple[int, ...], existing: bool = False) -> None:
+    def __init__(
+        self, path: Path, rows: int, row_shape: tuple[int, ...], existing: bool = False, held: int | None = None
+    ) -> None:
         self.path, self.rows, self.row_shape = path, rows, row_shape
         self._width = 4 * math.prod(row_shape)  # bytes of a row
         self._held: Tensor | None = None
@@ -51,7 +54,7 @@ class Spool:
             size = os.fstat(self._fd).st_size if existing else rows * self._width
             if size != rows * self._width:
                 raise DscError(f"{path}: {size} bytes, {rows * self._width} expected", _AGAIN)
-            if size <= HELD:
+            if size <= (HELD if held is None else held):
                 self._held = torch.zeros((rows, *row_shape))
                 if existing:
                     self._pread(_bytes(self._held), 0)

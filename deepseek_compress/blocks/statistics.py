@@ -11,7 +11,7 @@ from torch import Tensor
 from deepseek_compress.blocks.pairs import Split, rows
 from deepseek_compress.models.config import Linear
 from deepseek_compress.models.weights import ObservingWeights, Weights
-from deepseek_compress.numerics.hessian import gram
+from deepseek_compress.numerics.hessian import add_gram, mirror
 from deepseek_compress.numerics.types import Statistics
 
 Watch = Callable[[Weights], Weights]
@@ -53,7 +53,7 @@ class Accumulator:
     def _rows(self, x: Tensor) -> None:
         self.tokens += len(x)
         if "hessian" in self.needs:
-            self._hessian = _more(self._hessian, gram(x))
+            self._hessian = add_gram(self._hessian, x)
         if "input_absmax" in self.needs:
             largest = x.abs().amax(0)
             self._absmax = largest if self._absmax is None else torch.maximum(self._absmax, largest)
@@ -63,7 +63,8 @@ class Accumulator:
     def statistics(self) -> Statistics:
         """The sums so far."""
         mean = None if self._abssum is None else self._abssum / max(1, self.tokens)
-        return Statistics(self.tokens, self._hessian, self._absmax, mean, self._drift, self._owed)
+        hessian = None if self._hessian is None else mirror(self._hessian)
+        return Statistics(self.tokens, hessian, self._absmax, mean, self._drift, self._owed)
 
 
 def _more(total: Tensor | None, part: Tensor) -> Tensor:

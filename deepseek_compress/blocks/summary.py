@@ -39,7 +39,7 @@ def _block(layer: int, block: Facts) -> Facts:
     row: Facts = {
         "block": layer,
         "weight_error": _mean(linears, "weight_error"),
-        "output_error": _mean([linear for linear in linears if linear["output_error"] is not None], "output_error"),
+        "output_error": _mean(linears, "output_error"),
     }
     if "experts" in block:
         tokens = sorted(block["experts"]["tokens"])
@@ -49,6 +49,6 @@ def _block(layer: int, block: Facts) -> Facts:
 
 
 def _mean(rows: Iterable[Facts], key: str) -> float | None:
-    rows = list(rows)
+    rows = [row for row in rows if row[key] is not None]  # None: not measured
     weights = sum(row["weights"] for row in rows)
     return sum(row["weights"] * row[key] for row in rows) / weights if weights else None

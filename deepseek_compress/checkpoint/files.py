@@ -39,11 +39,16 @@ def hash_file(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def blocks(fd: int) -> Iterator[memoryview]:
-    """The rest of an open file through one reused buffer: a block is valid until the next is asked for."""
-    buffer = memoryview(bytearray(_READ))
-    while got := os.readv(fd, [buffer]):
+def blocks(fd: int, count: int | None = None) -> Iterator[memoryview]:
+    """The rest of an open file, or its next `count` bytes, through one reused buffer.
+
+    A block is valid until the next is asked for. A file that ends early ends the blocks.
+    """
+    buffer = memoryview(bytearray(_READ if count is None else min(_READ, count)))
+    while got := os.readv(fd, [buffer if count is None else buffer[:count]]):
         yield buffer[:got]
+        if count is not None:
+            count -= got
 
 
 def write_file(path: Path, content: bytes) -> None:

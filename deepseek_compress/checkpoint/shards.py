@@ -8,8 +8,9 @@ a header of just its size, a larger one gets room for 1 MiB of header, filled up
 Tensors lie without holes, as the format asks, yet each at a multiple of its element size, as readers that map the file
 need: those whose size is a multiple of 8 bytes go first, as they come; the few others last, widest type first.
 
-`close` syncs the file, drops it from the page cache and reads it again: the data must have the BLAKE3 that it had in
-memory. The same pass takes the BLAKE3 of the whole file, which is what `b3sum` prints.
+`close` syncs the file and reads it again: the data must have the BLAKE3 that it had in memory. The
+same pass takes the BLAKE3 of the whole file, which is what `b3sum` prints. The page cache may answer: an error of the
+disk itself is what the sync reports, and `dsc inspect` compares the hashes whenever one likes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.files import blocks, disk_errors
-from deepseek_compress.checkpoint.header import DTYPE_NAMES
+from deepseek_compress.checkpoint.header import DTYPE_NAMES, Location
+from deepseek_compress.checkpoint.reader import read_tensor
 from deepseek_compress.errors import DscError
 
 _ALIGNMENT = 8
 _IN_MEMORY = 64 << 20  # bytes of data before the file is begun
 _WRITE = 256 << 10  # bytes at a time: larger ones make the kernel hunt for large pages, three times as slow
 _SYNC = 128 << 20  # bytes written between two early starts of the disk
+_STREAMED = 32 << 20  # bytes from which a tensor is copied without ever being whole in memory
 _HEADER_ROOM = 1 << 20  # bytes of header in a file that was begun early; about 6,000 tensors
 
 
@@ -76,6 +79,24 @@ class ShardFile:
         else:
             self._append(name, tensor)
 
+    def copy(self, name: str, place: Location) -> None:
+        """Append a stored tensor of another file, unchanged; a large one goes through a small buffer."""
+        if place.bytes < _STREAMED or place.bytes % _ALIGNMENT:
+            self.add(name, read_tensor(place, name))
+            return
+        self._entries[name] = (DTYPE_NAMES[place.dtype], place.shape, place.bytes)
+        self.bytes += place.bytes
+        if self._fd < 0:
+            self._begin(_HEADER_ROOM)
+        done = 0
+        with disk_errors(place.file), open(place.file, "rb", buffering=0) as file:
+            file.seek(place.offset)
+            for block in blocks(file.fileno(), place.bytes):
+                self._write(block)
+                done += len(block)
+        if done != place.bytes:
+            raise DscError(f"{name}: {place.file} ends early", "the file changed while it was read; start again")
+
     def close(self) -> Shard:
         """Write what waits and the header, sync, read back, compare. The file has its final content afterwards.
 
@@ -116,7 +137,7 @@ class ShardFile:
             return
         if self._fd < 0:
             self._begin(_HEADER_ROOM)
-        self._write(raw)
+        self._write(raw.numpy().data)
 
     def _begin(self, room: int) -> None:
         self._room = room
@@ -124,16 +145,15 @@ class ShardFile:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.lseek(self._fd, 8 + room, os.SEEK_SET)
         for raw in self._waiting:
-            self._write(raw)
+            self._write(raw.numpy().data)
         self._waiting.clear()
 
-    def _write(self, raw: Tensor) -> None:
-        view = raw.numpy().data
+    def _write(self, view: memoryview) -> None:
+        self._unsynced += len(view)
         self._hash.update(view)
         with disk_errors(self.path):
             while view:
                 view = view[os.write(self._fd, view[:_WRITE]) :]
-        self._unsynced += raw.numel()
         if self._thread is not None and self._unsynced >= _SYNC and (self._syncing is None or self._syncing.done()):
             self._syncing, self._unsynced = self._thread.submit(os.fdatasync, self._fd), 0
 
@@ -152,7 +172,6 @@ class ShardFile:
         data, whole = blake3.blake3(), blake3.blake3()
         start = 8 + self._room
         with disk_errors(self.path), open(self.path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             head = file.read(start)
             whole.update(head)
             for block in blocks(file.fileno()):

@@ -18,16 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.card import model_card
-from deepseek_compress.checkpoint.files import disk_errors, inside, read_json, write_file, write_json
-from deepseek_compress.checkpoint.formats import packed
-from deepseek_compress.checkpoint.header import module_of, stored_name
-from deepseek_compress.checkpoint.quantization_config import Stored, assign_schemes, describe, quantization_config
+from deepseek_compress.checkpoint.files import disk_errors, inside, write_file, write_json
+from deepseek_compress.checkpoint.header import module_of
+from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, parts_of, read_ledger
+from deepseek_compress.checkpoint.quantization_config import Stored, assign_schemes, quantization_config
 from deepseek_compress.checkpoint.reader import INDEX, MANIFEST, Checkpoint
-from deepseek_compress.checkpoint.shards import Shard, ShardFile
+from deepseek_compress.checkpoint.shards import Shard
 from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Quantized
 
@@ -40,9 +39,9 @@ COPIED = (
 
 
 class _Closing(NamedTuple):
-    file: ShardFile
-    stored: dict[str, Stored]
-    result: Future[Shard]
+    number: int
+    shard: OpenShard
+    result: Future[Ledger]
 
 
 class CheckpointWriter:
@@ -71,10 +70,8 @@ class CheckpointWriter:
         self._shard_bytes = shard_bytes
         self._activations = dict(activations) if activations else None
         self._resume = resume
-        self._shards: list[Shard] = []
-        self._stored: dict[str, Stored] = {}  # logical name -> how it is stored, in the order written
-        self._open: ShardFile | None = None
-        self._pending: dict[str, Stored] = {}  # of the open shard
+        self._ledgers: dict[int, Ledger] = {}  # of finished shards, by number
+        self._open: OpenShard | None = None
         self._closing: _Closing | None = None  # a full shard, synced and read back while the next one grows
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._finished = False
@@ -83,37 +80,60 @@ class CheckpointWriter:
     @property
     def written(self) -> frozenset[str]:
         """Logical tensors that are safe on the disk: what a resumed run does not make again."""
-        return frozenset(self._stored)
+        return frozenset(name for ledger in self._ledgers.values() for name in ledger.stored)
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """Of the finished shards, in the order of their numbers."""
+        return [self._ledgers[number] for number in sorted(self._ledgers)]
+
+    @property
+    def dynamic_int8(self) -> bool:
+        """What `ledger.parts_of` has to know."""
+        return self._activations is not None
+
+    def shard_path(self, number: int) -> Path:
+        """Where shard `number` (from 1) grows; a process that writes an `OpenShard` there is followed by `take`."""
+        return self._partial / f"shard-{number:05d}.safetensors"
+
+    def has(self, number: int) -> bool:
+        """Whether shard `number` is finished."""
+        return number in self._ledgers
+
+    def take(self, number: int) -> None:
+        """Take up shard `number`, which another process finished."""
+        ledger = read_ledger(self.shard_path(number))
+        if ledger is None:
+            raise ValueError(f"{self.shard_path(number)} is not finished")
+        self._ledgers[number] = ledger
 
     def add(self, name: str, tensor: Tensor | Quantized) -> None:
         """Write the logical tensor `name`: a plain one in its own type, a quantised one packed."""
-        if isinstance(tensor, Quantized):
-            if self._as_int8(tensor):
-                self.add_raw(name, packed.int8_parts(tensor))
-            else:
-                self.add_raw(name, packed.pack_weight(tensor))
-        else:
-            self.add_raw(name, {module_of(name)[1]: tensor})
+        self.add_raw(name, parts_of(name, tensor, self.dynamic_int8))
 
     def add_raw(self, name: str, parts: Mapping[str, Tensor]) -> None:
         """Write stored parts unchanged (`Checkpoint.read_raw`): FP8 stays FP8, packed stays packed."""
-        if name in self._stored or name in self._pending or (self._closing and name in self._closing.stored):
-            raise ValueError(f"{name} is written twice")
-        if self._open is not None and (self._open.bytes >= self._shard_bytes or self._open.full):
-            self._roll()
-        if self._open is None:
-            number = len(self._shards) + (self._closing is not None) + 1
-            self._open = ShardFile(self._partial / f"shard-{number:05d}.safetensors", self._thread)
-        self._pending[name] = describe(name, parts)
-        for suffix, tensor in parts.items():
-            self._open.add(stored_name(name, suffix), tensor)
+        self._room(name).add(name, parts)
 
     def copy(self, name: str, *, decode: bool = False) -> None:
         """Write a tensor of the source unchanged, or decoded to BF16 where its encoding cannot stay."""
-        if decode and self.source.header.tensors[name].encoding != "plain":
-            self.add(name, self.source.read(name, torch.bfloat16))
-        else:
-            self.add_raw(name, self.source.read_raw(name))
+        self._room(name).copy(self.source, name, decode)
+
+    def _room(self, name: str) -> OpenShard:
+        """The shard that takes `name`: a new one when the last is full."""
+        parts = [ledger.stored for ledger in self._ledgers.values()]
+        parts += [shard.stored for shard in (self._open, self._closing and self._closing.shard) if shard]
+        if any(name in stored for stored in parts):
+            raise ValueError(f"{name} is written twice")
+        if self._open is not None and (self._open.file.bytes >= self._shard_bytes or self._open.file.full):
+            self._roll()
+        if self._open is None:
+            self._open = OpenShard(self.shard_path(self._next), self._thread)
+        return self._open
+
+    @property
+    def _next(self) -> int:
+        return max(self._ledgers, default=0) + (self._closing is not None) + 1
 
     def flush(self) -> None:
         """End the current shard and wait until it is safe: from here on a resumed run has it."""
@@ -129,7 +149,7 @@ class CheckpointWriter:
         stay plain, names or "re:" patterns; what is missing is added. card: Markdown for the model card's middle part.
         """
         self.flush()
-        if not self._shards:
+        if not self._ledgers:
             raise ValueError("nothing was written")
         notes: list[str] = []
         config = self._config(config_changes, ignore, notes)
@@ -163,30 +183,22 @@ class CheckpointWriter:
         """Hand the current shard to the thread that syncs and reads it back; at most one is under way."""
         self._settle()
         if self._open is not None:
-            self._closing = _Closing(self._open, self._pending, self._thread.submit(self._open.close))
-            self._open, self._pending = None, {}
+            self._closing = _Closing(self._next, self._open, self._thread.submit(self._open.close))
+            self._open = None
 
     def _settle(self) -> None:
-        """Wait for the shard under way and note it in the ledger that a resumed run reads."""
-        if self._closing is None:
-            return
-        file, stored, result = self._closing
-        shard = result.result()
-        self._shards.append(shard)
-        self._stored.update(stored)
-        ledger = {"shard": shard._asdict(), "stored": {name: how._asdict() for name, how in stored.items()}}
-        write_json(file.path.with_suffix(".json"), ledger)
-        self._closing = None
+        """Wait for the shard under way."""
+        if self._closing is not None:
+            self._ledgers[self._closing.number] = self._closing.result.result()
+            self._closing = None
 
     def _abandon(self) -> None:
         """Leave nothing that loads; with `resume`, the finished shards stay."""
         self._thread.shutdown(wait=True)
         if self._open is not None:
             self._open.discard()
-        if self._closing is not None and self._resume and self._closing.result.exception() is None:
-            self._settle()
-        elif self._closing is not None:
-            self._closing.file.discard()
+        if self._closing is not None and self._closing.result.exception() is not None:
+            self._closing.shard.discard()
         if self._resume:
             _unname_shards(self.out, self._partial)
         _remove_output(self.out)
@@ -206,7 +218,7 @@ class CheckpointWriter:
             _remove_output(self.out)
             self._take_up()
             free = shutil.disk_usage(self.out).free
-        missing = expected_bytes - sum(shard.bytes for shard in self._shards) - free
+        missing = expected_bytes - sum(ledger.shard.bytes for ledger in self.ledgers) - free
         if missing > 0:
             self._abandon()
             gib = 1 << 30
@@ -216,26 +228,15 @@ class CheckpointWriter:
             )
 
     def _take_up(self) -> None:
-        """Finished shards of the run before, in order; anything after the first gap is unfinished and goes."""
-        while self._resume:
-            file = self._partial / f"shard-{len(self._shards) + 1:05d}.safetensors"
-            if not (file.with_suffix(".json").is_file() and file.is_file()):
-                break
-            ledger = read_json(file.with_suffix(".json"))
-            shard = Shard(**{**ledger["shard"], "names": tuple(ledger["shard"]["names"])})
-            if file.stat().st_size != shard.bytes:
-                break
-            self._shards.append(shard)
-            self._stored.update({name: Stored(**stored) for name, stored in ledger["stored"].items()})
-        kept = {f"shard-{i:05d}" for i in range(1, len(self._shards) + 1)}
+        """Finished shards of the run before; what has no ledger is unfinished and goes."""
+        for file in sorted(self._partial.glob("shard-*.safetensors")):
+            ledger = read_ledger(file) if self._resume else None
+            if ledger is not None:
+                self._ledgers[int(file.stem.removeprefix("shard-"))] = ledger
+        kept = {self.shard_path(number).stem for number in self._ledgers}
         for file in self._partial.iterdir():
             if file.stem not in kept:
                 file.unlink()
-
-    def _as_int8(self, weight: Quantized) -> bool:
-        return (
-            self._activations is not None and weight.symmetric and weight.num_bits == 8 and weight.scale.shape[1] == 1
-        )
 
     def _config(self, changes: Mapping[str, Any], ignore: Iterable[str], notes: list[str]) -> dict[str, Any]:
         """The published config with as little changed as possible; its keys survive, known to us or not."""
@@ -243,7 +244,7 @@ class CheckpointWriter:
         if config.pop("auto_map", None):
             notes.append("auto_map dropped from config.json: code of the checkpoint is neither run nor copied")
         published = config.pop("quantization_config", None)
-        schemes, plain, kept = assign_schemes(self._stored)
+        schemes, plain, kept = assign_schemes(self._stored())
         if schemes and kept:
             raise ValueError(f"{kept[0]} keeps its published encoding beside packed weights: decode it")
         if schemes:
@@ -266,17 +267,23 @@ class CheckpointWriter:
             quantization["modules_to_not_convert"] = [*before, *changed]
         return quantization
 
+    def _stored(self) -> dict[str, Stored]:
+        """Logical name -> how it is stored, in the order of the shards."""
+        return {name: how for ledger in self.ledgers for name, how in ledger.stored.items()}
+
     def _name_shards(self) -> dict[str, Shard]:
-        count = len(self._shards)
-        files = {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(self._shards, 1)}
-        for i, name in enumerate(files, 1):
+        count = len(self._ledgers)
+        files = {}
+        for i, number in enumerate(sorted(self._ledgers), 1):
+            name = f"model-{i:05d}-of-{count:05d}.safetensors"
             with disk_errors(self.out / name):
-                os.replace(self._partial / f"shard-{i:05d}.safetensors", self.out / name)
+                os.replace(self.shard_path(number), self.out / name)
+            files[name] = self._ledgers[number].shard
         return files
 
     def _write_index(self, files: Mapping[str, Shard]) -> None:
         weight_map = {tensor: file for file, shard in files.items() for tensor in shard.names}
-        total = sum(stored.bytes for stored in self._stored.values())
+        total = sum(stored.bytes for stored in self._stored().values())
         write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def _copied(self) -> list[Path]:

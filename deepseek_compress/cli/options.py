@@ -40,9 +40,14 @@ GroupSize = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto or cpu.")]
 Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="SIZE", help="Refuse stages that need more, for instance 8GiB.")
+    str | None, typer.Option("--memory", metavar="SIZE", help="Use no more, all processes together; for instance 8GiB.")
 ]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes; 1 in this version.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes that compute. [default: one a core, for large models]")
+]
+Ray = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster that sees the same files.")
+]
 Json = Annotated[bool, typer.Option("--json", callback=_remember_json, help="One JSON document on standard output.")]
 
 
@@ -63,10 +68,3 @@ def device_of(name: str) -> str:
         what = "no stage computes on a GPU in this version" if known else "unknown device"
         raise DscError(f"--device {name}: {what}", "use --device cpu, or leave it out")
     return "cpu"
-
-
-def workers_of(count: int) -> int:
-    """The number of processes; `DscError` for more than this version uses."""
-    if count > 1:
-        raise DscError(f"--workers {count}: stages run in one process in this version", "leave it out")
-    return count

@@ -35,7 +35,8 @@ def plan(
     seed: o.Seed = None,
     device: o.Device = "auto",
     memory: o.Memory = None,
-    workers: o.Workers = 1,
+    workers: o.Workers = None,
+    ray: o.Ray = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine first (10 s); kept.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -43,7 +44,7 @@ def plan(
     wanted = _recipe(recipe, model, settings, _calibration(calibration, samples, length, seed), group_size)
     from deepseek_compress import machine, pipeline
 
-    found = pipeline.plan(wanted, _options(device, memory, workers))
+    found = pipeline.plan(wanted, _options(device, memory, workers, ray))
     show.plan(found, machine.rates(measure), json, f"dsc run {recipe} --model {model}")
     if found.problems:
         raise typer.Exit(1)
@@ -61,13 +62,14 @@ def run(
     seed: o.Seed = None,
     device: o.Device = "auto",
     memory: o.Memory = None,
-    workers: o.Workers = 1,
+    workers: o.Workers = None,
+    ray: o.Ray = None,
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
-    paths = _pipeline(wanted, target, _options(device, memory, workers), json, flat=False)
+    paths = _pipeline(wanted, target, _options(device, memory, workers, ray), json, flat=False)
     show.outputs(target, paths, wanted, json)
 
 
@@ -86,12 +88,13 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         seed: o.Seed = None,
         device: o.Device = "auto",
         memory: o.Memory = None,
-        workers: o.Workers = 1,
+        workers: o.Workers = None,
+        ray: o.Ray = None,
         json: o.Json = False,
     ) -> None:
         text = _calibration(calibration, samples, length, seed)
         wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
-        _one_stage(wanted, out, _options(device, memory, workers), json, model)
+        _one_stage(wanted, out, _options(device, memory, workers, ray), json, model)
 
     command.__doc__ = summary
     return command
@@ -115,7 +118,7 @@ def export(
 ) -> None:
     """Write a checkpoint in a form that others run."""
     wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options("cpu", None, 1), json, model)
+    _one_stage(wanted, out, _options(), json, model)
 
 
 def evaluate(
@@ -149,7 +152,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device, None, 1), progress)
+        page = pipeline.run_report(wanted, out, _options(device), progress)
     show.report(page, json)
 
 
@@ -192,10 +195,14 @@ def _label(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-") or "model"
 
 
-def _options(device: str, memory: str | None, workers: int) -> Options:
+def _options(
+    device: str = "cpu", memory: str | None = None, workers: int | None = None, ray: str | None = None
+) -> Options:
     from deepseek_compress.pipeline import Options
 
-    return Options(o.device_of(device), o.bytes_of(memory), o.workers_of(workers))
+    if workers is not None and ray is not None:
+        raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
+    return Options(o.device_of(device), o.bytes_of(memory), workers, ray)
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+import cuda_ops
 from deepseek_compress.numerics import grid, pattern
-from deepseek_compress.numerics.hessian import factorize, solve
+from deepseek_compress.numerics.hessian import factorize, solve, unrounded
 from deepseek_compress.numerics.types import Factor, Quantized, Statistics, WeightQuantizer
 
 
@@ -41,14 +42,15 @@ class Gptq(WeightQuantizer, frozen=True):
         """`weight` float32 (rows, columns); needs `statistics.hessian` or what `prepare` made of it."""
         factor = self._factor(statistics)
         size = grid.fit_group_size(weight.shape[1], self.group_size)
-        groups = grid.columns_first(weight, size)
-        target = groups.view(-1, weight.shape[0])[factor.order]
-        fixed = target == 0 if pattern.holds(weight) else None
-        grids = _Grids(self, groups, factor, size, fixed)
-        solution = solve(target, factor, grids.choose, grids.begin if grids.late else None, run=size)
-        values = torch.empty_like(solution)
-        values[factor.order] = solution
-        return grid.quantized(values.view_as(groups), grids.all, self.num_bits, self.symmetric)
+        target = weight.t()[factor.order]
+        rounding = _Rounding(self, weight, target, factor, size)
+        solve(target, factor, rounding, cut=size if rounding.late else None)
+        codes = torch.empty_like(rounding.codes)
+        codes[factor.order] = rounding.codes
+        scale, zero_point = (part.t().contiguous() for part in (rounding.grids.scale, rounding.grids.zero_point))
+        return Quantized(
+            codes.t().contiguous(), scale, zero_point.to(torch.uint8), self.num_bits, self.symmetric
+        )
 
     def _factor(self, statistics: Statistics) -> Factor:
         assert statistics.hessian is not None, f"{type(self).__name__} needs the Hessian: see `needs`"
@@ -74,39 +76,57 @@ def solving_order(hessian: Tensor, act_order: str, group_size: int | None) -> Te
     return (within + group_size * torch.arange(len(grouped), device=inputs.device)[:, None])[first].flatten()
 
 
-class _Grids:
-    """The grids of all groups, filled while the solver goes, and the rounding of one column to its own."""
+class _Rounding:
+    """Rounds the columns of a block; the grids of groups are found as the solver reaches them."""
 
-    def __init__(self, knobs: Gptq, groups: Tensor, factor: Factor, size: int, fixed: Tensor | None) -> None:
-        self.knobs, self.factor, self.fixed = knobs, factor, fixed
-        self.group_of: list[int] = (factor.order // size).tolist()
+    def __init__(self, knobs: Gptq, weight: Tensor, target: Tensor, factor: Factor, size: int) -> None:
+        self.knobs, self.target, self.factor, self.size = knobs, target, factor, size
+        self.fixed = target == 0 if pattern.holds(weight) else None
+        self.codes = torch.empty_like(target, dtype=torch.uint8)  # (columns, rows) in solving order
+        self.group = factor.order // size
         self.late = knobs.act_order != "column"  # ranges from the updated weights, group by group
-        cost = torch.empty_like(factor.cost)
-        cost[factor.order] = factor.cost
-        empty = torch.empty_like(groups[:, 0])
-        self.all = grid.Grid(empty, empty.clone(), 2**knobs.num_bits - 1) if self.late else self._find(groups, cost)
-        self.low, self.high = -self.all.zero_point, self.all.top - self.all.zero_point  # codes relative to zero
+        if self.late:
+            empty = target.new_empty(target.shape[0] // size, target.shape[1])
+            self.grids = grid.Grid(empty, empty.clone(), 2**knobs.num_bits - 1)
+        else:
+            cost = torch.empty_like(factor.cost)
+            cost[factor.order] = factor.cost
+            self.grids = self._find(grid.columns_first(weight, size), cost.view(-1, size, 1))
 
     def _find(self, groups: Tensor, cost: Tensor) -> grid.Grid:
         knobs = self.knobs
         if not knobs.mse:
             return grid.minmax(groups, knobs.num_bits, knobs.symmetric)
-        importance = cost.view(*groups.shape[:-1], 1)
-        return grid.search(groups, knobs.num_bits, knobs.symmetric, importance)
+        return grid.search(groups, knobs.num_bits, knobs.symmetric, cost)
 
-    def begin(self, j: int, updated: Tensor) -> None:
-        """Fit the grid of the group that starts at step `j` to its `updated` weights (group_size, rows)."""
-        steps = slice(j, j + len(updated))
+    def __call__(self, start: int, base: Tensor, residual: Tensor) -> None:
+        """See `hessian.solve`: columns of one group, or of any where the grids are there before."""
+        stop = start + len(base)
+        if self.late and start % self.size == 0:
+            self._begin(start, base, residual)
+        own, fixed = self.factor.feedback[start:stop, start:stop], self.fixed
+        cuda_ops.round_columns(
+            base,
+            self.target[start:stop],
+            own,
+            self.grids,
+            self.group[start:stop],
+            None if fixed is None else fixed[start:stop],
+            self.codes[start:stop],
+            residual[start:stop],
+        )
+
+    def _begin(self, start: int, base: Tensor, residual: Tensor) -> None:
+        """Fit the grid of the group that starts at step `start` to its updated weights, (size, rows)."""
+        steps = slice(start, start + self.size)
+        target, feedback = self.target[steps], self.factor.feedback[steps]
+        updated = target
+        if start:
+            if len(base) < self.size:  # a group of several blocks
+                base = torch.addmm(target, feedback[:, :start], residual[:start])
+            updated = unrounded(target, base, feedback[:, steps])
         if self.fixed is not None:
             updated = updated.masked_fill(self.fixed[steps], 0)
-        found = self._find(updated, self.factor.cost[steps])
-        group = self.group_of[j]
-        self.all.scale[group], self.all.zero_point[group] = found.scale, found.zero_point
-        self.low[group], self.high[group] = -found.zero_point, found.top - found.zero_point
-
-    def choose(self, j: int, updated: Tensor) -> Tensor:
-        """The grid value of each row for the column solved at step `j`; `updated` is used up."""
-        group = self.group_of[j]
-        scale = self.all.scale[group]
-        value = updated.div_(scale).round_().clamp_(self.low[group], self.high[group]).mul_(scale)
-        return value if self.fixed is None else value.masked_fill_(self.fixed[j], 0)
+        found = self._find(updated, self.factor.cost[steps, None])
+        group = int(self.group[start])
+        self.grids.scale[group], self.grids.zero_point[group] = found.scale, found.zero_point

@@ -11,7 +11,7 @@ Legend: columns-first tensors are (columns, rows); H is (columns, columns).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,19 +19,41 @@ from torch import Tensor
 from deepseek_compress.numerics.types import Factor
 
 _NARROWEST = 192  # columns: below this a product no longer runs at full speed
-_BLOCK = 64  # columns solved before their errors are fed forward in one product
+_CHOLESKY = 256  # columns of a panel of the factor
+_GATHERED = 32  # rows that are put in order at a time
+_PANEL = 512  # columns whose feedback from all earlier ones is one product
 
 
 def gram(x: Tensor) -> Tensor:
-    """`x^T x` of float32 `x` (tokens, columns), exactly symmetric, at two thirds of the full product's work."""
+    """`x^T x` of float32 `x` (tokens, columns), exactly symmetric, at little more than half the full product's work."""
+    return mirror(add_gram(None, x))
+
+
+def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
+    """`total` + `x^T x` on and above the diagonal, in place; what stands below waits for `mirror`."""
     columns = x.shape[1]
-    width = max(_NARROWEST, columns // 8)
-    result = torch.empty((columns, columns), dtype=x.dtype, device=x.device)
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        torch.mm(x[:, start:stop].t(), x[:, start:], out=result[start:stop, start:])
-    upper = result.triu_()
-    return upper + upper.triu(1).t()
+    if total is None:
+        total = torch.zeros((columns, columns), dtype=x.dtype, device=x.device)
+    for start, stop in _panels(columns):
+        total[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
+    return total
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Make `total` (columns, columns) symmetric by what stands above its diagonal, in place."""
+    panels = list(_panels(len(total)))
+    for start, stop in panels:
+        own = total[start:stop, start:stop].triu_()
+        own += own.triu(1).t()
+        for left, right in panels:
+            if left > start:
+                total[left:right, start:stop] = total[start:stop, left:right].t()
+    return total
+
+
+def _panels(columns: int) -> Iterator[tuple[int, int]]:
+    width = max(_NARROWEST, -(-columns // 16))
+    return ((start, min(start + width, columns)) for start in range(0, columns, width))
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -40,28 +62,58 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     A column whose input is always zero (or that no token reached) keeps the damping alone: it is rounded to
     nearest and takes part in no feedback.
     """
+    return _damp(hessian.clone(), damping)
+
+
+def _damp(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
-    level = mean if bool(mean > 0) else torch.ones_like(mean)
-    return hessian + torch.diag(torch.full_like(diagonal, 1.0) * damping * level)
+    diagonal += damping * (mean if bool(mean > 0) else torch.ones_like(mean))
+    return hessian
 
 
 def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object, ...] = ()) -> Factor:
     """The triangular factor of the damped `hessian` (columns, columns) with its columns in `order` (columns,).
 
-    The damping grows tenfold until the factor exists: few tokens, or a type too short, make H indefinite.
+    The damping grows tenfold until the factor exists: few tokens, or a type too short, make H indefinite. Three
+    matrices of the size of `hessian` are held at the peak, it and the factor among them.
     """
-    ordered = hessian[order][:, order]
+    columns, backwards = len(hessian), order.flip(0)
+    matrix = torch.empty_like(hessian)
     while True:
+        for start in range(0, columns, _GATHERED):  # a few rows at a time stay in the cache
+            rows = hessian.index_select(0, backwards[start : start + _GATHERED])
+            torch.index_select(rows, 1, backwards, out=matrix[start : start + _GATHERED])
         # H = R R^T with R upper triangular is the ordinary Cholesky of the matrix read backwards.
-        lower, failed = torch.linalg.cholesky_ex(damped(ordered, damping).flip(0, 1))
-        if int(failed) == 0 and bool(lower.isfinite().all()):
+        if _cholesky(_damp(matrix, damping)):
             break
         damping = max(damping * 10, 1e-6)
-    root = lower.t().flip(0, 1)  # R^T, rows contiguous: row j is read at step j
-    del lower, ordered
-    diagonal = root.diagonal().clone()
-    return Factor(order, root.div_(diagonal[:, None]).tril_(-1), diagonal.square(), key)
+    diagonal = matrix.diagonal().flip(0)
+    feedback = torch.empty_like(matrix)
+    for start in range(0, columns, _GATHERED):  # row j of R^T, from its diagonal on backwards, is read at step j
+        rows = matrix[max(0, columns - start - _GATHERED) : columns - start].flip(0, 1)
+        part = diagonal[start : start + _GATHERED, None]
+        torch.div(rows, part, out=feedback[start : start + _GATHERED]).tril_(start - 1)
+    return Factor(order, feedback, diagonal.square(), key)
+
+
+def _cholesky(matrix: Tensor) -> bool:
+    """Replace what stands on and above the diagonal by U of `matrix = U^T U`; False where there is none.
+
+    In panels, so that nearly all of it is products, which run at twice the speed of the library's own routine.
+    """
+    columns = len(matrix)
+    for start in range(0, columns, _CHOLESKY):
+        stop = min(start + _CHOLESKY, columns)
+        above = matrix[:start, start:]
+        rows = matrix[start:stop, start:].addmm_(above[:, : stop - start].t(), above, alpha=-1)
+        own, failed = torch.linalg.cholesky_ex(rows[:, : stop - start], upper=True)
+        if int(failed) or not bool(own.diagonal().isfinite().all()):  # whatever is not finite reaches the diagonal
+            return False
+        rows[:, : stop - start] = own
+        if stop < columns:
+            rows[:, stop - start :] = torch.linalg.solve_triangular(own.t(), rows[:, stop - start :], upper=False)
+    return True
 
 
 def divide(right: Tensor, factor: Factor) -> Tensor:
@@ -76,39 +128,44 @@ def divide(right: Tensor, factor: Factor) -> Tensor:
 
 
 def solve(
-    target: Tensor,
-    factor: Factor,
-    choose: Callable[[int, Tensor], Tensor],
-    begin: Callable[[int, Tensor], None] | None = None,
-    run: int = 1,
+    target: Tensor, factor: Factor, fix: Callable[[int, Tensor, Tensor], None], width: int = 128, cut: int | None = None
 ) -> Tensor:
-    """Fix the columns one after the other, each after the feedback of those before it.
+    """Fix the columns one block after the other, each after the feedback of those before it.
 
-    `target` (columns, rows) in solving order. `choose(j, updated)` gives the value of column `j` from its updated
-    weights (rows,). `begin(j, updated)` sees, before each run of `run` columns, the weights (run, rows) that would
-    be best if nothing more were rounded. Returns the chosen values (columns, rows) in solving order.
+    `target` (columns, rows) in solving order. `fix(start, base, residual)` decides the columns from `start` on: `base`
+    (n, rows), its own to use up, is their target after the feedback of all columns before `start`; it fills rows
+    `start` to `start + n` of `residual` (columns, rows) with target - value. Blocks have `width` columns, fewer where a
+    multiple of `cut` ends them. Returns `residual`.
     """
-    columns = len(target)
-    feedback, solution, residual = factor.feedback, torch.empty_like(target), torch.zeros_like(target)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        base = torch.addmm(target[start:stop], feedback[start:stop, :start], residual[:start])
-        for j in range(start, stop):
-            if begin is not None and j % run == 0:
-                since, known = (
-                    (start, base[j - start : j - start + run]) if j + run <= stop else (0, target[j : j + run])
-                )
-                fed = torch.addmm(known, feedback[j : j + run, since:j], residual[since:j])
-                begin(j, _unrounded(target[j : j + run], fed, feedback[j : j + run, j : j + run]))
-            updated = torch.addmv(base[j - start], residual[start:j].t(), feedback[j, start:j])
-            solution[j] = choose(j, updated)
-            torch.sub(target[j], solution[j], out=residual[j])
-    return solution
+    columns, feedback = len(target), factor.feedback
+    residual = torch.empty_like(target)
+    panel = target[:0]
+    first = stop = 0  # the panel's columns
+    for start, end in _blocks(columns, width, cut or columns):
+        if end > stop:
+            first, stop = start, min(columns, max(end, start + _PANEL // width * width))
+            panel = torch.addmm(target[first:stop], feedback[first:stop, :first], residual[:first])
+        base = panel[start - first : end - first]
+        if start > first:
+            base.addmm_(feedback[start:end, first:start], residual[first:start])
+        fix(start, base, residual)
+    return residual
 
 
-def _unrounded(target: Tensor, fed: Tensor, feedback: Tensor) -> Tensor:
-    """The values of a run (run, rows) that feed each other without rounding: `v = fed + F (target - v)`."""
-    moved: Tensor = torch.linalg.solve_triangular(feedback, target - fed, upper=False, unitriangular=True)
+def _blocks(columns: int, width: int, cut: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < columns:
+        stop = min(start + width, (start // cut + 1) * cut, columns)
+        yield start, stop
+        start = stop
+
+
+def unrounded(target: Tensor, base: Tensor, feedback: Tensor) -> Tensor:
+    """What would be best for columns (n, rows) of this `base` if nothing more were rounded: they still feed each other.
+
+    `v = base + F (target - v)`, `feedback` F (n, n) strictly lower.
+    """
+    moved: Tensor = torch.linalg.solve_triangular(feedback, target - base, upper=False, unitriangular=True)
     return target - moved
 
 

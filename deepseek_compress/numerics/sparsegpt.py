@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deepseek_compress.numerics import pattern
-from deepseek_compress.numerics.hessian import factorize, solve
+from deepseek_compress.numerics.hessian import factorize, solve, unrounded
 from deepseek_compress.numerics.types import Factor, Sparsifier, Statistics
 
 
@@ -32,15 +32,22 @@ class SparseGpt(Sparsifier, frozen=True):
         """`weight` float32 (rows, columns); needs `statistics.hessian` or what `prepare` made of it."""
         pattern.check(weight.shape[1])
         factor = self._factor(statistics)
-        keep = torch.empty((4, weight.shape[0]), dtype=torch.bool, device=weight.device)
+        target, feedback = weight.t().contiguous(), factor.feedback
+        solution = torch.empty_like(target)
 
-        def begin(j: int, updated: Tensor) -> None:
-            keep.copy_(pattern.keep_two(updated.square() * factor.cost[j : j + 4, None]))
+        def fix(start: int, base: Tensor, residual: Tensor) -> None:
+            for j in range(start, start + len(base), 4):
+                four = slice(j, j + 4)
+                fed = base[j - start : j - start + 4].addmm_(feedback[four, start:j], residual[start:j])
+                best = unrounded(target[four], fed, feedback[four, four])
+                keep = pattern.keep_two(best.square() * factor.cost[four, None])
+                for i in range(j, j + 4):
+                    updated = torch.addmv(fed[i - j], residual[j:i].t(), feedback[i, j:i])
+                    torch.mul(updated, keep[i - j], out=solution[i])
+                    torch.sub(target[i], solution[i], out=residual[i])
 
-        def choose(j: int, updated: Tensor) -> Tensor:
-            return updated * keep[j % 4]
-
-        return solve(weight.t().contiguous(), factor, choose, begin, run=4).t().contiguous()
+        solve(target, factor, fix, width=64)
+        return solution.t().contiguous()
 
     def _factor(self, statistics: Statistics) -> Factor:
         key = ("natural", self.damping)

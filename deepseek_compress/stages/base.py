@@ -37,7 +37,8 @@ class Context:
     calibration: Mapping[str, Any] = field(default_factory=dict)  # sources, samples, length
     device: str = "cpu"
     memory: int | None = None  # bytes
-    workers: int = 1
+    workers: int | None = None  # processes; None: as many as serve
+    ray: str | None = None  # address of a cluster that computes the tasks instead
     outputs: Mapping[str, Path] = field(default_factory=dict)  # name -> path of earlier outputs; "model" is the input
     progress: Callable[[int, int, str], None] = _silent  # (done, total, note)
     tell: Callable[[str], None] = print  # one line: what was decided, and from where

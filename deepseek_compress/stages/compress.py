@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import torch
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS, Sparsifier, WeightQuantizer
 from deepseek_compress.registry import pick
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.workers import open_pool
 
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
 KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
@@ -99,23 +101,16 @@ class Compress(Stage, frozen=True):
         tokens = _tokens(source, cfg, context) if change.needs else None
         work = context.out / WORK
         claim(context.out, work, self._identity(source, tokens))
-        with CheckpointWriter(context.out, source, activations=self.scheme, resume=True) as writer:
-            job = Job(
-                source=source,
-                family=family,
-                cfg=cfg,
-                writer=writer,
-                change=change,
-                work=work,
-                tokens=tokens,
-                scheme=self._input_scheme(),
-                keep_mtp=self.mtp == "keep",
-                progress=context.progress,
-            )
-            blocks = run_blocks(job)
+        scheme = self._input_scheme()
+        job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep")
+        with (
+            CheckpointWriter(context.out, source, activations=self.scheme, resume=True) as writer,
+            open_pool(job, context.workers or 1, context.ray) as pool,
+        ):
+            blocks, hashes = run_blocks(job, writer, tokens, pool, context.progress)
             facts = {**summary.summarize(blocks), "decisions": decisions}
             summary.write(context.out, blocks)
-            manifest = self._manifest(source, context, facts)
+            manifest = self._manifest(source, context, facts, hashes)
             notes = writer.finish(self._config_changes(source, family, cfg), manifest, _ignore(cfg))
         clean(job)
         for line in notes:
@@ -156,15 +151,19 @@ class Compress(Stage, frozen=True):
             "model": provenance.fingerprint(source),
             "calibration": text,
             "versions": provenance.versions(),
+            "threads": None if tokens is None else torch.get_num_threads(),
         }
 
-    def _manifest(self, source: Checkpoint, context: Context, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def _manifest(
+        self, source: Checkpoint, context: Context, facts: Mapping[str, Any], hashes: Mapping[str, str]
+    ) -> dict[str, Any]:
         return provenance.build_manifest(
             stage="compress",
             source=source,
             recipe=context.recipe_text,
             seed=context.seed,
             knobs=self.model_dump(mode="json"),
+            hashes=hashes,
             extra={"calibration": _plain(context.calibration), "facts": dict(facts)},
         )
 

@@ -53,17 +53,16 @@ class Recording:
         return [Solved((weight * 1.03).bfloat16(), {"weights": weight.numel()}) for _, weight in group]
 
 
-def job_of(path: Path, out: Path, writer: CheckpointWriter, change: Any, **more: Any) -> Job:
+def job_of(path: Path, out: Path, change: Any, **more: Any) -> Job:
     source = open_checkpoint(path)
     family = family_of(source.config)
-    values: dict[str, Any] = {"tokens": TOKENS, "work": out / ".dsc_blocks", **more}
-    return Job(source, family, family.parse(source.config), writer, change, **values)
+    return Job(source, family, family.parse(source.config), change, out / ".dsc_blocks", **more)
 
 
-def compress(path: Path, out: Path, change: Any, **more: Any) -> list[dict[str, Any]]:
+def compress(path: Path, out: Path, change: Any, tokens: Tensor | None = TOKENS, **more: Any) -> list[dict[str, Any]]:
+    job = job_of(path, out, change, **more)
     with CheckpointWriter(out, open_checkpoint(path), resume=True) as writer:
-        job = job_of(path, out, writer, change, **more)
-        facts = run_blocks(job)
+        facts = run_blocks(job, writer, tokens).blocks
         writer.finish({}, {}, [])
     clean(job)
     return facts

@@ -1,0 +1,155 @@
+"""The routed experts of a block: each is a task, solved with its own tokens wherever there is room for it.
+
+A task reads the expert's weights from the checkpoint and its tokens from the spool of the block's input, solves, and
+gives back the new weights as they are stored. What the expert then adds to its tokens goes through a file and is summed
+here, expert by expert, so that the sum does not depend on who was first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepseek_compress.blocks.job import Block, Job
+from deepseek_compress.blocks.pairs import Split
+from deepseek_compress.blocks.spool import Spool
+from deepseek_compress.blocks.statistics import ROWS, Part, Watch
+from deepseek_compress.models.config import Linear, Role
+from deepseek_compress.models.moe import Routing, by_expert, run_expert
+from deepseek_compress.workers import Pool
+
+
+class _Task(NamedTuple):
+    layer: int
+    expert: int
+    input: Path  # spool (rows, hidden) of the block's input
+    rows: int
+    tokens: np.ndarray[Any, np.dtype[np.int64]]  # rows of it that are routed to the expert
+    theirs: np.ndarray[Any, np.dtype[np.bool_]] | None  # which of them are the original model's, in a paired job
+    output: Path | None  # spool (tokens, hidden) to be made of what the expert gives
+
+
+class _Done(NamedTuple):
+    stored: list[tuple[str, dict[str, _Sent]]]
+    facts: list[dict[str, Any]]
+
+
+class _Sent(NamedTuple):
+    """A tensor between processes: numpy has no BF16."""
+
+    bytes: np.ndarray[Any, np.dtype[np.uint8]]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def run_experts(
+    block: Block, routing: Routing, x: Spool, added: Spool | None, length: int, pool: Pool
+) -> dict[str, Any]:
+    """Solve every expert with the tokens routed to it; add their outputs to `added`. Returns the coverage.
+
+    `length`: tokens in a sample, which is how a paired job tells the original model's rows.
+    """
+    job = block.job
+    moe = job.cfg.moe
+    assert moe is not None
+    places = by_expert(routing, moe.experts)
+    tasks = [_task(block, expert, places[expert], x, length, added is not None) for expert in range(moe.experts)]
+    shares, counts = routing.shares.flatten(), []
+    for task, done in zip(tasks, pool.run(_solve, tasks), strict=True):
+        for name, parts in done.stored:
+            block.store(name, {suffix: _received(sent) for suffix, sent in parts.items()})
+        block.facts += done.facts
+        if added is not None and task.output is not None:
+            _add(task, places[task.expert], shares, moe.top_k, added)
+        counts.append(len(task.tokens) if task.theirs is None else int((~task.theirs).sum()))
+    starved = [expert for expert, count in enumerate(counts) if count < job.change.min_tokens]
+    return {"tokens": counts, "starved": starved}
+
+
+def _task(block: Block, expert: int, chosen: Tensor, x: Spool, length: int, more: bool) -> _Task:
+    moe = block.job.cfg.moe
+    assert moe is not None
+    tokens = chosen // moe.top_k
+    theirs = ((tokens // length) % 2 == 1).numpy() if block.job.paired else None
+    output = block.job.work / f"expert-{expert:05d}.tmp" if more and len(tokens) else None
+    return _Task(block.layer, expert, x.path, x.rows, tokens.numpy(), theirs, output)
+
+
+def _add(task: _Task, chosen: Tensor, shares: Tensor, top_k: int, added: Spool) -> None:
+    """Add what the expert gave, times its shares, to the rows of `added` that it came from."""
+    assert task.output is not None
+    with Spool(task.output, len(chosen), added.row_shape, existing=True, held=0) as given:
+        for start in range(0, len(chosen), ROWS):
+            some = chosen[start : start + ROWS]
+            added.add((some // top_k).tolist(), given.read(start, len(some)) * shares[some, None])
+        given.remove()
+
+
+def _solve(job: Job, task: _Task) -> _Done:
+    """Runs in a worker."""
+    stored: list[tuple[str, dict[str, _Sent]]] = []
+    block = Block(
+        job, task.layer, lambda name, parts: stored.append((name, {key: _sent(part) for key, part in parts.items()}))
+    )
+    linears = [linear for linear in block.linears if linear.role is Role.EXPERT and _number(linear) == task.expert]
+    if not any(block.wants(linear) for linear in linears) and task.output is None:
+        return _Done([], [])
+    with Spool(task.input, task.rows, (job.cfg.hidden_size,), existing=True, held=0) as x:
+        block.load(linears)
+        part = _part(block, task, linears, x)
+        if task.output is None:
+            block.solve_in_order(part)
+        else:
+            with Spool(task.output, len(task.tokens), (job.cfg.hidden_size,), held=0) as given:
+                _solve_and_give(block, part, given)
+    return _Done(stored, block.facts)
+
+
+def _solve_and_give(block: Block, part: Part, given: Spool) -> None:
+    """Solve the linears and write what the expert gives then; the last one's input is kept, not computed again."""
+    last = part.linears[-1]
+    if not block.wants(last):
+        block.solve_in_order(part)
+        for batch in range(part.batches):
+            given.write(batch * ROWS, part.forward(lambda weights: weights, batch))
+        return
+    with Spool(given.path.with_suffix(".kept"), given.rows, (last.columns,)) as kept:
+        block.solve_in_order(replace(part, last=last.name, keep=lambda batch, x: kept.write(batch * ROWS, x)))
+        for batch in range(part.batches):
+            x = kept.read(batch * ROWS, min(ROWS, given.rows - batch * ROWS))
+            given.write(batch * ROWS, block.unrounded(part.split(batch)).linear(last.name, x))
+        kept.remove()
+
+
+def _part(block: Block, task: _Task, linears: Sequence[Linear], x: Spool) -> Part:
+    moe = block.job.cfg.moe
+    assert moe is not None
+    tokens, theirs = task.tokens, None if task.theirs is None else torch.from_numpy(task.theirs)
+
+    def split(batch: int) -> Split | None:
+        return None if theirs is None else Split(theirs[batch * ROWS : (batch + 1) * ROWS], False)
+
+    def forward(watch: Watch, batch: int) -> Tensor:
+        some = x.gather(tokens[batch * ROWS : (batch + 1) * ROWS].tolist())
+        return run_expert(moe, block.weights(watch, split(batch)), task.expert, some)
+
+    return Part(linears, forward, -(-len(tokens) // ROWS), split)
+
+
+def _number(linear: Linear) -> int:
+    """model.layers.3.mlp.experts.17.up_proj, within its block: 17."""
+    return int(linear.name.split(".")[2])
+
+
+def _sent(tensor: Tensor) -> _Sent:
+    return _Sent(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+
+
+def _received(sent: _Sent) -> Tensor:
+    return torch.from_numpy(sent.bytes).view(sent.dtype).view(sent.shape)

@@ -1,0 +1,100 @@
+"""Four-bit round-to-nearest in one pass: from the stored BF16, FP8 or MXFP4 straight to the packed codes.
+
+The native kernel gives the bits that `numerics.rtn` gives on the decoded weight, which is never made. What rounding
+cost is measured on a sample: the first rows of each weight, of routed experts every sixteenth, since the decoding that
+a measurement needs takes longer than the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cuda_ops import ops
+from deepseek_compress.blocks.change import LinearChange, bits, measure
+from deepseek_compress.blocks.job import Job
+from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
+from deepseek_compress.checkpoint.header import TensorInfo
+from deepseek_compress.models.config import Linear, Role
+from deepseek_compress.numerics.rtn import Rtn
+from deepseek_compress.numerics.types import Statistics
+
+MEASURED_ROWS = 16
+MEASURED_EXPERTS = 16  # one of so many
+
+
+def rounding(job: Job, layer: int, linear: Linear) -> Rtn | None:
+    """How the linear is rounded, if the native kernel does that from the encoding it is stored in."""
+    change = job.change
+    encoding = _info(job, layer, linear).encoding
+    if not isinstance(change, LinearChange) or encoding not in ("plain", "fp8_block", "mxfp4"):
+        return None
+    sparsity, weights = change.parts(linear.columns, fallback=bool(change.needs))
+    if sparsity is not None or not isinstance(weights, Rtn):
+        return None
+    return weights if weights.num_bits == 4 and not weights.mse and weights.group_size else None
+
+
+def pack(job: Job, layer: int, linear: Linear, how: Rtn) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stored parts of the new weight, and the facts about it."""
+    info = _info(job, layer, linear)
+    weight, scale, block = _stored(job, info)
+    assert how.group_size is not None
+    new = ops.pack_weights(
+        weight, scale, group_size=how.group_size, symmetric=how.symmetric, block=block, name=info.name
+    )
+    parts = {"weight_packed": new.packed, "weight_scale": new.scale}
+    if new.zero_point is not None:
+        parts["weight_zero_point"] = new.zero_point
+    parts["weight_shape"] = torch.tensor(info.shape, dtype=torch.int64)
+    facts = {
+        "name": info.name.removesuffix(".weight"),
+        "role": str(linear.role),
+        "method": "rtn",
+        "tokens": 0,
+        "fallback": bool(job.change.needs),
+        **_measured(linear, info, weight, scale, block, parts),
+    }
+    return parts, facts
+
+
+def _info(job: Job, layer: int, linear: Linear) -> TensorInfo:
+    return job.source.header.tensors[f"{job.family.prefix(layer)}.{linear.name}.weight"]
+
+
+def _stored(job: Job, info: TensorInfo) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """Weight and scale as they are stored, and the rows and columns of an FP8 block."""
+    raw = job.source.read_raw(info.name)
+    if info.encoding == "mxfp4":
+        return *mxfp4.main_parts(raw), (1, mxfp4.GROUP)
+    weight = raw.pop("weight")
+    if info.encoding == "plain":
+        return weight, None, (1, 1)
+    return weight, fp8.finite_scale(next(iter(raw.values())), info.name), fp8.block_size(job.source.config)
+
+
+def _measured(
+    linear: Linear,
+    info: TensorInfo,
+    weight: Tensor,
+    scale: Tensor | None,
+    block: tuple[int, int],
+    parts: dict[str, Tensor],
+) -> dict[str, Any]:
+    """The error over the first rows, of a share of the experts; None elsewhere. Bits and weights are of the whole."""
+    rows = min(MEASURED_ROWS, info.shape[0])
+    words = -(-rows // 8)
+    few = {key: part[: words if key == "weight_zero_point" else rows] for key, part in parts.items()}
+    new = packed.unpack_weight(info.name, {**few, "weight_shape": torch.tensor([rows, info.shape[1]])})
+    whole = {"bits": bits(new), "weights": info.elements}
+    if linear.role is Role.EXPERT and int(linear.name.split(".")[2]) % MEASURED_EXPERTS:
+        return {"weight_error": None, "output_error": None, "zeros": None, **whole}
+    if scale is None:
+        old = weight[:rows].float()
+    elif info.encoding == "mxfp4":
+        old = mxfp4.decode_mxfp4(weight[:rows], scale[:rows], torch.float32, info.name)
+    else:
+        old = fp8.decode_fp8_block(weight[:rows], scale[: -(-rows // block[0])], block, torch.float32, info.name)
+    return {**measure(old, new, Statistics()), **whole}

@@ -1,0 +1,98 @@
+"""A shard with its ledger: what it holds, how, and what there is to say about it, kept beside it once it is safe.
+
+    .dsc_partial/shard-00003.safetensors    grows, is synced and read back
+    .dsc_partial/shard-00003.json           comes last; without it the shard is unfinished
+
+Any process may write a shard; the writer of the checkpoint takes up those that have a ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.formats import packed
+from deepseek_compress.checkpoint.header import module_of, stored_name
+from deepseek_compress.checkpoint.quantization_config import Stored, describe
+from deepseek_compress.checkpoint.reader import Checkpoint
+from deepseek_compress.checkpoint.shards import Shard, ShardFile
+from deepseek_compress.numerics.types import Quantized
+
+
+class Ledger(NamedTuple):
+    """A finished shard."""
+
+    shard: Shard
+    stored: dict[str, Stored]  # logical name -> how it is stored, in the order written
+    facts: list[dict[str, Any]]
+
+
+class OpenShard:
+    """An unfinished shard. `thread` starts the disk while tensors still come."""
+
+    def __init__(self, path: Path, thread: Executor | None = None) -> None:
+        self.path = path
+        path.with_suffix(".json").unlink(missing_ok=True)
+        self.file = ShardFile(path, thread)
+        self.stored: dict[str, Stored] = {}
+
+    def add(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Write the stored parts of the logical tensor `name`."""
+        self.stored[name] = describe(name, parts)
+        for suffix, tensor in parts.items():
+            self.file.add(stored_name(name, suffix), tensor)
+
+    def copy(self, source: Checkpoint, name: str, decode: bool = False) -> None:
+        """Write a tensor of `source` unchanged, or decoded to BF16 where its encoding cannot stay."""
+        info = source.header.tensors[name]
+        if info.encoding != "plain" and decode:
+            self.add(name, parts_of(name, source.read(name, torch.bfloat16)))
+        elif info.encoding != "plain":
+            self.add(name, source.read_raw(name))
+        else:
+            ((suffix, place),) = info.parts.items()
+            self.stored[name] = Stored("plain", place.bytes, len(place.shape))
+            self.file.copy(stored_name(name, suffix), place)
+
+    def close(self, facts: Iterable[dict[str, Any]] = ()) -> Ledger:
+        """Make the file safe, then its ledger."""
+        ledger = Ledger(self.file.close(), self.stored, list(facts))
+        stored = {name: how._asdict() for name, how in ledger.stored.items()}
+        value = {"shard": ledger.shard._asdict(), "stored": stored, "facts": ledger.facts}
+        write_json(self.path.with_suffix(".json"), value)
+        return ledger
+
+    def discard(self) -> None:
+        """Close and remove the unfinished file."""
+        self.file.discard()
+
+
+def read_ledger(path: Path) -> Ledger | None:
+    """The ledger of the shard `path`; None where it is unfinished."""
+    beside = path.with_suffix(".json")
+    if not (beside.is_file() and path.is_file()):
+        return None
+    value = read_json(beside)
+    shard = Shard(**{**value["shard"], "names": tuple(value["shard"]["names"])})
+    if path.stat().st_size != shard.bytes:
+        return None
+    return Ledger(shard, {name: Stored(**how) for name, how in value["stored"].items()}, value["facts"])
+
+
+def parts_of(name: str, tensor: Tensor | Quantized, dynamic_int8: bool = False) -> dict[str, Tensor]:
+    """How a tensor is stored: a plain one in its own type, a quantised one packed.
+
+    `dynamic_int8`: inputs are rounded to 8 bits while it runs; symmetric 8-bit weights with one scale a row are then
+    stored as `int-quantized`, the form that servers want.
+    """
+    if not isinstance(tensor, Quantized):
+        return {module_of(name)[1]: tensor}
+    if dynamic_int8 and tensor.symmetric and tensor.num_bits == 8 and tensor.scale.shape[1] == 1:
+        return packed.int8_parts(tensor)
+    return packed.pack_weight(tensor)

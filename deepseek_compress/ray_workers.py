@@ -1,0 +1,82 @@
+"""Tasks on a Ray cluster whose nodes all see the model and the output under the same paths.
+
+Ray computes a task again when its worker or node is lost. `shared` travels once to each node and is unpacked once in
+each worker. Source: Ray Core, "Tasks" and "Task fault tolerance".
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from deepseek_compress.errors import DscError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+AHEAD = 2  # results that may wait for an earlier one, beside one a core
+RETRIES = 5  # times a task may lose its worker
+
+
+class RayPool:
+    """Every core of the cluster at `address`; a task takes one core and `memory` bytes."""
+
+    def __init__(self, shared: Any, address: str, memory: int) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise DscError("--ray: ray is not installed", "pip install 'deepseek-compress[ray]'") from None
+        self._ray = ray
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            what = f"--ray {address}: {str(error).splitlines()[0]}"
+            raise DscError(what, "give the address of a running cluster (`ray status`), or auto") from None
+        self.count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._shared = ray.put(shared)
+        self._options = {"num_cpus": 1, "max_retries": RETRIES, **({"memory": memory} if memory else {})}
+
+    def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """`function(shared, task)` for each task; results in the order of the tasks."""
+        ray, remote, coming = self._ray, self._ray.remote(_compute).options(**self._options), iter(tasks)
+        # In a list a reference stays a reference: the worker fetches the object itself, once
+        waiting = deque(
+            remote.remote(function, [self._shared], task) for task in itertools.islice(coming, self.count + AHEAD)
+        )
+        while waiting:
+            try:
+                result = ray.get(waiting.popleft())
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, DscError) else error from None
+            except ray.exceptions.RayError as error:
+                what = f"--ray: {str(error).splitlines()[0]}"
+                raise DscError(what, "see `ray status`; the same command goes on") from None
+            waiting.extend(remote.remote(function, [self._shared], task) for task in itertools.islice(coming, 1))
+            yield result
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ray.shutdown()
+
+
+_given: dict[str, Any] = {}  # in a worker: what its tasks share, by reference
+
+
+def _compute(function: Callable[[Any, Task], Result], shared: list[Any], task: Task) -> Result:
+    import ray
+    import torch
+
+    key = shared[0].hex()
+    if key not in _given:
+        _given.clear()
+        _given[key] = ray.get(shared[0])
+        torch.set_num_threads(1)
+    with torch.no_grad():
+        return function(_given[key], task)

@@ -1,0 +1,171 @@
+"""Where tasks are computed: in this process, in processes beside it, or on a Ray cluster.
+
+    with open_pool(shared, count) as pool:
+        for result in pool.run(function, tasks): ...      # function(shared, task), results in the order of `tasks`
+
+A task computes with one thread and knows nothing of the others, so who computes it changes no bytes. A worker that is
+lost (killed, out of memory, its node gone) loses nothing but time: its task is computed again. `function` is a function
+of a module; `shared`, tasks and results travel by pickle, between processes of one run alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from deepseek_compress.errors import DscError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+ATTEMPTS = 3  # times a task may lose its worker
+AHEAD = 2  # results that may wait for an earlier one, beside one a worker
+
+
+class Pool(Protocol):
+    """Computes tasks."""
+
+    @property
+    def count(self) -> int:
+        """Tasks that are computed at a time."""
+        ...
+
+    def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """`function(shared, task)` for each task; results in the order of the tasks."""
+        ...
+
+
+@contextmanager
+def open_pool(shared: Any, count: int = 1, ray: str | None = None, memory: int = 0) -> Iterator[Pool]:
+    """`count` processes here, or with `ray` (an address, "auto") every core of that cluster.
+
+    memory: bytes that a task needs beside the libraries; Ray places tasks by it.
+    """
+    if ray is not None:
+        from deepseek_compress.ray_workers import RayPool
+
+        with RayPool(shared, ray, memory) as cluster:
+            yield cluster
+    elif count > 1:
+        with _Processes(shared, count) as processes:
+            yield processes
+    else:
+        yield _Inline(shared)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Inline:
+    """This process."""
+
+    count = 1
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+
+    def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        for task in tasks:
+            with one_thread():
+                result = function(self._shared, task)
+            yield result
+
+
+class _Processes:
+    """Processes of a fork server: it imports the libraries once, and the workers share its pages."""
+
+    def __init__(self, shared: Any, count: int) -> None:
+        self._shared, self.count = shared, count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        done = lost = 0
+        while done < len(tasks):
+            try:
+                for result in self._ordered(function, tasks[done:]):
+                    done, lost = done + 1, 0
+                    yield result
+            except BrokenProcessPool:
+                lost += 1
+                self._stop()
+                if lost == ATTEMPTS:
+                    what = f"a worker process was killed {ATTEMPTS} times at the same task (out of memory?)"
+                    raise DscError(what, "give fewer --workers; the same command goes on") from None
+
+    def _ordered(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        pool, coming = self._started(), iter(tasks)
+        waiting: deque[Future[Result]] = deque(
+            pool.submit(_compute, function, task) for task in itertools.islice(coming, self.count + AHEAD)
+        )
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(_compute, function, task) for task in itertools.islice(coming, 1))
+            yield result
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__, *_PRELOAD])
+            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self._shared, os.getpid()))
+        return self._pool
+
+    def _stop(self) -> None:
+        """End the workers at once, whatever they compute."""
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+
+_PRELOAD = ("deepseek_compress.blocks",)  # what tasks import
+_given: list[Any] = []  # in a worker: what its tasks share
+
+
+def _begin(shared: Any, run: int) -> None:
+    """Make this process a worker of the process `run`: one thread, deaf to Ctrl-C, and dead when the run is."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the run itself ends its workers
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server ends with the run
+        if not os.path.exists(f"/proc/{run}"):
+            os._exit(1)
+    torch.set_num_threads(1)
+    _given[:] = [shared]
+
+
+def _compute(function: Callable[[Any, Task], Result], task: Task) -> Result:
+    import torch
+
+    with torch.no_grad():
+        return function(_given[0], task)
