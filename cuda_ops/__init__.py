@@ -1,4 +1,4 @@
-"""Our own kernels: packing 4-bit weights and the mixed-precision softmax, each with a slow reference beside it.
+"""Our own kernels: packing 4-bit weights, the loops of GPTQ, the mixed-precision softmax, each with a slow reference beside it.
 
     from cuda_ops import pack_weights, softmax
 
@@ -11,9 +11,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cuda_ops.ops import Packed, instructions, limited_to, load, pack_weights, softmax
+    from cuda_ops.ops import Packed, instructions, limited_to, load, pack_weights, round_columns, search_grid, softmax
 
-__all__ = ["Packed", "instructions", "limited_to", "load", "pack_weights", "softmax"]
+__all__ = [
+    "Packed",
+    "instructions",
+    "limited_to",
+    "load",
+    "pack_weights",
+    "round_columns",
+    "search_grid",
+    "softmax",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,8 +77,10 @@ def compiler_version(compiler: str) -> str:
 
 
 def cpu_library() -> Path:
-    """The CPU operators (pack, softmax), built if need be. Raises BuildError."""
-    return build("cpu", host_compiler(), ["torch_cpu.cpp", "pack.cpp", "softmax.cpp"], (*HOST_FLAGS, *torch_flags()))
+    """The CPU operators (pack, softmax, GPTQ), built if need be. Raises BuildError."""
+    return build(
+        "cpu", host_compiler(), ["torch_cpu.cpp", "pack.cpp", "gptq.cpp", "softmax.cpp"], (*HOST_FLAGS, *torch_flags())
+    )
 
 
 def cuda_library(capability: str) -> Path:

@@ -24,6 +24,9 @@ SCHEMAS = (
     "bool symmetric) -> (Tensor, Tensor, Tensor, int)",
     "softmax(Tensor logits, Tensor? row_scale, Tensor? column_scale, Tensor? mask, ScalarType out_dtype) "
     "-> (Tensor, Tensor)",
+    "search_grid(Tensor groups, Tensor? importance, Tensor shrink, int num_bits, bool symmetric) -> (Tensor, Tensor)",
+    "round_columns(Tensor base, Tensor target, Tensor feedback, Tensor scale, Tensor zero_point, Tensor group, "
+    "Tensor? fixed, int top, Tensor(a!) codes, Tensor(b!) residual) -> ()",
     "limit_isa(int level) -> int",
 )
 ISA = ("scalar", "avx2", "avx512")  # what the CPU kernels can use, in the order of simd.h
@@ -62,6 +65,8 @@ def load() -> bool:
         _log.warning("native kernels not available, the slow reference is used: %s", error)
     library.impl("pack_weights", _reference_pack, "CPU")
     library.impl("softmax", reference.softmax, "CPU")
+    library.impl("search_grid", reference.search_grid, "CPU")
+    library.impl("round_columns", reference.round_columns, "CPU")
     library.impl("limit_isa", lambda level: 0, "CompositeExplicitAutograd")
     return False
 
@@ -123,6 +128,41 @@ def pack_weights(
     if bad >= 0:
         raise DscError(f"{name}: row {bad} holds NaN, infinity or a range beyond float32", "download the file again")
     return Packed(packed, stored, None if symmetric else zero)
+
+
+def search_grid(
+    groups: Tensor, importance: Tensor | None, shrink: Tensor, num_bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (count, rows) with the least weighted squared error: see `reference.search_grid`.
+
+    `groups` float32 (count, size, rows), `importance` (count, size) or None, `shrink` (steps,). The kernel gives the
+    reference's bits; other devices than the CPU run the reference.
+    """
+    load()
+    if not groups.is_cpu:
+        return reference.search_grid(groups, importance, shrink.to(groups.device), num_bits, symmetric)
+    own = None if importance is None else importance.contiguous()
+    scale, zero = torch.ops.deepseek_compress.search_grid(groups.contiguous(), own, shrink, num_bits, symmetric)
+    return scale, zero
+
+
+def round_columns(
+    base: Tensor,
+    target: Tensor,
+    feedback: Tensor,
+    grid: tuple[Tensor, Tensor, int],
+    group: Tensor,
+    fixed: Tensor | None,
+    codes: Tensor,
+    residual: Tensor,
+) -> None:
+    """Round columns (columns, rows) one after the other to their `grid` (scale, zero point, largest code).
+
+    See `reference.round_columns`, whose bits the kernel gives; other devices than the CPU run the reference.
+    """
+    load()
+    run = torch.ops.deepseek_compress.round_columns if base.is_cpu else reference.round_columns
+    run(base, target, feedback.contiguous(), *grid[:2], group, fixed, grid[2], codes, residual)
 
 
 def softmax(

@@ -72,6 +72,95 @@ def pack_weights(
     return pack_rows(codes), stored, pack_rows(zero.T.contiguous()).T.contiguous(), int(bad[0]) if len(bad) else -1
 
 
+def fit(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale (rounded to BF16, held as float32) and zero point of the grid that spans low .. high, widened to hold 0."""
+    top, low, high = 2**num_bits - 1, low.clamp(max=0), high.clamp(min=0)
+    middle = (top + 1) // 2
+    scale = torch.maximum(low / -middle, high / (top - middle)) if symmetric else (high - low) / top
+    scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale)).bfloat16().float()
+    return scale, torch.full_like(scale, middle) if symmetric else (low / -scale).round_().clamp_(0, top)
+
+
+def search_grid(
+    groups: Tensor, importance: Tensor | None, shrink: Tensor, num_bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The operator's contract: scale and zero point (count, rows) for each of `groups` (count, size, rows).
+
+    Of the ranges of a group times each of `shrink` (steps,), the first of them 1, the one with the least sum of
+    `importance` (count, size) times the squared error; then the least-squares scale of its codes where that is better.
+    """
+    top, weighing = 2**num_bits - 1, None if importance is None else importance.unsqueeze(-1)
+    low, high = groups.amin(-2), groups.amax(-2)
+    scale, zero = fit(low, high, num_bits, symmetric)
+    lowest = _grid_error(groups, weighing, scale, zero, top)
+    for step in range(1, len(shrink) + 1):
+        if step < len(shrink):
+            other = fit(low * shrink[step], high * shrink[step], num_bits, symmetric)
+        else:
+            other = _refit(groups, weighing, scale, zero, top), zero
+        found = _grid_error(groups, weighing, *other, top)
+        wins = found < lowest
+        scale, zero = torch.where(wins, other[0], scale), torch.where(wins, other[1], zero)
+        lowest = torch.where(wins, found, lowest)
+    return scale, zero
+
+
+def _values(scaled: Tensor, zero: Tensor, top: int) -> Tensor:
+    return scaled.round().clamp_(-zero.unsqueeze(-2), top - zero.unsqueeze(-2))
+
+
+def _grid_error(groups: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    scaled = groups / scale.unsqueeze(-2)
+    off = _values(scaled, zero, top).sub_(scaled).square_()
+    return total(off if importance is None else off.mul_(importance)).mul_(scale.square())
+
+
+def _refit(groups: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    codes = _values(groups / scale.unsqueeze(-2), zero, top)
+    weighted = codes if importance is None else codes * importance
+    fresh = total(weighted * groups) / total(weighted * codes).clamp(min=SMALLEST_SCALE)
+    return torch.where(fresh > SMALLEST_SCALE, fresh, scale).bfloat16().float()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over `size` of x (count, size, rows) in a fixed order: eight interleaved sums, then those by halves."""
+    sums = torch.zeros_like(x[:, :8]) if x.shape[1] >= 8 else x.new_zeros(len(x), 8, x.shape[2])
+    for start in range(0, x.shape[1], 8):
+        part = x[:, start : start + 8]
+        sums[:, : part.shape[1]] += part
+    for half in (4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]
+
+
+def round_columns(
+    base: Tensor,
+    target: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    fixed: Tensor | None,
+    top: int,
+    codes: Tensor,
+    residual: Tensor,
+) -> None:
+    """The operator's contract: column after column to its grid, what it misses fed to the later ones in that order.
+
+    `base` (columns, rows): `target` after the feedback of all earlier columns; `feedback` (columns, columns) strictly
+    lower; column j has the grid `group[j]` of `scale` and `zero_point` (groups, rows); True in `fixed` stays 0. Fills
+    `codes` and `residual`, target - value. A product and a sum are two roundings: fused, the last bit would differ.
+    """
+    base = base.clone()
+    for j, own in enumerate(group.tolist()):
+        value = (base[j] / scale[own]).round_().clamp_(-zero_point[own], top - zero_point[own])
+        if fixed is not None:
+            value.masked_fill_(fixed[j], 0)
+        torch.sub(target[j], value * scale[own], out=residual[j])
+        codes[j] = value + zero_point[own]
+        base[j + 1 :] += feedback[j + 1 :, j, None] * residual[j]
+
+
 def softmax(
     logits: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 // Number formats and the vector interface shared by the CPU kernels.
 //
-// A kernel (pack_rows.h, softmax_rows.h) is written once, in terms of F (kLanes floats) and I (kLanes int32), and
+// A kernel (pack_rows.h, gptq_rows.h, softmax_rows.h) is written once, in terms of F (kLanes floats) and I (kLanes int32), and
 // included three times, after simd_scalar.h, simd_avx2.h and simd_avx512.h, each time inside its own namespace and its
 // own `#pragma GCC target`. So there is one statement of each algorithm, and the three can only differ in the order of
 // a sum. No lambdas inside the kernels: GCC does not give them the target of the function around them.
@@ -9,6 +9,9 @@
 //   load_e4m3, load_e2m1      FP8 (NaN kept) and FP4 codes as float
 //   load_keep(p, x)           x where the mask byte is not 0, else -infinity
 //   first(x, n)               the first n lanes of x, -infinity in the others
+//   zero_where(p, x)          0 where the byte is not 0, else x
+//   select_less(a, b, x, y)   x where a < b, else y
+//   round_even(x)             to the nearest whole number, ties to even
 //   fma(a, b, c)              a * b + c, in one rounding where the machine has it
 //   min, max(a, b)            a NaN in b is dropped
 //   exp2_of<fine>(t)          2^t for t < 9, 0 below 2^-110 or less, a NaN kept; fine: relative error about 1e-7, else

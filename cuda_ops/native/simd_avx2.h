@@ -59,6 +59,13 @@ static inline F first(F x, int count) {
 static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+static inline F divide(F a, F b) { return _mm256_div_ps(a, b); }
+static inline F round_even(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline F select_less(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+static inline F zero_where(const uint8_t* p, F x) {
+  const I keep = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(load_bytes(p)), _mm256_setzero_si256());
+  return _mm256_and_ps(x, float_of(keep));
+}
 static inline F quotient(F a, F b, F reciprocal) {
   const F guess = _mm256_mul_ps(a, reciprocal);
   return _mm256_fmadd_ps(_mm256_fnmadd_ps(guess, b, a), reciprocal, guess);

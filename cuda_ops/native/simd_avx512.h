@@ -49,7 +49,17 @@ static inline F first(F x, int count) {
 }
 
 static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+static inline F divide(F a, F b) { return _mm512_div_ps(a, b); }
+static inline F round_even(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline F select_less(F a, F b, F x, F y) {
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+}
+static inline F zero_where(const uint8_t* p, F x) {
+  const __m128i fixed = load_bytes(p);
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(~_mm_test_epi8_mask(fixed, fixed)), x);
+}
 static inline F quotient(F a, F b, F reciprocal) {
   const F guess = _mm512_mul_ps(a, reciprocal);
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(guess, b, a), reciprocal, guess);

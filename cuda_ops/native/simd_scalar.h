@@ -1,4 +1,4 @@
-// One lane: the slow, obvious version of the vector interface that pack_rows.h and softmax_rows.h are written against.
+// One lane: the slow, obvious version of the vector interface that pack_rows.h, gptq_rows.h and softmax_rows.h are written against.
 // Included inside a namespace; see simd.h for the meaning of each function.
 
 using F = float;
@@ -23,6 +23,11 @@ static inline void store(uint8_t* p, F x) { *p = static_cast<uint8_t>(x < 255.0f
 static inline F first(F x, int count) { return count > 0 ? x : -kInfinity; }
 
 static inline F add(F a, F b) { return a + b; }
+static inline F sub(F a, F b) { return a - b; }
+static inline F divide(F a, F b) { return a / b; }
+static inline F round_even(F x) { return std::nearbyint(x); }
+static inline F select_less(F a, F b, F x, F y) { return a < b ? x : y; }
+static inline F zero_where(const uint8_t* p, F x) { return *p ? 0.0f : x; }
 static inline F mul(F a, F b) { return a * b; }
 static inline F quotient(F a, F b, F) { return a / b; }
 static inline F fma(F a, F b, F c) { return a * b + c; }  // not fused: without the instruction that is a slow call

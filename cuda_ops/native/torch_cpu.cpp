@@ -1,5 +1,5 @@
 // CPU implementations of the operators whose schemas cuda_ops/ops.py declares, on torch's stable ABI: shape contract,
-// checks, outputs, dispatch. What the kernels compute is said in pack_rows.h and softmax_rows.h.
+// checks, outputs, dispatch. What the kernels compute is said in pack_rows.h, gptq_rows.h and softmax_rows.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "gptq.h"
 #include "pack.h"
 #include "softmax_arguments.h"
 
@@ -76,11 +77,74 @@ std::tuple<Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> row_scal
   return {call.out, call.out_scale};
 }
 
+const float* floats(const Tensor& tensor, const char* name, int64_t count) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == count, name,
+                  " must be contiguous float32 with ", count, " elements");
+  return tensor.const_data_ptr<float>();
+}
+
+constexpr int64_t kRowsAtOnce = 64;  // threads share out whole vectors, whatever their number
+
+// groups float32 (count, size, rows), importance (count, size), shrink (steps); returns scale and zero point float32
+// (count, rows).
+std::tuple<Tensor, Tensor> search_grid(Tensor groups, std::optional<Tensor> importance, Tensor shrink, int64_t num_bits,
+                                       bool symmetric) {
+  STD_TORCH_CHECK(groups.dim() == 3 && groups.size(1) > 0, "groups must be (count, size, rows)");
+  STD_TORCH_CHECK(num_bits >= 2 && num_bits <= 8, num_bits, " bits: 2 to 8 are possible");
+  const int64_t count = groups.size(0), size = groups.size(1), rows = groups.size(2);
+  Tensor scale = torch::stable::new_empty(groups, {count, rows});
+  Tensor zero_point = torch::stable::new_empty(groups, {count, rows});
+  dsc::SearchJob job{};
+  job.groups = floats(groups, "groups", count * size * rows);
+  job.importance = importance ? floats(*importance, "importance", count * size) : nullptr;
+  job.shrink = floats(shrink, "shrink", shrink.numel());
+  job.count = count, job.size = size, job.rows = rows, job.steps = shrink.numel();
+  job.num_bits = num_bits, job.symmetric = symmetric;
+  job.scale = scale.mutable_data_ptr<float>(), job.zero_point = zero_point.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, ceil_div(rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
+    dsc::search_grid(job, first * kRowsAtOnce, std::min(last * kRowsAtOnce, rows));
+  });
+  return {scale, zero_point};
+}
+
+// base, target float32 (columns, rows), feedback (columns, columns), scale and zero point (groups, rows), group int64
+// (columns), fixed bool (columns, rows); fills codes uint8 and residual float32 (columns, rows).
+void round_columns(Tensor base, Tensor target, Tensor feedback, Tensor scale, Tensor zero_point, Tensor group,
+                   std::optional<Tensor> fixed, int64_t top, Tensor codes, Tensor residual) {
+  STD_TORCH_CHECK(base.dim() == 2, "base must be (columns, rows)");
+  const int64_t columns = base.size(0), rows = base.size(1), cells = columns * rows;
+  dsc::RoundJob job{};
+  job.base = floats(base, "base", cells), job.target = floats(target, "target", cells);
+  job.feedback = floats(feedback, "feedback", columns * columns);
+  job.scale = floats(scale, "scale", scale.size(0) * rows);
+  job.zero_point = floats(zero_point, "zero_point", scale.size(0) * rows);
+  STD_TORCH_CHECK(group.scalar_type() == ScalarType::Long && group.is_contiguous() && group.numel() == columns,
+                  "group must be contiguous int64, one number a column");
+  job.group = group.const_data_ptr<int64_t>();
+  for (int64_t j = 0; j < columns; j++)
+    STD_TORCH_CHECK(job.group[j] >= 0 && job.group[j] < scale.size(0), "column ", j, " is of group ", job.group[j],
+                    ", there are ", scale.size(0));
+  STD_TORCH_CHECK(!fixed || (fixed->scalar_type() == ScalarType::Bool && fixed->is_contiguous() &&
+                             fixed->numel() == cells),
+                  "fixed must be contiguous bool (columns, rows)");
+  job.fixed = fixed ? static_cast<const uint8_t*>(fixed->const_data_ptr()) : nullptr;
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && codes.numel() == cells,
+                  "codes must be contiguous uint8 (columns, rows)");
+  floats(residual, "residual", cells);
+  job.columns = columns, job.rows = rows, job.top = static_cast<float>(top);
+  job.codes = codes.mutable_data_ptr<uint8_t>(), job.residual = residual.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, ceil_div(rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
+    dsc::round_columns(job, first * kRowsAtOnce, std::min(last * kRowsAtOnce, rows));
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_compress, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("softmax", TORCH_BOX(&softmax));
+  m.impl("search_grid", TORCH_BOX(&search_grid));
+  m.impl("round_columns", TORCH_BOX(&round_columns));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_compress, CompositeExplicitAutograd, m) {

@@ -48,9 +48,7 @@ class Gptq(WeightQuantizer, frozen=True):
         codes = torch.empty_like(rounding.codes)
         codes[factor.order] = rounding.codes
         scale, zero_point = (part.t().contiguous() for part in (rounding.grids.scale, rounding.grids.zero_point))
-        return Quantized(
-            codes.t().contiguous(), scale, zero_point.to(torch.uint8), self.num_bits, self.symmetric
-        )
+        return Quantized(codes.t().contiguous(), scale, zero_point.to(torch.uint8), self.num_bits, self.symmetric)
 
     def _factor(self, statistics: Statistics) -> Factor:
         assert statistics.hessian is not None, f"{type(self).__name__} needs the Hessian: see `needs`"

@@ -12,7 +12,7 @@ from deepseek_compress.numerics import grid, hessian, pattern
 from deepseek_compress.numerics.gptq import Gptq, solving_order
 from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.sparsegpt import SparseGpt
-from deepseek_compress.numerics.types import Statistics
+from deepseek_compress.numerics.types import Factor, Statistics
 from tests.numerics.reference import correlated, obs
 
 
@@ -93,7 +93,42 @@ def test_sparsegpt_is_the_papers() -> None:
 def test_solver_keeps_the_weight_that_needs_no_rounding() -> None:
     weight, h = correlated(5, 130)
     factor = hessian.factorize(h, torch.arange(130), 0.01)
-    assert torch.equal(hessian.solve(weight.t().contiguous(), factor, lambda j, w: weight[:, j]), weight.t())
+
+    def exact(start: int, base: Tensor, residual: Tensor) -> None:
+        assert torch.equal(base, weight.t()[start : start + len(base)]), "nothing is fed forward"
+        residual[start : start + len(base)] = 0
+
+    assert bool((hessian.solve(weight.t().contiguous(), factor, exact, width=32) == 0).all())
+
+
+@pytest.mark.parametrize(("columns", "width", "cut"), [(700, 48, 64), (1300, 128, 160), (1100, 128, None)])
+def test_solver_feeds_every_column_with_all_earlier_errors(columns: int, width: int, cut: int | None) -> None:
+    """Over the borders of blocks and panels, against the definition in float64; errors are given, not rounded."""
+    generator = torch.Generator().manual_seed(1)
+    target, errors = (torch.randn(columns, 3, generator=generator) for _ in range(2))
+    feedback = (torch.randn(columns, columns, generator=generator) / columns**0.5).tril(-1)
+    factor = Factor(torch.arange(columns), feedback, torch.ones(columns), ())
+    due = target.double() + feedback.double() @ errors.double()
+    seen = []
+
+    def fix(start: int, base: Tensor, residual: Tensor) -> None:
+        steps = slice(start, start + len(base))
+        inside = feedback[steps, steps].double() @ errors[steps].double()
+        assert torch.allclose(base.double() + inside, due[steps], atol=1e-4)
+        residual[steps] = errors[steps]
+        seen.append((start, start + len(base)))
+
+    assert torch.equal(hessian.solve(target, factor, fix, width, cut), errors)
+    assert [b for _, b in seen[:-1]] == [a for a, _ in seen[1:]], "every column once"
+    assert all(b - a <= width and (cut is None or a // cut == (b - 1) // cut) for a, b in seen)
+
+
+def test_unrounded_is_the_best_when_nothing_is_rounded() -> None:
+    generator = torch.Generator().manual_seed(2)
+    target, base = (torch.randn(6, 4, generator=generator) for _ in range(2))
+    feedback = torch.randn(6, 6, generator=generator).tril(-1)
+    value = hessian.unrounded(target, base, feedback)
+    assert torch.allclose(value, base + feedback @ (target - value), atol=1e-4)
 
 
 def test_factor_is_the_hessian() -> None:

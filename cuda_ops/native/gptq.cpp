@@ -1,0 +1,56 @@
+// The three builds of gptq_rows.h and the choice between them; rows that fill no vector go to the scalar code.
+#include "gptq.h"
+
+#include <vector>
+
+namespace dsc {
+
+static constexpr float kSmallestRange = 1e-30f;  // below this a group is all zeros: scale 1
+
+namespace scalar {
+#include "simd_scalar.h"
+//
+#include "gptq_rows.h"
+}  // namespace scalar
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#include "simd_avx2.h"
+//
+#include "gptq_rows.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+namespace avx512 {
+#include "simd_avx512.h"
+//
+#include "gptq_rows.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+static constexpr size_t kWidest = 64;  // rows that are in work at once: four vectors of AVX-512
+
+void search_grid(const SearchJob& job, int64_t first, int64_t last) {
+  std::vector<float> scratch(static_cast<size_t>(job.size) * kWidest / 4);
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) first = avx512::search_grid(job, first, last, scratch.data());
+  if (isa() >= Isa::avx2) first = avx2::search_grid(job, first, last, scratch.data());
+#endif
+  scalar::search_grid(job, first, last, scratch.data());
+}
+
+void round_columns(const RoundJob& job, int64_t first, int64_t last) {
+  std::vector<float> scratch(static_cast<size_t>(job.columns) * kWidest);
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) first = avx512::round_columns(job, first, last, scratch.data());
+  if (isa() >= Isa::avx2) first = avx2::round_columns(job, first, last, scratch.data());
+#endif
+  scalar::round_columns(job, first, last, scratch.data());
+}
+
+}  // namespace dsc
