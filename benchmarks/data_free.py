@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,8 @@ from auto_round.compressors import model_free
 source, out, form, kept = sys.argv[1:]
 if source:
     ignore = ",".join([*kept.split(","), "mlp.gate."])
-    rounder = AutoRound(source, scheme="W4A16", sym=False, model_free=True, ignore_layers=ignore, device_map="cpu")
+    plain = {"model_free": True, "disable_opt_rtn": True, "device_map": "cpu"}
+    rounder = AutoRound(source, scheme="W4A16", sym=False, ignore_layers=ignore, **plain)
     rounder.quantize_and_save(out, format="auto_round")
 """
 RIVALS = {"llmcompressor": LLMCOMPRESSOR, "autoround": AUTOROUND}
@@ -72,9 +73,9 @@ class Line(NamedTuple):
     note: str
 
 
-def run(command: Sequence[str]) -> Cost:
+def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cost:
     """A measured command that must succeed."""
-    cost = measure(command)
+    cost = measure(command, env)
     if cost.returncode:
         raise SystemExit(f"{' '.join(command)[:300]} failed:\n{cost.output[-3000:]}")
     return cost
@@ -117,17 +118,19 @@ def ours(source: Path, out: Path, repeats: int, workers: Sequence[str]) -> Line:
     )
 
 
-def rival(name: str, source: Path, out: Path, form: str) -> Line:
-    """Its data-free mode, single-threaded; what it says where it refuses the source."""
+def rival(name: str, source: Path, out: Path, form: str, threads: int) -> Line:
+    """Its data-free mode; what it says where it refuses the source."""
     try:
         python = str(peer(name))
     except PeerError as error:
         return Line(name, Cost(0, 0, 0, 1, ""), None, None, f"could not be installed: {str(error).splitlines()[0]}")
     package = {"llmcompressor": "llmcompressor", "autoround": "auto-round"}[name]
     said = f"{package} {pins(name)[package]}"
-    command = [python, "-c", RIVALS[name]]
-    imports = middle([run([*command, "", "", "", ""]) for _ in range(3)])
-    cost = measure([*command, str(source), str(out), form, ",".join(KEPT)])
+    name = f"{name}, {threads} thread{'s' * (threads > 1)}"
+    env = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+    command = [python, "-c", RIVALS[package.replace("-", "")]]
+    imports = middle([run([*command, "", "", "", ""], env) for _ in range(3)])
+    cost = measure([*command, str(source), str(out), form, ",".join(KEPT)], env)
     error = None
     if cost.returncode:
         last = next((line for line in reversed(cost.output.splitlines()) if line.strip()), "")
@@ -171,7 +174,9 @@ def one_form(form: str, scratch: Path, options: argparse.Namespace) -> tuple[lis
     for file in source.glob("*.safetensors"):
         warm(file)
     lines = [*copies(source, out, options.repeats), ours(source, out, options.repeats, options.dsc.split())]
-    lines += [rival(name, source, out, form) for name in RIVALS if name not in options.without]
+    for name in RIVALS:
+        if name not in options.without:
+            lines += [rival(name, source, out, form, threads) for threads in options.rival_threads]
     found = rows(form, lines, parameters)
     settle(source)
     return found, {**facts, "made_4_bit": parameters}
@@ -192,6 +197,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--without", nargs="*", default=[], choices=tuple(RIVALS))
+    parser.add_argument("--rival-threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--dsc", default="", help="more options for dsc, for instance '--workers 2'")
     options = parser.parse_args()
     table: list[list[Any]] = []

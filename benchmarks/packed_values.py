@@ -1,7 +1,7 @@
 """Relative error of 4-bit outputs against their source, decoded by code that is not ours.
 
 `pack-quantized` is decoded by the compressed-tensors package, GPTQ's layout (auto-round's) by the few lines below
-(codes along the columns, zero points stored as they are or less one, which `checkpoint_format` tells).
+(codes along the columns; zero points as they are where `packing_format` is `auto_round`, else less one).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _gptq(stored: Stored, module: str) -> Tensor:
     qweight, qzeros = stored.read(f"{module}.qweight"), stored.read(f"{module}.qzeros")
     codes = (qweight.unsqueeze(1) >> shift[None, :, None] & 15).reshape(-1, qweight.shape[1])
     zeros = (qzeros.unsqueeze(-1) >> shift & 15).reshape(qzeros.shape[0], -1)
-    if config.get("checkpoint_format", "gptq") == "gptq":
+    if config.get("packing_format") != "auto_round":
         zeros = zeros + 1
     scale = stored.read(f"{module}.scales").float()
     group = codes.shape[0] // scale.shape[0]
