@@ -75,8 +75,8 @@ class LinearChange:
 def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) -> dict[str, Any]:
     """What the change cost: relative squared errors of the weight and, with a Hessian, of the linear's output.
 
-    output_error = ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens; None without them. Over SAMPLED rows of a
-    larger weight, drawn once and for all by their number: over all rows it would cost more than finding Q.
+    output_error = ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens; None without them. Over SAMPLED rows of
+    a larger weight, drawn once and for all by their number: over all rows it would cost more than finding Q.
     """
     energy, lost, zeros = 0.0, 0.0, 0
     for start in range(0, len(weight), SAMPLED):  # few rows at a time stay in the cache

@@ -42,7 +42,7 @@ class Gptq(WeightQuantizer, frozen=True):
         """`weight` float32 (rows, columns); needs `statistics.hessian` or what `prepare` made of it."""
         factor = self._factor(statistics)
         size = grid.fit_group_size(weight.shape[1], self.group_size)
-        target = weight.t()[factor.order]
+        target = weight.t().contiguous()[factor.order]
         rounding = _Rounding(self, weight, target, factor, size)
         solve(target, factor, rounding, cut=size if rounding.late else None)
         codes = torch.empty_like(rounding.codes)
