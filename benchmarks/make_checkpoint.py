@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,16 @@ NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_
 def make(out: Path, form: str = "bf16", layers: int = 27, shards: int = 4, seed: int = 0) -> dict[str, Any]:
     """Write the checkpoint to `out`; gives parameters, linears' parameters, bytes."""
     config = {**V2_LITE, **(AS_V3 if form == "fp8" else {}), "num_hidden_layers": layers}
+    made = write_checkpoint(out, config, form, shards, seed, {})
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        shutil.copyfile(ROOT / "builtin" / "nano" / file, out / file)
+    return made
+
+
+def write_checkpoint(
+    out: Path, config: dict[str, Any], form: str, shards: int, seed: int, given: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Shards, index and config.json to `out`; the tensors of `given` as they are, all others random."""
     family = family_of(config)
     shapes = family.tensors(family.parse(config))
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -70,14 +80,12 @@ def make(out: Path, form: str = "bf16", layers: int = 27, shards: int = 4, seed:
     weight_map: dict[str, str] = {}
     for i, names in enumerate(_split(stored, shards), start=1):
         file = f"model-{i:05d}-of-{shards:06d}.safetensors"
-        _write(out / file, {name: stored[name] for name in names}, generator, pools)
+        _write(out / file, {name: stored[name] for name in names}, generator, pools, given)
         weight_map.update(dict.fromkeys(names, file))
     total = sum(_bytes(*entry) for entry in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        shutil.copyfile(ROOT / "builtin" / "nano" / file, out / file)
     linears = [name for name, shape in shapes.items() if len(shape) == 2 and family.role(name) in PUBLISHED_FP8]
     count = {name: int(torch.Size(shape).numel()) for name, shape in shapes.items()}
     return {
@@ -105,6 +113,7 @@ def _write(
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]],
     generator: torch.Generator,
     pools: dict[tuple[torch.dtype, int], Tensor],
+    given: Mapping[str, Tensor],
 ) -> None:
     """One safetensors file, synced to the disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -119,7 +128,8 @@ def _write(
     try:
         os.write(fd, struct.pack("<Q", len(text)) + text)
         for name, (dtype, shape) in entries.items():
-            for chunk in _chunks(name, dtype, shape, generator, pools):
+            own = [given[name].to(dtype)] if name in given else _chunks(name, dtype, shape, generator, pools)
+            for chunk in own:
                 view = chunk.contiguous().view(torch.uint8).reshape(-1).numpy().data
                 while view:
                     view = view[os.write(fd, view[: 1 << 20]) :]
