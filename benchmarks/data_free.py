@@ -43,9 +43,8 @@ from llmcompressor import model_free_ptq
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 source, out, form, kept = sys.argv[1:]
 if source:
-    linears = ["re:.*self_attn.*proj.*", "re:.*mlp.*_proj$"]
-    converter = FP8BlockDequantizer(targets=linears) if form == "fp8" else None
-    ignore = [*kept.split(","), "re:.*mlp.gate$"]
+    linears, ignore = ["re:.*self_attn.*proj.*", "re:.*mlp.*_proj$"], [*kept.split(","), "re:.*mlp.gate$"]
+    converter = FP8BlockDequantizer(ignore, linears) if form == "fp8" else None
     model_free_ptq(source, out, scheme="W4A16_ASYM", ignore=ignore, max_workers=1, device="cpu", converter=converter)
 """
 AUTOROUND = """
@@ -127,7 +126,7 @@ def rival(name: str, source: Path, out: Path, form: str, threads: int) -> Line:
     package = {"llmcompressor": "llmcompressor", "autoround": "auto-round"}[name]
     said = f"{package} {pins(name)[package]}"
     name = f"{name}, {threads} thread{'s' * (threads > 1)}"
-    env = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+    env = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     command = [python, "-c", RIVALS[package.replace("-", "")]]
     imports = middle([run([*command, "", "", "", ""], env) for _ in range(3)])
     cost = measure([*command, str(source), str(out), form, ",".join(KEPT)], env)
@@ -137,6 +136,8 @@ def rival(name: str, source: Path, out: Path, form: str, threads: int) -> Line:
         said += f": refuses it: {last[:200]}"
     else:
         error = decoded_errors(source, out)
+        if form == "fp8" and package == "llmcompressor":
+            said += "; layer 0's down_proj left in FP8: a ragged one that is decoded but kept, it does not save"
         said += f"; {sum(f.stat().st_size for f in out.rglob('*.safetensors')) / 1e9:.2f} GB"
     settle(out)
     return Line(name, cost, imports, error, said)

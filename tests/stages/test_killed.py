@@ -10,63 +10,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from deepseek_compress.checkpoint import open_checkpoint
-from deepseek_compress.errors import DscError
-
-OPTIONS = ["-r", "w4a16", "--group-size", "32", "--samples", "16", "--length", "64"]
-CLAIMED = ".dsc_blocks/identity.json"
+from processes import contents, finish, group_of, loads, start, until_claimed
 
 Kill = Callable[[int], None]
-
-
-def start(model: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "deepseek_compress", "quantize", str(model), "-o", str(out), *OPTIONS, *more]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def until_claimed(process: subprocess.Popen[bytes], out: Path) -> None:
-    while not (out / CLAIMED).exists() and process.poll() is None:
-        time.sleep(0.01)
-
-
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Everything the promise of same bytes covers."""
-    files = [file for file in sorted(out.rglob("*")) if file.is_file() and file.name != "dsc_run.json"]
-    return {str(file.relative_to(out)): file.read_bytes() for file in files}
-
-
-def loads(out: Path) -> bool:
-    try:
-        open_checkpoint(out)
-    except DscError:
-        return False
-    return True
-
-
-def group_of(pid: int) -> list[str]:
-    """Command lines of the living processes of a process group."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, group = (place / "stat").read_text().rsplit(")", 1)[1].split()[:3]
-            if int(group) == pid and state != "Z":
-                found.append((place / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
+TWO = ("--workers", "2")
 
 
 def the_group(pid: int) -> None:
@@ -119,12 +71,17 @@ def kill_repeatedly(model: Path, tmp: Path, kills: list[Kill], seed: int, *more:
 
 
 @pytest.mark.slow
-def test_three_kills(tiny_v3: Path, tmp_path: Path) -> None:
-    kill_repeatedly(tiny_v3, tmp_path, [the_group, only_the_first, the_group], seed=0)
+@pytest.mark.parametrize(("kill", "more"), [(the_group, ()), (the_group, TWO), (only_the_first, TWO)])
+def test_killed_once(tiny_v3: Path, tmp_path: Path, kill: Kill, more: tuple[str, ...]) -> None:
+    """Three kills; the two with workers are told apart by who is left to notice."""
+    kill_repeatedly(tiny_v3, tmp_path, [kill], len(more), *more)
 
 
 @pytest.mark.verify
-@pytest.mark.parametrize("kill", [the_group, only_the_first])
+@pytest.mark.parametrize(("kill", "more"), [(the_group, ()), (the_group, TWO), (only_the_first, TWO)])
 @pytest.mark.parametrize("model", ["tiny_v3", "tiny_qwen2"])
-def test_twenty_kills(model: str, kill: Kill, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    kill_repeatedly(request.getfixturevalue(model), tmp_path, [kill] * 5, len(model))
+def test_killed_often(
+    model: str, kill: Kill, more: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Twenty-four kills in all."""
+    kill_repeatedly(request.getfixturevalue(model), tmp_path, [kill] * 4, 10 * len(model) + len(more), *more)
