@@ -1,0 +1,309 @@
+"""Accuracy against cost at 4 bits: dsc beside llm-compressor, auto-round, GPTQModel, HQQ and ModelOpt.
+
+    python -m benchmarks.accuracy [--cases smollm2 nano] [--only PATTERN ...] [--reuse] [--scratch DIR]
+
+W4A16, groups of 64, asymmetric; the same 64 x 512 calibration tokens for everybody, each rival in its own environment;
+one OpenMP thread; CPU seconds, wall seconds and memory of the whole command from start to saved checkpoint, imports
+included. Every result is decoded by its maker's code to float32 weights and judged by one evaluator on text that nobody
+calibrated on: KL to the original, perplexity, agreement on the likeliest token. Embedding and head stay as they are on
+all sides. Each decoded weight is checked: how many values a group has, and whether zero is one of the steps.
+
+A row is kept with everything that decided it; `--reuse` takes it from there when nothing of that has changed. Bars:
+the default recipe reaches the best peer GPTQ's KL in at most 0.6 of its CPU seconds, the best recipe 0.8 of the best
+peer's KL in at most 1.5 times that peer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import DSC, LENGTH, SAMPLES, WINDOWS, Case, case
+from benchmarks.common import REPORTS, ROOT, measure, present
+from benchmarks.peers import RIVALS, PeerError, cache, fingerprint, peer, pins
+from deepseek_compress.checkpoint import open_checkpoint
+
+GROUP = 64
+DISK = 6 << 30  # bytes that must be free: checkpoints of one row, packed and decoded, with room
+GPTQ_BAR, GPTQ_SHARE, BEST_BAR, BEST_SHARE = 1.0, 0.6, 0.8, 1.5
+PACKAGES = {
+    "llmcompressor": "llmcompressor",
+    "autoround": "auto-round",
+    "gptqmodel": "GPTQModel",
+    "hqq": "hqq",
+    "modelopt": "nvidia-modelopt",
+}
+COLUMNS = (
+    "model", "method", "version", "samples", "KL", "perplexity", "top-1", "CPU s", "wall s", "peak GB", "MB on disk",
+    "values a group", "whole zero points", "load", "measured", "note",
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A way to make 4-bit weights: the tool, what its script (or dsc's -r) is told, and what kind of method it is."""
+
+    label: str
+    tool: str
+    method: str
+    kind: str = ""
+    samples: int = SAMPLES
+    cases: tuple[str, ...] = ("smollm2", "nano")
+
+
+ROWS = (
+    Row("dsc w4a16-fast", "dsc", "w4a16-fast"),
+    Row("dsc w4a16", "dsc", "w4a16", "default"),
+    Row("dsc w4a16, 32 samples", "dsc", "w4a16", samples=32),
+    Row("dsc w4a16-best", "dsc", "w4a16-best", "best"),
+    Row("llm-compressor GPTQ, act order", "llmcompressor", "gptq", "gptq"),
+    Row("llm-compressor GPTQ, act order, 32 samples", "llmcompressor", "gptq", "gptq", samples=32),
+    Row("llm-compressor GPTQ, no order", "llmcompressor", "gptq-plain", "gptq"),
+    Row("llm-compressor AWQ", "llmcompressor", "awq"),
+    Row("GPTQModel GPTQ", "gptqmodel", "gptq", "gptq"),
+    Row("GPTQModel GPTQ, act order", "gptqmodel", "gptq-order", "gptq"),
+    Row("HQQ", "hqq", "hqq", samples=0),
+    Row("ModelOpt AWQ", "modelopt", "awq"),
+    Row("auto-round, 50 iterations", "autoround", "50"),
+    Row("auto-round, 200 iterations", "autoround", "200"),
+)
+
+
+def version(tool: str) -> str:
+    """Of a rival's package; of ours, what its sources and recipes hash to."""
+    if tool != "dsc":
+        return pins(tool)[PACKAGES[tool]]
+    digest = hashlib.sha256()
+    for folder in ("deepseek_compress", "cuda_ops", "recipes"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in (".py", ".cpp", ".h", ".yaml"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def keep(row: Row, case: Case) -> Path:
+    """Where a row's result is kept, named by everything that decided it."""
+    decided = [version("dsc") if row.tool == "dsc" else fingerprint(row.tool), row.method, str(row.samples)]
+    files = [case.ids(SAMPLES), case.held, case.model / "config.json"]
+    if row.tool != "dsc":
+        files += [RIVALS / "plain.py", RIVALS / f"by_{row.tool}.py"]
+    digest = hashlib.sha256("\n".join(decided).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return cache() / "accuracy" / "rows" / f"{case.name}-{row.tool}-{row.method}-{digest.hexdigest()[:12]}.json"
+
+
+def run(row: Row, case: Case, scratch: Path) -> dict[str, Any]:
+    """Quantise, decode, check and judge; a side that fails is a result with the reason."""
+    result: dict[str, Any] = {"measured": time.strftime("%Y-%m-%d %H:%M"), "load": round(os.getloadavg()[0], 1)}
+    out, plain = scratch / "out", scratch / "plain"
+    for folder in (out, plain):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        cost = measure(command(row, case, out))
+    except PeerError as error:
+        return {**result, "note": str(error).splitlines()[0]}
+    result |= {"CPU s": round(cost.cpu_s, 1), "wall s": round(cost.wall_s, 1)}
+    result["peak GB"] = round(cost.peak_bytes / 1e9, 2)
+    log = cache() / "accuracy" / "logs" / f"{case.name}-{row.tool}-{row.method}-{row.samples}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(cost.output)
+    if cost.returncode:
+        return {**result, "note": f"failed: {last_line(cost.output)}"}
+    files = [file for file in out.rglob("*") if file.suffix in (".safetensors", ".pt")]
+    result["MB on disk"] = round(sum(file.stat().st_size for file in files) / 1e6, 1)
+    if row.tool == "dsc":
+        plain = out
+    else:
+        python, script = str(peer(row.tool)), str(RIVALS / f"by_{row.tool}.py")
+        decoded = measure([python, script, "plain", str(case.model), str(out), str(plain)])
+        if decoded.returncode:
+            log.write_text(cost.output + decoded.output)
+            return {**result, "note": f"its output could not be read: {last_line(decoded.output)}"}
+    return {**result, **structure(case.model, plain), **judge(plain, case, scratch / "report.json")}
+
+
+def command(row: Row, case: Case, out: Path) -> list[str]:
+    """What is timed."""
+    if row.tool == "dsc":
+        text = ["--calibration", str(case.calibration), "--samples", str(row.samples), "--length", str(LENGTH)]
+        text = [] if row.method == "w4a16-fast" else text
+        return [DSC, "quantize", str(case.model), "-o", str(out), "-r", row.method, "--group-size", str(GROUP), *text]
+    script, ids = str(RIVALS / f"by_{row.tool}.py"), str(case.ids(row.samples or SAMPLES))
+    return [str(peer(row.tool)), script, "quantize", str(case.model), ids, str(out), row.method]
+
+
+def last_line(output: str) -> str:
+    """The reason a program gave: its last line that says something."""
+    return next((line.strip()[:200] for line in reversed(output.splitlines()) if line.strip()), "no output")
+
+
+def structure(original: Path, plain: Path, rows: int = 32) -> dict[str, Any]:
+    """Are the decoded weights on 4-bit grids? Looks at the first rows of every weight that changed."""
+    before, after = open_checkpoint(original), open_checkpoint(plain)
+    most, whole, groups, left = 0, 0.0, 0, []
+    for name, info in before.header.tensors.items():
+        if len(info.shape) != 2 or name.startswith(("model.embed_tokens", "lm_head")) or name.endswith("gate.weight"):
+            continue
+        made = after.read(name)
+        if torch.equal(made, before.read(name)):
+            left.append(name)
+            continue
+        values = made[:rows].reshape(-1, GROUP)
+        most = max(most, *(len(group.unique()) for group in values))
+        whole += sum(zero_is_a_step(group) for group in values)
+        groups += len(values)
+    note = f"{len(left)} of its linears left at 16 bits, e.g. {left[0]}" if left else ""
+    return {
+        "values a group": most,
+        "whole zero points": round(whole / groups, 3) if groups else None,
+        "note": note,
+    }
+
+
+def zero_is_a_step(group: torch.Tensor) -> bool:
+    """Is 0 a whole number of steps away from the least value?"""
+    values = group.double().unique()
+    if len(values) < 3:
+        return True
+    gaps = values.diff()
+    step = gaps[gaps > gaps.max() * 1e-3].min()
+    span = (values[-1] - values[0]) / step
+    step = (values[-1] - values[0]) / span.round()
+    offset = values[0] / step
+    return bool((offset - offset.round()).abs() < 0.02)
+
+
+def judge(model: Path, case: Case, report: Path) -> dict[str, Any]:
+    """KL to the original and the rest, by `dsc evaluate`."""
+    windows = ["--windows", str(WINDOWS), "--length", str(LENGTH), "--problems", "0"]
+    reference = ["--reference", str(case.model), "--text", str(case.held)]
+    cost = measure([DSC, "evaluate", str(model), *reference, *windows, "-o", str(report)])
+    if cost.returncode:
+        return {"note": f"could not be judged: {last_line(cost.output)}"}
+    record = json.loads(report.read_text())
+    metrics = record["models"][-1]["metrics"]
+    return {
+        "KL": round(metrics["kl_divergence"], 4),
+        "perplexity": round(metrics["perplexity"], 3),
+        "top-1": round(metrics["top1_agreement"], 4),
+    }
+
+
+def line(row: Row, case: Case, result: dict[str, Any]) -> list[Any]:
+    """A row of the table."""
+    known = {"model": case.name, "method": row.label, "version": version(row.tool), "samples": row.samples}
+    return [{**result, **known}.get(column) for column in COLUMNS]
+
+
+def bars(found: Sequence[tuple[Row, dict[str, Any]]]) -> dict[str, Any]:
+    """How ours stands to the best peer GPTQ and the best peer of one model."""
+    judged = [(row, result) for row, result in found if result.get("KL") is not None]
+    verdict: dict[str, Any] = {}
+    for kind, kinds, kl_bar, cpu_bar in (
+        ("default", ("gptq",), GPTQ_BAR, GPTQ_SHARE),
+        ("best", ("gptq", ""), BEST_BAR, BEST_SHARE),
+    ):
+        ours = next((result for row, result in judged if row.kind == kind), None)
+        theirs = [(row, result) for row, result in judged if row.tool != "dsc" and row.kind in kinds]
+        if ours is None or not theirs:
+            continue
+        row, best = min(theirs, key=lambda pair: pair[1]["KL"])
+        share, cost = ours["KL"] / best["KL"], ours["CPU s"] / best["CPU s"]
+        verdict[kind] = {
+            "against": row.label,
+            "share_of_kl": round(share, 3),
+            "bar_kl": kl_bar,
+            "share_of_cpu": round(cost, 3),
+            "bar_cpu": cpu_bar,
+            "passed": bool(share <= kl_bar and cost <= cpu_bar),
+        }
+    return verdict
+
+
+def picture(found: dict[str, list[tuple[Row, dict[str, Any]]]], path: Path) -> None:
+    """KL against CPU seconds, a panel a model; lower left is better."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "accuracy"
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5.5), squeeze=False)
+    for panel, (name, pairs) in zip(panels[0], found.items(), strict=True):
+        for row, result in pairs:
+            if result.get("KL") is None:
+                continue
+            ours = row.tool == "dsc"
+            x, y = result["CPU s"], result["KL"]
+            panel.plot(x, y, "o", color="#c0392b" if ours else "#34495e", markersize=8 if ours else 6)
+            style = {"fontsize": 8, "color": "#c0392b" if ours else "#34495e"}
+            panel.annotate(row.label, (x, y), xytext=(6, 4), textcoords="offset points", **style)
+        panel.set(xscale="log", yscale="log", title=name, xlabel="CPU seconds, imports included")
+        panel.set_ylabel("KL to the original, nats a token")
+        panel.margins(x=0.25, y=0.12)
+        panel.grid(True, which="both", alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> int:
+    """Run the rows asked for, present all that are known, draw them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="*", default=["smollm2", "nano"])
+    parser.add_argument("--only", nargs="*", default=["*"], help="patterns of names; other rows come from before")
+    parser.add_argument("--reuse", action="store_true", help="take rows measured before with the same versions")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints lie for a while")
+    options = parser.parse_args()
+    if shutil.disk_usage(options.scratch or tempfile.gettempdir()).free < DISK:
+        raise SystemExit(f"less than {DISK >> 30} GiB free for checkpoints; name another folder with --scratch")
+    found: dict[str, list[tuple[Row, dict[str, Any]]]] = {}
+    lines, now = [], 0
+    for name in options.cases:
+        subject = case(name)
+        for row in (row for row in ROWS if name in row.cases):
+            kept = keep(row, subject)
+            asked = any(fnmatch(row.label, pattern) for pattern in options.only)
+            if kept.exists() and (options.reuse or not asked):
+                result = json.loads(kept.read_text())
+            elif asked:
+                with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+                    result = run(row, subject, Path(scratch))
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(result))
+                now += 1
+                print(f"{name}, {row.label}: {result}", file=sys.stderr, flush=True)
+            else:
+                continue
+            found.setdefault(name, []).append((row, result))
+            lines.append(line(row, subject, result))
+    verdicts = {name: bars(pairs) for name, pairs in found.items()}
+    REPORTS.mkdir(exist_ok=True)
+    picture(found, REPORTS / "accuracy.svg")
+    facts = {
+        "group_size": GROUP,
+        "calibration": f"{SAMPLES} x {LENGTH} tokens, the same for every side",
+        "judged_on": f"{WINDOWS} windows of {LENGTH} tokens not calibrated on",
+        "arithmetic": "every side computes in float32 with one thread and is decoded to float32",
+        "rows_measured_in_this_run": f"{now} of {len(lines)}; the column `measured` says when each was",
+        "bars": verdicts,
+        "passed": all(verdict["passed"] for bar in verdicts.values() for verdict in bar.values()),
+    }
+    present("accuracy", COLUMNS, lines, facts)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,33 @@
+"""GPTQModel: GPTQ with its own defaults (`gptq`: act order within groups), or in full act order (`gptq-order`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import plain
+import torch
+from torch import Tensor
+
+
+def quantize(model: Path, file: Path, out: Path, method: str) -> None:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    order = {"desc_act": True, "act_group_aware": False} if method == "gptq-order" else {}
+    config = QuantizeConfig(bits=4, group_size=plain.GROUP, sym=False, device="cpu", **order)
+    net = GPTQModel.load(str(model), config, dtype=torch.float32)
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in plain.ids(file).tolist()]
+    net.quantize(rows, batch_size=1)
+    net.save(str(out))
+
+
+def decode(model: Path, quantized: Path, out: Path) -> Mapping[str, Tensor]:
+    from gptqmodel import BACKEND, GPTQModel
+
+    net = GPTQModel.load(str(quantized), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+    with torch.no_grad():
+        return plain.unpacked(net.model, "qweight")
+
+
+if __name__ == "__main__":
+    plain.main(quantize, decode)

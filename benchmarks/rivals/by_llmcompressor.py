@@ -1,0 +1,69 @@
+"""llm-compressor: GPTQ (`gptq`: static act order, its default; `gptq-plain`: columns as they come; `gptq-mse`), AWQ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import plain
+from torch import Tensor
+
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": plain.GROUP, "symmetric": False}
+
+
+def recipe(method: str) -> list[object]:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    weights = {**WEIGHTS, **({"observer": "mse"} if method.endswith("-mse") else {})}
+    common = {
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    if method.startswith("gptq"):
+        order = {"actorder": None} if method == "gptq-plain" else {}
+        return [GPTQModifier(**common, **order)]
+    if method == "awq":
+        return [AWQModifier(), QuantizationModifier(**common)]
+    raise SystemExit(f"{method}: no such method")
+
+
+def quantize(model: Path, file: Path, out: Path, method: str) -> None:
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
+    ids = plain.ids(file)
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
+    net, words = plain.load(model), plain.tokenizer(model)
+    oneshot(
+        model=net,
+        tokenizer=words,
+        dataset=Dataset.from_list(rows),
+        recipe=recipe(method),
+        max_seq_length=ids.shape[1],
+        num_calibration_samples=ids.shape[0],
+    )
+    net.save_pretrained(out, save_compressed=True)
+    words.save_pretrained(out)
+
+
+def decode(model: Path, quantized: Path, out: Path) -> Mapping[str, Tensor]:
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=WEIGHTS)
+    stored = plain.tensors(quantized)
+    weights = {}
+    for name, value in stored.items():
+        base, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            parts = {key[len(base) + 1 :]: stored[key] for key in stored if key.startswith(base + ".weight")}
+            weights[f"{base}.weight"] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+        elif part not in ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"):
+            weights[name] = value
+    return weights
+
+
+if __name__ == "__main__":
+    plain.main(quantize, decode)
