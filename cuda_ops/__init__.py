@@ -11,7 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cuda_ops.ops import Packed, instructions, limited_to, load, pack_weights, round_columns, search_grid, softmax
+    from cuda_ops.ops import (
+        Packed,
+        instructions,
+        limited_to,
+        load,
+        pack_weights,
+        round_columns,
+        search_grid,
+        softmax,
+        unrounded,
+    )
 
 __all__ = [
     "Packed",
@@ -22,6 +32,7 @@ __all__ = [
     "round_columns",
     "search_grid",
     "softmax",
+    "unrounded",
 ]
 
 

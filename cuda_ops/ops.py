@@ -27,6 +27,7 @@ SCHEMAS = (
     "search_grid(Tensor groups, Tensor? importance, Tensor shrink, int num_bits, bool symmetric) -> (Tensor, Tensor)",
     "round_columns(Tensor base, Tensor target, Tensor feedback, Tensor scale, Tensor zero_point, Tensor group, "
     "Tensor? fixed, int top, Tensor(a!) codes, Tensor(b!) residual) -> ()",
+    "unrounded(Tensor base, Tensor target, Tensor feedback) -> Tensor",
     "limit_isa(int level) -> int",
 )
 ISA = ("scalar", "avx2", "avx512")  # what the CPU kernels can use, in the order of simd.h
@@ -67,6 +68,7 @@ def load() -> bool:
     library.impl("softmax", reference.softmax, "CPU")
     library.impl("search_grid", reference.search_grid, "CPU")
     library.impl("round_columns", reference.round_columns, "CPU")
+    library.impl("unrounded", reference.unrounded, "CPU")
     library.impl("limit_isa", lambda level: 0, "CompositeExplicitAutograd")
     return False
 
@@ -163,6 +165,14 @@ def round_columns(
     load()
     run = torch.ops.deepseek_compress.round_columns if base.is_cpu else reference.round_columns
     run(base, target, feedback.contiguous(), *grid[:2], group, fixed, grid[2], codes, residual)
+
+
+def unrounded(base: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
+    """Columns (columns, rows) that feed each other without rounding: see `reference.unrounded`, whose bits it gives."""
+    load()
+    run = torch.ops.deepseek_compress.unrounded if base.is_cpu else reference.unrounded
+    values: Tensor = run(base.contiguous(), target.contiguous(), feedback.contiguous())
+    return values
 
 
 def softmax(

@@ -161,6 +161,15 @@ def round_columns(
         base[j + 1 :] += feedback[j + 1 :, j, None] * residual[j]
 
 
+def unrounded(base: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
+    """The operator's contract: the columns (columns, rows) that are best when nothing more is rounded, `v = base +
+    feedback (target - v)`, `feedback` (columns, columns) strictly lower; its products are added in their order."""
+    values = base.clone()
+    for j in range(len(values)):
+        values[j + 1 :] += feedback[j + 1 :, j, None] * (target[j] - values[j])
+    return values
+
+
 def softmax(
     logits: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

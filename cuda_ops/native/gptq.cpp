@@ -44,13 +44,17 @@ void search_grid(const SearchJob& job, int64_t first, int64_t last) {
   scalar::search_grid(job, first, last, scratch.data());
 }
 
-void round_columns(const RoundJob& job, int64_t first, int64_t last) {
+template <typename Job>
+static void feed_columns(const Job& job, int64_t first, int64_t last) {
   std::vector<float> scratch(static_cast<size_t>(job.columns) * kWidest);
 #if defined(__x86_64__)
-  if (isa() == Isa::avx512) first = avx512::round_columns(job, first, last, scratch.data());
-  if (isa() >= Isa::avx2) first = avx2::round_columns(job, first, last, scratch.data());
+  if (isa() == Isa::avx512) first = avx512::work(job, first, last, scratch.data());
+  if (isa() >= Isa::avx2) first = avx2::work(job, first, last, scratch.data());
 #endif
-  scalar::round_columns(job, first, last, scratch.data());
+  scalar::work(job, first, last, scratch.data());
 }
+
+void round_columns(const RoundJob& job, int64_t first, int64_t last) { feed_columns(job, first, last); }
+void unrounded(const UnroundedJob& job, int64_t first, int64_t last) { feed_columns(job, first, last); }
 
 }  // namespace dsc

@@ -19,22 +19,30 @@ struct SearchJob {
   float* zero_point;  // (count, rows)
 };
 
-struct RoundJob {
-  const float* base;        // (columns, rows): the weights after the feedback of all columns before these
-  const float* target;      // (columns, rows): the weights
-  const float* feedback;    // (columns, columns): strictly lower, row j feeds column j
+struct FeedJob {
+  const float* base;      // (columns, rows): the weights after the feedback of all columns before these
+  const float* target;    // (columns, rows): the weights
+  const float* feedback;  // (columns, columns): strictly lower, row j feeds column j
+  int64_t columns, rows;
+};
+
+struct RoundJob : FeedJob {
   const float* scale;       // (groups, rows)
   const float* zero_point;  // (groups, rows)
   const int64_t* group;     // (columns): the group whose grid the column has
   const uint8_t* fixed;     // (columns, rows), or null: not 0 where the weight stays 0
-  int64_t columns, rows;
-  float top;          // the largest code
-  uint8_t* codes;     // (columns, rows)
-  float* residual;    // (columns, rows): target - (code - zero_point) * scale
+  float top;                // the largest code
+  uint8_t* codes;           // (columns, rows)
+  float* residual;          // (columns, rows): target - (code - zero_point) * scale
+};
+
+struct UnroundedJob : FeedJob {
+  float* values;  // (columns, rows): the weights when those before them in this block are not rounded either
 };
 
 // The rows [first, last) of every group.
 void search_grid(const SearchJob& job, int64_t first, int64_t last);
 void round_columns(const RoundJob& job, int64_t first, int64_t last);
+void unrounded(const UnroundedJob& job, int64_t first, int64_t last);
 
 }  // namespace dsc

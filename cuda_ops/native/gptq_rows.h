@@ -137,39 +137,59 @@ static inline int64_t search_grid(const SearchJob& job, int64_t first, int64_t l
   return first + (last - first) / kLanes * kLanes;
 }
 
-// Column by column, kVectors vectors of rows at a time: the feedback of the columns before it in this block, one product
-// and one sum each and in their order, then the nearest grid value. `scratch` keeps the residuals of these rows.
+// kVectors vectors of rows of column j after the feedback of the columns before it in this block, one product and one
+// sum each and in their order; `scratch` (columns, kVectors * kLanes) keeps what those missed.
 template <int kVectors>
-static inline void round_rows(const RoundJob& job, int64_t row, float* scratch) {
-  constexpr int kRows = kVectors * kLanes;
+static inline void feed(const FeedJob& job, int64_t row, int64_t j, const float* scratch, F* updated) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v++) updated[v] = load(job.base + j * job.rows + row + v * kLanes);
+  for (int64_t i = 0; i < j; i++) {
+    const F share = set(job.feedback[j * job.columns + i]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++)
+      updated[v] = add(updated[v], mul(share, load(scratch + (i * kVectors + v) * kLanes)));
+  }
+}
+
+// Column by column to the nearest value of its grid.
+template <int kVectors>
+static inline void work_rows(const RoundJob& job, int64_t row, float* scratch) {
   for (int64_t j = 0; j < job.columns; j++) {
-    const int64_t at = j * job.rows + row, grid = job.group[j] * job.rows + row;
     F updated[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) updated[v] = load(job.base + at + v * kLanes);
-    for (int64_t i = 0; i < j; i++) {
-      const F share = set(job.feedback[j * job.columns + i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++)
-        updated[v] = add(updated[v], mul(share, load(scratch + i * kRows + v * kLanes)));
-    }
+    feed<kVectors>(job, row, j, scratch, updated);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
-      const F scale = load(job.scale + grid + v * kLanes), zero = load(job.zero_point + grid + v * kLanes);
+      const int64_t at = j * job.rows + row + v * kLanes, grid = job.group[j] * job.rows + row + v * kLanes;
+      const F scale = load(job.scale + grid), zero = load(job.zero_point + grid);
       const F scaled = quotient(updated[v], scale, divide(set(1.0f), scale));
       F code = to_value(scaled, sub(set(0.0f), zero), sub(set(job.top), zero));
-      if (job.fixed) code = zero_where(job.fixed + at + v * kLanes, code);
-      const F residual = sub(load(job.target + at + v * kLanes), mul(code, scale));
-      store(job.codes + at + v * kLanes, add(code, zero));
-      store(job.residual + at + v * kLanes, residual);
-      store(scratch + j * kRows + v * kLanes, residual);
+      if (job.fixed) code = zero_where(job.fixed + at, code);
+      const F residual = sub(load(job.target + at), mul(code, scale));
+      store(job.codes + at, add(code, zero));
+      store(job.residual + at, residual);
+      store(scratch + (j * kVectors + v) * kLanes, residual);
+    }
+  }
+}
+
+template <int kVectors>
+static inline void work_rows(const UnroundedJob& job, int64_t row, float* scratch) {
+  for (int64_t j = 0; j < job.columns; j++) {
+    F updated[kVectors];
+    feed<kVectors>(job, row, j, scratch, updated);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t at = j * job.rows + row + v * kLanes;
+      store(job.values + at, updated[v]);
+      store(scratch + (j * kVectors + v) * kLanes, sub(load(job.target + at), updated[v]));
     }
   }
 }
 
 // Whole vectors of rows from `first` on; returns the first row that is left. `scratch` holds columns * 4 * kLanes.
-static inline int64_t round_columns(const RoundJob& job, int64_t first, int64_t last, float* scratch) {
-  for (; first + 4 * kLanes <= last; first += 4 * kLanes) round_rows<4>(job, first, scratch);
-  for (; first + kLanes <= last; first += kLanes) round_rows<1>(job, first, scratch);
+template <typename Job>
+static inline int64_t work(const Job& job, int64_t first, int64_t last, float* scratch) {
+  for (; first + 4 * kLanes <= last; first += 4 * kLanes) work_rows<4>(job, first, scratch);
+  for (; first + kLanes <= last; first += kLanes) work_rows<1>(job, first, scratch);
   return first;
 }

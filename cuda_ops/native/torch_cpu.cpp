@@ -107,15 +107,32 @@ std::tuple<Tensor, Tensor> search_grid(Tensor groups, std::optional<Tensor> impo
   return {scale, zero_point};
 }
 
+void feed_arguments(dsc::FeedJob& job, const Tensor& base, const Tensor& target, const Tensor& feedback) {
+  STD_TORCH_CHECK(base.dim() == 2, "base must be (columns, rows)");
+  job.columns = base.size(0), job.rows = base.size(1);
+  job.base = floats(base, "base", base.numel()), job.target = floats(target, "target", base.numel());
+  job.feedback = floats(feedback, "feedback", job.columns * job.columns);
+}
+
+// base, target float32 (columns, rows), feedback (columns, columns); returns float32 (columns, rows).
+Tensor unrounded(Tensor base, Tensor target, Tensor feedback) {
+  dsc::UnroundedJob job{};
+  feed_arguments(job, base, target, feedback);
+  Tensor values = torch::stable::empty_like(base);
+  job.values = values.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, ceil_div(job.rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
+    dsc::unrounded(job, first * kRowsAtOnce, std::min(last * kRowsAtOnce, job.rows));
+  });
+  return values;
+}
+
 // base, target float32 (columns, rows), feedback (columns, columns), scale and zero point (groups, rows), group int64
 // (columns), fixed bool (columns, rows); fills codes uint8 and residual float32 (columns, rows).
 void round_columns(Tensor base, Tensor target, Tensor feedback, Tensor scale, Tensor zero_point, Tensor group,
                    std::optional<Tensor> fixed, int64_t top, Tensor codes, Tensor residual) {
-  STD_TORCH_CHECK(base.dim() == 2, "base must be (columns, rows)");
-  const int64_t columns = base.size(0), rows = base.size(1), cells = columns * rows;
   dsc::RoundJob job{};
-  job.base = floats(base, "base", cells), job.target = floats(target, "target", cells);
-  job.feedback = floats(feedback, "feedback", columns * columns);
+  feed_arguments(job, base, target, feedback);
+  const int64_t columns = job.columns, rows = job.rows, cells = columns * rows;
   job.scale = floats(scale, "scale", scale.size(0) * rows);
   job.zero_point = floats(zero_point, "zero_point", scale.size(0) * rows);
   STD_TORCH_CHECK(group.scalar_type() == ScalarType::Long && group.is_contiguous() && group.numel() == columns,
@@ -131,7 +148,7 @@ void round_columns(Tensor base, Tensor target, Tensor feedback, Tensor scale, Te
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && codes.numel() == cells,
                   "codes must be contiguous uint8 (columns, rows)");
   floats(residual, "residual", cells);
-  job.columns = columns, job.rows = rows, job.top = static_cast<float>(top);
+  job.top = static_cast<float>(top);
   job.codes = codes.mutable_data_ptr<uint8_t>(), job.residual = residual.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, ceil_div(rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
     dsc::round_columns(job, first * kRowsAtOnce, std::min(last * kRowsAtOnce, rows));
@@ -145,6 +162,7 @@ STABLE_TORCH_LIBRARY_IMPL(deepseek_compress, CPU, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
   m.impl("search_grid", TORCH_BOX(&search_grid));
   m.impl("round_columns", TORCH_BOX(&round_columns));
+  m.impl("unrounded", TORCH_BOX(&unrounded));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepseek_compress, CompositeExplicitAutograd, m) {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import cuda_ops
 from deepseek_compress.numerics import grid, pattern
-from deepseek_compress.numerics.hessian import factorize, solve, unrounded
+from deepseek_compress.numerics.hessian import factorize, solve
 from deepseek_compress.numerics.types import Factor, Quantized, Statistics, WeightQuantizer
 
 
@@ -122,7 +122,7 @@ class _Rounding:
         if start:
             if len(base) < self.size:  # a group of several blocks
                 base = torch.addmm(target, feedback[:, :start], residual[:start])
-            updated = unrounded(target, base, feedback[:, steps])
+            updated = cuda_ops.unrounded(base, target, feedback[:, steps])
         if self.fixed is not None:
             updated = updated.masked_fill(self.fixed[steps], 0)
         found = self._find(updated, self.factor.cost[steps, None])

@@ -160,15 +160,6 @@ def _blocks(columns: int, width: int, cut: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def unrounded(target: Tensor, base: Tensor, feedback: Tensor) -> Tensor:
-    """What would be best for columns (n, rows) of this `base` if nothing more were rounded: they still feed each other.
-
-    `v = base + F (target - v)`, `feedback` F (n, n) strictly lower.
-    """
-    moved: Tensor = torch.linalg.solve_triangular(feedback, target - base, upper=False, unitriangular=True)
-    return target - moved
-
-
 def layer_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
     """`tr((W - Q) H (W - Q)^T)`: the squared error of the linear's outputs over the calibration tokens."""
     difference = (weight - approximation).float()

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+import cuda_ops
 from deepseek_compress.numerics import pattern
-from deepseek_compress.numerics.hessian import factorize, solve, unrounded
+from deepseek_compress.numerics.hessian import factorize, solve
 from deepseek_compress.numerics.types import Factor, Sparsifier, Statistics
 
 
@@ -39,7 +40,7 @@ class SparseGpt(Sparsifier, frozen=True):
             for j in range(start, start + len(base), 4):
                 four = slice(j, j + 4)
                 fed = base[j - start : j - start + 4].addmm_(feedback[four, start:j], residual[start:j])
-                best = unrounded(target[four], fed, feedback[four, four])
+                best = cuda_ops.unrounded(fed, target[four], feedback[four, four])
                 keep = pattern.keep_two(best.square() * factor.cost[four, None])
                 for i in range(j, j + 4):
                     updated = torch.addmv(fed[i - j], residual[j:i].t(), feedback[i, j:i])

@@ -79,6 +79,16 @@ def test_rounding_equals_the_reference(isa: str, sparse: bool) -> None:
         assert torch.equal(residual, expected[1]), shape
 
 
+def test_unrounded_equals_the_reference(isa: str) -> None:
+    for shape in BLOCKS:
+        given = block(*shape)
+        base, target, feedback = given["base"], given["target"], given["feedback"] / shape[0] ** 0.5
+        values = cuda_ops.unrounded(base, target, feedback)
+        assert torch.equal(values, reference.unrounded(base, target, feedback)), shape
+        exact = values.double()
+        assert torch.allclose(exact, base + feedback.double() @ (target - exact), atol=1e-4), shape
+
+
 def test_reference_of_the_rounding_is_its_formula() -> None:
     """One weight at a time, in Python's own numbers."""
     given = block(7, 4, 2)

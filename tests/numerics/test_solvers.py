@@ -123,14 +123,6 @@ def test_solver_feeds_every_column_with_all_earlier_errors(columns: int, width: 
     assert all(b - a <= width and (cut is None or a // cut == (b - 1) // cut) for a, b in seen)
 
 
-def test_unrounded_is_the_best_when_nothing_is_rounded() -> None:
-    generator = torch.Generator().manual_seed(2)
-    target, base = (torch.randn(6, 4, generator=generator) for _ in range(2))
-    feedback = torch.randn(6, 6, generator=generator).tril(-1)
-    value = hessian.unrounded(target, base, feedback)
-    assert torch.allclose(value, base + feedback @ (target - value), atol=1e-4)
-
-
 def test_factor_is_the_hessian() -> None:
     _, h = correlated(1, 96)
     order = solving_order(h, "group", 32)
