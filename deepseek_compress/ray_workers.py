@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -31,8 +32,9 @@ class RayPool:
             raise DscError("--ray: ray is not installed", "pip install 'deepseek-compress[ray]'") from None
         self._ray = ray
         try:
+            _reach(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             what = f"--ray {address}: {str(error).splitlines()[0]}"
             raise DscError(what, "give the address of a running cluster (`ray status`), or auto") from None
         self.count = max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -64,6 +66,13 @@ class RayPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 _given: dict[str, Any] = {}  # in a worker: what its tasks share, by reference

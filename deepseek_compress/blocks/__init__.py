@@ -27,7 +27,7 @@ from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.files import read_json, write_json
 from deepseek_compress.checkpoint.writer import PARTIAL
 from deepseek_compress.errors import DscError
-from deepseek_compress.workers import Pool, open_pool
+from deepseek_compress.workers import Pool
 
 __all__ = ["Block", "Change", "Done", "Job", "Solved", "claim", "clean", "run_blocks"]
 
@@ -73,19 +73,16 @@ class _Run:
 def run_blocks(
     job: Job,
     writer: CheckpointWriter,
+    pool: Pool,
     tokens: Tensor | None = None,
-    pool: Pool | None = None,
     progress: Callable[[int, int, str], None] = _silent,
 ) -> Done:
     """Write every tensor of `job.source` to `writer`, changed where the job wants it.
 
-    tokens: int64 (samples, length) of calibration text; None: no block is run. pool: who computes tasks; it shares
-    `job`. The caller finishes the writer and then calls `clean`.
+    pool: who computes tasks; it shares `job`. tokens: int64 (samples, length) of calibration text; None: no block is
+    run. The caller finishes the writer and then calls `clean`.
     """
     job.work.mkdir(parents=True, exist_ok=True)
-    if pool is None:
-        with open_pool(job) as inline:
-            return run_blocks(job, writer, tokens, inline, progress)
     if tokens is None:
         return Done(*data_free.convert(job, writer, pool, progress))
     if job.paired:

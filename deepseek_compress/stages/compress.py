@@ -107,7 +107,7 @@ class Compress(Stage, frozen=True):
             CheckpointWriter(context.out, source, activations=self.scheme, resume=True) as writer,
             open_pool(job, context.workers or 1, context.ray) as pool,
         ):
-            blocks, hashes = run_blocks(job, writer, tokens, pool, context.progress)
+            blocks, hashes = run_blocks(job, writer, pool, tokens, context.progress)
             facts = {**summary.summarize(blocks), "decisions": decisions}
             summary.write(context.out, blocks)
             manifest = self._manifest(source, context, facts, hashes)

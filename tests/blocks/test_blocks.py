@@ -27,6 +27,7 @@ from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics import WEIGHTS, Statistics
 from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.workers import open_pool
 
 FAMILIES = ["tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_llama"]
 ROLES = frozenset(CHANGEABLE)
@@ -61,8 +62,8 @@ def job_of(path: Path, out: Path, change: Any, **more: Any) -> Job:
 
 def compress(path: Path, out: Path, change: Any, tokens: Tensor | None = TOKENS, **more: Any) -> list[dict[str, Any]]:
     job = job_of(path, out, change, **more)
-    with CheckpointWriter(out, open_checkpoint(path), resume=True) as writer:
-        facts = run_blocks(job, writer, tokens).blocks
+    with CheckpointWriter(out, open_checkpoint(path), resume=True) as writer, open_pool(job) as pool:
+        facts = run_blocks(job, writer, pool, tokens).blocks
         writer.finish({}, {}, [])
     clean(job)
     return facts

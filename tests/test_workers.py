@@ -1,0 +1,143 @@
+"""Pools: results in order, errors whole, a lost worker's tasks computed again, the same bytes whoever computes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_compress.blocks import Job, run_blocks
+from deepseek_compress.blocks.change import LinearChange
+from deepseek_compress.blocks.selection import CHANGEABLE, select
+from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
+from deepseek_compress.errors import DscError, Problems
+from deepseek_compress.models import family_of
+from deepseek_compress.numerics import WEIGHTS
+from deepseek_compress.workers import Pool, open_pool
+
+FEW = torch.randint(2, 512, (6, 64), generator=torch.Generator().manual_seed(5))
+METHODS = {"rtn": {"group_size": 32}, "gptq": {"group_size": 32}, "gptaq": {"group_size": 32}}
+
+
+def twice(shared: int, task: int) -> tuple[int, int]:
+    time.sleep(0.02 * (task % 3))  # so that they end in another order
+    return shared * task, torch.get_num_threads()
+
+
+def failing(shared: int, task: int) -> int:
+    raise Problems([DscError("one", "mend it"), DscError("two")]) if task == 2 else DscError("never")
+
+
+def dying(shared: Path, task: int) -> int:
+    """Kills its process at task 3, as often as the file `shared` has digits left."""
+    if task == 3 and shared.read_text():
+        shared.write_text(shared.read_text()[1:])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def test_results_come_in_order_from_one_thread_each() -> None:
+    for count in (1, 2):
+        with open_pool(10, count) as pool:
+            assert pool.count == count
+            assert list(pool.run(twice, list(range(7)))) == [(10 * i, 1) for i in range(7)]
+
+
+def test_errors_arrive_whole() -> None:
+    with open_pool(0, 2) as pool, pytest.raises(Problems) as caught:
+        list(pool.run(failing, [2]))
+    assert [(problem.what, problem.fix) for problem in caught.value.problems] == [("one", "mend it"), ("two", "")]
+
+
+def test_tasks_of_a_killed_worker_are_computed_again(tmp_path: Path) -> None:
+    lives = tmp_path / "lives"
+    lives.write_text("xx")
+    with open_pool(lives, 2) as pool:
+        assert list(pool.run(dying, list(range(6)))) == list(range(6))
+
+
+def test_a_task_that_always_kills_its_worker_is_one_line(tmp_path: Path) -> None:
+    lives = tmp_path / "lives"
+    lives.write_text("x" * 9)
+    with open_pool(lives, 2) as pool, pytest.raises(DscError, match="killed 3 times"):
+        list(pool.run(dying, list(range(6))))
+
+
+def job_of(model: Path, out: Path, method: str) -> Job:
+    source = open_checkpoint(model)
+    family = family_of(source.config)
+    cfg = family.parse(source.config)
+    weights = WEIGHTS[method].model_validate(METHODS[method])
+    chosen = select(family, cfg, frozenset(CHANGEABLE), weights)
+    return Job(source, family, cfg, LinearChange(family, chosen, None, weights, 4), out / ".dsc_blocks")
+
+
+def compress(
+    model: Path,
+    out: Path,
+    method: str,
+    pool_of: Callable[[Job], AbstractContextManager[Pool]],
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> dict[str, bytes]:
+    job = job_of(model, out, method)
+    with CheckpointWriter(out, job.source, resume=True) as writer, pool_of(job) as pool:
+        run_blocks(job, writer, pool, FEW if job.change.needs else None, progress)
+        writer.finish({}, {}, [])
+    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()}
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek_compress.blocks.data_free.SMALLEST", 100_000)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("method", METHODS)
+def test_one_worker_or_two_write_the_same_bytes(method: str, tiny_v3: Path, tmp_path: Path) -> None:
+    alone = compress(tiny_v3, tmp_path / "1", method, lambda job: open_pool(job))
+    assert compress(tiny_v3, tmp_path / "2", method, lambda job: open_pool(job, 2)) == alone
+    assert method != "rtn" or len(alone) > 4, "several shards"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A real cluster on this machine: two nodes of one core each."""
+    utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed")
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    running = utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    running.add_node(**node)
+    yield running
+    running.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_shards")
+def test_ray_writes_the_same_bytes_also_when_a_node_is_lost(cluster: Any, tiny_v3: Path, tmp_path: Path) -> None:
+    with open_pool(0, ray=cluster.address) as pool, pytest.raises(DscError, match="two"):
+        assert pool.count == 2
+        list(pool.run(failing, [2]))
+    for method in ("rtn", "gptq"):
+        alone = compress(tiny_v3, tmp_path / method, method, lambda job: open_pool(job))
+        lost: list[Any] = [node for node in cluster.list_all_nodes() if not node.head]
+
+        def kill_one(done: int, total: int, note: str, lost: list[Any] = lost) -> None:
+            if done == 1 and lost:
+                cluster.remove_node(lost.pop(), allow_graceful=False)
+
+        out = tmp_path / f"{method}-ray"
+        assert compress(tiny_v3, out, method, lambda job: open_pool(job, ray=cluster.address), kill_one) == alone
+        assert not lost
+        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+
+
+def test_a_cluster_that_is_not_there_is_one_line() -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    with pytest.raises(DscError, match="--ray 127.0.0.1:1"), open_pool(0, ray="127.0.0.1:1"):
+        pass
