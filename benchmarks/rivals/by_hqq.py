@@ -21,12 +21,13 @@ def quantize(model: Path, file: Path, out: Path, method: str) -> None:
 
 
 def decode(model: Path, quantized: Path, out: Path) -> Mapping[str, Tensor]:
+    from hqq.core.quantize import HQQLinear
     from hqq.models.hf.base import AutoHQQHFModel
 
     net = AutoHQQHFModel.from_quantized(str(quantized), compute_dtype=torch.float32, device="cpu")
     weights = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
     for name, layer in net.named_modules():
-        if hasattr(layer, "dequantize"):
+        if isinstance(layer, HQQLinear):
             weights[f"{name}.weight"] = layer.dequantize().float()
     return weights
 
