@@ -1,8 +1,7 @@
-"""What this machine is, how much memory a run takes, and how fast it computes and reads."""
+"""What this machine is, and how much memory a run takes."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -77,25 +76,6 @@ def peak_memory(every: float = 0.5) -> Iterator[list[int | None]]:
         peak[0] = max(peak[0] or 0, resident() or 0) or None
 
 
-def rates(measure: bool = False) -> dict[str, float] | None:
-    """`operations_per_s` (float32 products) and `read_bytes_per_s`; None before the first `measure`, which takes 10 s.
-
-    They are kept in the user's cache directory for this processor and number of cores.
-    """
-    kept = _cache() / "rates.json"
-    key = f"{_cpu()[0]} x {cores()}"
-    try:
-        known = json.loads(kept.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if measure:
-        known[key] = {"operations_per_s": _product_rate(5.0), "read_bytes_per_s": _read_rate(2.0)}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(known, indent=2))
-    found: dict[str, float] | None = known.get(key) if isinstance(known, dict) else None
-    return found
-
-
 def _cpu() -> tuple[str, set[str]]:
     """Name and feature flags of the processor."""
     try:
@@ -131,38 +111,7 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where what was measured here is kept."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "deepseek_compress"
-
-
-def _product_rate(seconds: float) -> float:
-    """Operations in a second of float32 matrix products of the size a block has."""
-    import torch
-
-    left, right = torch.randn(512, 2048), torch.randn(2048, 2048)
-    left @ right
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        left @ right
-        count += 1
-    return count * 2.0 * 512 * 2048 * 2048 / (time.perf_counter() - began)
-
-
-def _read_rate(seconds: float) -> float:
-    """Bytes a second read from a file that was just written (the disk's cache included)."""
-    import tempfile
-
-    block = os.urandom(1 << 24)
-    with tempfile.TemporaryFile(buffering=0) as file:
-        for _ in range(16):
-            file.write(block)
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        began, done = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            file.seek(0)
-            while chunk := file.read(1 << 24):
-                done += len(chunk)
-        return done / (time.perf_counter() - began)

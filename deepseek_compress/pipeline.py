@@ -26,7 +26,6 @@ from deepseek_compress.models.resolve import resolve_model
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
 
-LIBRARIES = 450_000_000  # bytes that Python, torch and transformers take before a stage begins
 REPORTS = ("report.json", "report.md", "report.html")
 
 
@@ -49,6 +48,7 @@ class Plan:
     header: Header | None
     forecasts: Mapping[str, Forecast]
     problems: list[DscError]
+    options: Options = Options()
 
     @property
     def bytes(self) -> int | None:
@@ -91,7 +91,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe)
     problems += _memory_problems(forecasts, options.memory)
-    return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems)
+    return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
 
 
 def run(
@@ -143,7 +143,7 @@ def run_report(recipe: Recipe, page: Path, options: Options = Options(), progres
 def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict[str, Forecast]:
     """Fold shapes through the stages; a stage after one that has problems is left out."""
     headers, forecasts = {"model": header}, {}
-    tokens = recipe.calibration.samples * recipe.calibration.length
+    samples, length = recipe.calibration.samples, recipe.calibration.length
     for step in recipe.steps:
         source = headers.get(step.source)
         if source is None:
@@ -154,7 +154,7 @@ def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict
         if len(problems) > before:
             continue
         with _collect(problems):
-            forecasts[step.name] = step.stage.forecast(source, tokens)
+            forecasts[step.name] = step.stage.forecast(source, samples, length)
             if step.stage.writes == "checkpoint":
                 headers[step.name] = forecasts[step.name].header
     return forecasts
@@ -174,13 +174,17 @@ def _calibration_problems(recipe: Recipe) -> list[DscError]:
 
 
 def _memory_problems(forecasts: Mapping[str, Forecast], limit: int | None) -> list[DscError]:
-    """Stages that need more than `--memory`, the interpreter and its libraries included."""
-    needs = {name: LIBRARIES + forecast.memory for name, forecast in forecasts.items() if forecast.memory is not None}
+    """Stages that need more than `--memory` even with one worker."""
+    needs = {name: forecast.peak(1) for name, forecast in forecasts.items()}
     return [
-        DscError(f"{name}: needs about {size(need)}, --memory is {size(limit)}", "give more, or fewer --samples")
+        DscError(f"{name}: needs {size(need)} at least, --memory is {size(limit)}", f"give --memory {_gib(need)}")
         for name, need in needs.items()
-        if limit is not None and need > limit
+        if limit is not None and need is not None and need > limit
     ]
+
+
+def _gib(need: int) -> str:
+    return f"{-(-need * 10 // (1 << 30)) / 10:.1f}GiB"
 
 
 @contextmanager

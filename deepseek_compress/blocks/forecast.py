@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 
 from deepseek_compress.blocks.calibrated import BATCH_TOKENS
+from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.job import by_input
-from deepseek_compress.blocks.selection import Selection
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo
+from deepseek_compress.costs import Memory, Work
 from deepseek_compress.models import Family, Linear, ModelConfig, Role
+from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import WeightQuantizer
 
-COPIES = 5  # matrices of the size of a Hessian that factoring it holds at once: measured with GPTQ
+HESSIANS = 3  # matrices of the size of a Hessian that factoring it holds at once
+COPIES = 4  # of a weight, in float32, that solving it holds at once
+TEXT = 200_000_000  # bytes of the tokeniser's library
+WAITING = 64 << 20  # bytes of an unfinished shard, or of a spool, in memory
 
 
 class Expected(NamedTuple):
@@ -23,28 +29,62 @@ class Expected(NamedTuple):
     header: Header  # of the output
     changed: int  # linears
     bytes: int  # on disk
-    memory: int  # bytes at the peak, libraries not counted
-    operations: float
+    memory: Memory
+    work: Work
+    tasks: Work
 
 
 def expect(
-    family: Family, cfg: ModelConfig, header: Header, selection: Selection, weights: WeightQuantizer | None, tokens: int
+    family: Family,
+    cfg: ModelConfig,
+    header: Header,
+    change: LinearChange,
+    samples: int,
+    length: int,
 ) -> Expected:
-    """`tokens` of calibration text; 0 when no block is run."""
+    """For calibration with `samples` of `length` tokens; no samples: no block is run."""
     tensors = {name: _stored16(info) for name, info in header.tensors.items()}
-    changed, memory, operations = 0, 0, 0.0
+    changed: list[str] = []
+    costs = [_Block(0, 0, 0, Work(), Work())]
     for layer in range(cfg.num_hidden_layers):
         linears = family.linears(cfg, layer)
-        wanted = [linear for linear in linears if selection.wants(family, layer, linear)]
+        wanted = [linear for linear in linears if change.wants(layer, linear)]
         for linear in wanted:
             name = f"{family.prefix(layer)}.{linear.name}.weight"
-            if weights is not None:
-                tensors[name] = _packed(tensors[name], weights, selection.group_size)
-            changed += 1
-        memory = max(memory, _memory(cfg, linears, tokens))
-        operations += _operations(cfg, linears, wanted, tokens)
+            if change.weights is not None:
+                tensors[name] = _packed(tensors[name], change.weights, change.selection.group_size)
+            changed.append(name)
+        if samples:
+            costs.append(calibrated_cost(cfg, linears, wanted, samples, length, "drift" in change.needs))
     out = dataclasses.replace(header, tensors=tensors)
-    return Expected(out, changed, out.bytes, memory, operations)
+    if samples:
+        embedding = 2 * cfg.vocab_size * cfg.hidden_size
+        alone, beside, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "beside", "task"))
+        memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
+    else:
+        memory = Memory(WAITING, WAITING, _largest(header, changed, change.weights))
+        fast = isinstance(change.weights, Rtn) and change.weights.num_bits == 4 and change.sparsity is None
+        weights = sum(header.tensors[name].elements for name in changed)
+        copied = sum(info.bytes for info in header.tensors.values()) - sum(header.tensors[n].bytes for n in changed)
+        packed = weights if fast else 20 * weights  # decoded and solved in torch, by experience
+        costs.append(_Block(0, 0, 0, Work(), Work(packed=packed + copied / 2)))
+    return Expected(
+        out, len(changed), out.bytes, memory, _sum(cost.work for cost in costs), _sum(cost.tasks for cost in costs)
+    )
+
+
+class _Block(NamedTuple):
+    """Of one block: bytes as in `Memory`, and work."""
+
+    alone: int
+    beside: int
+    task: int
+    work: Work
+    tasks: Work
+
+
+def _sum(parts: Iterable[Work]) -> Work:
+    return Work(*(sum(values) for values in zip(*parts, strict=True)))
 
 
 def _stored16(info: TensorInfo) -> TensorInfo:
@@ -68,31 +108,67 @@ def _packed(info: TensorInfo, weights: WeightQuantizer, group_size: int | None) 
     return dataclasses.replace(info, encoding="packed", dtype=torch.int32, parts=parts)
 
 
-def _memory(cfg: ModelConfig, linears: list[Linear], tokens: int) -> int:
-    widest = max((linear.columns for linear in linears), default=0)
-    largest = max((linear.rows * linear.columns for linear in linears), default=0)
-    if not tokens:
-        return 4 * 4 * largest
-    attention = sum(linear.rows * linear.columns for linear in linears if linear.role is Role.ATTENTION)
-    batch = BATCH_TOKENS * (
-        sum(linear.rows for linear in linears if linear.role is Role.ATTENTION) + 8 * cfg.hidden_size
-    )
-    return 4 * (max(attention, 3 * largest) + COPIES * widest * widest + batch)
+def _largest(header: Header, changed: Collection[str], weights: WeightQuantizer | None) -> int:
+    """Bytes that the largest tensor takes in a data-free task, with the shard that waits to be written."""
+    kernel = isinstance(weights, Rtn) and weights.num_bits == 4
+    found = [0]
+    for name, info in header.tensors.items():
+        if name in changed:
+            found.append(info.bytes + info.elements if kernel else 4 * (COPIES + 1) * info.elements)
+        elif info.encoding == "fp8_block":
+            found.append(info.bytes + 2 * info.elements)
+    return 2 * WAITING + max(found)
 
 
-def _operations(cfg: ModelConfig, linears: list[Linear], wanted: list[Linear], tokens: int) -> float:
-    """Hessians 2nk^2, their factors 2k^3/3, solves 2mk^2, and the block run about three times."""
-    if not tokens:
-        return 20.0 * sum(linear.rows * linear.columns for linear in wanted)
-    total = 0.0
-    for linear in linears:
-        total += 3 * 2 * _share(cfg, linear, tokens) * linear.rows * linear.columns
-    for group in by_input(wanted):
-        k = float(group[0].columns)
-        total += 2 * _share(cfg, group[0], tokens) * k * k + 2 * k**3 / 3 + sum(2 * x.rows * k * k for x in group)
-    return total
+def calibrated_cost(
+    cfg: ModelConfig, linears: list[Linear], wanted: list[Linear], samples: int, length: int, paired: bool
+) -> _Block:
+    """One block whose attention and dense MLPs are solved here, and each routed expert in a task."""
+    tokens, models = samples * length, 2 if paired else 1
+    experts = [linear for linear in linears if linear.role is Role.EXPERT]
+    here = [linear for linear in linears if linear.role is not Role.EXPERT]
+    attention = [linear for linear in here if linear.role in (Role.ATTENTION, Role.INDEXER)]
+    scores = 10 * cfg.num_attention_heads * length  # numbers that softmax touches for a token
+    alone = 0
+    for part in (attention, [linear for linear in here if linear not in attention]):
+        activations = 4 * BATCH_TOKENS * (sum(linear.rows for linear in part) + 8 * cfg.hidden_size)
+        activations += BATCH_TOKENS * scores if part is attention else 0
+        alone = max(alone, _held(part, models) + max(_solving(part), activations * models))
+    spools = min(4 * WAITING, 16 * tokens * models * cfg.hidden_size)
+    work = _solve_work(here, wanted, tokens, models)
+    work = _sum([work, Work(0, 4.0 * tokens * models * (30 * cfg.hidden_size + scores))])
+    if cfg.moe is None or not experts:
+        return _Block(alone + spools, spools, 0, work, Work())
+    share = tokens * cfg.moe.top_k / cfg.moe.experts
+    first = experts[:3]
+    activations = 4 * BATCH_TOKENS * models * 3 * (first[0].rows + cfg.hidden_size)
+    task = _held(first, models) + max(_solving(first), activations)
+    results = 8 * sum(linear.rows * linear.columns for linear in first)  # of workers that are ahead, packed
+    beside = spools + 2 * WAITING + results + 12 * tokens * models * cfg.moe.top_k
+    return _Block(alone + spools, beside, task, work, _solve_work(experts, wanted, share, models))
 
 
-def _share(cfg: ModelConfig, linear: Linear, tokens: int) -> float:
-    routed = linear.role is Role.EXPERT and cfg.moe is not None
-    return tokens * cfg.moe.top_k / cfg.moe.experts if routed and cfg.moe else float(tokens)
+def _held(linears: list[Linear], models: int) -> int:
+    return 4 * models * sum(linear.rows * linear.columns for linear in linears)
+
+
+def _solving(linears: list[Linear]) -> int:
+    """Bytes beside the weights while the linear that takes most is solved."""
+    sizes = (HESSIANS * linear.columns**2 + COPIES * linear.rows * linear.columns for linear in linears)
+    return 4 * max(sizes, default=0)
+
+
+def _solve_work(linears: list[Linear], wanted: list[Linear], tokens: float, models: int) -> Work:
+    """The forward, half a product for each Hessian, a factor, and a solve for each weight."""
+    names = {linear.name for linear in wanted}
+    products = touched = solved = 0.0
+    for group in by_input(linears):
+        k, rows = float(group[0].columns), sum(linear.rows for linear in group)
+        products += 2.2 * tokens * models * k * rows
+        touched += 4.0 * tokens * models * (3 * rows + k)
+        ours = sum(linear.rows for linear in group if linear.name in names)
+        if ours:
+            products += (1.1 + 2 * (models - 1)) * tokens * k**2 + k**3 / 3 + ours * k**2
+            touched += 40.0 * ours * k
+            solved += ours * k
+    return Work(products, touched, solved)

@@ -12,11 +12,11 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.recipe import Recipe
 
 if TYPE_CHECKING:
+    from deepseek_compress.costs import Rates
     from deepseek_compress.pipeline import Plan
-    from deepseek_compress.stages.base import Forecast
 
 
-def plan(found: Plan, rates: Mapping[str, float] | None, as_json: bool, following: str) -> None:
+def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> None:
     """The stages of a plan with what each would write, and every problem."""
     rows = [_planned(found, step.name, step.kind, step.source, rates) for step in found.recipe.steps]
     if as_json:
@@ -60,23 +60,19 @@ def plan(found: Plan, rates: Mapping[str, float] | None, as_json: bool, followin
     console.next_step(following)
 
 
-def _planned(found: Plan, name: str, kind: str, source: str, rates: Mapping[str, float] | None) -> dict[str, Any]:
-    forecast = found.forecasts.get(name)
+def _planned(found: Plan, name: str, kind: str, source: str, rates: Rates | None) -> dict[str, Any]:
+    forecast, options = found.forecasts.get(name), found.options
+    workers = forecast.workers(options.workers, options.memory) if forecast else 1
     return {
         "name": name,
         "kind": kind,
         "from": source,
         "tensors": forecast.tensors if forecast else None,
         "bytes": forecast.bytes if forecast else None,
-        "memory": forecast.memory if forecast else None,
-        "seconds": _seconds(forecast, rates) if forecast and rates else None,
+        "memory": forecast.peak(workers) if forecast else None,
+        "workers": workers,
+        "seconds": forecast.seconds(rates, workers) if forecast and rates else None,
     }
-
-
-def _seconds(forecast: Forecast, rates: Mapping[str, float]) -> float | None:
-    if forecast.operations is None:
-        return None
-    return forecast.operations / rates["operations_per_s"] + (forecast.bytes or 0) / rates["read_bytes_per_s"]
 
 
 def _size(count: int | None) -> str | None:

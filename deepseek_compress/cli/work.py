@@ -42,10 +42,11 @@ def plan(
 ) -> None:
     """Show what a recipe would do to a model: stages, tensors, bytes, time, and every problem at once."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, samples, length, seed), group_size)
-    from deepseek_compress import machine, pipeline
+    from deepseek_compress import pipeline
+    from deepseek_compress.rates import rates
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray))
-    show.plan(found, machine.rates(measure), json, f"dsc run {recipe} --model {model}")
+    show.plan(found, rates(measure), json, f"dsc run {recipe} --model {model}")
     if found.problems:
         raise typer.Exit(1)
 

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from deepseek_compress import machine
 from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.costs import Memory, Rates, Work
 from deepseek_compress.errors import DscError
 
 
@@ -51,8 +53,28 @@ class Forecast:
     header: Header  # what the next stage will read
     tensors: int = 0  # how many it changes
     bytes: int | None = None  # on disk
-    memory: int | None = None  # bytes at its peak, beside the interpreter and its libraries
-    operations: float | None = None  # multiplications and additions
+    memory: Memory | None = None
+    work: Work | None = None  # in this process
+    tasks: Work | None = None  # in workers
+    read: int = 0  # bytes of the source
+
+    def workers(self, wanted: int | None, limit: int | None) -> int:
+        """How many this machine would use with `limit` bytes of memory."""
+        return self.memory.workers(wanted, machine.cores(), self.read, limit) if self.memory else 1
+
+    def peak(self, workers: int) -> int | None:
+        """Bytes of all processes together."""
+        return self.memory.peak(workers) if self.memory else None
+
+    def seconds(self, rates: Rates, workers: int) -> float | None:
+        """From start to end. A source below half of the memory is taken to be in the page cache."""
+        if self.work is None:
+            return None
+        total = machine.memory()
+        cold = self.read if total is None or self.read > total / 2 else 0
+        disk = cold / rates.read + (self.bytes or 0) / rates.written
+        tasks = rates.task_seconds(self.tasks, workers) if self.tasks else 0.0
+        return rates.start + rates.seconds(self.work) + max(tasks, disk)
 
 
 class Stage(BaseModel, frozen=True, extra="forbid"):
@@ -68,8 +90,8 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
         """Names of outputs that the stage reads besides its source."""
         return ()
 
-    def forecast(self, header: Header, tokens: int) -> Forecast:
-        """What it would write and need; `tokens` is the size of the calibration text."""
+    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
+        """What it would write and need, with `samples` of `length` tokens of calibration text."""
         return Forecast(header)
 
     def run(self, source: Checkpoint, context: Context) -> Output:

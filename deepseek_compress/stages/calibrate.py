@@ -18,6 +18,7 @@ from deepseek_compress import provenance
 from deepseek_compress.calibration.tokens import calibration_tokens
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_json
+from deepseek_compress.costs import Memory, Work
 from deepseek_compress.models import Family, ModelConfig, family_of
 from deepseek_compress.models.config import Linear
 from deepseek_compress.models.tokenizer import load_tokenizer
@@ -50,11 +51,12 @@ class Calibrate(Stage, frozen=True):
 
     writes: ClassVar[str] = "artifact"
 
-    def forecast(self, header: Header, tokens: int) -> Forecast:
+    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Two operations a weight and token; the text is held at the width of the model."""
         cfg = family_of(header.config).parse(header.config)
+        tokens = samples * length
         active = sum(info.elements for name, info in header.tensors.items() if ".experts." not in name)
-        return Forecast(header, bytes=0, memory=8 * tokens * cfg.hidden_size, operations=2.0 * active * tokens)
+        return Forecast(header, bytes=0, memory=Memory(8 * tokens * cfg.hidden_size), work=Work(2.0 * active * tokens))
 
     @torch.no_grad()
     def run(self, source: Checkpoint, context: Context) -> Output:

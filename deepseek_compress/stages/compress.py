@@ -21,6 +21,7 @@ from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.calibration.tokens import calibration_tokens
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
+from deepseek_compress.costs import Memory
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.models.activations import InputScheme
@@ -82,13 +83,21 @@ class Compress(Stage, frozen=True):
             family, family.parse(header.config), header, self._changed(header), self.weights, self.sparsity
         )
 
-    def forecast(self, header: Header, tokens: int) -> Forecast:
-        """Sizes from shapes; operations of the calibrated solve."""
+    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
+        """Sizes, memory and work from shapes."""
         family = family_of(header.config)
         cfg = family.parse(header.config)
         change = self._change(family, cfg, header)
-        expected = expect(family, cfg, header, change.selection, self.weights, tokens if change.needs else 0)
-        return Forecast(expected.header, expected.changed, expected.bytes, expected.memory, expected.operations)
+        expected = expect(family, cfg, header, change, samples if change.needs else 0, length)
+        return Forecast(
+            expected.header,
+            expected.changed,
+            expected.bytes,
+            expected.memory,
+            expected.work,
+            expected.tasks,
+            read=sum(info.bytes for info in header.tensors.values()),
+        )
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the compressed checkpoint to `context.out`; goes on where an interrupted run stopped."""
@@ -99,13 +108,14 @@ class Compress(Stage, frozen=True):
         for line in decisions:
             context.tell(line)
         tokens = _tokens(source, cfg, context) if change.needs else None
+        memory, workers = self._share(source, tokens, context)
         work = context.out / WORK
         claim(context.out, work, self._identity(source, tokens))
         scheme = self._input_scheme()
         job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep")
         with (
             CheckpointWriter(context.out, source, activations=self.scheme, resume=True) as writer,
-            open_pool(job, context.workers or 1, context.ray) as pool,
+            open_pool(job, workers, context.ray, memory.task) as pool,
         ):
             blocks, hashes = run_blocks(job, writer, pool, tokens, context.progress)
             facts = {**summary.summarize(blocks), "decisions": decisions}
@@ -116,6 +126,16 @@ class Compress(Stage, frozen=True):
         for line in notes:
             context.tell(line)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
+
+    def _share(self, source: Checkpoint, tokens: Tensor | None, context: Context) -> tuple[Memory, int]:
+        """What is needed, and how many workers that leaves room for."""
+        samples, length = (0, 0) if tokens is None else tokens.shape
+        forecast = self.forecast(source.header, samples, length)
+        assert forecast.memory is not None
+        workers = forecast.workers(context.workers, context.memory)
+        if context.workers is not None and workers < context.workers:
+            context.tell(f"{workers} workers, not {context.workers}: --memory has no room for more")
+        return forecast.memory, workers
 
     def _change(self, family: Family, cfg: ModelConfig, header: Header) -> LinearChange:
         chosen = selection.select(family, cfg, self._changed(header), self.weights)

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
+from deepseek_compress.costs import Memory, Work
 from deepseek_compress.distillation import shrink as shrinking
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.traces import (
@@ -67,7 +68,7 @@ class Distill(Stage, frozen=True):
         """The teacher."""
         return (self.teacher,)
 
-    def forecast(self, header: Header, tokens: int) -> Forecast:
+    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Teacher, student, its gradients and two moments in float32; BF16 on the disk."""
         family = family_of(header.config)
         plan = self._shrink(family, family.parse(header.config), {})
@@ -82,8 +83,8 @@ class Distill(Stage, frozen=True):
             shrinking.shrunk_header(header, plan),
             tensors=len(plan.tensors),
             bytes=2 * kept,
-            memory=4 * (total + 5 * kept),
-            operations=2.0 * total * min(trained, self.documents * self.length) + 6.0 * kept * trained,
+            memory=Memory(4 * (total + 5 * kept)),
+            work=Work(2.0 * total * min(trained, self.documents * self.length) + 6.0 * kept * trained),
         )
 
     def run(self, source: Checkpoint, context: Context) -> Output:

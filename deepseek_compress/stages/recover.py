@@ -14,6 +14,7 @@ from pydantic import Field
 from deepseek_compress import provenance
 from deepseek_compress.calibration.tokens import calibration_tokens
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
+from deepseek_compress.costs import Memory, Work
 from deepseek_compress.distillation.recovery import recover
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Role, family_of
@@ -43,7 +44,7 @@ class Recover(Stage, frozen=True):
         """The original."""
         return (self.reference,)
 
-    def forecast(self, header: Header, tokens: int) -> Forecast:
+    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Both models in float32, the codes, the largest gradient; one forward, and one with its gradients."""
         sizes = [math.prod(info.shape) for info in header.tensors.values()]
         total = sum(sizes)
@@ -51,8 +52,8 @@ class Recover(Stage, frozen=True):
             header,
             tensors=sum(info.encoding == "packed" for info in header.tensors.values()),
             bytes=sum(info.bytes for info in header.tensors.values()),
-            memory=9 * total + 4 * max(sizes),
-            operations=4.0 * total * self.passes * (512 * self.samples if self.samples else tokens),
+            memory=Memory(9 * total + 4 * max(sizes)),
+            work=Work(4.0 * total * self.passes * (512 * self.samples if self.samples else samples * length)),
         )
 
     def run(self, source: Checkpoint, context: Context) -> Output:

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "deepseek_compress"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"catalogue", "doctor", "survey"},
+    {"catalogue", "doctor", "rates", "survey"},
     {"pipeline"},
     {"recipe", "workspace"},
     {"stages"},
@@ -32,7 +32,8 @@ LAYERS = [
     {"checkpoint", "provenance"},
     {"numerics"},
     {"cuda_ops"},
-    {"errors", "registry", "console", "resources", "machine"},
+    {"workers"},
+    {"errors", "registry", "console", "costs", "resources", "machine"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {

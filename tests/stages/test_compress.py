@@ -189,7 +189,7 @@ def test_problems_from_shapes_alone(tiny_v3: Path, tiny_qwen2: Path, tmp_path: P
 def test_forecast_is_what_happens(tiny_v3: Path, tmp_path: Path, text: Path) -> None:
     source = open_checkpoint(tiny_v3)
     knobs = stage(weights={"rtn": {"group_size": 32}})
-    forecast = knobs.forecast(source.header, 0)
+    forecast = knobs.forecast(source.header, 64, 512)
     done = open_checkpoint(knobs.run(source, context(tmp_path / "out", text)).path)
     assert forecast.bytes == done.header.bytes
     assert forecast.header.tensors.keys() == done.header.tensors.keys()

@@ -51,7 +51,7 @@ def open_pool(shared: Any, count: int = 1, ray: str | None = None, memory: int =
     memory: bytes that a task needs beside the libraries; Ray places tasks by it.
     """
     if ray is not None:
-        from deepseek_compress.ray_workers import RayPool
+        from deepseek_compress.workers.cluster import RayPool
 
         with RayPool(shared, ray, memory) as cluster:
             yield cluster

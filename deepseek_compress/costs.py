@@ -1,0 +1,68 @@
+"""What a stage needs, from shapes alone, and what that means on a machine: bytes of memory, seconds, workers.
+
+A stage says what it holds and how much work it is; rates, measured on this machine (`rates`), turn work into time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAIN = 320_000_000  # bytes of this process before a stage begins: Python, torch, the command line
+SERVER = 100_000_000  # bytes of the processes that start workers
+WORKER = 70_000_000  # bytes of a worker before its first task
+SMALL = 256 << 20  # bytes of a model that takes longer to share out than to do here
+
+
+class Memory(NamedTuple):
+    """Bytes at the peak, beside the libraries."""
+
+    alone: int  # of what this process does by itself
+    beside: int = 0  # what it holds while workers compute
+    task: int = 0  # what a task takes; 0 where there are none
+
+    def peak(self, workers: int = 1) -> int:
+        """Of all processes together, libraries included. One worker is this process."""
+        if workers == 1:
+            return MAIN + max(self.alone, self.beside + self.task)
+        return MAIN + SERVER + workers * WORKER + max(self.alone, self.beside + workers * self.task)
+
+    def workers(self, wanted: int | None, cores: int, size: int, limit: int | None) -> int:
+        """How many to use for a model of `size` bytes: `wanted`, else one a core; never more than `limit` allows."""
+        if not self.task:
+            return 1
+        count = wanted or (cores if size >= SMALL else 1)
+        while count > 1 and limit is not None and self.peak(count) > limit:
+            count -= 1
+        return count
+
+
+class Work(NamedTuple):
+    """What is computed, in units whose rates differ by machine."""
+
+    products: float = 0.0  # multiplications and additions of matrix products
+    touched: float = 0.0  # bytes that pass through the memory between products
+    solved: float = 0.0  # weights whose rounding is solved, products not counted
+    packed: float = 0.0  # weights that go from their stored form to four bits in one pass, files included
+
+
+class Rates(NamedTuple):
+    """What this machine does in a second. `one_core`: with one thread; else with all of them."""
+
+    products: float
+    products_one_core: float
+    touched: float
+    solved_one_core: float
+    packed_one_core: float
+    read: float  # bytes from the disk
+    written: float  # bytes to the disk, synced
+    start: float  # seconds until a stage begins
+
+    def seconds(self, work: Work) -> float:
+        """In this process."""
+        return work.products / self.products + work.touched / self.touched + work.solved / self.solved_one_core
+
+    def task_seconds(self, work: Work, workers: int) -> float:
+        """By `workers`, each with one thread."""
+        products = max(work.products / self.products_one_core / workers, work.products / self.products)
+        rest = work.touched / self.touched + work.solved / self.solved_one_core + work.packed / self.packed_one_core
+        return products + rest / workers
