@@ -26,7 +26,7 @@ from benchmarks.packed_values import decoded_errors
 DSC = str(ROOT / ".venv" / "bin" / "dsc")
 MEMORY_BAR = 3e9
 BLOCK = 1 << 24
-PROBE = 4 << 30  # bytes of the file that the disk is measured with
+PROBE = 2 << 30  # bytes of the file that the disk is measured with
 COLUMNS = ("what", "seconds", "GB", "GB/s")
 
 
@@ -65,7 +65,7 @@ def size_of(path: Path) -> int:
 
 def check_room(scratch: Path, layers: int) -> None:
     """Stop before the first byte where source, output and probe do not fit."""
-    free, needed = shutil.disk_usage(scratch).free, layers / 27 * 41e9 + 1e9 + PROBE
+    free, needed = shutil.disk_usage(scratch).free, layers / 27 * 40.5e9 + 1e9 + PROBE
     if free < needed:
         raise SystemExit(f"{scratch}: {free / 1e9:.0f} GB free, {needed / 1e9:.0f} are needed; give --scratch")
 
