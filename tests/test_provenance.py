@@ -50,7 +50,7 @@ def test_lineage_grows_by_a_step_and_hashes_are_taken_once(tiny_qwen2: Path, tmp
     output = open_checkpoint(path)
     assert [(step["stage"], step["seed"]) for step in lineage_of(output)] == [("prune", 0), ("quantize", 1)]
     assert [step["source"] for step in lineage_of(output)] == [tiny_qwen2.name, "prune"]
-    facts = source_facts(output, hash_shards=False)
+    facts = source_facts(output)
     assert output.manifest is not None
     assert facts["files"] == output.manifest["files"]
     assert read_manifest(path) == output.manifest

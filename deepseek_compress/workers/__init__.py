@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -143,6 +144,8 @@ class _Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+        # Waited for, so that the time of its workers counts as this run's
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 _PRELOAD = ("deepseek_compress.blocks",)  # what tasks import
