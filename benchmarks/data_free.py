@@ -111,6 +111,8 @@ def ours(source: Path, out: Path, repeats: int, workers: Sequence[str]) -> Line:
     costs, error = [], None
     for _ in range(repeats):
         costs.append(run([DSC, "quantize", str(source), "-o", str(out), "-r", "w4a16-fast", *workers]))
+        if '"group_size": 128' not in (out / "config.json").read_text():
+            raise SystemExit("dsc chose another group size than 128; give more --layers")
         error = error or decoded_errors(source, out)
         settle(out)
     spread = statistics.pstdev(cost.wall_s for cost in costs)
