@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MAIN = 320_000_000  # bytes of this process before a stage begins: Python, torch, the command line
-SERVER = 100_000_000  # bytes of the processes that start workers
-WORKER = 70_000_000  # bytes of a worker before its first task
+MAIN = 300_000_000  # bytes of this process before a stage begins: Python, torch, the command line
+SERVER = 80_000_000  # bytes of the processes that start workers
+WORKER = 60_000_000  # bytes of a worker before its first task
 SMALL = 256 << 20  # bytes of a model that takes longer to share out than to do here
 
 

@@ -14,12 +14,13 @@ from deepseek_compress.blocks.job import by_input
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo
 from deepseek_compress.costs import Memory, Work
 from deepseek_compress.models import Family, Linear, ModelConfig, Role
+from deepseek_compress.models.layers import SCORES_AT_ONCE
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import WeightQuantizer
 
 HESSIANS = 3  # matrices of the size of a Hessian that factoring it holds at once
 COPIES = 4  # of a weight, in float32, that solving it holds at once
-TEXT = 200_000_000  # bytes of the tokeniser's library
+TEXT = 140_000_000  # bytes of the tokeniser's library
 WAITING = 64 << 20  # bytes of an unfinished shard, or of a spool, in memory
 
 
@@ -62,7 +63,7 @@ def expect(
         alone, beside, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "beside", "task"))
         memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
     else:
-        memory = Memory(WAITING, WAITING, _largest(header, changed, change.weights))
+        memory = Memory(0, 0, _largest(header, changed, change.weights))
         fast = isinstance(change.weights, Rtn) and change.weights.num_bits == 4 and change.sparsity is None
         weights = sum(header.tensors[name].elements for name in changed)
         copied = sum(info.bytes for info in header.tensors.values()) - sum(header.tensors[n].bytes for n in changed)
@@ -117,7 +118,7 @@ def _largest(header: Header, changed: Collection[str], weights: WeightQuantizer 
             found.append(info.bytes + info.elements if kernel else 4 * (COPIES + 1) * info.elements)
         elif info.encoding == "fp8_block":
             found.append(info.bytes + 2 * info.elements)
-    return 2 * WAITING + max(found)
+    return WAITING + max(found)
 
 
 def calibrated_cost(
@@ -132,7 +133,7 @@ def calibrated_cost(
     alone = 0
     for part in (attention, [linear for linear in here if linear not in attention]):
         activations = 4 * BATCH_TOKENS * (sum(linear.rows for linear in part) + 8 * cfg.hidden_size)
-        activations += BATCH_TOKENS * scores if part is attention else 0
+        activations += 12 * min(BATCH_TOKENS * cfg.num_attention_heads * length, SCORES_AT_ONCE)
         alone = max(alone, _held(part, models) + max(_solving(part), activations * models))
     spools = min(4 * WAITING, 16 * tokens * models * cfg.hidden_size)
     work = _solve_work(here, wanted, tokens, models)
@@ -143,8 +144,8 @@ def calibrated_cost(
     first = experts[:3]
     activations = 4 * BATCH_TOKENS * models * 3 * (first[0].rows + cfg.hidden_size)
     task = _held(first, models) + max(_solving(first), activations)
-    results = 8 * sum(linear.rows * linear.columns for linear in first)  # of workers that are ahead, packed
-    beside = spools + 2 * WAITING + results + 12 * tokens * models * cfg.moe.top_k
+    results = 2 * sum(linear.rows * linear.columns for linear in first)  # of workers that are ahead, packed
+    beside = spools + min(2 * WAITING, 2 * results * cfg.moe.experts) + results + 12 * tokens * models * cfg.moe.top_k
     return _Block(alone + spools, beside, task, work, _solve_work(experts, wanted, share, models))
 
 
