@@ -114,7 +114,7 @@ def rate(_: int) -> float:
 
 def check_room(scratch: Path, experts: int, tokens: int) -> None:
     """Stop before the first byte where input, outputs and spools do not fit."""
-    spools = tokens * 4 * (5 * 7168 + 16384) + 16 * (8 * tokens / experts) * 4 * (7168 + 2048)
+    spools = tokens * 4 * (2 * 7168 + 16384) + 16 * (8 * tokens / experts) * 4 * (7168 + 2048)
     needed = 1.1 * (experts * 44.1e6 * 1.55 + 1.5e9 + spools)
     free = shutil.disk_usage(scratch).free
     if free < needed:
