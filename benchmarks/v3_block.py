@@ -124,7 +124,7 @@ def check_room(scratch: Path, experts: int, tokens: int) -> None:
 def run(command: list[str]) -> Cost:
     """Measured; the program ends where the command fails."""
     print(" ".join(command), file=sys.stderr, flush=True)
-    cost = measure(command)
+    cost = measure(command, {"OMP_NUM_THREADS": str(os.cpu_count() or 1)})  # workers have one each, whatever this says
     if cost.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{cost.output[-3000:]}")
     return cost
