@@ -16,6 +16,8 @@ peer's KL in at most 1.5 times that peer's.
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +36,10 @@ from benchmarks.cases import DSC, LENGTH, SAMPLES, WINDOWS, Case, case
 from benchmarks.common import REPORTS, ROOT, measure, present
 from benchmarks.peers import RIVALS, PeerError, cache, fingerprint, peer, pins
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.evaluation.divergence import Sample, Trace, record, text_windows
+from deepseek_compress.evaluation.divergence import measure as divergence
+from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.tokenizer import load_tokenizer
 
 GROUP = 64
 DISK = 6 << 30  # bytes that must be free: checkpoints of one row, packed and decoded, with room
@@ -45,6 +51,7 @@ PACKAGES = {
     "hqq": "hqq",
     "modelopt": "nvidia-modelopt",
 }
+WARM_UP = {"gptqmodel": "from gptqmodel import extension; extension.load('pack_block_cpu')"}  # compiled once, not timed
 COLUMNS = (
     "model", "method", "version", "samples", "KL", "perplexity", "top-1", "CPU s", "wall s", "peak GB", "MB on disk",
     "values a group", "whole zero points", "load", "measured", "note",
@@ -103,34 +110,41 @@ def keep(row: Row, case: Case) -> Path:
     return cache() / "accuracy" / "rows" / f"{case.name}-{row.tool}-{row.method}-{digest.hexdigest()[:12]}.json"
 
 
-def run(row: Row, case: Case, scratch: Path) -> dict[str, Any]:
-    """Quantise, decode, check and judge; a side that fails is a result with the reason."""
+def run(row: Row, case: Case, work: Path) -> dict[str, Any]:
+    """Quantise, decode, check, judge; a side that fails is a result with the reason and keeps its files in `work`."""
     result: dict[str, Any] = {"measured": time.strftime("%Y-%m-%d %H:%M"), "load": round(os.getloadavg()[0], 1)}
-    out, plain = scratch / "out", scratch / "plain"
-    for folder in (out, plain):
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        cost = measure(command(row, case, out))
-    except PeerError as error:
-        return {**result, "note": str(error).splitlines()[0]}
-    result |= {"CPU s": round(cost.cpu_s, 1), "wall s": round(cost.wall_s, 1)}
-    result["peak GB"] = round(cost.peak_bytes / 1e9, 2)
-    log = cache() / "accuracy" / "logs" / f"{case.name}-{row.tool}-{row.method}-{row.samples}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(cost.output)
-    if cost.returncode:
-        return {**result, "note": f"failed: {last_line(cost.output)}"}
-    files = [file for file in out.rglob("*") if file.suffix in (".safetensors", ".pt")]
-    result["MB on disk"] = round(sum(file.stat().st_size for file in files) / 1e6, 1)
+    out, plain, log = work / "out", work / "plain", work / "log"
+    timed = work / "timed.json"
+    if not timed.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            if row.tool in WARM_UP:
+                measure([str(peer(row.tool)), "-c", WARM_UP[row.tool]])
+            cost = measure(command(row, case, out))
+        except PeerError as error:
+            return {**result, "note": str(error).splitlines()[0]}
+        log.write_text(cost.output)
+        result |= {"CPU s": round(cost.cpu_s, 1), "wall s": round(cost.wall_s, 1)}
+        result["peak GB"] = round(cost.peak_bytes / 1e9, 2)
+        if cost.returncode:
+            return {**result, "note": f"failed: {last_line(cost.output)}"}
+        files = [file for file in out.rglob("*") if file.suffix in (".safetensors", ".pt")]
+        result["MB on disk"] = round(sum(file.stat().st_size for file in files) / 1e6, 1)
+        timed.write_text(json.dumps(result))
+    result = json.loads(timed.read_text())
     if row.tool == "dsc":
         plain = out
     else:
         python, script = str(peer(row.tool)), str(RIVALS / f"by_{row.tool}.py")
         decoded = measure([python, script, "plain", str(case.model), str(out), str(plain)])
         if decoded.returncode:
-            log.write_text(cost.output + decoded.output)
+            log.write_text(decoded.output)
             return {**result, "note": f"its output could not be read: {last_line(decoded.output)}"}
-    return {**result, **structure(case.model, plain), **judge(plain, case, scratch / "report.json")}
+    result |= {**structure(case.model, plain), **judge(plain, case)}
+    if result.get("KL") is not None:
+        shutil.rmtree(work)
+    return result
 
 
 def command(row: Row, case: Case, out: Path) -> list[str]:
@@ -184,20 +198,21 @@ def zero_is_a_step(group: torch.Tensor) -> bool:
     return bool((offset - offset.round()).abs() < 0.02)
 
 
-def judge(model: Path, case: Case, report: Path) -> dict[str, Any]:
-    """KL to the original and the rest, by `dsc evaluate`."""
-    windows = ["--windows", str(WINDOWS), "--length", str(LENGTH), "--problems", "0"]
-    reference = ["--reference", str(case.model), "--text", str(case.held)]
-    cost = measure([DSC, "evaluate", str(model), *reference, *windows, "-o", str(report)])
-    if cost.returncode:
-        return {"note": f"could not be judged: {last_line(cost.output)}"}
-    record = json.loads(report.read_text())
-    metrics = record["models"][-1]["metrics"]
-    return {
-        "KL": round(metrics["kl_divergence"], 4),
-        "perplexity": round(metrics["perplexity"], 3),
-        "top-1": round(metrics["top1_agreement"], 4),
-    }
+@functools.cache
+def original(case: Case) -> tuple[list[Sample], Trace]:
+    """The judging text of a case and what the original model says to it: run once for all rows."""
+    samples = text_windows(case.held, load_tokenizer(case.model), WINDOWS, LENGTH)
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return samples, record(Model.load(case.model), samples, folder)[0]
+
+
+def judge(path: Path, case: Case) -> dict[str, Any]:
+    """KL to the original and the rest, as `dsc evaluate --text` takes them."""
+    samples, trace = original(case)
+    found = divergence(Model.load(path), samples, trace)
+    kl, top = found.kl_divergence or 0.0, found.top1_agreement or 0.0
+    return {"KL": round(kl, 4), "perplexity": round(found.perplexity, 3), "top-1": round(top, 4)}
 
 
 def line(row: Row, case: Case, result: dict[str, Any]) -> list[Any]:
@@ -265,10 +280,12 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", default=["smollm2", "nano"])
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of names; other rows come from before")
     parser.add_argument("--reuse", action="store_true", help="take rows measured before with the same versions")
-    parser.add_argument("--scratch", type=Path, help="where checkpoints lie for a while")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints lie until they are judged")
     options = parser.parse_args()
-    if shutil.disk_usage(options.scratch or tempfile.gettempdir()).free < DISK:
+    if shutil.disk_usage(options.scratch or cache()).free < DISK:
         raise SystemExit(f"less than {DISK >> 30} GiB free for checkpoints; name another folder with --scratch")
+    work = options.scratch or cache() / "accuracy" / "work"
+    torch.set_num_threads(1)
     found: dict[str, list[tuple[Row, dict[str, Any]]]] = {}
     lines, now = [], 0
     for name in options.cases:
@@ -279,10 +296,12 @@ def main() -> int:
             if kept.exists() and (options.reuse or not asked):
                 result = json.loads(kept.read_text())
             elif asked:
-                with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-                    result = run(row, subject, Path(scratch))
+                if not options.reuse:
+                    shutil.rmtree(work / kept.stem, ignore_errors=True)
+                result = run(row, subject, work / kept.stem)
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(result))
+                if result.get("KL") is not None:
+                    kept.write_text(json.dumps(result))
                 now += 1
                 print(f"{name}, {row.label}: {result}", file=sys.stderr, flush=True)
             else:

@@ -53,7 +53,7 @@ def case(name: str) -> Case:
 
 
 def _nano(home: Path) -> Case:
-    model, held = home / "model", home / "held.txt"
+    model, held = home / "nano-bf16", home / "held.txt"
     if not (model / "config.json").exists():
         _run([DSC, "export", "builtin:nano", "--target", "bf16", "-o", str(model)])
     words = load_tokenizer(model)
@@ -66,7 +66,7 @@ def _nano(home: Path) -> Case:
 
 
 def _smollm2(home: Path) -> Case:
-    model, held, calibration = home / "model", home / "held.txt", home / "calibration.txt"
+    model, held, calibration = home / "SmolLM2-135M", home / "held.txt", home / "calibration.txt"
     if not (model / "config.json").exists():
         shutil.rmtree(model, ignore_errors=True)
         _run([str(peer("hqq")), str(RIVALS / "smollm2.py"), str(home / "download"), str(model)])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import plain
 import torch
 from torch import Tensor
+
+# It starts half as many workers as there are cores and then asks for two of them: it crashes on fewer than three cores.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 
 def quantize(model: Path, file: Path, out: Path, method: str) -> None:
@@ -24,9 +28,14 @@ def quantize(model: Path, file: Path, out: Path, method: str) -> None:
 def decode(model: Path, quantized: Path, out: Path) -> Mapping[str, Tensor]:
     from gptqmodel import BACKEND, GPTQModel
 
-    net = GPTQModel.load(str(quantized), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
-    with torch.no_grad():
-        return plain.unpacked(net.model, "qweight")
+    # its kernel runs in 16 bits only; the scales, stored in 16 bits, are widened, so that decoding adds no rounding
+    net = GPTQModel.load(str(quantized), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    weights = {name: value for name, value in plain.tensors(quantized).items() if name.endswith(".weight")}
+    for name, layer in net.model.named_modules():
+        if hasattr(layer, "qweight"):
+            layer.scales = layer.scales.float()
+            weights[f"{name}.weight"] = layer.dequantize_weight().T.float()
+    return weights
 
 
 if __name__ == "__main__":

@@ -52,16 +52,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def unpacked(model: torch.nn.Module, packed: str) -> dict[str, Tensor]:
-    """Every weight of a loaded model; those of layers that have a tensor `packed` as their own kernel applies them."""
-    weights = {name: value for name, value in model.state_dict().items() if name.endswith(("weight", "bias"))}
-    for name, layer in model.named_modules():
-        if hasattr(layer, packed):
-            eye = torch.eye(layer.in_features)
-            weights[f"{name}.weight"] = layer(eye).T.float()
-    return weights
-
-
 def write(source: Path, weights: Mapping[str, Tensor], out: Path) -> None:
     """`weights` as a float32 checkpoint beside the config and tokenizer of `source`; refuses to leave one out."""
     original = tensors(source)
