@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_compress.checkpoint.files import write_json
+from deepseek_compress.checkpoint.files import read_json, write_json
 
 LAYERS = "dsc_layers.json"
 Facts = dict[str, Any]  # of one block: {"linears": [...], "experts": {...}}
@@ -32,6 +32,15 @@ def summarize(blocks: Sequence[Facts]) -> Facts:
 def write(out: Path, blocks: Sequence[Facts]) -> None:
     """The table of all linears, and the tokens of every expert, to `out`/dsc_layers.json."""
     write_json(out / LAYERS, {"schema": 1, "blocks": list(blocks)})
+
+
+def coverage(path: Path) -> list[Facts] | None:
+    """[{"block", "tokens": [per expert], "starved": [...]}] of the checkpoint at `path`; None where that is not known."""
+    file = path / LAYERS
+    if not file.is_file():
+        return None
+    blocks = read_json(file).get("blocks") or []
+    return [{"block": layer, **block["experts"]} for layer, block in enumerate(blocks) if "experts" in block] or None
 
 
 def _block(layer: int, block: Facts) -> Facts:

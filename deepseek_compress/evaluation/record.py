@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deepseek_compress import machine, provenance
+from deepseek_compress.blocks.summary import coverage
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.evaluation import divergence, efficiency, reasoning, summary
@@ -157,6 +158,7 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
     row: dict[str, Any] = {"name": name, "path": name_of(checkpoint.path), **efficiency.sizes(checkpoint)}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": _lineage(checkpoint)}
     row |= {"about": about(checkpoint), "relative": {}, "families": None, "error_by_layer": None}
+    row["expert_coverage"] = coverage(checkpoint.path)
     if run.task.prompts or run.task.samples:
         model = Model.load(checkpoint)
         _fidelity(run, row, model, checkpoint, folder)

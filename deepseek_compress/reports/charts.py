@@ -262,6 +262,43 @@ def layer_lines(record: Record, width: int, key: str) -> str | None:
     return svg.picture(width, height, "Relative error of each block's output, by layer", words, body, key)
 
 
+CELLS = (
+    "One cell an expert, one row a block: the darker, the more calibration tokens it saw. Outlined: too few, so it was "
+    "rounded without statistics."
+)
+
+
+def expert_cells(model: Model, width: int, key: str) -> str:
+    """How many calibration tokens reached each expert of each block, on a logarithmic scale."""
+    blocks = model["expert_coverage"]
+    across, most = max(len(block["tokens"]) for block in blocks), max(max(block["tokens"]) for block in blocks)
+    left, step = 34.0, (width - 36.0) / across
+    high = min(max(step, 5.0), 18.0)
+    body = []
+    for row, block in enumerate(blocks):
+        y = row * (high + 1)
+        body.append(svg.text(left - 8, y + high - 1, str(block["block"]), "tick", "end"))
+        starved = set(block["starved"])
+        for expert, tokens in enumerate(block["tokens"]):
+            shade = 0.04 + 0.96 * math.log1p(tokens) / math.log1p(most) if most else 0.04
+            kind = "cell starved" if expert in starved else "cell"
+            body.append(
+                element(
+                    "rect",
+                    x=left + expert * step + 0.5,
+                    y=y + 0.5,
+                    width=max(step - 1, 0.8),
+                    height=high - 1,
+                    fill_opacity=round(shade, 3),
+                    class_=kind,
+                )
+            )
+    few = sum(len(block["starved"]) for block in blocks)
+    words = f"{len(blocks)} blocks of up to {across} experts, {few} experts with too few tokens, {most} tokens at most"
+    height = int(len(blocks) * (high + 1)) + 4
+    return svg.picture(width, height, f"Tokens that reached each expert of {model['name']}", words, body, key)
+
+
 def _layer_grid(frame: Box, up: Scale, across: Scale, depth: int, narrow: bool) -> list[str]:
     body = []
     for value in svg.linear_ticks(0.0, up.high, 5):

@@ -20,6 +20,7 @@ def markdown(record: Record) -> str:
     for title, found in (
         ("Exact match by kind of problem", table.family_rows(record)),
         ("Error by layer", table.layer_rows(record)),
+        ("Calibration tokens that reached each expert", table.coverage_rows(record)),
         ("Engines and graphs", table.artifact_rows(record)),
     ):
         if found.rows and len(found.headers) > 1:

@@ -17,7 +17,7 @@ def page(record: Record) -> str:
     """The whole document. The same record gives the same bytes."""
     title = str(record.get("name") or "evaluation")
     sections = [_header(record, title), _stages(record), _accuracy(record), _families(record), _layers(record)]
-    sections += [_artifacts(record), _lineage(record), _machine(record), _footer(record)]
+    sections += [_coverage(record), _artifacts(record), _lineage(record), _machine(record), _footer(record)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head += f"<title>{escape(title)} · compression report</title><style>{style}</style>"
@@ -124,6 +124,19 @@ def _layers(record: Record) -> str:
         return ""
     caption = "‖h − h′‖ / ‖h‖ of the hidden state after each block, model against reference, on the same tokens."
     return f"<section><h2>Error by layer</h2>{_figure(drawing, caption)}</section>"
+
+
+def _coverage(record: Record) -> str:
+    """A picture a model, a cell an expert; the numbers by block below."""
+    parts = []
+    for index, model in enumerate(table.covered(record)):
+        drawing = _both(lambda width, key, model=model: charts.expert_cells(model, width, key), f"experts{index}")
+        parts.append(f"<h3>{escape(model['name'])}</h3>{_figure(drawing, charts.CELLS)}")
+    if not parts:
+        return ""
+    grid = _words(table.coverage_rows(record), "Tokens of the calibration text, by block.")
+    details = f"<details><summary>Numbers by block</summary>{_scroll(grid, 'Tokens by block')}</details>"
+    return f"<section><h2>Tokens that reached each expert</h2>{''.join(parts)}{details}</section>"
 
 
 def _artifacts(record: Record) -> str:

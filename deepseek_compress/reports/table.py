@@ -214,6 +214,24 @@ def family_names(record: Record) -> list[str]:
     return list(dict.fromkeys(family for model in everything(record) for family in model.get("families") or {}))
 
 
+def covered(record: Record) -> list[Model]:
+    """Models of which it is known how many calibration tokens reached each expert."""
+    return [model for model in everything(record) if model.get("expert_coverage")]
+
+
+def coverage_rows(record: Record) -> Table:
+    """One row a block of a model: how evenly the calibration text reached its experts."""
+    lines = []
+    for model in covered(record):
+        for block in model["expert_coverage"]:
+            tokens = sorted(block["tokens"])
+            numbers = (len(tokens), tokens[0], tokens[len(tokens) // 2], tokens[-1], len(block["starved"]))
+            starved = ", ".join(map(str, block["starved"][:12])) + (", ..." if len(block["starved"]) > 12 else "")
+            lines.append([str(model["name"]), str(block["block"]), *map(str, numbers), starved or UNKNOWN])
+    headers = ["Model", "Block", "Experts", "Fewest", "Median", "Most", "Too few", "Solved without statistics"]
+    return Table(headers, lines)
+
+
 def layer_rows(record: Record) -> Table:
     """One row a layer, one column a model whose error by layer is known."""
     models = [model for model in everything(record) if model.get("error_by_layer")]

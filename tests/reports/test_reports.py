@@ -259,3 +259,20 @@ def test_labels_do_not_cover_each_other() -> None:
     spread = svg.spread([10.0, 11.0, 12.0, 100.0], 15.0, 0.0, 100.0)
     assert all(b - a >= 15 for a, b in pairwise(spread))
     assert spread[-1] == 100.0
+
+
+def test_expert_coverage_is_a_picture_and_a_table(record: dict[str, Any]) -> None:
+    assert "reached each expert" not in page.page(record) + markdown(record)
+    blocks = [
+        {"block": 1, "tokens": [0, 40, 900, 7], "starved": [0, 3]},
+        {"block": 2, "tokens": [5, 6, 7, 8], "starved": []},
+    ]
+    record["models"][1]["expert_coverage"] = blocks
+    drawn = page.page(record)
+    assert drawn.count('class="cell starved"') == 2 * 2  # wide and narrow
+    assert drawn.count('class="cell"') == 2 * 6
+    assert table.coverage_rows(record).rows == [
+        ["small", "1", "4", "0", "40", "900", "2", "0, 3"],
+        ["small", "2", "4", "5", "7", "8", "0", table.UNKNOWN],
+    ]
+    assert "| small | 1 | 4 | 0 | 40 | 900 | 2 | 0, 3 |" in markdown(record)
