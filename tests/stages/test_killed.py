@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,13 +39,16 @@ def uninterrupted(model: Path, out: Path, *more: str) -> tuple[dict[str, bytes],
     return contents(out), time.monotonic() - began
 
 
-def killed(model: Path, out: Path, kill: Kill, wait: float, expected: dict[str, bytes], *more: str) -> bool:
-    """Kill a run `wait` seconds after its claim and finish it; whether the kill met a living process."""
+def killed(model: Path, out: Path, kill: Kill, wait: float, expected: dict[str, bytes], *more: str) -> float | None:
+    """Kill a run `wait` seconds after its claim and finish it; the run's own seconds where it ended before."""
     process = start(model, out, *more)
     until_claimed(process, out)
-    time.sleep(wait)
-    met = process.poll() is None
-    if met:
+    began = time.monotonic()
+    try:
+        process.wait(wait)
+        ended: float | None = time.monotonic() - began
+    except subprocess.TimeoutExpired:
+        ended = None
         kill(process.pid)
     process.communicate()
     assert not loads(out) or {**expected, **contents(out)} == expected  # nothing that loads, or all of it
@@ -54,7 +58,7 @@ def killed(model: Path, out: Path, kill: Kill, wait: float, expected: dict[str, 
     while (left := group_of(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, left
-    return met
+    return ended
 
 
 def kill_repeatedly(model: Path, tmp: Path, kills: list[Kill], seed: int, *more: str) -> None:
@@ -62,10 +66,12 @@ def kill_repeatedly(model: Path, tmp: Path, kills: list[Kill], seed: int, *more:
     expected, seconds = uninterrupted(model, tmp / "whole", *more)
     shares = random.Random(seed)
     for number, kill in enumerate(kills):
-        for attempt in range(5):  # where the run was faster than expected and had ended, nothing was killed
-            wait = shares.uniform(0, 0.95 - 0.15 * attempt) * seconds
-            if killed(model, tmp / f"killed-{number}-{attempt}", kill, wait, expected, *more):
+        for attempt in range(5):  # a run that had ended was faster than the one before: nothing was killed
+            wait = shares.uniform(0, 0.95) * seconds
+            ended = killed(model, tmp / f"killed-{number}-{attempt}", kill, wait, expected, *more)
+            if ended is None:
                 break
+            seconds = ended
         else:
             pytest.fail("no kill met a living process")
 
