@@ -156,28 +156,19 @@ def coverage(out: Path, experts: int) -> dict[str, Any]:
 
 
 def table(
-    calibrated: Cost, free: Cost, times: dict[str, float], flop: dict[str, float], rates: list[float]
+    calibrated: Cost, free: Cost, times: dict[str, float], flop: dict[str, float], at_once: float
 ) -> list[list[Any]]:
-    """A line a phase, then the whole commands."""
-    workers = {"routed experts": sum(rates)}  # the others run in the main process, one thread
-    rows: list[list[Any]] = []
-    for name, seconds in times.items():
-        if name in flop:
-            floor = flop[name] / workers.get(name, rates[0])
-            rows.append([name, round(seconds, 1), round(flop[name] / 1e12, 1), round(floor, 1), seconds / floor])
-        else:
-            rows.append([name, round(seconds, 1), None, None, None])
-    total, floor = sum(flop.values()), sum(flop[name] / workers.get(name, rates[0]) for name in flop)
-    rows.append(
-        [
-            "calibrated, whole command",
-            calibrated.wall_s,
-            round(total / 1e12, 1),
-            round(floor, 1),
-            calibrated.wall_s / floor,
-        ]
-    )
-    rows.append(["data-free, whole command", free.wall_s, None, None, None])
+    """A line a phase, then the whole commands; `at_once`: operations a second of all cores."""
+
+    def line(name: str, seconds: float, work: float | None) -> list[Any]:
+        if work is None:
+            return [name, round(seconds, 1), None, None, None]
+        floor = work / at_once
+        return [name, round(seconds, 1), round(work / 1e12, 1), round(floor, 1), round(seconds / floor, 2)]
+
+    rows = [line(name, seconds, flop.get(name)) for name, seconds in times.items()]
+    rows.append(line("calibrated, whole command", calibrated.wall_s, sum(flop.values())))
+    rows.append(line("data-free, whole command", free.wall_s, None))
     return rows
 
 
@@ -204,7 +195,7 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> tuple[list[list[Any
     command = ["quantize", str(source), "-o", str(out), "-r", "w4a16-fast", *common]
     free = run([sys.executable, "-m", "deepseek_compress", *command])
     routed = seen.pop("tokens")
-    rows = table(calibrated, free, json.loads(times.read_text()), operations(V3, tokens, routed), rates)
+    rows = table(calibrated, free, json.loads(times.read_text()), operations(V3, tokens, routed), sum(rates))
     whole = options.experts == 256
     enough = not whole or (seen["starved"] >= 8 and seen["reached_by_none"] >= 2)
     blocks = PARAMETERS / made["linear_parameters"]
