@@ -56,12 +56,11 @@ def _nano(home: Path) -> Case:
     model, held = home / "nano-bf16", home / "held.txt"
     if not (model / "config.json").exists():
         _run([DSC, "export", "builtin:nano", "--target", "bf16", "-o", str(model)])
-    words = load_tokenizer(model)
-    lines: list[str] = []
-    while len(words.encode(" ".join(lines))) < WINDOWS * LENGTH:  # ended documents, as in calibration
-        problems = tasks.mixture(7, len(lines) + 400, "test")
-        lines = [f"{problem.prompt} {problem.solution} <eos>" for problem in problems]
-    held.write_text(" ".join(lines), encoding="utf-8")
+    if not held.exists():
+        problems = tasks.mixture(7, 400, "test")  # ended documents, as in calibration; 400 are enough
+        held.write_text(
+            " ".join(f"{problem.prompt} {problem.solution} <eos>" for problem in problems), encoding="utf-8"
+        )
     return Case("nano", model, ROOT / "calibration_data" / "reasoning.jsonl", held)
 
 
@@ -73,10 +72,11 @@ def _smollm2(home: Path) -> Case:
         shutil.rmtree(home / "download")
     if not WIKITEXT.exists():
         raise SystemExit(f"{WIKITEXT}: no such file; put the WikiText-2 validation text there")
-    lines = WIKITEXT.read_text(encoding="utf-8").splitlines(keepends=True)
-    cut = _last(lines, load_tokenizer(model), WINDOWS * LENGTH)
-    calibration.write_text("".join(lines[:cut]), encoding="utf-8")
-    held.write_text("".join(lines[cut:]), encoding="utf-8")
+    if not held.exists():
+        lines = WIKITEXT.read_text(encoding="utf-8").splitlines(keepends=True)
+        cut = _last(lines, load_tokenizer(model), WINDOWS * LENGTH)
+        calibration.write_text("".join(lines[:cut]), encoding="utf-8")
+        held.write_text("".join(lines[cut:]), encoding="utf-8")
     return Case("smollm2", model, calibration, held)
 
 
