@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_compress import provenance
+from deepseek_compress import machine, provenance
 from deepseek_compress.blocks import data_free
 from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, calibrated_block
 from deepseek_compress.blocks.job import Block, Change, Job, Solved
@@ -83,6 +83,7 @@ def run_blocks(
     run. The caller finishes the writer and then calls `clean`.
     """
     job.work.mkdir(parents=True, exist_ok=True)
+    machine.keep_freed_memory()
     if tokens is None:
         return Done(*data_free.convert(job, writer, pool, progress))
     if job.paired:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek_compress import machine
 from deepseek_compress.blocks.experts import run_experts
 from deepseek_compress.blocks.job import Block, Job, Store
 from deepseek_compress.blocks.pairs import Split, pairs
@@ -81,6 +82,7 @@ def calibrated_block(
     rows = hidden.rows
     with Spool(job.work / "attended.tmp", rows, hidden.row_shape) as attended:
         _attention(block, hidden, attended, batches)
+        machine.return_freed_memory()  # the experts' workers need it
         with Spool(job.work / "input.tmp", rows, (job.cfg.hidden_size,), held=0) as x:
             facts = _ffn(block, attended, x, batches, following, pool)
             x.remove()

@@ -11,6 +11,7 @@ import torch
 from deepseek_compress.blocks.calibrated import BATCH_TOKENS
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.job import by_input
+from deepseek_compress.blocks.spool import HELD
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo
 from deepseek_compress.costs import Memory, Work
 from deepseek_compress.models import Family, Linear, ModelConfig, Role
@@ -21,7 +22,7 @@ from deepseek_compress.numerics.types import WeightQuantizer
 HESSIANS = 3  # matrices of the size of a Hessian that factoring it holds at once
 COPIES = 4  # of a weight, in float32, that solving it holds at once
 TEXT = 140_000_000  # bytes of the tokeniser's library
-WAITING = 64 << 20  # bytes of an unfinished shard, or of a spool, in memory
+WAITING = 64 << 20  # bytes of an unfinished shard in memory
 
 
 class Expected(NamedTuple):
@@ -135,7 +136,7 @@ def calibrated_cost(
         activations = 4 * BATCH_TOKENS * (sum(linear.rows for linear in part) + 8 * cfg.hidden_size)
         activations += 12 * min(BATCH_TOKENS * cfg.num_attention_heads * length, SCORES_AT_ONCE)
         alone = max(alone, _held(part, models) + max(_solving(part), activations * models))
-    spools = min(4 * WAITING, 16 * tokens * models * cfg.hidden_size)
+    spools = 4 * min(HELD, 4 * tokens * models * cfg.hidden_size)
     work = _solve_work(here, wanted, tokens, models)
     work = _sum([work, Work(0, 4.0 * tokens * models * (30 * cfg.hidden_size + scores))])
     if cfg.moe is None or not experts:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepseek_compress.errors import DscError
 
-HELD = 64 << 20  # bytes
+HELD = 128 << 20  # bytes
 _AGAIN = "remove the output and start again"
 
 

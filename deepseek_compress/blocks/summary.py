@@ -35,7 +35,7 @@ def write(out: Path, blocks: Sequence[Facts]) -> None:
 
 
 def coverage(path: Path) -> list[Facts] | None:
-    """[{"block", "tokens": [per expert], "starved": [...]}] of the checkpoint at `path`; None where that is not known."""
+    """[{"block", "tokens": [per expert], "starved": [...]}] of the checkpoint at `path`; None where it is not known."""
     file = path / LAYERS
     if not file.is_file():
         return None

@@ -24,6 +24,7 @@ from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from deepseek_compress import machine
 from deepseek_compress.errors import DscError
 
 Task = TypeVar("Task")
@@ -164,6 +165,7 @@ def _begin(shared: Any, run: int) -> None:
         if not os.path.exists(f"/proc/{run}"):
             os._exit(1)
     torch.set_num_threads(1)
+    machine.keep_freed_memory()
     _given[:] = [shared]
 
 

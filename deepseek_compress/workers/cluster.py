@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+from deepseek_compress import machine
 from deepseek_compress.errors import DscError
 
 Task = TypeVar("Task")
@@ -87,5 +88,6 @@ def _compute(function: Callable[[Any, Task], Result], shared: list[Any], task: T
         _given.clear()
         _given[key] = ray.get(shared[0])
         torch.set_num_threads(1)
+        machine.keep_freed_memory()
     with torch.no_grad():
         return function(_given[key], task)
