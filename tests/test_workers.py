@@ -124,6 +124,8 @@ def test_ray_writes_the_same_bytes_also_when_a_node_is_lost(cluster: Any, tiny_v
         assert pool.count == 2
         with pytest.raises(DscError, match="two"):
             list(pool.run(failing, [2]))
+    with pytest.raises(DscError, match="the largest node offers"), open_pool(0, ray=cluster.address, memory=10**15):
+        pass
     for method in ("rtn", "gptq"):
         alone = compress(tiny_v3, tmp_path / method, method, lambda job: open_pool(job))
         lost: list[Any] = [node for node in cluster.list_all_nodes() if not node.head]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import socket
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -39,6 +42,11 @@ class RayPool:
             what = f"--ray {address}: {str(error).splitlines()[0]}"
             raise DscError(what, "give the address of a running cluster (`ray status`), or auto") from None
         self.count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        if memory > largest:
+            ray.shutdown()  # such a task would wait for ever
+            what = f"--ray {address}: a task needs {memory / 1e9:.1f} GB, the largest node offers {largest / 1e9:.1f} GB"
+            raise DscError(what, "add a larger node, or leave --ray out")
         self._shared = ray.put(shared)
         self._options = {"num_cpus": 1, "max_retries": RETRIES, **({"memory": memory} if memory else {})}
 
@@ -71,6 +79,9 @@ class RayPool:
 
 def _reach(address: str) -> None:
     """Raise where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    if address == "auto":  # what the last `ray start` on this machine left, which may be gone
+        left = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+        address = os.environ.get("RAY_ADDRESS") or (left.read_text().strip() if left.is_file() else "")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
