@@ -45,7 +45,8 @@ class RayPool:
         largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
         if memory > largest:
             ray.shutdown()  # such a task would wait for ever
-            what = f"--ray {address}: a task needs {memory / 1e9:.1f} GB, the largest node offers {largest / 1e9:.1f} GB"
+            needs, offers = f"{memory / 1e9:.1f} GB", f"{largest / 1e9:.1f} GB"
+            what = f"--ray {address}: a task needs {needs}, the largest node offers {offers}"
             raise DscError(what, "add a larger node, or leave --ray out")
         self._shared = ray.put(shared)
         self._options = {"num_cpus": 1, "max_retries": RETRIES, **({"memory": memory} if memory else {})}
