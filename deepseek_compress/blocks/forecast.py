@@ -135,7 +135,7 @@ def calibrated_cost(
     for part in (attention, [linear for linear in here if linear not in attention]):
         activations = 4 * BATCH_TOKENS * (sum(linear.rows for linear in part) + 8 * cfg.hidden_size)
         activations += 12 * min(BATCH_TOKENS * cfg.num_attention_heads * length, SCORES_AT_ONCE)
-        alone = max(alone, _held(part, models) + max(_solving(part), activations * models))
+        alone = max(alone, _solved(part, models, activations * models))
     spools = 4 * min(HELD, 4 * tokens * models * cfg.hidden_size)
     work = _solve_work(here, wanted, tokens, models)
     work = _sum([work, Work(0, 4.0 * tokens * models * (30 * cfg.hidden_size + scores))])
@@ -144,10 +144,16 @@ def calibrated_cost(
     share = tokens * cfg.moe.top_k / cfg.moe.experts
     first = experts[:3]
     activations = 4 * BATCH_TOKENS * models * 3 * (first[0].rows + cfg.hidden_size)
-    task = _held(first, models) + max(_solving(first), activations)
+    task = _solved(first, models, activations)
     results = 2 * sum(linear.rows * linear.columns for linear in first)  # of workers that are ahead, packed
     beside = spools + min(2 * WAITING, 2 * results * cfg.moe.experts) + results + 12 * tokens * models * cfg.moe.top_k
     return _Block(alone + spools, beside, task, work, _solve_work(experts, wanted, share, models))
+
+
+def _solved(linears: list[Linear], models: int, activations: int) -> int:
+    """Bytes while a part is observed and solved; before its last linear is, the others are freed."""
+    first, last = linears[:-1], linears[-1:]
+    return max(_held(linears, models) + max(_solving(first), activations), _held(last, models) + _solving(last))
 
 
 def _held(linears: list[Linear], models: int) -> int:

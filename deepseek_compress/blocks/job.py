@@ -153,6 +153,8 @@ class Block:
             if wanted:
                 sums = Accumulator(self.job.change.needs)
                 observe(part, frozenset(linear.name for linear in group), sums)
+                if part.keep is not None and part.last in (linear.name for linear in group):
+                    self.free(linear for linear in part.linears if linear not in group)  # they do not run again
                 self.solve(wanted, sums.statistics())
 
 

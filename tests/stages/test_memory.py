@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from deepseek_compress.blocks.forecast import TEXT, calibrated_cost
+from deepseek_compress.costs import Memory
 from deepseek_compress.machine import resident
 from deepseek_compress.models import family_of
 from tests.conftest import V3_CONFIG, finish_directory, write_shards
@@ -80,3 +82,20 @@ def test_the_least_memory_that_plan_names_is_enough_and_kept(recipe: str, wide: 
     assert {file.name: file.read_bytes() for file in out.glob("*.safetensors")} == {
         file.name: file.read_bytes() for file in two.glob("*.safetensors")
     }
+
+
+def test_eight_gibibytes_hold_a_block_of_the_published_v3() -> None:
+    """From shapes alone: 128 x 512 tokens, two workers."""
+    config = {
+        **V3_CONFIG, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 4,
+        "moe_intermediate_size": 2048, "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256,
+        "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    }  # fmt: skip
+    family = family_of(config)
+    cfg = family.parse(config)
+    for layer in (0, 3):
+        linears = family.linears(cfg, layer)
+        cost = calibrated_cost(cfg, linears, linears, samples=128, length=512, paired=False)
+        peak = Memory(TEXT + cost.alone, TEXT + cost.beside, cost.task).peak(workers=2)
+        assert 5 * 2**30 < peak < 8 * 2**30
