@@ -25,7 +25,7 @@ def decode(model: Path, quantized: Path, out: Path) -> Mapping[str, Tensor]:
     from hqq.models.hf.base import AutoHQQHFModel
 
     net = AutoHQQHFModel.from_quantized(str(quantized), compute_dtype=torch.float32, device="cpu")
-    weights = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+    weights = plain.tensors(model)  # what it leaves alone, fused experts for one, is as it was
     for name, layer in net.named_modules():
         if isinstance(layer, HQQLinear):
             weights[f"{name}.weight"] = layer.dequantize().float()
