@@ -20,7 +20,7 @@ from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import WeightQuantizer
 
 HESSIANS = 3  # matrices of the size of a Hessian that factoring it holds at once
-COPIES = 4  # of a weight, in float32, that solving it holds at once
+COPIES = 3  # of a weight, in float32, that solving it holds at once, with the Hessian and its factor
 TEXT = 140_000_000  # bytes of the tokeniser's library
 WAITING = 64 << 20  # bytes of an unfinished shard in memory
 
@@ -162,7 +162,8 @@ def _held(linears: list[Linear], models: int) -> int:
 
 def _solving(linears: list[Linear]) -> int:
     """Bytes beside the weights while the linear that takes most is solved."""
-    sizes = (HESSIANS * linear.columns**2 + COPIES * linear.rows * linear.columns for linear in linears)
+    sizes = [HESSIANS * linear.columns**2 for linear in linears]
+    sizes += [2 * linear.columns**2 + COPIES * linear.rows * linear.columns for linear in linears]
     return 4 * max(sizes, default=0)
 
 
