@@ -21,6 +21,7 @@ from deepseek_compress.numerics.types import WeightQuantizer
 
 HESSIANS = 3  # matrices of the size of a Hessian that factoring it holds at once
 COPIES = 3  # of a weight, in float32, that solving it holds at once, with the Hessian and its factor
+KEPT = 1.25  # what a worker holds, over what its task does: it keeps freed memory, in pieces
 TEXT = 140_000_000  # bytes of the tokeniser's library
 WAITING = 64 << 20  # bytes of an unfinished shard in memory
 
@@ -144,7 +145,7 @@ def calibrated_cost(
     share = tokens * cfg.moe.top_k / cfg.moe.experts
     first = experts[:3]
     activations = 4 * BATCH_TOKENS * models * 3 * (first[0].rows + cfg.hidden_size)
-    task = _solved(first, models, activations)
+    task = int(KEPT * _solved(first, models, activations))
     results = 2 * sum(linear.rows * linear.columns for linear in first)  # of workers that are ahead, packed
     beside = spools + min(2 * WAITING, 2 * results * cfg.moe.experts) + results + 12 * tokens * models * cfg.moe.top_k
     return _Block(alone + spools, beside, task, work, _solve_work(experts, wanted, share, models))

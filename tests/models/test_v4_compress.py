@@ -15,6 +15,7 @@ from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.tasks import mixture
+from deepseek_compress.workers import open_pool
 
 TOKENS = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(2))
 
@@ -61,7 +62,9 @@ def test_the_loop_advances_the_streams(tiny_v4: Path, tmp_path: Path) -> None:
                 raw = (work / f"hidden-{done:05d}.f32").read_bytes()
                 kept.append(torch.frombuffer(bytearray(raw), dtype=torch.float32).clone())
 
-        run_blocks(Job(source, family, cfg, writer, change, work, tokens=TOKENS, progress=look))
+        job = Job(source, family, cfg, change, work)
+        with open_pool(job) as pool:
+            run_blocks(job, writer, pool, TOKENS, look)
         writer.finish({}, {}, [])
     with torch.no_grad():
         states = Model.load(tmp_path / "out").hidden_states(TOKENS)
