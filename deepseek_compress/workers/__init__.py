@@ -14,13 +14,14 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -98,6 +99,7 @@ class _Processes:
     def __init__(self, shared: Any, count: int) -> None:
         self._shared, self.count = shared, count
         self._pool: ProcessPoolExecutor | None = None
+        self._alive: Connection | None = None  # whose other end tells the workers that this process ended
 
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         done = lost = 0
@@ -127,7 +129,8 @@ class _Processes:
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, *_PRELOAD])
-            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self._shared, os.getpid()))
+            alive, self._alive = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self._shared, alive))
         return self._pool
 
     def _stop(self) -> None:
@@ -153,20 +156,25 @@ _PRELOAD = ("deepseek_compress.blocks",)  # what tasks import
 _given: list[Any] = []  # in a worker: what its tasks share
 
 
-def _begin(shared: Any, run: int) -> None:
-    """Make this process a worker of the process `run`: one thread, deaf to Ctrl-C, and dead when the run is."""
+def _begin(shared: Any, alive: Connection) -> None:
+    """Make this process a worker: one thread, deaf to Ctrl-C, and dead when the run is, of whose process is `alive`."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the run itself ends its workers
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server ends with the run
-        if not os.path.exists(f"/proc/{run}"):
-            os._exit(1)
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     torch.set_num_threads(1)
     machine.keep_freed_memory()
     _given[:] = [shared]
+
+
+def _end_with(alive: Connection) -> None:
+    """End this process at once when nobody holds the other end any more, whatever it computes.
+
+    The fork server does not see to it: its workers hold the pipe by which it would notice.
+    """
+    with suppress(EOFError, OSError):
+        alive.recv_bytes()
+    os._exit(1)
 
 
 def _compute(function: Callable[[Any, Task], Result], task: Task) -> Result:
