@@ -7,31 +7,8 @@ namespace dsc {
 
 static constexpr float kSmallestRange = 1e-30f;  // below this a group is all zeros: scale 1
 
-namespace scalar {
-#include "simd_scalar.h"
-//
-#include "gptq_rows.h"
-}  // namespace scalar
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#include "simd_avx2.h"
-//
-#include "gptq_rows.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
-namespace avx512 {
-#include "simd_avx512.h"
-//
-#include "gptq_rows.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define ROWS "gptq_rows.h"
+#include "builds.h"
 
 static constexpr size_t kWidest = 64;  // rows that are in work at once: four vectors of AVX-512
 

@@ -5,31 +5,8 @@
 
 namespace dsc {
 
-namespace scalar {
-#include "simd_scalar.h"
-//
-#include "pack_rows.h"
-}  // namespace scalar
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#include "simd_avx2.h"
-//
-#include "pack_rows.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
-namespace avx512 {
-#include "simd_avx512.h"
-//
-#include "pack_rows.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define ROWS "pack_rows.h"
+#include "builds.h"
 
 static Isa limit = Isa::avx512;
 

@@ -7,31 +7,8 @@
 
 namespace dsc {
 
-namespace scalar {
-#include "simd_scalar.h"
-//
-#include "softmax_rows.h"
-}  // namespace scalar
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#include "simd_avx2.h"
-//
-#include "softmax_rows.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
-namespace avx512 {
-#include "simd_avx512.h"
-//
-#include "softmax_rows.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define ROWS "softmax_rows.h"
+#include "builds.h"
 
 void softmax_rows(const SoftmaxJob& job, int64_t first, int64_t last) {
   thread_local std::vector<float> buffer;  // kept: pages fresh from the system cost more than a row

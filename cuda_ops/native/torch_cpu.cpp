@@ -85,6 +85,14 @@ const float* floats(const Tensor& tensor, const char* name, int64_t count) {
 
 constexpr int64_t kRowsAtOnce = 64;  // threads share out whole vectors, whatever their number
 
+// run(first, last) over all rows.
+template <typename Run>
+void over_rows(int64_t rows, Run run) {
+  torch::stable::parallel_for(0, ceil_div(rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
+    run(first * kRowsAtOnce, std::min(last * kRowsAtOnce, rows));
+  });
+}
+
 // groups float32 (count, size, rows), importance (count, size), shrink (steps); returns scale and zero point float32
 // (count, rows).
 std::tuple<Tensor, Tensor> search_grid(Tensor groups, std::optional<Tensor> importance, Tensor shrink, int64_t num_bits,
@@ -101,9 +109,7 @@ std::tuple<Tensor, Tensor> search_grid(Tensor groups, std::optional<Tensor> impo
   job.count = count, job.size = size, job.rows = rows, job.steps = shrink.numel();
   job.num_bits = num_bits, job.symmetric = symmetric;
   job.scale = scale.mutable_data_ptr<float>(), job.zero_point = zero_point.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, ceil_div(rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
-    dsc::search_grid(job, first * kRowsAtOnce, std::min(last * kRowsAtOnce, rows));
-  });
+  over_rows(rows, [&](int64_t first, int64_t last) { dsc::search_grid(job, first, last); });
   return {scale, zero_point};
 }
 
@@ -120,9 +126,7 @@ Tensor unrounded(Tensor base, Tensor target, Tensor feedback) {
   feed_arguments(job, base, target, feedback);
   Tensor values = torch::stable::empty_like(base);
   job.values = values.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, ceil_div(job.rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
-    dsc::unrounded(job, first * kRowsAtOnce, std::min(last * kRowsAtOnce, job.rows));
-  });
+  over_rows(job.rows, [&](int64_t first, int64_t last) { dsc::unrounded(job, first, last); });
   return values;
 }
 
@@ -150,9 +154,7 @@ void round_columns(Tensor base, Tensor target, Tensor feedback, Tensor scale, Te
   floats(residual, "residual", cells);
   job.top = static_cast<float>(top);
   job.codes = codes.mutable_data_ptr<uint8_t>(), job.residual = residual.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, ceil_div(rows, kRowsAtOnce), 1, [&](int64_t first, int64_t last) {
-    dsc::round_columns(job, first * kRowsAtOnce, std::min(last * kRowsAtOnce, rows));
-  });
+  over_rows(rows, [&](int64_t first, int64_t last) { dsc::round_columns(job, first, last); });
 }
 
 }  // namespace

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops import ops, reference
+from cuda_ops import reference
 
 SHRINK = torch.tensor([1 - 0.4 * step / 11 for step in range(12)])
 # groups, size, rows: whole tiles, ragged rows, fewer than eight columns, a size no vector divides, one row
 GROUPS = [(2, 128, 128), (3, 64, 77), (5, 5, 18), (1, 30, 200), (2, 32, 1)]
 BLOCKS = [(128, 96, 1), (64, 200, 3), (5, 17, 2), (33, 3, 1)]  # columns, rows, groups
-
-
-@pytest.fixture(scope="module", params=ops.ISA)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cuda_ops.limited_to(request.param) as available:
-        if not available:
-            pytest.skip(f"this processor (or this build) has no {request.param}")
-        yield request.param
 
 
 def groups(count: int, size: int, rows: int) -> tuple[Tensor, Tensor]:

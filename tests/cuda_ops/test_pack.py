@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,20 +11,12 @@ import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops import ops, reference
+from cuda_ops import reference
 from deepseek_compress.errors import DscError
 
 BLOCK = (128, 128)
 # rows, columns, group: whole words, ragged rows, ragged blocks, one group a row, sizes no vector divides
 SHAPES = [(64, 512, 128), (13, 352, 32), (130, 384, 64), (3, 2304, 2304), (9, 30, 10), (5, 20, 20), (1, 16, 16)]
-
-
-@pytest.fixture(scope="module", params=ops.ISA)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cuda_ops.limited_to(request.param) as available:
-        if not available:
-            pytest.skip(f"this processor (or this build) has no {request.param}")
-        yield request.param
 
 
 def weights(rows: int, columns: int) -> Tensor:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 import cuda_ops
-from cuda_ops import ops, reference
+from cuda_ops import reference
 
 COLUMNS = [1, 7, 16, 128, 1000, 1024, 4096, 32768, 40001]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(scope="module", params=ops.ISA)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cuda_ops.limited_to(request.param) as available:
-        if not available:
-            pytest.skip(f"this processor (or this build) has no {request.param}")
-        yield request.param
 
 
 def spiky(dtype: torch.dtype, *shape: int) -> Tensor:
