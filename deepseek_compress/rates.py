@@ -90,7 +90,7 @@ def _solved(products: float) -> float:
 
 def _files() -> tuple[float, float, float]:
     """Bytes read from the disk, bytes written and synced, weights packed from a cached file into a finished shard."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as directory:
+    with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "source"
         weight = torch.randn(1024, 8192).bfloat16()
         began = time.perf_counter()

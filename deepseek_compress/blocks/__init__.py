@@ -58,15 +58,10 @@ class _Run:
         if name not in self.written:
             self.writer.add_raw(name, parts)
 
-    def copy(self, name: str) -> None:
+    def keep(self, name: str) -> None:
         """Write a tensor that does not change, unless an interrupted run did."""
-        if name in self.written:
-            return
-        raw = data_free.kept_parts(self.job, name)
-        if raw is None:
-            self.writer.copy(name, decode=True)
-        else:
-            self.writer.add_raw(name, raw)
+        if name not in self.written:
+            self.writer.keep(name)
 
 
 @torch.no_grad()
@@ -92,14 +87,14 @@ def run_blocks(
     total = job.cfg.num_hidden_layers
     first = _first_unfinished(run)
     for name in _around(job, before=True):
-        run.copy(name)
+        run.keep(name)
     hidden = _hidden(run, first) if first < total else None
     for layer in range(first, total):
         progress(layer, total, f"block {layer}")
         hidden = _block(run, layer, hidden)
         _spooled(job, layer).unlink(missing_ok=True)
     for name in _around(job, before=False):
-        run.copy(name)
+        run.keep(name)
     progress(total, total, "blocks done")
     blocks = [json.loads(_facts(job, layer).read_text(encoding="utf-8")) for layer in range(total)]
     files = provenance.unhashed(job.source)
@@ -138,12 +133,11 @@ def _block(run: _Run, layer: int, hidden: Spool | None) -> Spool | None:
     """Change a block; gives the spool of the next one's input, durable."""
     assert hidden is not None
     job = run.job
-    changed = {
-        f"{linear.name}.weight" for linear in job.family.linears(job.cfg, layer) if job.change.wants(layer, linear)
-    }
+    changed = job.changed(layer)
     for name in job.family.block_tensors(job.cfg, layer):
-        if name not in changed:
-            run.copy(f"{job.family.prefix(layer)}.{name}")
+        full = f"{job.family.prefix(layer)}.{name}"
+        if full not in changed:
+            run.keep(full)
     last = layer + 1 == job.cfg.num_hidden_layers
     following = None if last else Spool(job.work / "following.tmp", hidden.rows, hidden.row_shape)
     batches = Batches(run.tokens, job.paired)
@@ -194,11 +188,8 @@ def _first_unfinished(run: _Run) -> int:
 def _around(job: Job, before: bool) -> list[str]:
     """Tensors of the checkpoint that belong to no block: the embedding before them, the others after."""
     blocks = tuple(job.family.prefix(layer) + "." for layer in range(job.cfg.num_hidden_layers))
-    dropped = set() if job.keep_mtp else set(job.family.mtp_tensors(job.cfg))
-    known = set(job.family.tensors(job.cfg)) | {job.family.head}
-    outside = [name for name in job.source.header.tensors if not name.startswith(blocks)]
-    wanted = [name for name in sorted(outside) if name in known and name not in dropped]
-    return [name for name in wanted if (name == job.family.embedding) == before]
+    outside = sorted(info.name for info in job.tensors() if not info.name.startswith(blocks))
+    return [name for name in outside if (name == job.family.embedding) == before]
 
 
 def _facts(job: Job, layer: int) -> Path:

@@ -107,24 +107,9 @@ def _attention(block: Block, hidden: Spool, attended: Spool, batches: Batches) -
 
 
 def _solved(block: Block, part: Part, batches: Batches) -> Iterator[tuple[int, Tensor, bool]]:
-    """Solve the linears of a part, then give (batch, what it computes, whether that is its last linear's output alone).
-
-    The input of the last linear is kept on disk while it is observed, so that nothing before it runs again.
-    """
-    block.load(part.linears)
-    last = next((linear for linear in part.linears if linear.name == part.last and block.wants(linear)), None)
-    if last is None:
-        block.solve_in_order(part)
-        for batch in range(part.batches):
-            yield batch, part.forward(_plain, batch), False
-    else:
-        with Spool(block.job.work / "last.tmp", batches.samples * batches.length, (last.columns,)) as kept:
-            block.solve_in_order(replace(part, keep=lambda batch, x: batches.write(kept, batch, x)))
-            for batch in range(part.batches):
-                weights = block.unrounded(part.split(batch))
-                yield batch, weights.linear(part.last, batches.read(kept, batch)), True
-            kept.remove()
-    block.free(part.linears)
+    """`Block.solved` over the batches of all samples."""
+    rows = batches.samples * batches.length
+    return block.solved(part, block.job.work / "last.tmp", rows, batches.write, batches.read)
 
 
 def _ffn(
@@ -186,7 +171,3 @@ def _route(block: Block, moe: Moe, x: Spool, batches: Batches) -> Routing:
         for batch in range(len(batches))
     ]
     return Routing(torch.cat([part.experts for part in parts]), torch.cat([part.shares for part in parts]))
-
-
-def _plain(weights: Any) -> Any:
-    return weights

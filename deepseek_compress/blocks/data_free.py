@@ -9,7 +9,7 @@ Four-bit round-to-nearest is done by the native kernel (see `packing`); every ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from deepseek_compress import provenance
 from deepseek_compress.blocks import packing
 from deepseek_compress.blocks.job import Block, Job
 from deepseek_compress.checkpoint import CheckpointWriter
-from deepseek_compress.checkpoint.formats import mxfp4
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.models.config import Linear
@@ -35,6 +34,7 @@ class _Task(NamedTuple):
     number: int
     path: Path  # of the shard
     names: list[str]
+    changed: dict[str, tuple[int, Linear]]  # those that change: block and linear
 
 
 def convert(
@@ -59,7 +59,15 @@ def convert(
 
 def _tasks(job: Job, writer: CheckpointWriter) -> list[_Task | Path]:
     """The unfinished shards, and after the last that reads from it each file that has to be hashed."""
-    shards = [_Task(number, writer.shard_path(number), names) for number, names in enumerate(planned(job), 1)]
+    changed = {
+        name: (layer, linear)
+        for layer in range(job.cfg.num_hidden_layers)
+        for name, linear in job.changed(layer).items()
+    }
+    shards = [
+        _Task(number, writer.shard_path(number), names, {name: changed[name] for name in names if name in changed})
+        for number, names in enumerate(planned(job), 1)
+    ]
     last = {file: task.number for task in shards for name in task.names for file in _files(job, name)}
     tasks: list[_Task | Path] = []
     unhashed = provenance.unhashed(job.source)
@@ -76,7 +84,7 @@ def _files(job: Job, name: str) -> set[Path]:
 
 def planned(job: Job) -> list[list[str]]:
     """Names of the tensors of each shard."""
-    wanted = sorted(tensors(job), key=_place)
+    wanted = sorted(job.tensors(), key=_place)
     total = sum(info.bytes for info in wanted)
     limit = min(max(total // SHARDS, SMALLEST), LARGEST)
     shards: list[list[str]] = []
@@ -88,23 +96,6 @@ def planned(job: Job) -> list[list[str]]:
         shards[-1].append(info.name)
         filled += info.bytes
     return shards
-
-
-def tensors(job: Job) -> Iterator[TensorInfo]:
-    """Those of the source that go into the output."""
-    dropped = set() if job.keep_mtp else set(job.family.mtp_tensors(job.cfg))
-    known = set(job.family.tensors(job.cfg)) | {job.family.head}
-    for name, info in job.source.header.tensors.items():
-        if name in known and name not in dropped:
-            yield info
-
-
-def kept_parts(job: Job, name: str) -> dict[str, Tensor] | None:
-    """Parts of a tensor that keeps its values under the names that servers read; None where it is simply copied."""
-    if job.source.header.tensors[name].encoding != "mxfp4":
-        return None
-    codes, scale = mxfp4.main_parts(job.source.read_raw(name))
-    return {"weight_packed": codes, "weight_scale": scale}
 
 
 def _place(info: TensorInfo) -> tuple[str, int]:
@@ -121,34 +112,21 @@ def _do(job: Job, task: _Task | Path) -> str | None:
 
 
 def _shard(job: Job, task: _Task) -> None:
-    changed = _changed(job)
     facts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=1) as thread:
         shard = OpenShard(task.path, thread)
         try:
             for name in task.names:
-                if name in changed:
-                    parts, fact = _convert(job, *changed[name])
+                if name in task.changed:
+                    parts, fact = _convert(job, *task.changed[name])
                     shard.add(name, parts)
                     facts.append(fact)
-                elif (kept := kept_parts(job, name)) is not None:
-                    shard.add(name, kept)
                 else:
-                    shard.copy(job.source, name, decode=True)
+                    shard.keep(job.source, name)
             shard.close(facts)
         except BaseException:
             shard.discard()
             raise
-
-
-def _changed(job: Job) -> dict[str, tuple[int, Linear]]:
-    """Name -> block and linear of every weight that changes."""
-    return {
-        f"{job.family.prefix(layer)}.{linear.name}.weight": (layer, linear)
-        for layer in range(job.cfg.num_hidden_layers)
-        for linear in job.family.linears(job.cfg, layer)
-        if job.change.wants(layer, linear)
-    }
 
 
 def _convert(job: Job, layer: int, linear: Linear) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,7 +8,6 @@ here, expert by expert, so that the sum does not depend on who was first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from deepseek_compress.blocks.job import Block, Job
 from deepseek_compress.blocks.pairs import Split
 from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import ROWS, Part, Watch
-from deepseek_compress.models.config import Linear, Role
+from deepseek_compress.models.config import Linear
 from deepseek_compress.models.moe import Routing, by_expert, run_expert
 from deepseek_compress.workers import Pool
 
@@ -97,34 +96,28 @@ def _solve(job: Job, task: _Task) -> _Done:
     block = Block(
         job, task.layer, lambda name, parts: stored.append((name, {key: _sent(part) for key, part in parts.items()}))
     )
-    linears = [linear for linear in block.linears if linear.role is Role.EXPERT and _number(linear) == task.expert]
+    linears = [linear for linear in block.linears if linear.expert == task.expert]
     if not any(block.wants(linear) for linear in linears) and task.output is None:
         return _Done([], [])
     with Spool(task.input, task.rows, (job.cfg.hidden_size,), existing=True, held=0) as x:
-        block.load(linears)
         part = _part(block, task, linears, x)
         if task.output is None:
+            block.load(linears)
             block.solve_in_order(part)
         else:
             with Spool(task.output, len(task.tokens), (job.cfg.hidden_size,), held=0) as given:
-                _solve_and_give(block, part, given)
+                kept = task.output.with_suffix(".kept")
+                for batch, y, _ in block.solved(part, kept, given.rows, _put, _get):
+                    _put(given, batch, y)
     return _Done(stored, block.facts)
 
 
-def _solve_and_give(block: Block, part: Part, given: Spool) -> None:
-    """Solve the linears and write what the expert gives then; the last one's input is kept, not computed again."""
-    last = part.linears[-1]
-    if not block.wants(last):
-        block.solve_in_order(part)
-        for batch in range(part.batches):
-            given.write(batch * ROWS, part.forward(lambda weights: weights, batch))
-        return
-    with Spool(given.path.with_suffix(".kept"), given.rows, (last.columns,)) as kept:
-        block.solve_in_order(replace(part, last=last.name, keep=lambda batch, x: kept.write(batch * ROWS, x)))
-        for batch in range(part.batches):
-            x = kept.read(batch * ROWS, min(ROWS, given.rows - batch * ROWS))
-            given.write(batch * ROWS, block.unrounded(part.split(batch)).linear(last.name, x))
-        kept.remove()
+def _put(spool: Spool, batch: int, rows: Tensor) -> None:
+    spool.write(batch * ROWS, rows)
+
+
+def _get(spool: Spool, batch: int) -> Tensor:
+    return spool.read(batch * ROWS, min(ROWS, spool.rows - batch * ROWS))
 
 
 def _part(block: Block, task: _Task, linears: Sequence[Linear], x: Spool) -> Part:
@@ -139,12 +132,7 @@ def _part(block: Block, task: _Task, linears: Sequence[Linear], x: Spool) -> Par
         some = x.gather(tokens[batch * ROWS : (batch + 1) * ROWS].tolist())
         return run_expert(moe, block.weights(watch, split(batch)), task.expert, some)
 
-    return Part(linears, forward, -(-len(tokens) // ROWS), split)
-
-
-def _number(linear: Linear) -> int:
-    """model.layers.3.mlp.experts.17.up_proj, within its block: 17."""
-    return int(linear.name.split(".")[2])
+    return Part(linears, forward, -(-len(tokens) // ROWS), split, last=linears[-1].name)
 
 
 def _sent(tensor: Tensor) -> _Sent:
@@ -152,4 +140,5 @@ def _sent(tensor: Tensor) -> _Sent:
 
 
 def _received(sent: _Sent) -> Tensor:
-    return torch.from_numpy(sent.bytes).view(sent.dtype).view(sent.shape)
+    flat = sent.bytes if sent.bytes.flags.writeable else sent.bytes.copy()  # what Ray hands out is read-only
+    return torch.from_numpy(flat).view(sent.dtype).view(sent.shape)

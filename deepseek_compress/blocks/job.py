@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.blocks.pairs import PairedWeights, Split, only_changed
+from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import Accumulator, Part, Watch, observe
 from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.ledger import parts_of
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.config import Linear, ModelConfig
@@ -68,7 +70,25 @@ class Job:
         """Whether calibration shows every sample twice, once for each model: see `pairs`."""
         return "drift" in self.change.needs
 
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Those of the source that go into the output."""
+        dropped = set() if self.keep_mtp else set(self.family.mtp_tensors(self.cfg))
+        known = set(self.family.tensors(self.cfg)) | {self.family.head}
+        for name, info in self.source.header.tensors.items():
+            if name in known and name not in dropped:
+                yield info
 
+    def changed(self, layer: int) -> dict[str, Linear]:
+        """The linears of a block that change, by the name of their weight in the checkpoint."""
+        return {
+            f"{self.family.prefix(layer)}.{linear.name}.weight": linear
+            for linear in self.family.linears(self.cfg, layer)
+            if self.change.wants(layer, linear)
+        }
+
+
+Put = Callable[[Spool, int, Tensor], None]
+Get = Callable[[Spool, int], Tensor]
 Store = Callable[[str, dict[str, Tensor]], None]  # takes a tensor's name in the checkpoint and its stored parts
 
 
@@ -156,6 +176,26 @@ class Block:
                 if part.keep is not None and part.last in (linear.name for linear in group):
                     self.free(linear for linear in part.linears if linear not in group)  # they do not run again
                 self.solve(wanted, sums.statistics())
+
+    def solved(self, part: Part, path: Path, rows: int, put: Put, get: Get) -> Iterator[tuple[int, Tensor, bool]]:
+        """Solve the linears of a part, then give (batch, what it computes, whether that is its last's output alone).
+
+        The input of the last linear, `rows` rows in all, is kept in a spool at `path`, so that nothing before it runs
+        again: `put(spool, batch, x)` writes that of a batch, `get(spool, batch)` reads it.
+        """
+        self.load(part.linears)
+        last = next((linear for linear in part.linears if linear.name == part.last and self.wants(linear)), None)
+        if last is None:
+            self.solve_in_order(part)
+            for batch in range(part.batches):
+                yield batch, part.forward(lambda weights: weights, batch), False
+        else:
+            with Spool(path, rows, (last.columns,)) as kept:
+                self.solve_in_order(replace(part, keep=lambda batch, x: put(kept, batch, x)))
+                for batch in range(part.batches):
+                    yield batch, self.unrounded(part.split(batch)).linear(part.last, get(kept, batch)), True
+                kept.remove()
+        self.free(part.linears)
 
 
 def by_input(linears: Sequence[Linear]) -> Iterator[list[Linear]]:

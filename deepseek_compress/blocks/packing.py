@@ -17,7 +17,7 @@ from deepseek_compress.blocks.change import LinearChange, bits, measure
 from deepseek_compress.blocks.job import Job
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import TensorInfo
-from deepseek_compress.models.config import Linear, Role
+from deepseek_compress.models.config import Linear
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import Statistics
 
@@ -89,7 +89,7 @@ def _measured(
     few = {key: part[: words if key == "weight_zero_point" else rows] for key, part in parts.items()}
     new = packed.unpack_weight(info.name, {**few, "weight_shape": torch.tensor([rows, info.shape[1]])})
     whole = {"bits": bits(new), "weights": info.elements}
-    if linear.role is Role.EXPERT and int(linear.name.split(".")[2]) % MEASURED_EXPERTS:
+    if linear.expert is not None and linear.expert % MEASURED_EXPERTS:
         return {"weight_error": None, "output_error": None, "zeros": None, **whole}
     if scale is None:
         old = weight[:rows].float()

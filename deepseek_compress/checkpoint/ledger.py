@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.files import read_json, write_json
-from deepseek_compress.checkpoint.formats import packed
+from deepseek_compress.checkpoint.formats import mxfp4, packed
 from deepseek_compress.checkpoint.header import module_of, stored_name
 from deepseek_compress.checkpoint.quantization_config import Stored, describe
 from deepseek_compress.checkpoint.reader import Checkpoint
@@ -59,6 +59,17 @@ class OpenShard:
             ((suffix, place),) = info.parts.items()
             self.stored[name] = Stored("plain", place.bytes, len(place.shape))
             self.file.copy(stored_name(name, suffix), place)
+
+    def keep(self, source: Checkpoint, name: str) -> None:
+        """Write a tensor of `source` with its values, as servers read it beside packed weights.
+
+        MXFP4 keeps its bytes under their names for them; what is encoded otherwise becomes BF16.
+        """
+        if source.header.tensors[name].encoding == "mxfp4":
+            codes, scale = mxfp4.main_parts(source.read_raw(name))
+            self.add(name, {"weight_packed": codes, "weight_scale": scale})
+        else:
+            self.copy(source, name, decode=True)
 
     def close(self, facts: Iterable[dict[str, Any]] = ()) -> Ledger:
         """Make the file safe, then its ledger."""

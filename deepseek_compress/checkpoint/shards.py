@@ -8,9 +8,9 @@ a header of just its size, a larger one gets room for 1 MiB of header, filled up
 Tensors lie without holes, as the format asks, yet each at a multiple of its element size, as readers that map the file
 need: those whose size is a multiple of 8 bytes go first, as they come; the few others last, widest type first.
 
-`close` syncs the file and reads it again: the data must have the BLAKE3 that it had in memory. The
-same pass takes the BLAKE3 of the whole file, which is what `b3sum` prints. The page cache may answer: an error of the
-disk itself is what the sync reports, and `dsc inspect` compares the hashes whenever one likes.
+`close` syncs the file and reads it again: the data must have the BLAKE3 that it had in memory. The same pass takes the
+BLAKE3 of the whole file, which is what `b3sum` prints. The page cache may answer: an error of the disk itself is what
+the sync reports, and `dsc inspect` compares the hashes whenever one likes.
 """
 
 from __future__ import annotations

@@ -119,6 +119,10 @@ class CheckpointWriter:
         """Write a tensor of the source unchanged, or decoded to BF16 where its encoding cannot stay."""
         self._room(name).copy(self.source, name, decode)
 
+    def keep(self, name: str) -> None:
+        """Write a tensor of the source with its values, as servers read it beside packed weights."""
+        self._room(name).keep(self.source, name)
+
     def _room(self, name: str) -> OpenShard:
         """The shard that takes `name`: a new one when the last is full."""
         parts = [ledger.stored for ledger in self._ledgers.values()]

@@ -42,6 +42,11 @@ class Linear(NamedTuple):
     input: str  # linears with the same `input` see the same activations and share one Hessian
     fused: str | None = None  # linears that serving engines fuse and that must therefore share one scheme
 
+    @property
+    def expert(self) -> int | None:
+        """Number of the routed expert it belongs to: 3; None for all others."""
+        return int(self.name.split(".")[2]) if self.role is Role.EXPERT else None
+
 
 @dataclass(frozen=True)
 class Rope:

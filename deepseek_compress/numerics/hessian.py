@@ -24,13 +24,11 @@ _GATHERED = 32  # rows that are put in order at a time
 _PANEL = 512  # columns whose feedback from all earlier ones is one product
 
 
-def gram(x: Tensor) -> Tensor:
-    """`x^T x` of float32 `x` (tokens, columns), exactly symmetric, at little more than half the full product's work."""
-    return mirror(add_gram(None, x))
-
-
 def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
-    """`total` + `x^T x` on and above the diagonal, in place; what stands below waits for `mirror`."""
+    """`total` + `x^T x` of float32 `x` (tokens, columns) on and above the diagonal, in place.
+
+    What stands below waits for `mirror`: so it is little more than half the full product's work.
+    """
     columns = x.shape[1]
     if total is None:
         total = torch.zeros((columns, columns), dtype=x.dtype, device=x.device)

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -30,6 +30,7 @@ from deepseek_compress.errors import DscError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Handle = TypeVar("Handle")  # of a task that was started
 ATTEMPTS = 3  # times a task may lose its worker
 AHEAD = 2  # results that may wait for an earlier one, beside one a worker
 
@@ -78,6 +79,37 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def in_order(
+    tasks: Iterable[Task], submit: Callable[[Task], Handle], fetch: Callable[[Handle], Result], count: int
+) -> Iterator[Result]:
+    """What `fetch` gives for what `submit` started, in the order of the tasks; little more than `count` are under way.
+
+    So results that wait for an earlier one are few, whatever their size.
+    """
+    coming = iter(tasks)
+    waiting = deque(submit(task) for task in itertools.islice(coming, count + AHEAD))
+    while waiting:
+        result = fetch(waiting.popleft())
+        waiting.extend(submit(task) for task in itertools.islice(coming, 1))
+        yield result
+
+
+def become_worker() -> None:
+    """Compute with one thread in this process, and reuse what it frees."""
+    import torch
+
+    torch.set_num_threads(1)
+    machine.keep_freed_memory()
+
+
+def compute(function: Callable[[Any, Task], Result], shared: Any, task: Task) -> Result:
+    """`function(shared, task)`, without gradients."""
+    import torch
+
+    with torch.no_grad():
+        return function(shared, task)
+
+
 class _Inline:
     """This process."""
 
@@ -89,7 +121,7 @@ class _Inline:
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         for task in tasks:
             with one_thread():
-                result = function(self._shared, task)
+                result = compute(function, self._shared, task)
             yield result
 
 
@@ -116,14 +148,8 @@ class _Processes:
                     raise DscError(what, "give fewer --workers; the same command goes on") from None
 
     def _ordered(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        pool, coming = self._started(), iter(tasks)
-        waiting: deque[Future[Result]] = deque(
-            pool.submit(_compute, function, task) for task in itertools.islice(coming, self.count + AHEAD)
-        )
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(_compute, function, task) for task in itertools.islice(coming, 1))
-            yield result
+        pool = self._started()
+        return in_order(tasks, lambda task: pool.submit(_compute, function, task), Future.result, self.count)
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -158,12 +184,9 @@ _given: list[Any] = []  # in a worker: what its tasks share
 
 def _begin(shared: Any, alive: Connection) -> None:
     """Make this process a worker: one thread, deaf to Ctrl-C, and dead when the run is, of whose process is `alive`."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the run itself ends its workers
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
-    torch.set_num_threads(1)
-    machine.keep_freed_memory()
+    become_worker()
     _given[:] = [shared]
 
 
@@ -178,7 +201,4 @@ def _end_with(alive: Connection) -> None:
 
 
 def _compute(function: Callable[[Any, Task], Result], task: Task) -> Result:
-    import torch
-
-    with torch.no_grad():
-        return function(_given[0], task)
+    return compute(function, _given[0], task)

@@ -6,23 +6,18 @@ each worker. Source: Ray Core, "Tasks" and "Task fault tolerance".
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import socket
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-from deepseek_compress import machine
 from deepseek_compress.errors import DscError
+from deepseek_compress.workers import Result, Task, become_worker, compute, in_order
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-AHEAD = 2  # results that may wait for an earlier one, beside one a core
 RETRIES = 5  # times a task may lose its worker
 
 
@@ -53,21 +48,19 @@ class RayPool:
 
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """`function(shared, task)` for each task; results in the order of the tasks."""
-        ray, remote, coming = self._ray, self._ray.remote(_compute).options(**self._options), iter(tasks)
+        remote = self._ray.remote(_compute).options(**self._options)
         # In a list a reference stays a reference: the worker fetches the object itself, once
-        waiting = deque(
-            remote.remote(function, [self._shared], task) for task in itertools.islice(coming, self.count + AHEAD)
-        )
-        while waiting:
-            try:
-                result = ray.get(waiting.popleft())
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, DscError) else error from None
-            except ray.exceptions.RayError as error:
-                what = f"--ray: {str(error).splitlines()[0]}"
-                raise DscError(what, "see `ray status`; the same command goes on") from None
-            waiting.extend(remote.remote(function, [self._shared], task) for task in itertools.islice(coming, 1))
-            yield result
+        return in_order(tasks, lambda task: remote.remote(function, [self._shared], task), self._fetch, self.count)
+
+    def _fetch(self, reference: Any) -> Any:
+        ray = self._ray
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, DscError) else error from None
+        except ray.exceptions.RayError as error:
+            what = f"--ray: {str(error).splitlines()[0]}"
+            raise DscError(what, "see `ray status`; the same command goes on") from None
 
     def __enter__(self) -> RayPool:
         return self
@@ -93,13 +86,10 @@ _given: dict[str, Any] = {}  # in a worker: what its tasks share, by reference
 
 def _compute(function: Callable[[Any, Task], Result], shared: list[Any], task: Task) -> Result:
     import ray
-    import torch
 
     key = shared[0].hex()
     if key not in _given:
         _given.clear()
         _given[key] = ray.get(shared[0])
-        torch.set_num_threads(1)
-        machine.keep_freed_memory()
-    with torch.no_grad():
-        return function(_given[key], task)
+        become_worker()
+    return compute(function, _given[key], task)
