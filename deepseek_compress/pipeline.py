@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepseek_compress import machine, provenance, resources, workspace
+from deepseek_compress import machine, provenance, workspace
+from deepseek_compress.calibration.sources import files_of
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
 from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.console import StageProgress, duration, size
@@ -166,11 +167,11 @@ def _named(step: Step, problem: DscError) -> DscError:
 
 
 def _calibration_problems(recipe: Recipe) -> list[DscError]:
-    return [
-        DscError(f"calibration: {source}: no such file or directory", "give text of yours, or builtin")
-        for source in recipe.calibration.sources
-        if source != "builtin" and not Path(source).exists()
-    ]
+    problems: list[DscError] = []
+    for source in recipe.calibration.sources:
+        with _collect(problems):
+            files_of(source)
+    return [DscError(f"calibration: {problem.what}", problem.fix) for problem in problems]
 
 
 def _memory_problems(forecasts: Mapping[str, Forecast], limit: int | None) -> list[DscError]:
@@ -221,9 +222,7 @@ def _inputs(state: _Run) -> None:
 
 def _text_hashes(source: str) -> dict[str, str]:
     """Hash of each file of a calibration source."""
-    path = resources.data("calibration_data") if source == "builtin" else Path(source)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    return {file.name: provenance.hash_file(file) for file in files if file.is_file()}
+    return {file.name: provenance.hash_file(file) for file in files_of(source)}
 
 
 def _identity(state: _Run) -> dict[str, Any]:

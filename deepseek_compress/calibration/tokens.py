@@ -36,7 +36,10 @@ def document_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
     """Ids of one document: as a whole text with what the tokenizer adds at its ends, closed by the end token."""
     # A chat template writes its own special tokens
     templated = bool(sample.messages) and tokenizer.has_chat_template
-    text = tokenizer.chat(sample.messages) if sample.messages else sample.text
+    try:
+        text = tokenizer.chat(sample.messages) if sample.messages else sample.text
+    except DscError as error:
+        raise DscError(f"{sample.origin}: {error.what}", error.fix) from None
     ids = tokenizer.encode(text, special=not templated)
     end = tokenizer.eos_ids[:1]
     return ids if not end or ids[-1:] == list(end) else [*ids, *end]

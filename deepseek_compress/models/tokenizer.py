@@ -71,11 +71,17 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, str]], answer_next: bool = False) -> str:
         """The prompt of `messages` ({"role", "content"}) by the checkpoint's own template.
 
-        `answer_next` ends it where the model's answer begins. Without a template: the contents, one a line.
+        `answer_next` ends it where the model's answer begins. Without a template: the contents, one a line. Raises
+        DscError for messages that the template refuses.
         """
         if not self.has_chat_template:
             return "\n".join(message["content"] for message in messages)
-        return str(self._transformers.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
+        template = self._transformers.apply_chat_template
+        try:
+            return str(template(messages, tokenize=False, add_generation_prompt=answer_next))
+        except Exception as error:  # a program of the checkpoint's, which raises whatever it likes
+            what = f"the chat template of {self.path} refuses: {' '.join(str(error).split())[:200]}"
+            raise DscError(what, "give other roles or another order") from None
 
     @cached_property
     def _transformers(self) -> Any:
