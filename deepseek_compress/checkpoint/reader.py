@@ -58,6 +58,11 @@ class Checkpoint:
         """The activation scheme of the manifest (`{"num_bits": 8, "granularity": "token"}`), or None."""
         return (self.manifest or {}).get("activations")
 
+    @property
+    def kv_cache(self) -> dict[str, Any] | None:
+        """How the manifest says that keys and values are stored (`{"num_bits": 8, ...}`), or None: in 16 bits."""
+        return (self.manifest or {}).get("kv_cache")
+
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The logical tensor `name`, decoded, in fresh memory.
 

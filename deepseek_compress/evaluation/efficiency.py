@@ -60,7 +60,6 @@ def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:
     """Load the checkpoint and time it, in this process."""
     import torch
 
-    from deepseek_compress.models.cache import KvCache
     from deepseek_compress.models.runtime import Model
 
     model = Model.load(open_checkpoint(path))
@@ -70,7 +69,7 @@ def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:
 
     def once() -> tuple[float, float]:
         with torch.no_grad():
-            cache = KvCache(model.cfg.num_hidden_layers, prompt + new)
+            cache = model.cache(prompt + new)
             began = time.perf_counter()
             following = model.forward(tokens, cache, last_only=True)[:, -1].argmax(-1)
             between = time.perf_counter()

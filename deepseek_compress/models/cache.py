@@ -1,25 +1,52 @@
-"""Keys and values of the tokens seen so far, for generation."""
+"""Keys and values of the tokens seen so far, for generation; and how a cache of few bits changes what attention reads.
+
+Here the rounded values are held unpacked: what they do to the model is measured, and the bytes of a packed cache are
+counted (`cache_bytes`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+from deepseek_compress.errors import DscError
+from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.numerics.kv_cache import KvRounding
+from deepseek_compress.registry import build
 
 
 class KvCache:
     """Per block, tensors (B, heads, capacity, channels) that grow along their third dimension.
 
-    Memory is taken at the first token of a block, for `capacity` tokens. `length` is advanced by the caller after all
-    blocks have seen the new tokens. Not differentiable.
+    Memory is taken at the first token of a block, for `capacity` tokens; with None nothing is kept, for a whole text
+    run at once. `length` is advanced by the caller after all blocks have seen the new tokens. Not differentiable.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, capacity: int | None, rounding: KvRounding | None = None) -> None:
         self.capacity = capacity
+        self.rounding = rounding
         self.length = 0
         self.layers: list[tuple[Tensor, ...]] = [() for _ in range(num_layers)]
+        self._last: dict[int, Tensor] = {}  # block -> (B, heads, channels), the last key as it is stored
+
+    def rounded(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (or latents) of new tokens, each (B, heads, T, channels), as they would be stored.
+
+        `positions` (B, T): places of the tokens in their texts.
+        """
+        if self.rounding is None:
+            return key, value
+        key = self.rounding.keys(key, positions, self._last.get(layer))
+        self._last[layer] = key[:, :, -1]
+        return key, self.rounding(value)
 
     def update(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Append `new`, each (B, heads, T, channels); give back all that is known, each (B, heads, S, channels)."""
+        if self.capacity is None:
+            return new
         if not self.layers[layer]:
             self.layers[layer] = tuple(x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in new)
         end = self.length + new[0].shape[2]
@@ -31,8 +58,51 @@ class KvCache:
         """Keep only these rows of the batch, (rows,) whole numbers in rising order."""
         for index, tensors in enumerate(self.layers):
             self.layers[index] = tuple(self._compact(kept, rows) for kept in tensors)
+        self._last = {layer: last[rows] for layer, last in self._last.items()}
 
     def _compact(self, kept: Tensor, rows: Tensor) -> Tensor:
         out = torch.empty(len(rows), *kept.shape[1:], dtype=kept.dtype, device=kept.device)
         out[:, :, : self.length] = kept[rows, :, : self.length]
         return out
+
+
+class CacheBytes(NamedTuple):
+    """What a token takes in the caches of all blocks, as engines keep them: latent attention its latent."""
+
+    plain: int  # at 16 bits
+    stored: float
+
+
+def cache_bytes(cfg: ModelConfig, rounding: KvRounding | None) -> CacheBytes | None:
+    """Bytes a token; None for families whose cache is not one entry a token. An indexer's keys stay 16-bit."""
+    if cfg.compressed is not None:
+        return None
+    kept = cfg.indexer.head_dim if cfg.indexer else 0
+    vectors = [channels for _, channels in _vectors(cfg)]
+    stored = sum(2.0 * n if rounding is None else rounding.bytes(n) for n in vectors)
+    return CacheBytes(cfg.num_hidden_layers * 2 * (sum(vectors) + kept), cfg.num_hidden_layers * (stored + 2 * kept))
+
+
+def kv_rounding(manifest: Mapping[str, Any] | None) -> KvRounding | None:
+    """The scheme that a manifest's `kv_cache` describes; None stays None. Raises `DscError` for an unknown one."""
+    return None if manifest is None else build(KvRounding, manifest, "kv_cache")
+
+
+def check_rounding(cfg: ModelConfig, rounding: KvRounding) -> None:
+    """Raise `DscError` where the model's cache cannot be rounded like that."""
+    if cfg.compressed is not None:
+        raise DscError(f"kv_cache: {cfg.model_type} keeps entries of many tokens, not rounded here", "leave it out")
+    for what, channels in _vectors(cfg):
+        if rounding.group_size and channels % rounding.group_size:
+            fits = [size for size in (128, 64, 32, 16) if all(n % size == 0 for _, n in _vectors(cfg))]
+            raise DscError(
+                f"kv_cache: {what} of {channels} channels do not divide into groups of {rounding.group_size}",
+                f"set group_size: {fits[0]}" if fits else "leave group_size out",
+            )
+
+
+def _vectors(cfg: ModelConfig) -> list[tuple[str, int]]:
+    """What a block keeps of a token, and how many channels each has."""
+    if cfg.mla is not None:
+        return [("latents", cfg.mla.kv_lora_rank), ("rotated keys", cfg.mla.rope)]
+    return [("heads", cfg.head_dim)] * (2 * cfg.num_key_value_heads)

@@ -116,6 +116,6 @@ def grouped_attention(
     cos, sin = cos_sin(cfg.rope, positions)
     q, k = rotate(cfg.rope, q, cos, sin), rotate(cfg.rope, k, cos, sin)
     if cache is not None:
-        k, v = cache.update(layer, k, v)
+        k, v = cache.update(layer, *cache.rounded(layer, positions, k, v))
     out = attend([(q, k)], v, softmax_scale(cfg.rope, dim), mask)
     return weights.linear("self_attn.o_proj", out.transpose(1, 2).reshape(batch, new, heads * dim))

@@ -1,7 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and the indexer of DeepSeek-V3.2.
 
 The cache holds the expanded keys and values, not the latent: on a CPU and at the sizes that run here whole, expanding
-each token once is faster than carrying `kv_b_proj` into every step.
+each token once is faster than carrying `kv_b_proj` into every step. Rounding meets the latent and the rotated key,
+which are what an engine's cache holds.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ def latent_attention(
     kv = weights.linear("self_attn.kv_a_proj_with_mqa", x)
     latent, k_rope = torch.split(kv, [mla.kv_lora_rank, mla.rope], dim=-1)
     latent = rms_norm(latent, weights["self_attn.kv_a_layernorm.weight"], LATENT_EPS)
+    cos, sin = cos_sin(cfg.rope, positions)
+    k_rope = rotate(cfg.rope, k_rope.unsqueeze(1), cos, sin)
+    if cache is not None:
+        k_rope, rounded = cache.rounded(layer, positions, k_rope, latent.unsqueeze(1))
+        latent = rounded.squeeze(1)
     heads = weights.linear("self_attn.kv_b_proj", latent).view(batch, new, -1, mla.nope + mla.value).transpose(1, 2)
     k_nope, v = torch.split(heads, [mla.nope, mla.value], dim=-1)
     q_nope, q_rope = torch.split(q, [mla.nope, mla.rope], dim=-1)
-    cos, sin = cos_sin(cfg.rope, positions)
-    q_rope, k_rope = rotate(cfg.rope, q_rope, cos, sin), rotate(cfg.rope, k_rope.unsqueeze(1), cos, sin)
+    q_rope = rotate(cfg.rope, q_rope, cos, sin)
     k_index = None
     if cfg.indexer is not None:
         k_index = _index_keys(cfg, cfg.indexer, weights, x, cos, sin)

@@ -13,11 +13,12 @@ from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import raise_problems
 from deepseek_compress.models import family_of
 from deepseek_compress.models.activations import InputScheme, input_scheme
-from deepseek_compress.models.cache import KvCache
+from deepseek_compress.models.cache import KvCache, check_rounding, kv_rounding
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.layers import causal_mask
 from deepseek_compress.models.weights import ResidentWeights, Weights
+from deepseek_compress.numerics.kv_cache import KvRounding
 
 COMPACT_BELOW = 0.75  # share of a batch still generating below which finished rows are dropped from the cache
 
@@ -26,10 +27,18 @@ class Model:
     """Weights by checkpoint name, and what they compute. Training may replace the tensors of `weights` in place."""
 
     def __init__(
-        self, family: Family, cfg: ModelConfig, weights: Mapping[str, Tensor], scheme: InputScheme | None = None
+        self,
+        family: Family,
+        cfg: ModelConfig,
+        weights: Mapping[str, Tensor],
+        scheme: InputScheme | None = None,
+        kv_cache: KvRounding | None = None,
     ) -> None:
         self.family = family
         self.cfg = cfg
+        if kv_cache is not None:
+            check_rounding(cfg, kv_cache)
+        self.kv_cache = kv_cache
         self.weights = weights
         self.top = ResidentWeights(weights)
         layers = range(cfg.num_hidden_layers)
@@ -39,7 +48,7 @@ class Model:
 
     @classmethod
     def load(cls, source: Path | str | Checkpoint, dtype: torch.dtype = torch.float32) -> Model:
-        """Read a checkpoint whole, decoded to `dtype`; its manifest's activation scheme is applied.
+        """Read a checkpoint whole, decoded to `dtype`; its manifest's schemes for activations and cache apply.
 
         Raises Problems with every missing, unknown or misshaped tensor.
         """
@@ -50,7 +59,11 @@ class Model:
         mtp = family.mtp_tensors(cfg)
         names = [name for name in family.tensors(cfg) if name not in mtp]
         weights = {name: checkpoint.read(name, dtype=dtype) for name in names}
-        return cls(family, cfg, weights, input_scheme(checkpoint.activations))
+        return cls(family, cfg, weights, input_scheme(checkpoint.activations), kv_rounding(checkpoint.kv_cache))
+
+    def cache(self, capacity: int | None) -> KvCache:
+        """An empty cache for `capacity` tokens, which stores them as the model's scheme says."""
+        return KvCache(self.cfg.num_hidden_layers, capacity, self.kv_cache)
 
     def forward(
         self,
@@ -87,6 +100,8 @@ class Model:
         positions = torch.arange(past, past + new, device=tokens.device).expand(batch, new)
         hidden = self.family.embed(self.cfg, self.weights[self.family.embedding], tokens)
         mask = None
+        if cache is None and self.kv_cache is not None:
+            cache = self.cache(None)  # attention reads what a cache would give back
         if left_padding is not None:
             mask = padding_mask(left_padding, new, past + new, hidden)
             positions = (positions - left_padding[:, None]).clamp(min=0)
@@ -137,7 +152,7 @@ class Model:
         padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         left = padding if bool(padding.any()) else None
-        cache = KvCache(self.cfg.num_hidden_layers, width + limit)
+        cache = self.cache(width + limit)
         stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
         out: list[list[int]] = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
