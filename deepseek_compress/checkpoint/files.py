@@ -14,7 +14,7 @@ import blake3
 
 from deepseek_compress.errors import DscError
 
-_READ = 8 << 20  # bytes at a time
+_READ = 512 << 10  # bytes at a time: they stay in the cache between reading and hashing
 
 
 def read_json(path: Path) -> dict[str, Any]:

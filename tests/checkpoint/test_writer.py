@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, shards
+from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, direct, open_checkpoint, shards
 from deepseek_compress.checkpoint.formats.mxfp4 import encode_mxfp4
 from deepseek_compress.checkpoint.inspect import verify_hashes
 from deepseek_compress.checkpoint.shards import ShardFile
@@ -213,24 +213,25 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(direct.os, "fsync", full)
     with pytest.raises(DscError, match="No space left on device; free some space"):
         copy_all(open_checkpoint(tiny_qwen2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", [5, 100_000], ids=["header", "data"])
 def test_a_disk_that_returns_other_bytes_is_caught(
-    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: int, tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = shards.blocks
+    real = shards.read_back
 
-    def flipped(fd: int) -> Iterator[memoryview]:
-        for i, block in enumerate(real(fd)):
+    def flipped(path: Path) -> Iterator[memoryview]:
+        for i, block in enumerate(real(path)):
             if i == 0:
-                block[5] ^= 16
+                block[place] ^= 16
             yield block
 
-    monkeypatch.setattr(shards, "blocks", flipped)
+    monkeypatch.setattr(shards, "read_back", flipped)
     with pytest.raises(DscError, match="reads back other bytes than were written"):
         copy_all(open_checkpoint(tiny_qwen2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
