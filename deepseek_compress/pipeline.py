@@ -170,7 +170,7 @@ def _calibration_problems(recipe: Recipe) -> list[DscError]:
     problems: list[DscError] = []
     for source in recipe.calibration.sources:
         with _collect(problems):
-            files_of(source)
+            files_of(source.path)
     return [DscError(f"calibration: {problem.what}", problem.fix) for problem in problems]
 
 
@@ -231,7 +231,7 @@ def _identity(state: _Run) -> dict[str, Any]:
     return {
         "recipe": {key: value for key, value in recipe.document.items() if key not in {"model", "inputs", "name"}},
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
-        "calibration_data": {source: _text_hashes(source) for source in recipe.calibration.sources},
+        "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.sources},
         "versions": state.versions,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ Settings = Annotated[
 ]
 Calibration = Annotated[
     list[str] | None,
-    typer.Option("--calibration", metavar="FILE", help="Calibration text of yours; repeatable."),
+    typer.Option("--calibration", metavar="FILE[=SHARE]", help="Calibration text of yours; repeatable."),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration samples.")]
 Length = Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens in a sample.")]
@@ -59,6 +59,17 @@ def bytes_of(text: str | None) -> int | None:
     if not found or not float(found[1]):
         raise DscError(f"--memory {text!r} is no size", "write for instance --memory 8GiB")
     return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+def source_of(text: str) -> str | dict[str, Any]:
+    """`a.jsonl` or `a.jsonl=0.7` -> a calibration source of a recipe. A path that exists is never cut."""
+    path, equals, share = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text
+    try:
+        return {"path": path, "share": float(share)}
+    except ValueError:
+        raise DscError(f"--calibration {text!r}: {share!r} is no share", "write for instance a.jsonl=0.7") from None
 
 
 def device_of(name: str) -> str:

@@ -161,7 +161,7 @@ def _calibration(
     sources: list[str] | None, samples: int | None, length: int | None, seed: int | None
 ) -> dict[str, Any]:
     return {
-        "calibration.sources": sources or None,
+        "calibration.sources": [o.source_of(source) for source in sources or ()] or None,
         "calibration.samples": samples,
         "calibration.length": length,
         "seed": seed,

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_compress.calibration.sources import Sample, read_samples
-from deepseek_compress.calibration.tokens import document_ids, interleave
+from deepseek_compress.calibration.settings import Source
+from deepseek_compress.calibration.sources import Sample
+from deepseek_compress.calibration.tokens import by_share
 from deepseek_compress.distillation.losses import Target
 from deepseek_compress.errors import DscError
 from deepseek_compress.models.runtime import Model
@@ -38,18 +39,17 @@ class Trace(NamedTuple):
     top_log_probs: Tensor  # float16 (T - 1, k)
 
 
-def read_documents(sources: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> list[Document]:
-    """The first `count` documents of all sources in turn, cut to `length` tokens; fewer is an error."""
+def read_documents(sources: Sequence[Source], tokenizer: Tokenizer, count: int, length: int) -> list[Document]:
+    """The first `count` documents of all sources, in turn or by share, cut to `length` tokens; fewer is an error."""
     found: list[Document] = []
-    for sample in interleave([read_samples(source) for source in sources]):
-        ids = document_ids(sample, tokenizer)
+    for _, sample, ids in by_share(sources, tokenizer):
         for start in range(0, len(ids), length):
             piece = ids[start : start + length]
             if len(piece) > 1:
                 found.append(Document(piece, 0 if start else min(_prompt(sample, ids, tokenizer), len(piece))))
         if len(found) >= count:
             return found[:count]
-    what = f"{', '.join(map(str, sources))}: {len(found)} documents of training text, {count} asked for"
+    what = f"{', '.join(source.path for source in sources)}: {len(found)} documents of training text, {count} asked for"
     raise DscError(what, f"give more text, or set distill.documents: {len(found)}")
 
 

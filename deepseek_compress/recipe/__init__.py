@@ -1,5 +1,5 @@
 """Recipes: YAML text -> validated stages; every mistake carries the line it stands on."""
 
-from deepseek_compress.recipe.schema import Calibration, Changes, Recipe, Step, parse_recipe, read_recipe
+from deepseek_compress.recipe.schema import Changes, Recipe, Step, parse_recipe, read_recipe
 
-__all__ = ["Calibration", "Changes", "Recipe", "Step", "parse_recipe", "read_recipe"]
+__all__ = ["Changes", "Recipe", "Step", "parse_recipe", "read_recipe"]

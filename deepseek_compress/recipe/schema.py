@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from deepseek_compress import resources, stages
+from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.recipe import document as yaml_text
 from deepseek_compress.recipe.document import Document
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STEP_KEYS = ("name", "from")
-
-
-class Calibration(BaseModel, frozen=True, extra="forbid"):
-    """The text that statistics are taken from: `builtin`, or files of the user's."""
-
-    sources: tuple[str, ...] = Field(default=("builtin",), min_length=1)
-    samples: int = Field(default=64, gt=0)
-    length: int = Field(default=512, gt=1)  # tokens in a sample
 
 
 class _Top(BaseModel, frozen=True, extra="forbid"):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from deepseek_compress import machine
+from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.costs import Memory, Rates, Work
 from deepseek_compress.errors import DscError
@@ -44,6 +45,11 @@ class Context:
     outputs: Mapping[str, Path] = field(default_factory=dict)  # name -> path of earlier outputs; "model" is the input
     progress: Callable[[int, int, str], None] = _silent  # (done, total, note)
     tell: Callable[[str], None] = print  # one line: what was decided, and from where
+
+    @property
+    def text(self) -> Calibration:
+        """What the recipe says about calibration text."""
+        return Calibration.model_validate(self.calibration)
 
 
 @dataclass(frozen=True)

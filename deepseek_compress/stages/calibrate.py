@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.calibration.tokens import calibration_tokens
+from deepseek_compress.calibration.tokens import facts as text_facts
+from deepseek_compress.calibration.tokens import read_windows
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.costs import Memory, Work
@@ -63,9 +64,8 @@ class Calibrate(Stage, frozen=True):
         """Write `calibration.json`."""
         family = family_of(source.config)
         cfg = family.parse(source.config)
-        wanted = context.calibration
-        tokenizer = load_tokenizer(source.path)
-        tokens = calibration_tokens(wanted["sources"], tokenizer, wanted["samples"], wanted["length"])
+        text = read_windows(context.text, load_tokenizer(source.path))
+        tokens = text.tokens
         hidden = family.embed(cfg, source.read("model.embed_tokens.weight"), tokens)
         blocks = []
         for layer in range(cfg.num_hidden_layers):
@@ -78,7 +78,7 @@ class Calibrate(Stage, frozen=True):
             source=source,
             recipe=context.recipe_text,
             seed=context.seed,
-            extra={"calibration": wanted},
+            extra={"calibration": text_facts(context.text, text)},
         )
         path = context.out / FILE
         write_json(path, {"schema": 1, "tokens": tokens.numel(), "blocks": blocks})

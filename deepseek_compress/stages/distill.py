@@ -118,7 +118,7 @@ class Distill(Stage, frozen=True):
 
     def _documents(self, source: Checkpoint, cfg: ModelConfig, context: Context) -> list[Document]:
         tokenizer = load_tokenizer(source.path)
-        documents = read_documents(list(context.calibration["sources"]), tokenizer, self.documents, self.length)
+        documents = read_documents(context.text.sources, tokenizer, self.documents, self.length)
         largest = max(max(document.ids) for document in documents)
         if largest >= cfg.vocab_size:
             what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"

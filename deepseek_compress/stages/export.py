@@ -93,12 +93,14 @@ class Export(Stage, frozen=True, extra="forbid"):
 
     def _prompts(self, source: Checkpoint, context: Context) -> list[list[int]]:
         """Calibration tokens to verify with; none where the model has no tokenizer or there is no text."""
-        from deepseek_compress.calibration.tokens import calibration_tokens
+        from deepseek_compress.calibration.tokens import read_windows
         from deepseek_compress.models.tokenizer import load_tokenizer
 
-        sources = context.calibration.get("sources") or ["builtin"]
+        if not self.samples:
+            return []
+        wanted = context.text.model_copy(update={"samples": self.samples, "length": VERIFIED_TOKENS})
         try:
-            tokens = calibration_tokens(sources, load_tokenizer(source.path), self.samples, VERIFIED_TOKENS)
+            tokens = read_windows(wanted, load_tokenizer(source.path)).tokens
         except DscError as error:
             context.tell(f"verified with random tokens only: {error.what}")
             return []

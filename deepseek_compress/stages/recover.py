@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import Field
 
 from deepseek_compress import provenance
-from deepseek_compress.calibration.tokens import calibration_tokens
+from deepseek_compress.calibration.tokens import facts as text_facts
+from deepseek_compress.calibration.tokens import read_windows
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
 from deepseek_compress.costs import Memory, Work
 from deepseek_compress.distillation.recovery import recover
@@ -62,10 +63,8 @@ class Recover(Stage, frozen=True):
             raise DscError(f"{self.reference!r} is no earlier output", f"valid names: {', '.join(context.outputs)}")
         family = family_of(source.config)
         cfg = family.parse(source.config)
-        calibration = context.calibration
-        tokenizer = load_tokenizer(source.path)
-        samples = self.samples or calibration["samples"]
-        tokens = calibration_tokens(list(calibration["sources"]), tokenizer, samples, calibration["length"])
+        wanted = context.text.model_copy(update={"samples": self.samples or context.text.samples})
+        text = read_windows(wanted, load_tokenizer(source.path))
         teacher = Model.load(context.outputs[self.reference])
         loaded = Model.load(source)
         student = Model(family, cfg, loaded.weights)  # without the activation scheme: rounding has no gradient
@@ -77,7 +76,7 @@ class Recover(Stage, frozen=True):
             student,
             packed,
             norms,
-            tokens,
+            text.tokens,
             passes=self.passes,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
@@ -98,7 +97,7 @@ class Recover(Stage, frozen=True):
                 seed=context.seed,
                 knobs=self.model_dump(mode="json"),
                 inputs=self._inputs(context.outputs[self.reference]),
-                extra={"facts": facts},
+                extra={"calibration": text_facts(wanted, text), "facts": facts},
             )
             notes = writer.finish({}, manifest, source.config["quantization_config"]["ignore"])
         return Output("checkpoint", context.out, {**facts, "notes": notes})

@@ -184,5 +184,5 @@ def test_what_a_chat_template_refuses_is_named(tmp_path: Path, tiny_llama: Path)
     tokenizer = load_tokenizer(tmp_path)
     file = lines(tmp_path / "a.jsonl", {"messages": [{"role": "assistant", "content": "x"}]})
     with pytest.raises(DscError, match="user first") as caught:
-        calibration_tokens([file], tokenizer, 1, 1)
+        calibration_tokens([file], tokenizer, 1, 2)
     assert str(caught.value).startswith(f"{file}:1: the chat template")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.distillation import resume as resuming
 from deepseek_compress.distillation.losses import Target, distillation_loss, topk_divergence
@@ -65,7 +66,7 @@ def test_divergence_with_a_bucket_by_hand() -> None:
 
 
 def test_prompts_weigh_less_and_padding_nothing(tiny_v3: Path, text: Path) -> None:
-    documents = read_documents([str(text)], load_tokenizer(tiny_v3), 6, 512)
+    documents = read_documents([Source(path=str(text))], load_tokenizer(tiny_v3), 6, 512)
     model = Model.load(tiny_v3)
     traces = record(model, documents, 8, 0.25, silent)
     for document, trace in zip(documents, traces, strict=True):
@@ -82,7 +83,7 @@ def test_prompts_weigh_less_and_padding_nothing(tiny_v3: Path, text: Path) -> No
 
 def test_too_little_text_is_said(tiny_v3: Path, text: Path) -> None:
     with pytest.raises(DscError, match=r"40 documents of training text, 41 asked for; .*documents: 40"):
-        read_documents([str(text)], load_tokenizer(tiny_v3), 41, 512)
+        read_documents([Source(path=str(text))], load_tokenizer(tiny_v3), 41, 512)
 
 
 def test_batches_hold_every_document_once_within_their_size() -> None:
@@ -131,7 +132,8 @@ def test_training_brings_a_sparse_student_nearer_and_keeps_its_zeros(tiny_v3_bf1
         student.weights[name].copy_(Magnitude()(student.weights[name], Statistics()))
     masks = masks_of(student.weights, names)
     assert set(masks) == set(names)
-    traces = record(teacher, read_documents([str(text)], load_tokenizer(tiny_v3_bf16), 24, 512), 16, 1.0, silent)
+    documents = read_documents([Source(path=str(text))], load_tokenizer(tiny_v3_bf16), 24, 512)
+    traces = record(teacher, documents, 16, 1.0, silent)
     losses = train(student, traces, Schedule(12, 800, 2e-3, 1.0, 0.0, 0), masks, silent)
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     for name in names:

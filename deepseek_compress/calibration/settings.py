@@ -1,0 +1,47 @@
+"""What a recipe says about calibration text: where it comes from, in which shares, how much of it, which of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, field_validator, model_serializer, model_validator
+
+from deepseek_compress.calibration.sources import BUILTIN
+
+
+class Source(BaseModel, frozen=True, extra="forbid"):
+    """A file or directory, or `builtin`; a plain string is one without a share."""
+
+    path: str = Field(min_length=1)
+    share: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # of the tokens; of the sum of all
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return self.path if self.share is None else {"path": self.path, "share": self.share}
+
+    @property
+    def name(self) -> str:
+        """Without directories: what is written about it is the same wherever the file lies."""
+        return self.path if self.path == BUILTIN else Path(self.path).name
+
+
+class Calibration(BaseModel, frozen=True, extra="forbid"):
+    """The text that statistics are taken from: `builtin`, or files of the user's."""
+
+    sources: tuple[Source, ...] = Field(default=(Source(path=BUILTIN),), min_length=1)
+    samples: int = Field(default=64, gt=0)
+    length: int = Field(default=512, gt=1)  # tokens in a sample
+
+    @field_validator("sources")
+    @classmethod
+    def _all_or_none(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
+        without = [source.path for source in value if source.share is None]
+        if without and len(without) < len(value):
+            raise ValueError(f"{', '.join(without)}: no share, though others have one; give all of them one, or none")
+        return value
