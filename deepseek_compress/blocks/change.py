@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.blocks.job import Solved
-from deepseek_compress.blocks.selection import Selection, one_scale_a_row
+from deepseek_compress.blocks.selection import Selection
 from deepseek_compress.models import Family, Linear
 from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.rtn import Rtn
@@ -38,38 +38,43 @@ class LinearChange:
         """Whether this linear changes; with activations alone, none does."""
         return bool(self.sparsity or self.weights) and self.selection.wants(self.family, layer, linear)
 
-    def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+    def solve(self, layer: int, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
         """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
         fallback = bool(self.needs) and statistics.hessian is None and statistics.input_absmax is None
-        sparsity, weights = self.parts(group[0][0].columns, fallback)
-        values = [weight for _, weight in group]
+        values, sparsity = [weight for _, weight in group], self._sparsifier(fallback)
         if sparsity is not None:
-            prepared = sparsity.prepare(statistics)
-            values = [sparsity(weight, prepared) for weight in values]
-            del prepared  # its factor is as large as the Hessian
-        stored: list[Tensor | Quantized]
-        if weights is not None:
-            prepared = weights.prepare(statistics)
-            stored = [weights(weight, prepared) for weight in values]
-        else:
-            stored = [weight.to(torch.bfloat16) for weight in values]
-        methods = [type(part).__name__.lower() for part in (sparsity, weights) if part is not None]
-        facts = {"method": "+".join(methods), "tokens": statistics.tokens, "fallback": fallback}
-        pairs = zip(group, stored, strict=True)
-        return [Solved(new, {**facts, **measure(weight, new, statistics)}) for (_, weight), new in pairs]
+            masked = sparsity.prepare(statistics)
+            values = [sparsity(weight, masked) for weight in values]
+            del masked  # its factor is as large as the Hessian
+        quantizers = [self.quantizer(layer, linear, fallback) for linear, _ in group]
+        prepared = {its: its.prepare(statistics) for its in dict.fromkeys(quantizers) if its is not None}
+        stored = [
+            weight.to(torch.bfloat16) if its is None else its(weight, prepared[its])
+            for weight, its in zip(values, quantizers, strict=True)
+        ]
+        methods = [
+            "+".join(type(part).__name__.lower() for part in (sparsity, its) if part is not None) for its in quantizers
+        ]
+        facts = {"tokens": statistics.tokens, "fallback": fallback}
+        return [
+            Solved(new, {"method": method, **facts, **measure(weight, new, statistics)})
+            for (_, weight), new, method in zip(group, stored, methods, strict=True)
+        ]
 
-    def parts(self, columns: int, fallback: bool) -> tuple[Sparsifier | None, WeightQuantizer | None]:
-        """What is done to a linear of so many `columns`; `fallback`: without the statistics it needs."""
-        sparsity, weights = self.sparsity, self.weights
-        if weights is not None:
-            row = one_scale_a_row(weights)
-            size = columns if row else self.selection.group_size
-            weights = weights.model_copy(update={"group_size": size})
-            if fallback and weights.needs:
-                weights = Rtn(num_bits=weights.num_bits, group_size=size, symmetric=weights.symmetric)
-        if sparsity is not None and fallback and sparsity.needs:
-            sparsity = Magnitude(pattern=sparsity.pattern)
-        return sparsity, weights
+    def quantizer(self, layer: int, linear: Linear, fallback: bool) -> WeightQuantizer | None:
+        """How a linear that changes is quantised; `fallback`: without the statistics that takes."""
+        if self.weights is None:
+            return None
+        name = f"{self.family.prefix(layer)}.{linear.name}"
+        found = self.selection.quantizer(name, linear.columns, self.weights)
+        if fallback and found.needs:
+            return Rtn(num_bits=found.num_bits, group_size=found.group_size, symmetric=found.symmetric)
+        return found
+
+    def _sparsifier(self, fallback: bool) -> Sparsifier | None:
+        if self.sparsity is not None and fallback and self.sparsity.needs:
+            return Magnitude(pattern=self.sparsity.pattern)
+        return self.sparsity
 
 
 def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) -> dict[str, Any]:

@@ -48,14 +48,18 @@ def expect(
     """For calibration with `samples` of `length` tokens; no samples: no block is run."""
     tensors = {name: _stored16(info) for name, info in header.tensors.items()}
     changed: list[str] = []
+    quick: list[str] = []  # those that a data-free run packs in one pass
     costs = [_Block(0, 0, 0, Work(), Work())]
     for layer in range(cfg.num_hidden_layers):
         linears = family.linears(cfg, layer)
         wanted = [linear for linear in linears if change.wants(layer, linear)]
         for linear in wanted:
             name = f"{family.prefix(layer)}.{linear.name}.weight"
-            if change.weights is not None:
-                tensors[name] = _packed(tensors[name], change.weights, change.selection.group_size)
+            weights = change.quantizer(layer, linear, fallback=not samples)
+            if weights is not None:
+                tensors[name] = packed(tensors[name], weights)
+            if isinstance(weights, Rtn) and weights.num_bits == 4 and change.sparsity is None:
+                quick.append(name)
             changed.append(name)
         if samples:
             costs.append(calibrated_cost(cfg, linears, wanted, samples, length, "drift" in change.needs))
@@ -65,12 +69,11 @@ def expect(
         alone, beside, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "beside", "task"))
         memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
     else:
-        memory = Memory(0, 0, _largest(header, changed, change.weights))
-        fast = isinstance(change.weights, Rtn) and change.weights.num_bits == 4 and change.sparsity is None
-        weights = sum(header.tensors[name].elements for name in changed)
+        memory = Memory(0, 0, _largest(header, changed, quick))
         copied = sum(info.bytes for info in header.tensors.values()) - sum(header.tensors[n].bytes for n in changed)
-        packed = weights if fast else 20 * weights  # decoded and solved in torch, by experience
-        costs.append(_Block(0, 0, 0, Work(), Work(packed=packed + copied / 2)))
+        fast, all_ = (sum(header.tensors[name].elements for name in names) for names in (quick, changed))
+        slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience
+        costs.append(_Block(0, 0, 0, Work(), Work(packed=fast + slow + copied / 2)))
     return Expected(
         out, len(changed), out.bytes, memory, _sum(cost.work for cost in costs), _sum(cost.tasks for cost in costs)
     )
@@ -98,9 +101,10 @@ def _stored16(info: TensorInfo) -> TensorInfo:
     return dataclasses.replace(info, encoding="plain", dtype=torch.bfloat16, parts={"weight": place})
 
 
-def _packed(info: TensorInfo, weights: WeightQuantizer, group_size: int | None) -> TensorInfo:
+def packed(info: TensorInfo, weights: WeightQuantizer) -> TensorInfo:
+    """The weight `info` as `weights`, with their group size, would store it."""
     rows, columns = info.shape
-    groups = columns // group_size if group_size else 1
+    groups = columns // weights.group_size if weights.group_size else 1
     file = next(iter(info.parts.values())).file
     words = rows * -(-columns * weights.num_bits // 32)
     sizes = {"weight_packed": (words, torch.int32), "weight_scale": (rows * groups, torch.bfloat16)}
@@ -111,13 +115,12 @@ def _packed(info: TensorInfo, weights: WeightQuantizer, group_size: int | None) 
     return dataclasses.replace(info, encoding="packed", dtype=torch.int32, parts=parts)
 
 
-def _largest(header: Header, changed: Collection[str], weights: WeightQuantizer | None) -> int:
+def _largest(header: Header, changed: Collection[str], quick: Collection[str]) -> int:
     """Bytes that the largest tensor takes in a data-free task, with the shard that waits to be written."""
-    kernel = isinstance(weights, Rtn) and weights.num_bits == 4
-    found = [0]
+    kernel, solved, found = set(quick), set(changed), [0]
     for name, info in header.tensors.items():
-        if name in changed:
-            found.append(info.bytes + info.elements if kernel else 4 * (COPIES + 1) * info.elements)
+        if name in solved:
+            found.append(info.bytes + info.elements if name in kernel else 4 * (COPIES + 1) * info.elements)
         elif info.encoding == "fp8_block":
             found.append(info.bytes + 2 * info.elements)
     return WAITING + max(found)

@@ -48,7 +48,7 @@ class Change(Protocol):
         """Whether this linear changes."""
         ...
 
-    def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+    def solve(self, layer: int, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
         """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
         ...
 
@@ -159,7 +159,7 @@ class Block:
         if statistics.tokens < self.job.change.min_tokens:
             statistics = Statistics(tokens=statistics.tokens)
         pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
-        for (linear, _), solved in zip(pairs, self.job.change.solve(pairs, statistics), strict=True):
+        for (linear, _), solved in zip(pairs, self.job.change.solve(self.layer, pairs, statistics), strict=True):
             name = self.prefix + linear.name + ".weight"
             self.store(name, parts_of(name, solved.stored, self.job.scheme is not None))
             loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()

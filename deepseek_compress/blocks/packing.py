@@ -31,8 +31,8 @@ def rounding(job: Job, layer: int, linear: Linear) -> Rtn | None:
     encoding = _info(job, layer, linear).encoding
     if not isinstance(change, LinearChange) or encoding not in ("plain", "fp8_block", "mxfp4"):
         return None
-    sparsity, weights = change.parts(linear.columns, fallback=bool(change.needs))
-    if sparsity is not None or not isinstance(weights, Rtn):
+    weights = change.quantizer(layer, linear, fallback=bool(change.needs))
+    if change.sparsity is not None or not isinstance(weights, Rtn):
         return None
     return weights if weights.num_bits == 4 and not weights.mse and weights.group_size else None
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from deepseek_compress.blocks import overrides as own_schemes
+from deepseek_compress.blocks.overrides import Override
+from deepseek_compress.blocks.units import units
 from deepseek_compress.checkpoint import Header
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, Linear, ModelConfig, Role
@@ -18,15 +21,24 @@ PROVIDED = frozenset({"hessian", "input_absmax", "input_absmean", "drift"})  # s
 
 @dataclass(frozen=True)
 class Selection:
-    """The linears of `roles` change, but those whose name is in `left`."""
+    """The linears of `roles` change, but those whose name is in `left` or that an override keeps."""
 
     roles: frozenset[Role]
-    group_size: int | None  # None: one scale a row
+    group_size: int | None  # of weights that say none themselves; None: one scale a row
     left: frozenset[str] = frozenset()  # modules that stay 16-bit because they don't fit, by checkpoint name
+    own: Mapping[str, WeightQuantizer | None] = field(default_factory=dict)  # by overrides; None: stays 16-bit
 
     def wants(self, family: Family, layer: int, linear: Linear) -> bool:
         """Whether this linear changes."""
-        return linear.role in self.roles and f"{family.prefix(layer)}.{linear.name}" not in self.left
+        name = f"{family.prefix(layer)}.{linear.name}"
+        kept = name in self.left or (name in self.own and self.own[name] is None)
+        return linear.role in self.roles and not kept
+
+    def quantizer(self, name: str, columns: int, weights: WeightQuantizer) -> WeightQuantizer:
+        """How the module `name` of so many columns is quantised in a recipe with `weights`; it must change."""
+        found = self.own.get(name) or weights
+        size = columns if one_scale_a_row(found) else found.group_size or self.group_size
+        return found.model_copy(update={"group_size": size})
 
 
 def all_linears(family: Family, cfg: ModelConfig, roles: Collection[Role]) -> Iterator[tuple[str, Linear]]:
@@ -47,22 +59,29 @@ def select(
     cfg: ModelConfig,
     roles: Collection[Role],
     weights: WeightQuantizer | None,
+    overrides: Sequence[Override] = (),
 ) -> Selection:
     """What changes. Without a group size given: the largest of 128, 64, 32 that leaves at most 1 % in 16 bits."""
     wanted = frozenset(roles)
-    if weights is None or one_scale_a_row(weights):
+    if weights is None:
         return Selection(wanted, None)
-    if weights.group_size is not None:
-        return Selection(wanted, weights.group_size)
-    found = list(all_linears(family, cfg, wanted))
+    linears = dict(all_linears(family, cfg, wanted))
+    own = own_schemes.assigned(overrides, linears, weights)
+    found = [item for item in linears.items() if _leaves_size_open(own.get(item[0], weights))]
+    if not found:
+        return Selection(wanted, weights.group_size, own=own)
     total = sum(linear.rows * linear.columns for _, linear in found)
     left: list[tuple[str, Linear]] = found
     for size in GROUP_SIZES:
         left = [item for item in found if item[1].columns % size]
         if sum(linear.rows * linear.columns for _, linear in left) <= LEFT_AT_MOST * total:
-            return Selection(wanted, size, frozenset(name for name, _ in left))
+            return Selection(wanted, size, frozenset(name for name, _ in left), own)
     names = ", ".join(dict.fromkeys(f"{linear.columns} columns ({name})" for name, linear in left[:3]))
     raise DscError(f"no group size of {', '.join(map(str, GROUP_SIZES))} fits: {names}", "set weights' group_size")
+
+
+def _leaves_size_open(weights: WeightQuantizer | None) -> bool:
+    return weights is not None and weights.group_size is None and not one_scale_a_row(weights)
 
 
 def problems(
@@ -72,6 +91,7 @@ def problems(
     roles: Collection[Role],
     weights: WeightQuantizer | None,
     sparsity: Sparsifier | None,
+    overrides: Sequence[Override] = (),
 ) -> list[DscError]:
     """Everything that cannot work, from shapes alone."""
     found: list[DscError] = []
@@ -79,17 +99,11 @@ def problems(
         missing = sorted((part.needs if part else frozenset()) - PROVIDED)
         if missing:
             found.append(DscError(f"{type(part).__name__.lower()} needs {', '.join(missing)}", "choose another method"))
-    if weights is not None and weights.group_size is None:
-        try:
-            select(family, cfg, roles, weights)
-        except DscError as error:
-            found.append(error)
+    if overrides:
+        found += own_schemes.problems(overrides, units(family, cfg, roles), weights)
     linears = list(all_linears(family, cfg, roles))
-    if weights is not None and weights.group_size is not None:
-        fits = next((size for size in (128, 64, 32, 16) if all(x.columns % size == 0 for _, x in linears)), None)
-        found += _unfit(
-            linears, weights.group_size, "groups of {}", f"set group_size: {fits}" if fits else "leave it out"
-        )
+    if weights is not None:
+        found += _sizes(family, cfg, linears, roles, weights, overrides)
     if sparsity is not None:
         found += _unfit(linears, 4, "groups of {} for the pattern 2:4", "keep this role dense")
     packed = [name for name, _ in linears if header.tensors[name + ".weight"].encoding == "packed"]
@@ -98,6 +112,30 @@ def problems(
             DscError(f"{packed[0]} and {len(packed) - 1} more are packed already", "start from the 16-bit model")
         )
     return found
+
+
+def _sizes(
+    family: Family,
+    cfg: ModelConfig,
+    linears: list[tuple[str, Linear]],
+    roles: Collection[Role],
+    weights: WeightQuantizer,
+    overrides: Sequence[Override],
+) -> Iterator[DscError]:
+    """Group sizes that do not divide the columns they are given for, and where none fits."""
+    try:
+        own = select(family, cfg, roles, weights, overrides).own
+    except DscError as error:
+        yield error
+        return
+    by_size: dict[int, list[tuple[str, Linear]]] = {}
+    for name, linear in linears:
+        given = own.get(name, weights)
+        if given is not None and given.group_size is not None:
+            by_size.setdefault(given.group_size, []).append((name, linear))
+    for size, chosen in by_size.items():
+        fits = next((n for n in (128, 64, 32, 16) if all(x.columns % n == 0 for _, x in chosen)), None)
+        yield from _unfit(chosen, size, "groups of {}", f"set group_size: {fits}" if fits else "leave it out")
 
 
 def _unfit(linears: list[tuple[str, Linear]], size: int, what: str, fix: str) -> list[DscError]:

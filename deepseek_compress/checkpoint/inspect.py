@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from deepseek_compress.checkpoint.files import hash_file
+from deepseek_compress.checkpoint.formats import packed
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.reader import Checkpoint
 from deepseek_compress.errors import DscError
@@ -19,12 +20,14 @@ def summarize(
     """From headers alone, unless `sparsity` asks to count zeros (reads every matrix).
 
     {"path", "model_type", "tensors", "parameters", "bytes", "bits_per_weight", "shards", "activations", "lineage",
-     "roles": [{"role", "encoding", "dtype", "tensors", "parameters", "bytes", "bits_per_weight", "sparsity"}]};
-    parameters count unpacked elements without scales, sparsity is a fraction or None.
+     "roles": [{"role", "encoding", "num_bits", "dtype", "tensors", "parameters", "bytes", "bits_per_weight",
+                "sparsity"}]};
+    num_bits is that of packed codes, 0 elsewhere; parameters count unpacked elements without scales, sparsity is a
+    fraction or None.
     """
-    groups: dict[tuple[str, str, str], list[TensorInfo]] = {}
+    groups: dict[_Key, list[TensorInfo]] = {}
     for name, info in checkpoint.header.tensors.items():
-        key = (str(role(name)), info.encoding, str(info.dtype).removeprefix("torch."))
+        key = _Key(str(role(name)), info.encoding, _num_bits(info), str(info.dtype).removeprefix("torch."))
         groups.setdefault(key, []).append(info)
     rows = [_row(key, infos, checkpoint if sparsity else None) for key, infos in sorted(groups.items())]
     parameters = sum(row["parameters"] for row in rows)
@@ -53,13 +56,27 @@ def verify_hashes(checkpoint: Checkpoint) -> Iterator[DscError]:
             yield DscError(f"{path}: not the bytes that were written", "make the checkpoint again")
 
 
-def _row(key: tuple[str, str, str], infos: list[TensorInfo], checkpoint: Checkpoint | None) -> dict[str, Any]:
+class _Key(NamedTuple):
+    """What the tensors of a row have in common."""
+
+    role: str
+    encoding: str
+    num_bits: int
+    dtype: str
+
+
+def _num_bits(info: TensorInfo) -> int:
+    codes = info.parts.get("weight_packed")
+    if info.encoding != "packed":
+        return 0
+    return 8 if codes is None else packed.bits_of(info.name, codes.shape[1], info.shape[1])
+
+
+def _row(key: _Key, infos: list[TensorInfo], checkpoint: Checkpoint | None) -> dict[str, Any]:
     parameters = sum(info.elements for info in infos)
     size = sum(info.bytes for info in infos)
     return {
-        "role": key[0],
-        "encoding": key[1],
-        "dtype": key[2],
+        **key._asdict(),
         "tensors": len(infos),
         "parameters": parameters,
         "bytes": size,

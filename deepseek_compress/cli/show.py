@@ -155,6 +155,8 @@ def _role(row: Mapping[str, Any]) -> tuple[Any, ...]:
     bits = None if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
     size = console.size(row["bytes"])
     stored = row["dtype"] if row["encoding"] == "plain" else row["encoding"]
+    if row["num_bits"]:
+        stored = f"{row['num_bits']} bits, {stored}"
     return row["role"], stored, row["tensors"], f"{row['parameters']:,}", size, bits, zeros
 
 

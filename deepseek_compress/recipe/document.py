@@ -46,6 +46,10 @@ class Document:
         """The path below `place` whose key or value `message` names; `place` itself when none does."""
         words = re.findall(r"'([^']*)'", message) + [dots.split(".")[-1] for dots in re.findall(r"([\w.]+):", message)]
         below = [path for path in self._lines if path[: len(place)] == tuple(place) and len(path) > len(place)]
+        for dots in re.findall(r"([\w.]+):", message):
+            for path in reversed(below):  # the innermost that is named by all its keys
+                if f"{dots}.".startswith(".".join(str(part) for part in path[len(place) :]) + "."):
+                    return path
         for word in words:
             for path in below:
                 if path[-1] == word or self._value(path) == word:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -18,8 +19,8 @@ from deepseek_compress import provenance
 from deepseek_compress.blocks import Job, claim, clean, run_blocks, selection, summary
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
-from deepseek_compress.calibration.tokens import Windows, read_windows
-from deepseek_compress.calibration.tokens import facts as text_facts
+from deepseek_compress.blocks.overrides import Override, build_all, counted
+from deepseek_compress.calibration.tokens import calibration_tokens
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
 from deepseek_compress.costs import Memory
 from deepseek_compress.errors import DscError
@@ -48,6 +49,7 @@ class Compress(Stage, frozen=True):
     sparsity: Annotated[SerializeAsAny[Sparsifier] | None, _picked(SPARSITY, "sparsity")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
     activations: Annotated[SerializeAsAny[BaseModel] | None, _picked(ACTIVATIONS, "activations")] = None
+    overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
     requantize: bool = False  # change experts that are published in MXFP4 too: few bits to gain, accuracy to lose
@@ -79,9 +81,8 @@ class Compress(Stage, frozen=True):
         found = family.problems(header)
         if found:
             return found
-        return selection.problems(
-            family, family.parse(header.config), header, self._changed(header), self.weights, self.sparsity
-        )
+        cfg, roles = family.parse(header.config), self._changed(header)
+        return selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
@@ -107,8 +108,7 @@ class Compress(Stage, frozen=True):
         decisions = self._decisions(source, family, cfg, change)
         for line in decisions:
             context.tell(line)
-        text = _text(source, cfg, context) if change.needs else None
-        tokens = None if text is None else text.tokens
+        tokens = _tokens(source, cfg, context) if change.needs else None
         memory, workers = self._share(source, tokens, context)
         work = context.out / WORK
         claim(context.out, work, self._identity(source, tokens))
@@ -121,7 +121,7 @@ class Compress(Stage, frozen=True):
             blocks, hashes = run_blocks(job, writer, pool, tokens, context.progress)
             facts = {**summary.summarize(blocks), "decisions": decisions}
             summary.write(context.out, blocks)
-            manifest = self._manifest(source, context, text, facts, hashes)
+            manifest = self._manifest(source, context, facts, hashes)
             notes = writer.finish(self._config_changes(source, family, cfg), manifest, _ignore(cfg))
         clean(job)
         for line in notes:
@@ -139,7 +139,7 @@ class Compress(Stage, frozen=True):
         return forecast.memory, workers
 
     def _change(self, family: Family, cfg: ModelConfig, header: Header) -> LinearChange:
-        chosen = selection.select(family, cfg, self._changed(header), self.weights)
+        chosen = selection.select(family, cfg, self._changed(header), self.weights, self.overrides)
         return LinearChange(family, chosen, self.sparsity, self.weights, self.min_tokens)
 
     def _input_scheme(self) -> InputScheme | None:
@@ -154,6 +154,7 @@ class Compress(Stage, frozen=True):
         if self.weights is not None and self.weights.group_size is None:
             size = "one scale a row" if chosen.group_size is None else f"group_size {chosen.group_size}"
             lines.append(f"{size} (chosen: the largest that fits)")
+        lines += counted(chosen.own)
         if chosen.left:
             lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
         if _mxfp4(source.header) and not self.requantize and (self.weights or self.sparsity):
@@ -176,12 +177,7 @@ class Compress(Stage, frozen=True):
         }
 
     def _manifest(
-        self,
-        source: Checkpoint,
-        context: Context,
-        text: Windows | None,
-        facts: Mapping[str, Any],
-        hashes: Mapping[str, str],
+        self, source: Checkpoint, context: Context, facts: Mapping[str, Any], hashes: Mapping[str, str]
     ) -> dict[str, Any]:
         return provenance.build_manifest(
             stage="compress",
@@ -190,7 +186,7 @@ class Compress(Stage, frozen=True):
             seed=context.seed,
             knobs=self.model_dump(mode="json"),
             hashes=hashes,
-            extra={"calibration": text and text_facts(context.text, text), "facts": dict(facts)},
+            extra={"calibration": _plain(context.calibration), "facts": dict(facts)},
         )
 
     def _config_changes(self, source: Checkpoint, family: Family, cfg: ModelConfig) -> dict[str, Any]:
@@ -200,17 +196,25 @@ class Compress(Stage, frozen=True):
         return {"num_nextn_predict_layers": 0} if cfg.num_nextn_predict_layers and not stays else {}
 
 
-def _text(source: Checkpoint, cfg: ModelConfig, context: Context) -> Windows:
-    text = read_windows(context.text, load_tokenizer(source.path))
-    largest = int(text.tokens.max())
+def _tokens(source: Checkpoint, cfg: ModelConfig, context: Context) -> Tensor:
+    wanted = context.calibration
+    tokenizer = load_tokenizer(source.path)
+    tokens = calibration_tokens(list(wanted["sources"]), tokenizer, wanted["samples"], wanted["length"])
+    largest = int(tokens.max())
     if largest >= cfg.vocab_size:
         what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"
         raise DscError(what, "check that tokenizer and model belong together")
-    return text
+    return tokens
 
 
 def _mxfp4(header: Header) -> bool:
     return any(info.encoding == "mxfp4" for info in header.tensors.values())
+
+
+def _plain(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Without directories: a manifest is the same wherever the files lie."""
+    sources = [source if source == "builtin" else Path(source).name for source in calibration.get("sources", ())]
+    return {**calibration, "sources": sources}
 
 
 def _ignore(cfg: ModelConfig) -> list[str]:

@@ -48,7 +48,7 @@ class Recording:
     def wants(self, layer: int, linear: Linear) -> bool:
         return linear.role in ROLES and not linear.name.endswith("kv_b_proj")
 
-    def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+    def solve(self, layer: int, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
         for linear, _ in group:
             self.seen[linear.name] = statistics
         return [Solved((weight * 1.03).bfloat16(), {"weights": weight.numel()}) for _, weight in group]
@@ -129,7 +129,7 @@ class _ByBlock(Recording):
         self.layer = layer
         return super().wants(layer, linear)
 
-    def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+    def solve(self, layer: int, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
         for linear, _ in group:
             self.seen[f"{self.layer}.{linear.name}"] = statistics
         return [Solved((weight * 1.03).bfloat16(), {"weights": weight.numel()}) for _, weight in group]
@@ -190,12 +190,12 @@ def test_resumed_equals_uninterrupted(tiny_v3: Path, tmp_path: Path, at: int) ->
     calls = 0
 
     class Stopping(LinearChange):
-        def solve(self, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+        def solve(self, layer: int, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
             nonlocal calls
             calls += 1
             if calls == at + 1:
                 raise Interrupted
-            return super().solve(group, statistics)
+            return super().solve(layer, group, statistics)
 
     base = gptq(tiny_v3)
     change = Stopping(base.family, base.selection, None, base.weights, base.min_tokens)

@@ -1,0 +1,53 @@
+"""What serving engines fuse, and what must therefore share one scheme: q, k and v; gate and up; q_a with kv_a; all
+experts of a layer. A linear that is fused with nothing is a unit of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from deepseek_compress.models import Family, Linear, ModelConfig, Role
+
+
+class Unit(NamedTuple):
+    """Linears of one block that must agree."""
+
+    layer: int
+    prefix: str  # of the block, "model.layers.3"
+    linears: tuple[Linear, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Its modules, by their names in the checkpoint."""
+        return [f"{self.prefix}.{linear.name}" for linear in self.linears]
+
+    @property
+    def patterns(self) -> list[str]:
+        """Shell patterns for exactly these modules: their names, or one for all experts of the layer."""
+        if self.linears[0].expert is None:
+            return self.names
+        return [".".join(self.names[0].split(".")[:-2]) + ".*"]
+
+    @property
+    def label(self) -> str:
+        """One name for all: `model.layers.3.self_attn.q_proj+k_proj+v_proj`, `model.layers.3.mlp.experts`."""
+        if self.linears[0].expert is not None:
+            return self.patterns[0].removesuffix(".*")
+        stem = self.names[0].rpartition(".")[0]
+        return f"{stem}.{'+'.join(name.rpartition('.')[2] for name in self.names)}"
+
+    @property
+    def weights(self) -> int:
+        """Elements of all its matrices."""
+        return sum(linear.rows * linear.columns for linear in self.linears)
+
+
+def units(family: Family, cfg: ModelConfig, roles: Collection[Role]) -> list[Unit]:
+    """The units of all linears of `roles`, block by block, each at the place of its first linear."""
+    found: dict[tuple[int, Role, str], list[Linear]] = {}
+    for layer in range(cfg.num_hidden_layers):
+        for linear in family.linears(cfg, layer):
+            if linear.role in roles:
+                found.setdefault((layer, linear.role, linear.fused or linear.name), []).append(linear)
+    return [Unit(key[0], family.prefix(key[0]), tuple(linears)) for key, linears in found.items()]
