@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -20,7 +19,8 @@ from deepseek_compress.blocks import Job, claim, clean, run_blocks, selection, s
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.blocks.overrides import Override, build_all, counted
-from deepseek_compress.calibration.tokens import calibration_tokens
+from deepseek_compress.calibration.tokens import Windows, read_windows
+from deepseek_compress.calibration.tokens import facts as text_facts
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
 from deepseek_compress.costs import Memory
 from deepseek_compress.errors import DscError
@@ -108,7 +108,8 @@ class Compress(Stage, frozen=True):
         decisions = self._decisions(source, family, cfg, change)
         for line in decisions:
             context.tell(line)
-        tokens = _tokens(source, cfg, context) if change.needs else None
+        text = _text(source, cfg, context) if change.needs else None
+        tokens = None if text is None else text.tokens
         memory, workers = self._share(source, tokens, context)
         work = context.out / WORK
         claim(context.out, work, self._identity(source, tokens))
@@ -121,7 +122,7 @@ class Compress(Stage, frozen=True):
             blocks, hashes = run_blocks(job, writer, pool, tokens, context.progress)
             facts = {**summary.summarize(blocks), "decisions": decisions}
             summary.write(context.out, blocks)
-            manifest = self._manifest(source, context, facts, hashes)
+            manifest = self._manifest(source, context, text, facts, hashes)
             notes = writer.finish(self._config_changes(source, family, cfg), manifest, _ignore(cfg))
         clean(job)
         for line in notes:
@@ -177,7 +178,12 @@ class Compress(Stage, frozen=True):
         }
 
     def _manifest(
-        self, source: Checkpoint, context: Context, facts: Mapping[str, Any], hashes: Mapping[str, str]
+        self,
+        source: Checkpoint,
+        context: Context,
+        text: Windows | None,
+        facts: Mapping[str, Any],
+        hashes: Mapping[str, str],
     ) -> dict[str, Any]:
         return provenance.build_manifest(
             stage="compress",
@@ -186,7 +192,7 @@ class Compress(Stage, frozen=True):
             seed=context.seed,
             knobs=self.model_dump(mode="json"),
             hashes=hashes,
-            extra={"calibration": _plain(context.calibration), "facts": dict(facts)},
+            extra={"calibration": text and text_facts(context.text, text), "facts": dict(facts)},
         )
 
     def _config_changes(self, source: Checkpoint, family: Family, cfg: ModelConfig) -> dict[str, Any]:
@@ -196,25 +202,17 @@ class Compress(Stage, frozen=True):
         return {"num_nextn_predict_layers": 0} if cfg.num_nextn_predict_layers and not stays else {}
 
 
-def _tokens(source: Checkpoint, cfg: ModelConfig, context: Context) -> Tensor:
-    wanted = context.calibration
-    tokenizer = load_tokenizer(source.path)
-    tokens = calibration_tokens(list(wanted["sources"]), tokenizer, wanted["samples"], wanted["length"])
-    largest = int(tokens.max())
+def _text(source: Checkpoint, cfg: ModelConfig, context: Context) -> Windows:
+    text = read_windows(context.text, load_tokenizer(source.path))
+    largest = int(text.tokens.max())
     if largest >= cfg.vocab_size:
         what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"
         raise DscError(what, "check that tokenizer and model belong together")
-    return tokens
+    return text
 
 
 def _mxfp4(header: Header) -> bool:
     return any(info.encoding == "mxfp4" for info in header.tensors.values())
-
-
-def _plain(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Without directories: a manifest is the same wherever the files lie."""
-    sources = [source if source == "builtin" else Path(source).name for source in calibration.get("sources", ())]
-    return {**calibration, "sources": sources}
 
 
 def _ignore(cfg: ModelConfig) -> list[str]:
