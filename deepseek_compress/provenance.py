@@ -4,10 +4,11 @@ Deterministic: no time, no host, no absolute path. What differs from run to run 
 `dsc_run.json`, which the pipeline writes.
 
     {"schema": 1, "stage", "recipe", "seed", "knobs", "source": {"name", "files": {name: {"bytes", "blake3"}}},
-     "inputs": {name: blake3}, "lineage": [{"stage", "fingerprint", ...}], "versions": {...}, "activations", "files"}
+     "inputs": {name: blake3}, "lineage": [{"stage", "fingerprint", ...}], "versions": {...}, "activations", "kv_cache",
+     "files"}
 
 `lineage` lists every stage from the published checkpoint to this output, the oldest first. The writer adds
-`activations` and `files`, the hashes of what it wrote.
+`activations`, the source's `kv_cache` where no other is given, and `files`, the hashes of what it wrote.
 """
 
 from __future__ import annotations

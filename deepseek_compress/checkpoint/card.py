@@ -8,6 +8,11 @@ from typing import Any
 
 from deepseek_compress.checkpoint.reader import Checkpoint
 
+SERVED_CACHE = (
+    "Servers choose the bits of their cache when they start: no file tells them a whole-number one (`kv_cache_scheme` "
+    "means FP8). vLLM's nearest is `--kv-cache-dtype int8_per_token_head` or `int4_per_token_head`."
+)
+
 
 def model_card(source: Checkpoint, config: Mapping[str, Any], manifest: Mapping[str, Any], body: str = "") -> str:
     """Front matter for the hub, base model, recipe, precision, `body` (metrics, say), and how to serve."""
@@ -45,6 +50,9 @@ def _precision(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[s
         lines.append(
             f"- activations: {activations.get('num_bits', 8)} bits, one scale a {activations.get('granularity')}"
         )
+    cache = manifest.get("kv_cache")
+    if cache:
+        lines.append(f"- keys and values: evaluated with {cache['num_bits']} bits, a grid a token and head")
     plain = quantization.get("ignore")
     if plain:
         lines.append(f"- kept in 16 bits: {', '.join(f'`{name}`' for name in plain[:8])}{' ...' if plain[8:] else ''}")
@@ -69,4 +77,6 @@ def _serving(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     ]
     if manifest.get("activations") and not any(inputs):
         lines.append("\nServers run it with 16-bit activations: none takes 8-bit activations with these weights.")
+    if manifest.get("kv_cache"):
+        lines.append(f"\n{SERVED_CACHE}")
     return "\n".join(lines)

@@ -19,8 +19,8 @@ def summarize(
 ) -> dict[str, Any]:
     """From headers alone, unless `sparsity` asks to count zeros (reads every matrix).
 
-    {"path", "model_type", "tensors", "parameters", "bytes", "bits_per_weight", "shards", "activations", "lineage",
-     "roles": [{"role", "encoding", "num_bits", "dtype", "tensors", "parameters", "bytes", "bits_per_weight",
+    {"path", "model_type", "tensors", "parameters", "bytes", "bits_per_weight", "shards", "activations", "kv_cache",
+     "lineage", "roles": [{"role", "encoding", "num_bits", "dtype", "tensors", "parameters", "bytes", "bits_per_weight",
                 "sparsity"}]};
     num_bits is that of packed codes, 0 elsewhere; parameters count unpacked elements without scales, sparsity is a
     fraction or None.
@@ -41,6 +41,7 @@ def summarize(
         "bits_per_weight": 8 * size / parameters if parameters else None,
         "shards": len(_shard_files(checkpoint)),
         "activations": checkpoint.activations,
+        "kv_cache": checkpoint.kv_cache,
         "lineage": (checkpoint.manifest or {}).get("lineage") or [],
         "roles": rows,
     }

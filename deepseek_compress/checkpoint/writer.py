@@ -149,8 +149,9 @@ class CheckpointWriter:
     ) -> list[str]:
         """Give the shards their names and write everything else, config.json last. Returns notes for the user.
 
-        config_changes: keys to set in config.json, None to remove one. manifest: see `provenance`. ignore: modules that
-        stay plain, names or "re:" patterns; what is missing is added. card: Markdown for the model card's middle part.
+        config_changes: keys to set in config.json, None to remove one. manifest: see `provenance`; a `kv_cache` that it
+        does not tell stays the source's. ignore: modules that stay plain, names or "re:" patterns; what is missing is
+        added. card: Markdown for the model card's middle part.
         """
         self.flush()
         if not self._ledgers:
@@ -163,7 +164,7 @@ class CheckpointWriter:
             with disk_errors(self.out / file.name):
                 shutil.copyfile(file, self.out / file.name)
         written = {name: {"bytes": shard.bytes, "blake3": shard.blake3} for name, shard in files.items()}
-        facts = {**manifest, "activations": self._activations, "files": written}
+        facts = {"kv_cache": self.source.kv_cache, **manifest, "activations": self._activations, "files": written}
         write_file(self.out / "README.md", model_card(self.source, config, facts, card).encode("utf-8"))
         write_json(self.out / MANIFEST, facts)
         _sync_directory(self.out)

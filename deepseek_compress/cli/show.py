@@ -142,6 +142,8 @@ def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
     console.table("", columns, (_role(row) for row in found["roles"]), right=columns[2:])
     if found["activations"]:
         console.line(f"activations: {_words(found['activations'])}")
+    if found["kv_cache"]:
+        console.line(f"KV cache: {_words(found['kv_cache'])}")
     lineage = " -> ".join(str(step.get("stage")) for step in found["lineage"])
     console.line(f"lineage: {lineage or 'none; dsc did not write it'}")
     console.line(f"hashes: {found['hashes']}")

@@ -130,6 +130,9 @@ def evaluate(
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of the text.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens a window.")] = None,
     problems: Annotated[int | None, typer.Option("--problems", min=0, help="Reasoning problems.")] = None,
+    kv_cache: Annotated[
+        int | None, typer.Option("--kv-cache", metavar="BITS", help="Keep MODEL's keys and values in 8 or 4 bits.")
+    ] = None,
     recipe: o.RecipeOption = "evaluate",
     settings: o.Settings = None,
     seed: o.Seed = None,
@@ -147,6 +150,7 @@ def evaluate(
         "evaluate.windows": windows,
         "evaluate.length": length,
         "evaluate.problems": problems,
+        "evaluate.kv_cache": None if kv_cache is None else {"num_bits": kv_cache},
         "seed": seed,
     }
     wanted = _recipe(recipe, model, settings, values, kind="evaluate")

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from deepseek_compress.checkpoint import Checkpoint, TensorInfo
+from deepseek_compress.numerics.kv_cache import KvRounding
 
 PROBES = 3  # matrices read to tell whether the weights are 2:4 sparse
 NAMES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
-def about(checkpoint: Checkpoint) -> str:
-    """From headers, config and manifest, and `PROBES` matrices that are read to see their zeros."""
+def about(checkpoint: Checkpoint, kv_cache: KvRounding | None = None) -> str:
+    """From headers, config and manifest, and `PROBES` matrices that are read to see their zeros.
+
+    `kv_cache`: how keys and values are stored where the model is run.
+    """
     linears = _linears(checkpoint)
     if not linears:
         return ""
@@ -30,6 +34,8 @@ def about(checkpoint: Checkpoint) -> str:
         bits, granularity = activations.get("num_bits"), activations.get("granularity")
         words = f"{bits}-bit activations" if bits else "quantised activations"
         parts.append(f"{words} per {granularity}" if granularity else words)
+    if kv_cache is not None:
+        parts.append(f"{kv_cache.num_bits}-bit KV cache{' of differences' if kv_cache.delta else ''}")
     return ", ".join(parts)
 
 

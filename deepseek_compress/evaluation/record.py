@@ -7,7 +7,7 @@ measured and forgotten. Keys of the record are stable and unknown values are Non
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,9 +22,12 @@ from deepseek_compress.evaluation.about import about
 from deepseek_compress.evaluation.divergence import Sample, Trace
 from deepseek_compress.evaluation.reasoning import Prompts
 from deepseek_compress.evaluation.statistics import Bootstrap
+from deepseek_compress.models import family_of
+from deepseek_compress.models.cache import cache_bytes, cache_problems, kv_rounding
 from deepseek_compress.models.resolve import name_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
+from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.tasks import Verdict
 
 SCHEMA = 1
@@ -45,6 +48,7 @@ class Settings:
     length: int = 512
     efficiency: bool = True
     seed: int = 0  # of the resampling
+    kv_cache: KvRounding | None = None  # of every model but the reference, instead of what its manifest says
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def evaluate(
     if reference is not None and reference not in models:
         raise DscError(f"reference {reference!r} is not among the models", f"choose one of: {', '.join(models)}")
     checkpoints = _open(everything)
+    raise_problems(_cache_problems(checkpoints, reference, settings.kv_cache))
     first = reference if reference is not None else next(iter(models))
     tokenizer = load_tokenizer(checkpoints[first].path)
     task = prepare(settings, tokenizer)
@@ -152,15 +157,27 @@ def _open(models: Mapping[str, Path]) -> dict[str, Checkpoint]:
     return found
 
 
+def _cache_problems(
+    checkpoints: Mapping[str, Checkpoint], reference: str | None, kv_cache: KvRounding | None
+) -> Iterator[DscError]:
+    """Models whose cache cannot be stored as asked for."""
+    for name, checkpoint in checkpoints.items():
+        if kv_cache is not None and name != reference:
+            yield from cache_problems(family_of(checkpoint.config).parse(checkpoint.config), kv_cache)
+
+
 def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> dict[str, Any]:
     """Everything about one model. With a folder it is the reference, and its trace is kept there."""
     run.step(f"{name}: reading")
     row: dict[str, Any] = {"name": name, "path": name_of(checkpoint.path), **efficiency.sizes(checkpoint)}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": _lineage(checkpoint)}
-    row |= {"about": about(checkpoint), "relative": {}, "families": None, "error_by_layer": None}
+    rounding = (run.settings.kv_cache if folder is None else None) or kv_rounding(checkpoint.kv_cache)
+    row |= {"about": about(checkpoint, rounding), "relative": {}, "families": None, "error_by_layer": None}
+    size = cache_bytes(family_of(checkpoint.config).parse(checkpoint.config), rounding)
+    row["kv_cache_bytes_per_token"] = None if size is None else size.stored
     row["expert_coverage"] = coverage(checkpoint.path)
     if run.task.prompts or run.task.samples:
-        model = Model.load(checkpoint)
+        model = Model.load(checkpoint, kv_cache=rounding)
         _fidelity(run, row, model, checkpoint, folder)
         _reasoning(run, row, model, checkpoint, folder is not None)
         del model

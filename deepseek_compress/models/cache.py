@@ -88,17 +88,32 @@ def kv_rounding(manifest: Mapping[str, Any] | None) -> KvRounding | None:
     return None if manifest is None else build(KvRounding, manifest, "kv_cache")
 
 
-def check_rounding(cfg: ModelConfig, rounding: KvRounding) -> None:
-    """Raise `DscError` where the model's cache cannot be rounded like that."""
+def cache_problems(cfg: ModelConfig, rounding: KvRounding) -> list[DscError]:
+    """Why the model's cache cannot be rounded like that."""
     if cfg.compressed is not None:
-        raise DscError(f"kv_cache: {cfg.model_type} keeps entries of many tokens, not rounded here", "leave it out")
-    for what, channels in _vectors(cfg):
-        if rounding.group_size and channels % rounding.group_size:
-            fits = [size for size in (128, 64, 32, 16) if all(n % size == 0 for _, n in _vectors(cfg))]
-            raise DscError(
-                f"kv_cache: {what} of {channels} channels do not divide into groups of {rounding.group_size}",
-                f"set group_size: {fits[0]}" if fits else "leave group_size out",
-            )
+        what = f"kv_cache: {cfg.model_type} keeps entries of many tokens, not rounded here"
+        return [DscError(what, "leave it out")]
+    vectors = _vectors(cfg)
+    fits = [size for size in (128, 64, 32, 16) if all(channels % size == 0 for _, channels in vectors)]
+    return [
+        DscError(
+            f"kv_cache: {what} of {channels} channels do not divide into groups of {rounding.group_size}",
+            f"set group_size: {fits[0]}" if fits else "leave group_size out",
+        )
+        for what, channels in dict.fromkeys(vectors)
+        if rounding.group_size and channels % rounding.group_size
+    ]
+
+
+def told_cache(cfg: ModelConfig, rounding: KvRounding) -> str:
+    """What the scheme saves and who keeps to it, in one line."""
+    size = cache_bytes(cfg, rounding)
+    assert size is not None
+    deltas = ", keys as differences of neighbouring tokens (an addition a value to read)" if rounding.delta else ""
+    return (
+        f"KV cache of {rounding.num_bits} bits: {size.stored:.0f} bytes a token, {size.plain} in 16 bits{deltas}; it "
+        "stands in the manifest and is evaluated, servers are told theirs at their start (see README.md of the output)"
+    )
 
 
 def _vectors(cfg: ModelConfig) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import raise_problems
 from deepseek_compress.models import family_of
 from deepseek_compress.models.activations import InputScheme, input_scheme
-from deepseek_compress.models.cache import KvCache, check_rounding, kv_rounding
+from deepseek_compress.models.cache import KvCache, cache_problems, kv_rounding
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.layers import causal_mask
@@ -37,7 +37,7 @@ class Model:
         self.family = family
         self.cfg = cfg
         if kv_cache is not None:
-            check_rounding(cfg, kv_cache)
+            raise_problems(cache_problems(cfg, kv_cache))
         self.kv_cache = kv_cache
         self.weights = weights
         self.top = ResidentWeights(weights)
@@ -47,8 +47,14 @@ class Model:
             self.blocks = [scheme.applied(family, cfg, layer, self.blocks[layer]) for layer in layers]
 
     @classmethod
-    def load(cls, source: Path | str | Checkpoint, dtype: torch.dtype = torch.float32) -> Model:
-        """Read a checkpoint whole, decoded to `dtype`; its manifest's schemes for activations and cache apply.
+    def load(
+        cls,
+        source: Path | str | Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        kv_cache: KvRounding | None = None,
+    ) -> Model:
+        """Read a checkpoint whole, decoded to `dtype`; its manifest's schemes for activations and cache apply, the
+        latter unless `kv_cache` gives another.
 
         Raises Problems with every missing, unknown or misshaped tensor.
         """
@@ -59,7 +65,8 @@ class Model:
         mtp = family.mtp_tensors(cfg)
         names = [name for name in family.tensors(cfg) if name not in mtp]
         weights = {name: checkpoint.read(name, dtype=dtype) for name in names}
-        return cls(family, cfg, weights, input_scheme(checkpoint.activations), kv_rounding(checkpoint.kv_cache))
+        kv_cache = kv_cache or kv_rounding(checkpoint.kv_cache)
+        return cls(family, cfg, weights, input_scheme(checkpoint.activations), kv_cache)
 
     def cache(self, capacity: int | None) -> KvCache:
         """An empty cache for `capacity` tokens, which stores them as the model's scheme says."""

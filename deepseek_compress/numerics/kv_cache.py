@@ -31,7 +31,7 @@ SCALE_BITS = 16
 
 
 class KvRounding(BaseModel, frozen=True, extra="forbid"):
-    """How a cache stores a token of a head."""
+    """Keys and values on 8 or 4 bits: each token and head gets grids of its own as it comes, no calibration."""
 
     paper: ClassVar[str] = (
         "Sheng et al. 2023, FlexGen (section 4, group-wise), arXiv 2303.06865; "
@@ -44,10 +44,10 @@ class KvRounding(BaseModel, frozen=True, extra="forbid"):
     def __call__(self, x: Tensor) -> Tensor:
         """`x` (..., channels), a token and head a row, as the cache gives it back, in its type."""
         size = grid.fit_group_size(x.shape[-1], self.group_size)
-        groups = x.float().unflatten(-1, (-1, size))
+        groups = x.float().reshape(*x.shape[:-1], -1, size)
         found = grid.fit(groups.amin(-1), groups.amax(-1), self.num_bits, symmetric=False)
         scale, zero = found.scale.unsqueeze(-1), found.zero_point.unsqueeze(-1)
-        return (groups / scale).round_().clamp_(-zero, found.top - zero).mul_(scale).flatten(-2).to(x.dtype)
+        return (groups / scale).round_().clamp_(-zero, found.top - zero).mul_(scale).view(x.shape).to(x.dtype)
 
     def keys(self, x: Tensor, positions: Tensor, before: Tensor | None) -> Tensor:
         """The same of rotated keys `x` (B, heads, T, channels) at `positions` (B, T) of their texts.

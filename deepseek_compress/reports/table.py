@@ -109,6 +109,8 @@ def _four(value: float) -> str:
 COLUMNS: tuple[Column, ...] = (
     Column("bytes", "Size", "sum of the safetensors files", "Size", size, _top("bytes")),
     Column("bits_per_weight", "Bits per weight", "8 × bytes / parameters", "Size", _two, _top("bits_per_weight")),
+    Column("kv_cache_bytes_per_token", "Cache a token", "keys and values of all blocks, scales included", "Size", size,
+           _top("kv_cache_bytes_per_token")),
     _column("exact_match", "Exact match", "Reasoning", percent, "share of unseen problems answered exactly"),
     Column("exact_match_ratio", "Of reference", "exact match / the reference's, same problems", "Reasoning", percent,
            lambda model: (model.get("relative") or {}).get("exact_match")),

@@ -1,4 +1,4 @@
-"""Compress: 2:4 sparsity, low-bit weights and 8-bit activations, in one pass over the blocks.
+"""Compress: 2:4 sparsity, low-bit weights, 8-bit activations and a low-bit cache, in one pass over the blocks.
 
 Each linear is made sparse first and quantised after it with the same statistics; the quantiser keeps the zeros. Without
 `weights` the output is a plain 16-bit checkpoint; without a part that needs statistics, no block is run.
@@ -26,8 +26,10 @@ from deepseek_compress.costs import Memory
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.models.activations import InputScheme
+from deepseek_compress.models.cache import cache_problems, told_cache
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS, Sparsifier, WeightQuantizer
+from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.registry import pick
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.workers import open_pool
@@ -49,6 +51,7 @@ class Compress(Stage, frozen=True):
     sparsity: Annotated[SerializeAsAny[Sparsifier] | None, _picked(SPARSITY, "sparsity")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
     activations: Annotated[SerializeAsAny[BaseModel] | None, _picked(ACTIVATIONS, "activations")] = None
+    kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
@@ -75,14 +78,15 @@ class Compress(Stage, frozen=True):
 
     def problems(self, header: Header) -> list[DscError]:
         """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
-        if self.sparsity is None and self.weights is None and self.activations is None:
-            return [DscError("compress: nothing to do", "give sparsity, weights or activations")]
+        if all(part is None for part in (self.sparsity, self.weights, self.activations, self.kv_cache)):
+            return [DscError("compress: nothing to do", "give sparsity, weights, activations or kv_cache")]
         family = family_of(header.config)
         found = family.problems(header)
         if found:
             return found
         cfg, roles = family.parse(header.config), self._changed(header)
-        return selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
+        found = selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
+        return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
@@ -164,6 +168,8 @@ class Compress(Stage, frozen=True):
             lines.append("MTP block left out")
         if any(name in source.header.tensors for name in family.mtp_tensors(cfg)):
             lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
+        if self.kv_cache is not None:
+            lines.append(told_cache(cfg, self.kv_cache))
         return lines
 
     def _identity(self, source: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
@@ -185,6 +191,7 @@ class Compress(Stage, frozen=True):
         facts: Mapping[str, Any],
         hashes: Mapping[str, str],
     ) -> dict[str, Any]:
+        cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.model_dump(mode="json")}
         return provenance.build_manifest(
             stage="compress",
             source=source,
@@ -192,7 +199,7 @@ class Compress(Stage, frozen=True):
             seed=context.seed,
             knobs=self.model_dump(mode="json"),
             hashes=hashes,
-            extra={"calibration": text and text_facts(context.text, text), "facts": dict(facts)},
+            extra={**cache, "calibration": text and text_facts(context.text, text), "facts": dict(facts)},
         )
 
     def _config_changes(self, source: Checkpoint, family: Family, cfg: ModelConfig) -> dict[str, Any]:

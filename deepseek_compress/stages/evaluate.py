@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.reasoning import SUITES
+from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.stages.base import Context, Output, Stage
 
 
@@ -33,6 +34,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
     windows: int = Field(64, gt=0)
     length: int = Field(512, gt=1)
     efficiency: bool = True
+    kv_cache: KvRounding | None = None  # how keys and values of all but the reference are stored; None: by manifest
 
     @field_validator("suite")
     @classmethod
@@ -81,6 +83,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             length=self.length,
             efficiency=self.efficiency,
             seed=context.seed,
+            kv_cache=self.kv_cache,
         )
 
 

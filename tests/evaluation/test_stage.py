@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_compress.checkpoint import open_checkpoint
-from deepseek_compress.errors import DscError
+from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.reports import read
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.evaluate import Evaluate, artifacts, title
@@ -56,6 +56,21 @@ def test_ablations_stand_beside_the_models(tiny_v3: Path, tiny_v2: Path, tmp_pat
     assert [model["name"] for model in record["ablations"]] == ["shot"]
     assert record["models"][0]["metrics"]["exact_match"] is None
     assert record["models"][0]["bytes"] > 0
+
+
+def test_a_cache_of_few_bits_is_evaluated_against_16_bits(tiny_qwen2: Path, tmp_path: Path) -> None:
+    knobs = {"models": ["ours", "same"], "reference": "same", "problems": 1, "efficiency": False}
+    stage = Evaluate.model_validate({**knobs, "kv_cache": {"num_bits": 4}})
+    output = stage.run(open_checkpoint(tiny_qwen2), context(tmp_path / "out", ours=tiny_qwen2, same=tiny_qwen2))
+    ours, same = read(output.path)["models"]
+    assert (ours["kv_cache_bytes_per_token"], same["kv_cache_bytes_per_token"]) == (2 * 4 * 18.5, 2 * 4 * 64)
+    assert ours["about"] == "BF16, 4-bit KV cache"
+    assert 1e-6 < ours["metrics"]["kl_divergence"] < 0.1
+    assert same["metrics"]["kl_divergence"] == 0
+    assert "Cache a token" in output.path.with_suffix(".md").read_text()
+    stage = Evaluate.model_validate({**knobs, "kv_cache": {"group_size": 24}})
+    with pytest.raises(Problems, match="heads of 32 channels do not divide into groups of 24"):
+        stage.run(open_checkpoint(tiny_qwen2), context(tmp_path / "bad", ours=tiny_qwen2, same=tiny_qwen2))
 
 
 def test_mistakes_are_one_line(tiny_v3: Path, tmp_path: Path) -> None:

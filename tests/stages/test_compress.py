@@ -129,6 +129,24 @@ def test_activations_alone_change_no_weight(tiny_llama: Path, text: Path, tmp_pa
     assert 0 < loss(output.path, tiny_llama) < 0.01
 
 
+def test_a_cache_of_few_bits_stands_in_the_manifest_and_runs(tiny_v3_bf16: Path, text: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    output = stage(kv_cache={"num_bits": 4}).run(open_checkpoint(tiny_v3_bf16), context(tmp_path / "out", text, told))
+    assert told == [
+        "KV cache of 4 bits: 159 bytes a token, 576 in 16 bits; it stands in the manifest and is evaluated, servers "
+        "are told theirs at their start (see README.md of the output)"
+    ]
+    done, source = open_checkpoint(output.path), open_checkpoint(tiny_v3_bf16)
+    assert all(torch.equal(done.read(name), source.read(name)) for name in source.header.tensors)
+    assert done.kv_cache == {"num_bits": 4, "group_size": None, "delta": False}
+    assert "int4_per_token_head" in (output.path / "README.md").read_text()
+    assert 0 < loss(output.path, tiny_v3_bf16) < 0.1
+    packed = stage(weights="rtn").run(done, context(tmp_path / "packed", text))
+    assert open_checkpoint(packed.path).kv_cache == done.kv_cache, "other stages keep it"
+    (problem,) = stage(kv_cache={"group_size": 24}).problems(source.header)[:1]
+    assert "latents of 64 channels do not divide into groups of 24; set group_size: 32" in str(problem)
+
+
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_every_method_with_its_defaults(method: str, tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
     knobs = stage(weights=method)
