@@ -5,6 +5,7 @@ A stage says what it holds and how much work it is; rates, measured on this mach
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 MAIN = 300_000_000  # bytes of this process before a stage begins: Python, torch, the command line
@@ -43,6 +44,11 @@ class Work(NamedTuple):
     touched: float = 0.0  # bytes that pass through the memory between products
     solved: float = 0.0  # weights whose rounding is solved, products not counted
     packed: float = 0.0  # weights that go from their stored form to four bits in one pass, files included
+
+
+def total(parts: Iterable[Work]) -> Work:
+    """All of `parts`."""
+    return Work(*(sum(values) for values in zip(*parts, strict=True)))
 
 
 class Rates(NamedTuple):

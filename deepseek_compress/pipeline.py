@@ -12,15 +12,18 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deepseek_compress import machine, provenance, workspace
+from deepseek_compress.blocks import candidates
+from deepseek_compress.calibration.settings import Select
 from deepseek_compress.calibration.sources import files_of
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
 from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.console import StageProgress, duration, size
+from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import family_of
 from deepseek_compress.models.resolve import resolve_model
@@ -144,7 +147,7 @@ def run_report(recipe: Recipe, page: Path, options: Options = Options(), progres
 def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict[str, Forecast]:
     """Fold shapes through the stages; a stage after one that has problems is left out."""
     headers, forecasts = {"model": header}, {}
-    samples, length = recipe.calibration.samples, recipe.calibration.length
+    samples, length, select = recipe.calibration.samples, recipe.calibration.length, recipe.calibration.select
     for step in recipe.steps:
         source = headers.get(step.source)
         if source is None:
@@ -155,10 +158,28 @@ def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict
         if len(problems) > before:
             continue
         with _collect(problems):
-            forecasts[step.name] = step.stage.forecast(source, samples, length)
+            forecast = step.stage.forecast(source, samples, length)
+            if select is not None and step.stage.reads_text(source):
+                forecast = _with_choice(forecast, source, select, length)
+            forecasts[step.name] = forecast
             if step.stage.writes == "checkpoint":
                 headers[step.name] = forecasts[step.name].header
     return forecasts
+
+
+def _with_choice(forecast: Forecast, source: Header, select: Select, length: int) -> Forecast:
+    """What a stage needs when its text is chosen from a pool before."""
+    family = family_of(source.config)
+    cfg = family.parse(source.config)
+    if select.balance and cfg.moe is None:
+        raise DscError("calibration.select.balance: the model has no experts", "leave it out")
+    memory, work, tasks = candidates.cost(family, cfg, select.pool, length)
+    return replace(
+        forecast,
+        memory=Memory(*map(max, memory, forecast.memory or memory)),
+        work=total([work, forecast.work or Work()]),
+        tasks=total([tasks, forecast.tasks or Work()]),
+    )
 
 
 def _named(step: Step, problem: DscError) -> DscError:
@@ -271,7 +292,7 @@ def _stage_identity(state: _Run, step: Step) -> dict[str, Any]:
         "stage": step.kind,
         "knobs": step.knobs,
         "seed": recipe.seed,
-        "calibration": recipe.calibration.model_dump(mode="json"),
+        "calibration": recipe.calibration.document(),
         "inputs": {name: state.prints[name] for name in names},
         "versions": state.versions,
     }
@@ -292,7 +313,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         out=directory,
         recipe_text=recipe.text,
         seed=recipe.seed,
-        calibration=recipe.calibration.model_dump(mode="json"),
+        calibration=recipe.calibration.document(),
         device=options.device,
         memory=options.memory,
         workers=options.workers,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepseek_compress import machine, provenance
 from deepseek_compress.blocks import data_free
-from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, calibrated_block
+from deepseek_compress.blocks.calibrated import Batches, calibrated_block, embedded, row_shape
 from deepseek_compress.blocks.job import Block, Change, Job, Solved
 from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.checkpoint import CheckpointWriter
@@ -153,25 +153,14 @@ def _block(run: _Run, layer: int, hidden: Spool | None) -> Spool | None:
 def _hidden(run: _Run, layer: int) -> Spool:
     """The input of block `layer` for all samples: from the interrupted run, or the embeddings."""
     job, tokens = run.job, run.tokens
-    shape = _row_shape(job)
     path = _spooled(job, layer)
     if path.is_file():
-        return Spool(path, tokens.numel(), shape, existing=True)
+        return Spool(path, tokens.numel(), row_shape(job), existing=True)
     if layer:
         raise DscError(f"{path}: missing, block {layer} cannot go on", "remove the output and start again")
-    table = job.source.read(job.family.embedding, dtype=None)  # as stored: float32 would take twice the memory
-    spool = Spool(job.work / "embedded.tmp", tokens.numel(), shape)
-    step = max(1, BATCH_TOKENS // tokens.shape[1])
-    for start in range(0, len(tokens), step):
-        rows = job.family.embed(job.cfg, table, tokens[start : start + step]).float()
-        spool.write(start * tokens.shape[1], rows.flatten(0, 1))
+    spool = embedded(job, tokens)
     spool.rename(path)
     return spool
-
-
-def _row_shape(job: Job) -> tuple[int, ...]:
-    probe = job.family.embed(job.cfg, torch.empty(1, job.cfg.hidden_size), torch.zeros(1, 1, dtype=torch.long))
-    return tuple(probe.shape[2:])
 
 
 def _first_unfinished(run: _Run) -> int:

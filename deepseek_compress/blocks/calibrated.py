@@ -6,7 +6,7 @@ is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from deepseek_compress.models.layers import swiglu
 from deepseek_compress.models.moe import Routing, route, run_shared
 from deepseek_compress.workers import Pool
 
+Routed = Callable[[Routing], None]
 BATCH_TOKENS = 2048  # fixed: another batch size has other roundings
 
 
@@ -67,10 +68,36 @@ class Batches:
         return torch.arange(self.length).expand(len(self.ids(batch)), -1)
 
 
+def embedded(job: Job, tokens: Tensor) -> Spool:
+    """The input of the first block for tokens (samples, length)."""
+    table = job.source.read(job.family.embedding, dtype=None)  # as stored: float32 would take twice the memory
+    spool = Spool(job.work / "embedded.tmp", tokens.numel(), row_shape(job))
+    step = max(1, BATCH_TOKENS // tokens.shape[1])
+    for start in range(0, len(tokens), step):
+        rows = job.family.embed(job.cfg, table, tokens[start : start + step]).float()
+        spool.write(start * tokens.shape[1], rows.flatten(0, 1))
+    return spool
+
+
+def row_shape(job: Job) -> tuple[int, ...]:
+    """Of the hidden state of one token."""
+    probe = job.family.embed(job.cfg, torch.empty(1, job.cfg.hidden_size), torch.zeros(1, 1, dtype=torch.long))
+    return tuple(probe.shape[2:])
+
+
 def calibrated_block(
-    job: Job, layer: int, hidden: Spool, batches: Batches, following: Spool | None, store: Store, pool: Pool
+    job: Job,
+    layer: int,
+    hidden: Spool,
+    batches: Batches,
+    following: Spool | None,
+    store: Store,
+    pool: Pool,
+    routed: Routed = lambda routing: None,
 ) -> dict[str, Any]:
     """Change block `layer`: new weights go to `store`; with `following`, keep what the block then gives there.
+
+    `routed` is told where the block's tokens go.
 
     Returns {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}, the latter where there are any.
     """
@@ -84,7 +111,7 @@ def calibrated_block(
         _attention(block, hidden, attended, batches)
         machine.return_freed_memory()  # the experts' workers need it
         with Spool(job.work / "input.tmp", rows, (job.cfg.hidden_size,), held=0) as x:
-            facts = _ffn(block, attended, x, batches, following, pool)
+            facts = _ffn(block, attended, x, batches, following, pool, routed)
             x.remove()
         attended.remove()
     return {"linears": block.facts, **facts}
@@ -113,7 +140,7 @@ def _solved(block: Block, part: Part, batches: Batches) -> Iterator[tuple[int, T
 
 
 def _ffn(
-    block: Block, attended: Spool, x: Spool, batches: Batches, following: Spool | None, pool: Pool
+    block: Block, attended: Spool, x: Spool, batches: Batches, following: Spool | None, pool: Pool, routed: Routed
 ) -> dict[str, Any]:
     """The MLP, or shared and routed experts; fills `x` with their input and `following` with the block's output."""
     job, cfg = block.job, block.job.cfg
@@ -124,6 +151,7 @@ def _ffn(
     with Spool(job.work / "added.tmp", x.rows, x.row_shape) as added:
         if cfg.moe is not None and cfg.is_moe(block.layer):
             routing = _route(block, cfg.moe, x, batches)
+            routed(routing)
             facts["experts"] = run_experts(block, routing, x, added if following else None, batches.length, pool)
             if cfg.moe.shared:
                 _dense(block, cfg.moe.names.shared, attended, x, added if following else None, batches)

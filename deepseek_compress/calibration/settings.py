@@ -31,12 +31,22 @@ class Source(BaseModel, frozen=True, extra="forbid"):
         return self.path if self.path == BUILTIN else Path(self.path).name
 
 
+class Select(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
+    """Calibrate on the windows of a pool that tell the most: see `selection`."""
+
+    pool: int = Field(alias="from", gt=0)  # windows to choose from
+    alpha: float = Field(default=0.5, ge=0, allow_inf_nan=False)  # weight of the entropy of the model's prediction
+    beta: float = Field(default=0.5, ge=0, allow_inf_nan=False)  # weight of the distance from what is chosen already
+    balance: bool = False  # choose instead those that reach the experts most evenly
+
+
 class Calibration(BaseModel, frozen=True, extra="forbid"):
     """The text that statistics are taken from: `builtin`, or files of the user's."""
 
     sources: tuple[Source, ...] = Field(default=(Source(path=BUILTIN),), min_length=1)
     samples: int = Field(default=64, gt=0)
     length: int = Field(default=512, gt=1)  # tokens in a sample
+    select: Select | None = None
 
     @field_validator("sources")
     @classmethod
@@ -45,3 +55,13 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
         if without and len(without) < len(value):
             raise ValueError(f"{', '.join(without)}: no share, though others have one; give all of them one, or none")
         return value
+
+    @model_validator(mode="after")
+    def _enough(self) -> Calibration:
+        if self.select is not None and self.select.pool < self.samples:
+            raise ValueError(f"select: {self.samples} samples cannot be chosen from {self.select.pool} windows")
+        return self
+
+    def document(self) -> dict[str, Any]:
+        """As a recipe writes it."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)

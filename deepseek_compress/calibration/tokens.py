@@ -77,7 +77,7 @@ def facts(wanted: Calibration, windows: Windows) -> dict[str, Any]:
         }
         for source, tokens in zip(wanted.sources, windows.taken.sum(0).tolist(), strict=True)
     ]
-    return {**wanted.model_dump(mode="json"), "sources": sources}
+    return {**wanted.document(), "sources": sources}
 
 
 def apportion(shares: Sequence[float], count: int) -> list[int]:

@@ -96,6 +96,10 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
         """Names of outputs that the stage reads besides its source."""
         return ()
 
+    def reads_text(self, header: Header) -> bool:
+        """Whether it takes calibration text, chosen from a pool where the recipe asks."""
+        return False
+
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """What it would write and need, with `samples` of `length` tokens of calibration text."""
         return Forecast(header)

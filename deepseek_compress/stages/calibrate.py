@@ -7,6 +7,7 @@ many tokens each expert got, which tells whether the text is enough to solve it.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,19 +16,18 @@ import torch
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.calibration.tokens import facts as text_facts
-from deepseek_compress.calibration.tokens import read_windows
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.costs import Memory, Work
 from deepseek_compress.models import Family, ModelConfig, family_of
 from deepseek_compress.models.config import Linear
-from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.models.weights import ObservingWeights, StreamedWeights
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.text import calibration_text
 
 BATCH_TOKENS = 8192  # weights are read once for so many
 FILE = "calibration.json"
+WORK = ".dsc_text"
 
 
 @dataclass
@@ -52,6 +52,10 @@ class Calibrate(Stage, frozen=True):
 
     writes: ClassVar[str] = "artifact"
 
+    def reads_text(self, header: Header) -> bool:
+        """Yes."""
+        return True
+
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Two operations a weight and token; the text is held at the width of the model."""
         cfg = family_of(header.config).parse(header.config)
@@ -64,7 +68,8 @@ class Calibrate(Stage, frozen=True):
         """Write `calibration.json`."""
         family = family_of(source.config)
         cfg = family.parse(source.config)
-        text = read_windows(context.text, load_tokenizer(source.path))
+        text = calibration_text(source, context, context.out / WORK)
+        shutil.rmtree(context.out / WORK, ignore_errors=True)
         tokens = text.tokens
         hidden = family.embed(cfg, source.read("model.embed_tokens.weight"), tokens)
         blocks = []
@@ -78,7 +83,7 @@ class Calibrate(Stage, frozen=True):
             source=source,
             recipe=context.recipe_text,
             seed=context.seed,
-            extra={"calibration": text_facts(context.text, text)},
+            extra={"calibration": text.facts},
         )
         path = context.out / FILE
         write_json(path, {"schema": 1, "tokens": tokens.numel(), "blocks": blocks})

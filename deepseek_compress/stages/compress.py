@@ -19,19 +19,17 @@ from deepseek_compress.blocks import Job, claim, clean, run_blocks, selection, s
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.blocks.overrides import Override, build_all, counted
-from deepseek_compress.calibration.tokens import Windows, read_windows
-from deepseek_compress.calibration.tokens import facts as text_facts
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
 from deepseek_compress.costs import Memory
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
-from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS, Sparsifier, WeightQuantizer
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.registry import pick
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.text import Text, calibration_text
 from deepseek_compress.workers import open_pool
 
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
@@ -88,6 +86,11 @@ class Compress(Stage, frozen=True):
         found = selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
+    def reads_text(self, header: Header) -> bool:
+        """Whether a part needs statistics."""
+        family = family_of(header.config)
+        return bool(self._change(family, family.parse(header.config), header).needs)
+
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
         family = family_of(header.config)
@@ -112,10 +115,10 @@ class Compress(Stage, frozen=True):
         decisions = self._decisions(source, family, cfg, change)
         for line in decisions:
             context.tell(line)
-        text = _text(source, cfg, context) if change.needs else None
+        work = context.out / WORK
+        text = calibration_text(source, context, work) if change.needs else None
         tokens = None if text is None else text.tokens
         memory, workers = self._share(source, tokens, context)
-        work = context.out / WORK
         claim(context.out, work, self._identity(source, tokens))
         scheme = self._input_scheme()
         job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep")
@@ -187,7 +190,7 @@ class Compress(Stage, frozen=True):
         self,
         source: Checkpoint,
         context: Context,
-        text: Windows | None,
+        text: Text | None,
         facts: Mapping[str, Any],
         hashes: Mapping[str, str],
     ) -> dict[str, Any]:
@@ -199,7 +202,7 @@ class Compress(Stage, frozen=True):
             seed=context.seed,
             knobs=self.model_dump(mode="json"),
             hashes=hashes,
-            extra={**cache, "calibration": text and text_facts(context.text, text), "facts": dict(facts)},
+            extra={**cache, "calibration": text and text.facts, "facts": dict(facts)},
         )
 
     def _config_changes(self, source: Checkpoint, family: Family, cfg: ModelConfig) -> dict[str, Any]:
@@ -207,15 +210,6 @@ class Compress(Stage, frozen=True):
         there = any(name in source.header.tensors for name in family.mtp_tensors(cfg))
         stays = there and self.mtp == "keep"
         return {"num_nextn_predict_layers": 0} if cfg.num_nextn_predict_layers and not stays else {}
-
-
-def _text(source: Checkpoint, cfg: ModelConfig, context: Context) -> Windows:
-    text = read_windows(context.text, load_tokenizer(source.path))
-    largest = int(text.tokens.max())
-    if largest >= cfg.vocab_size:
-        what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"
-        raise DscError(what, "check that tokenizer and model belong together")
-    return text
 
 
 def _mxfp4(header: Header) -> bool:

@@ -6,22 +6,23 @@ Two models are held in float32, so this is for models that fit; `plan` tells the
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from deepseek_compress import provenance
-from deepseek_compress.calibration.tokens import facts as text_facts
-from deepseek_compress.calibration.tokens import read_windows
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
 from deepseek_compress.costs import Memory, Work
 from deepseek_compress.distillation.recovery import recover
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Role, family_of
 from deepseek_compress.models.runtime import Model
-from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.text import calibration_text
+
+WORK = ".dsc_text"
 
 
 class Recover(Stage, frozen=True):
@@ -45,6 +46,10 @@ class Recover(Stage, frozen=True):
         """The original."""
         return (self.reference,)
 
+    def reads_text(self, header: Header) -> bool:
+        """Yes."""
+        return True
+
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Both models in float32, the codes, the largest gradient; one forward, and one with its gradients."""
         sizes = [math.prod(info.shape) for info in header.tensors.values()]
@@ -63,8 +68,8 @@ class Recover(Stage, frozen=True):
             raise DscError(f"{self.reference!r} is no earlier output", f"valid names: {', '.join(context.outputs)}")
         family = family_of(source.config)
         cfg = family.parse(source.config)
-        wanted = context.text.model_copy(update={"samples": self.samples or context.text.samples})
-        text = read_windows(wanted, load_tokenizer(source.path))
+        text = calibration_text(source, context, context.out / WORK, self.samples)
+        shutil.rmtree(context.out / WORK, ignore_errors=True)
         teacher = Model.load(context.outputs[self.reference])
         loaded = Model.load(source)
         student = Model(family, cfg, loaded.weights)  # without the activation scheme: rounding has no gradient
@@ -97,7 +102,7 @@ class Recover(Stage, frozen=True):
                 seed=context.seed,
                 knobs=self.model_dump(mode="json"),
                 inputs=self._inputs(context.outputs[self.reference]),
-                extra={"calibration": text_facts(wanted, text), "facts": facts},
+                extra={"calibration": text.facts, "facts": facts},
             )
             notes = writer.finish({}, manifest, source.config["quantization_config"]["ignore"])
         return Output("checkpoint", context.out, {**facts, "notes": notes})

@@ -1,0 +1,118 @@
+"""The calibration text of a stage: read, cut into windows and, where the recipe asks, chosen from a pool by a model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_compress import machine, provenance
+from deepseek_compress.blocks import candidates
+from deepseek_compress.calibration.selection import Candidates, Quota, by_coverage, by_quality, coverage
+from deepseek_compress.calibration.settings import Calibration, Select
+from deepseek_compress.calibration.tokens import Windows, apportion, facts, read_windows
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.errors import DscError
+from deepseek_compress.models import family_of
+from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.stages.base import Context
+from deepseek_compress.workers import open_pool
+
+CHOSEN = "chosen.json"  # in the work directory: an interrupted run does not choose again
+
+
+class Text(NamedTuple):
+    """What to calibrate on, and what the manifest says of it."""
+
+    tokens: Tensor  # int64 (samples, length)
+    facts: dict[str, Any]
+
+
+def calibration_text(source: Checkpoint, context: Context, work: Path, samples: int | None = None) -> Text:
+    """The text that the recipe names; `samples` instead of its number.
+
+    What a choice needs lies in `work`, which is the caller's to remove. Raises DscError where the text is too short or
+    has tokens that the model does not know.
+    """
+    wanted = context.text.model_copy(update={} if samples is None else {"samples": samples})
+    select = wanted.select
+    if select is not None and select.pool < wanted.samples:
+        what = f"calibration.select: {wanted.samples} samples cannot be chosen from {select.pool} windows"
+        raise DscError(what, f"set select.from to {wanted.samples} or more")
+    pool = read_windows(
+        wanted.model_copy(update={"samples": select.pool} if select else {}), load_tokenizer(source.path)
+    )
+    _check_vocabulary(source, pool.tokens)
+    if select is None:
+        return Text(pool.tokens, facts(wanted, pool))
+    found = _choose(source, context, work, wanted, select, pool)
+    windows = pool.take(found["windows"])
+    return Text(windows.tokens, {**facts(wanted, windows), "selection": found})
+
+
+def _check_vocabulary(source: Checkpoint, tokens: Tensor) -> None:
+    largest, size = int(tokens.max()), family_of(source.config).parse(source.config).vocab_size
+    if largest >= size:
+        what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {size}"
+        raise DscError(what, "check that tokenizer and model belong together")
+
+
+def _choose(
+    source: Checkpoint, context: Context, work: Path, wanted: Calibration, select: Select, pool: Windows
+) -> dict[str, Any]:
+    """{"windows": numbers of those chosen, and what that changed}; taken from `work` where a run before chose."""
+    text = hashlib.sha256(pool.tokens.numpy().tobytes()).hexdigest()
+    decided = [text, wanted.document(), provenance.fingerprint(source), provenance.versions(), torch.get_num_threads()]
+    key, kept = provenance.digest(decided), work / CHOSEN
+    if kept.is_file() and (before := read_json(kept)).get("key") == key:
+        return dict(before["found"])
+    family = family_of(source.config)
+    cfg = family.parse(source.config)
+    job = candidates.unchanged(source, family, cfg, work)
+    memory = candidates.cost(family, cfg, *pool.tokens.shape)[0]
+    size = sum(info.bytes for info in source.header.tensors.values())
+    workers = memory.workers(context.workers, machine.cores(), size, context.memory)
+    with open_pool(job, workers, context.ray, memory.task) as workforce:
+        made = candidates.survey(job, pool.tokens, workforce, context.progress)
+    found = _decide(made, wanted, select, pool)
+    for line in _told(found, select):
+        context.tell(line)
+    write_json(kept, {"key": key, "found": found})
+    return found
+
+
+def _decide(made: Candidates, wanted: Calibration, select: Select, pool: Windows) -> dict[str, Any]:
+    shares = [source.share for source in wanted.sources if source.share is not None]
+    quota = Quota(pool.taken.argmax(1).tolist(), apportion(shares, wanted.samples)) if shares else None
+    if select.balance:
+        assert made.experts is not None
+        chosen = by_coverage(made.experts, wanted.samples, quota)
+    else:
+        chosen = by_quality(made, wanted.samples, select.alpha, select.beta, quota)
+    first = range(wanted.samples)
+    found: dict[str, Any] = {"windows": chosen, "entropy": _mean(made, chosen), "entropy_in_order": _mean(made, first)}
+    if made.experts is not None:
+        found["experts"] = coverage(made.experts, chosen)
+        found["experts_in_order"] = coverage(made.experts, first)
+    return found
+
+
+def _mean(made: Candidates, chosen: Any) -> float:
+    return float(made.entropy[list(chosen)].mean())
+
+
+def _told(found: dict[str, Any], select: Select) -> list[str]:
+    """What was decided, in lines."""
+    windows = f"text: {len(found['windows'])} of {select.pool} windows chosen"
+    lines = [f"{windows}, entropy {found['entropy']:.3f} nats ({found['entropy_in_order']:.3f} in order)"]
+    if "experts" in found:
+        now, then = found["experts"], found["experts_in_order"]
+        lines.append(
+            f"tokens of an expert: fewest {now['fewest']} ({then['fewest']} in order), median {now['median']} "
+            f"({then['median']}), without any {now['unreached']} ({then['unreached']})"
+        )
+    return lines
