@@ -141,10 +141,8 @@ class Block:
 
     def read(self, name: str, exact: bool = False) -> None:
         """Read one tensor into memory."""
-        info = self.job.source.header.tensors[self.prefix + name]
         # What stays 16-bit is written in BF16 where the source has FP8, and the next block must see that value
-        stored = torch.float32 if exact or info.encoding == "plain" else torch.bfloat16
-        tensor = self.job.source.read(self.prefix + name, stored)
+        tensor = self.job.source.read(self.prefix + name, torch.float32 if exact else None)
         self.tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
 
     def free(self, linears: Iterable[Linear]) -> None:

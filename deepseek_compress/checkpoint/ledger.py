@@ -13,7 +13,6 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.files import read_json, write_json
@@ -49,10 +48,10 @@ class OpenShard:
             self.file.add(stored_name(name, suffix), tensor)
 
     def copy(self, source: Checkpoint, name: str, decode: bool = False) -> None:
-        """Write a tensor of `source` unchanged, or decoded to BF16 where its encoding cannot stay."""
+        """Write a tensor of `source` unchanged, or decoded to 16 bits where its encoding cannot stay."""
         info = source.header.tensors[name]
         if info.encoding != "plain" and decode:
-            self.add(name, parts_of(name, source.read(name, torch.bfloat16)))
+            self.add(name, parts_of(name, source.read(name, None)))
         elif info.encoding != "plain":
             self.add(name, source.read_raw(name))
         else:

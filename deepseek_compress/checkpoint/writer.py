@@ -24,7 +24,7 @@ from deepseek_compress.checkpoint.card import model_card
 from deepseek_compress.checkpoint.files import disk_errors, inside, write_file, write_json
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, parts_of, read_ledger
-from deepseek_compress.checkpoint.quantization_config import Stored, assign_schemes, quantization_config
+from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
 from deepseek_compress.checkpoint.reader import INDEX, MANIFEST, Checkpoint
 from deepseek_compress.checkpoint.shards import Shard
 from deepseek_compress.errors import DscError
@@ -61,8 +61,8 @@ class CheckpointWriter:
 
         expected_bytes: what will be written, if known; refused where the disk has less.
         activations: scheme for the manifest, `{"num_bits": 8, "granularity": "token"}`; servers are told too where
-            every weight is symmetric, the only form they take. Symmetric 8-bit weights with one scale a row are then
-            stored as `int-quantized`.
+            they have it (`_input_activations`). Symmetric 8-bit weights with one scale a row are then stored as
+            `int-quantized`.
         resume: keep finished shards when left by an exception, and go on after those that are there.
         """
         self.out, self.source = Path(out), source
@@ -253,7 +253,7 @@ class CheckpointWriter:
         if schemes and kept:
             raise ValueError(f"{kept[0]} keeps its published encoding beside packed weights: decode it")
         if schemes:
-            inputs = _input_activations(self._activations) if all(s.symmetric for s in schemes.values()) else None
+            inputs = _input_activations(self._activations, schemes)
             config["quantization_config"] = quantization_config(schemes, plain, ignore, inputs)
         elif kept:
             config["quantization_config"] = self._published(published or {}, plain)
@@ -298,11 +298,18 @@ class CheckpointWriter:
         return [file for file in wanted if file.suffix != ".py" and inside(self.source.path, file)]
 
 
-def _input_activations(scheme: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """compressed-tensors' form of a scheme that servers have: symmetric integers, one dynamic scale a token."""
-    if not scheme or scheme.get("granularity") != "token" or not scheme.get("symmetric", True):
+def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
+    """compressed-tensors' form of a scheme that servers have: integers, one dynamic scale a token, symmetric weights.
+
+    vLLM takes zero points of inputs with 8-bit weights of one scale a row only, and not in its kernels for experts.
+    """
+    if not scheme or scheme.get("granularity") != "token" or not all(s.symmetric for s in schemes.values()):
         return None
-    return {"num_bits": scheme["num_bits"], "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    symmetric = bool(scheme.get("symmetric", True))
+    plain = all(s.format == "int-quantized" and ".experts." not in name for name, s in schemes.items())
+    if not symmetric and not plain:
+        return None
+    return {"num_bits": scheme["num_bits"], "type": "int", "symmetric": symmetric, "strategy": "token", "dynamic": True}
 
 
 def _refuse_foreign(out: Path) -> None:

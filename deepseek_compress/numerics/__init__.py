@@ -15,6 +15,7 @@ from deepseek_compress.numerics.gptq import Gptq
 from deepseek_compress.numerics.hqq import Hqq
 from deepseek_compress.numerics.learned import Learned
 from deepseek_compress.numerics.magnitude import Magnitude
+from deepseek_compress.numerics.migration import AwqScales, Migration, SmoothQuant
 from deepseek_compress.numerics.quantease import QuantEase
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.sparsegpt import SparseGpt
@@ -31,5 +32,9 @@ WEIGHTS: dict[str, type[WeightQuantizer]] = {
 }
 SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt}
 ACTIVATIONS: dict[str, type[BaseModel]] = {"dynamic": Dynamic}
+MIGRATION: dict[str, type[Migration]] = {"smoothquant": SmoothQuant, "awq": AwqScales}
 
-__all__ = ["ACTIVATIONS", "SPARSITY", "WEIGHTS", "Quantized", "Sparsifier", "Statistics", "WeightQuantizer"]
+__all__ = [
+    "ACTIVATIONS", "MIGRATION", "SPARSITY", "WEIGHTS", "Migration", "Quantized", "Sparsifier", "Statistics",
+    "WeightQuantizer",
+]  # fmt: skip

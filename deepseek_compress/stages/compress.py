@@ -1,5 +1,6 @@
 """Compress: 2:4 sparsity, low-bit weights, 8-bit activations and a low-bit cache, in one pass over the blocks.
 
+With `migration` the text runs through the model once before that, to find scales that move from inputs into weights.
 Each linear is made sparse first and quantised after it with the same statistics; the quantiser keeps the zeros. Without
 `weights` the output is a plain 16-bit checkpoint; without a part that needs statistics, no block is run.
 """
@@ -15,17 +16,17 @@ from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.blocks import Job, claim, clean, run_blocks, selection, summary
+from deepseek_compress.blocks import Job, claim, clean, migration, run_blocks, selection, summary
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.blocks.overrides import Override, build_all, counted
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.costs import Memory
+from deepseek_compress.costs import Memory, total
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
-from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS, Sparsifier, WeightQuantizer
+from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, SPARSITY, WEIGHTS, Migration, Sparsifier, WeightQuantizer
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.registry import pick
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
@@ -47,6 +48,7 @@ class Compress(Stage, frozen=True):
     """Make the linears of every block smaller; routers, norms, embeddings, head and MTP blocks stay 16-bit."""
 
     sparsity: Annotated[SerializeAsAny[Sparsifier] | None, _picked(SPARSITY, "sparsity")] = None
+    migration: Annotated[SerializeAsAny[Migration] | None, _picked(MIGRATION, "migration")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
     activations: Annotated[SerializeAsAny[BaseModel] | None, _picked(ACTIVATIONS, "activations")] = None
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
@@ -76,20 +78,22 @@ class Compress(Stage, frozen=True):
 
     def problems(self, header: Header) -> list[DscError]:
         """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
-        if all(part is None for part in (self.sparsity, self.weights, self.activations, self.kv_cache)):
-            return [DscError("compress: nothing to do", "give sparsity, weights, activations or kv_cache")]
+        parts = (self.sparsity, self.weights, self.activations, self.kv_cache, self.migration)
+        if all(part is None for part in parts):
+            return [DscError("compress: nothing to do", "give sparsity, weights, activations, kv_cache or migration")]
         family = family_of(header.config)
         found = family.problems(header)
         if found:
             return found
         cfg, roles = family.parse(header.config), self._changed(header)
         found = selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
+        found += [] if self.migration is None else migration.problems(cfg, header)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
     def reads_text(self, header: Header) -> bool:
         """Whether a part needs statistics."""
         family = family_of(header.config)
-        return bool(self._change(family, family.parse(header.config), header).needs)
+        return self.migration is not None or bool(self._change(family, family.parse(header.config), header).needs)
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
@@ -97,12 +101,13 @@ class Compress(Stage, frozen=True):
         cfg = family.parse(header.config)
         change = self._change(family, cfg, header)
         expected = expect(family, cfg, header, change, samples if change.needs else 0, length)
+        before = migration.cost(family, cfg, header, samples, length) if self.migration else migration.NOTHING
         return Forecast(
             expected.header,
             expected.changed,
             expected.bytes,
-            expected.memory,
-            expected.work,
+            expected.memory._replace(alone=max(expected.memory.alone, before.memory)),
+            total((before.work, expected.work)),
             expected.tasks,
             read=sum(info.bytes for info in header.tensors.values()),
         )
@@ -116,17 +121,19 @@ class Compress(Stage, frozen=True):
         for line in decisions:
             context.tell(line)
         work = context.out / WORK
-        text = calibration_text(source, context, work) if change.needs else None
+        text = calibration_text(source, context, work) if self.reads_text(source.header) else None
         tokens = None if text is None else text.tokens
         memory, workers = self._share(source, tokens, context)
         claim(context.out, work, self._identity(source, tokens))
         scheme = self._input_scheme()
         job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep")
+        if self.migration is not None and tokens is not None:
+            job = migration.migrate(job, tokens, self.migration, context.progress)
         with (
-            CheckpointWriter(context.out, source, activations=self.scheme, resume=True) as writer,
+            CheckpointWriter(context.out, job.source, activations=self.scheme, resume=True) as writer,
             open_pool(job, workers, context.ray, memory.task) as pool,
         ):
-            blocks, hashes = run_blocks(job, writer, pool, tokens, context.progress)
+            blocks, hashes = run_blocks(job, writer, pool, tokens if change.needs else None, context.progress)
             facts = {**summary.summarize(blocks), "decisions": decisions}
             summary.write(context.out, blocks)
             manifest = self._manifest(source, context, text, facts, hashes)

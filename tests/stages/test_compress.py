@@ -147,6 +147,17 @@ def test_a_cache_of_few_bits_stands_in_the_manifest_and_runs(tiny_v3_bf16: Path,
     assert "latents of 64 channels do not divide into groups of 24; set group_size: 32" in str(problem)
 
 
+@pytest.mark.parametrize(("name", "served"), [("tiny_qwen2", True), ("tiny_v2", False)])
+def test_zero_points_of_inputs_are_told_where_servers_take_them(
+    name: str, served: bool, text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    knobs = stage(weights={"rtn": {"num_bits": 8, "symmetric": True}}, activations={"dynamic": {"symmetric": False}})
+    output = knobs.run(open_checkpoint(request.getfixturevalue(name)), context(tmp_path / "out", text))
+    (group,) = open_checkpoint(output.path).config["quantization_config"]["config_groups"].values()
+    told = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
+    assert group["input_activations"] == (told if served else None)
+
+
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_every_method_with_its_defaults(method: str, tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
     knobs = stage(weights=method)

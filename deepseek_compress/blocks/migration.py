@@ -1,0 +1,191 @@
+"""Scales that move between linears and what makes their inputs, found before anything is rounded.
+
+The calibration text runs once through the model as it is, a block at a time with its hidden state in a spool; each
+block's weights are read when they are used. The scales are kept in the work directory, so that an interrupted run has
+them. The checkpoint that comes out computes the same: where a tensor of 16 bits takes part, scales are powers of two,
+and where a norm is divided, they are those that the rounded norm stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, embedded
+from deepseek_compress.blocks.change import LinearChange
+from deepseek_compress.blocks.job import Job
+from deepseek_compress.blocks.spool import HELD, Spool
+from deepseek_compress.blocks.statistics import Accumulator
+from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.transformed import transformed
+from deepseek_compress.costs import Work
+from deepseek_compress.errors import DscError
+from deepseek_compress.models import Family, ModelConfig, Role
+from deepseek_compress.models.folds import Fold, folds
+from deepseek_compress.models.layers import SCORES_AT_ONCE
+from deepseek_compress.models.weights import ObservingWeights, StreamedWeights
+from deepseek_compress.numerics.migration import Migration, power_of_two
+
+Scales = dict[str, Tensor]  # producer by checkpoint name -> float32, what its channels are divided by
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Multiplies the rows and columns of a weight, or the entries of a vector."""
+
+    rows: Tensor | None = None  # float32 (rows,)
+    columns: Tensor | None = None  # float32 (columns,)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """float32 (rows, columns) or (rows,)."""
+        if self.rows is not None:
+            tensor = tensor * (self.rows if tensor.dim() == 1 else self.rows[:, None])
+        return tensor if self.columns is None else tensor * self.columns
+
+
+class Cost(NamedTuple):
+    """Of the run over the text."""
+
+    memory: int  # bytes
+    work: Work
+
+
+NOTHING = Cost(0, Work())
+
+
+def cost(family: Family, cfg: ModelConfig, header: Header, samples: int, length: int) -> Cost:
+    """The largest weight decoded, a batch in a block, and the hidden state; two operations a weight and token."""
+    tokens, share = samples * length, 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts
+    sizes = [linear for layer in range(cfg.num_hidden_layers) for linear in family.linears(cfg, layer)]
+    active = sum(x.rows * x.columns * (share if x.role is Role.EXPERT else 1.0) for x in sizes)
+    largest = max([x.rows * x.columns for x in sizes] + [header.tensors[family.embedding].elements // 2])
+    rows = max(x.rows for x in sizes) + 8 * cfg.hidden_size
+    held = 4 * min(HELD, 4 * tokens * cfg.hidden_size) + 12 * SCORES_AT_ONCE
+    return Cost(8 * largest + 4 * BATCH_TOKENS * rows + held, Work(2.0 * active * tokens))
+
+
+def problems(cfg: ModelConfig, header: Header) -> list[DscError]:
+    """Why no scale can move."""
+    if cfg.compressed is not None:
+        return [DscError(f"migration: {cfg.model_type} mixes its streams before each norm", "leave migration out")]
+    packed = [name for name, info in header.tensors.items() if info.encoding == "packed"]
+    if packed:
+        return [DscError(f"migration: {packed[0]} and others are packed already", "start from the 16-bit model")]
+    return []
+
+
+def migrate(job: Job, tokens: Tensor, method: Migration, progress: Callable[[int, int, str], None]) -> Job:
+    """`job` on a source with the scales moved that `method` finds on `tokens` int64 (samples, length)."""
+    scales = find(job, tokens, method, progress)
+    return replace(job, source=migrated(job.source, job.family, job.cfg, scales))
+
+
+@torch.no_grad()
+def find(job: Job, tokens: Tensor, method: Migration, progress: Callable[[int, int, str], None]) -> Scales:
+    """Scales for every place that `method` serves; `tokens` int64 (samples, length) of calibration text."""
+    file = job.work / "migration.npz"
+    if not file.is_file():
+        job.work.mkdir(parents=True, exist_ok=True)
+        found: Scales = {}
+        hidden, batches, total = embedded(job, tokens), Batches(tokens), job.cfg.num_hidden_layers
+        for layer in range(total):
+            progress(layer, total, f"scales of block {layer}")
+            found |= _block(job, layer, hidden, batches, method)
+        hidden.remove()
+        hidden.close()
+        _save(file, found)
+    with np.load(file) as saved:
+        return {name: torch.from_numpy(saved[name]) for name in saved.files}
+
+
+def _save(file: Path, found: Scales) -> None:
+    beside = file.with_suffix(".tmp.npz")
+    np.savez(beside, **{name: scales.numpy() for name, scales in found.items()})  # type: ignore[arg-type]
+    beside.rename(file)
+
+
+def _block(job: Job, layer: int, hidden: Spool, batches: Batches, method: Migration) -> Scales:
+    """Run block `layer` over `hidden`, which then holds what it gives."""
+    prefix, source = job.family.prefix(layer) + ".", job.source
+    served = [fold for fold in folds(job.family, job.cfg, layer) if method.streams or fold.router is None]
+    sums = [Accumulator(method.needs) for _ in served]
+    watched = {name: total for fold, total in zip(served, sums, strict=True) for name in _seen(fold)}
+
+    def look(name: str, x: Tensor) -> None:
+        if name in watched:
+            watched[name].add(x)
+
+    weights = ObservingWeights(StreamedWeights(source, prefix), look)
+    for batch in range(len(batches)):
+        x, ids = batches.read(hidden, batch), batches.ids(batch)
+        out = job.family.run_block(job.cfg, layer, weights, x, batches.positions(batch), tokens=ids)
+        batches.write(hidden, batch, out)
+    found: Scales = {}
+    for fold, total in zip(served, sums, strict=True):
+        if total.tokens:
+            kept = [method.kept(source.read(f"{prefix}{name}.weight")) for name in fold.linears]
+            scales = _of_producer(fold, method.scales(kept, total.statistics()))
+            found[prefix + fold.producer] = _movable(job, layer, fold, scales)
+    return found
+
+
+def _seen(fold: Fold) -> tuple[str, ...]:
+    """Linears whose inputs are looked at: all of them see the same, but experts only their own tokens."""
+    return fold.linears if fold.router else fold.linears[:1]
+
+
+def _of_producer(fold: Fold, scales: Tensor) -> Tensor:
+    """Of each column -> of each row of the producer that makes columns: the largest of them."""
+    if fold.rows is None:
+        return scales
+    chosen, place = torch.unique(fold.rows, return_inverse=True)
+    return torch.zeros(len(chosen)).scatter_reduce(0, place, scales, "amax")
+
+
+def _movable(job: Job, layer: int, fold: Fold, scales: Tensor) -> Tensor:
+    """`scales` so that moving them changes nothing but float32 roundings."""
+    change = job.change
+    linears = {linear.name: linear for linear in job.family.linears(job.cfg, layer)}
+    takes_part = [name for name in (fold.producer, *fold.linears) if name in linears]
+    rounded = isinstance(change, LinearChange) and change.weights is not None and fold.router is None
+    if not rounded or not all(change.wants(layer, linears[name]) for name in takes_part):
+        return power_of_two(scales)
+    if fold.producer in linears:
+        return scales
+    norm = job.source.read(f"{job.family.prefix(layer)}.{fold.producer}.weight", None)
+    divided = (norm.float() / scales).to(norm.dtype).float()
+    return torch.where(divided != 0, norm.float() / divided, torch.ones_like(scales))
+
+
+def migrated(source: Checkpoint, family: Family, cfg: ModelConfig, scales: Mapping[str, Tensor]) -> Checkpoint:
+    """`source` with the scales moved."""
+    changes: dict[str, Rescale] = {}
+    for layer in range(cfg.num_hidden_layers):
+        prefix = family.prefix(layer) + "."
+        for fold in folds(family, cfg, layer):
+            if prefix + fold.producer in scales:
+                _fold(source, prefix, fold, scales[prefix + fold.producer], changes)
+    return transformed(source, changes)
+
+
+def _fold(source: Checkpoint, prefix: str, fold: Fold, scales: Tensor, changes: dict[str, Rescale]) -> None:
+    """Divide what makes the channels, multiply the columns that read them."""
+    producer = f"{prefix}{fold.producer}.weight"
+    made, columns = 1 / scales, scales
+    if fold.rows is not None:
+        chosen, place = torch.unique(fold.rows, return_inverse=True)
+        columns = scales[place]
+        made = torch.ones(source.header.tensors[producer].shape[0])
+        made[chosen] = 1 / scales
+    for name in (producer, f"{prefix}{fold.producer}.bias"):
+        if name in source.header.tensors:
+            changes[name] = replace(changes.get(name, Rescale()), rows=made)
+    for reader in (*fold.linears, *([fold.router] if fold.router else [])):
+        name = f"{prefix}{reader}.weight"
+        changes[name] = replace(changes.get(name, Rescale()), columns=columns)
