@@ -78,7 +78,7 @@ def run_blocks(
     run. The caller finishes the writer and then calls `clean`.
     """
     job.work.mkdir(parents=True, exist_ok=True)
-    machine.keep_freed_memory()
+    machine.settle()
     if tokens is None:
         return Done(*data_free.convert(job, writer, pool, progress))
     if job.paired:

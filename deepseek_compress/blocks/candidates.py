@@ -53,7 +53,7 @@ def unchanged(source: Checkpoint, family: Family, cfg: ModelConfig, work: Path) 
 def survey(job: Job, tokens: Tensor, pool: Pool, progress: Callable[[int, int, str], None]) -> Candidates:
     """What the model makes of each window of tokens, int64 (n, length)."""
     job.work.mkdir(parents=True, exist_ok=True)
-    machine.keep_freed_memory()
+    machine.settle()
     batches, experts = Batches(tokens), []
 
     def count(routing: Routing) -> None:

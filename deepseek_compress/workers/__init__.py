@@ -99,7 +99,7 @@ def become_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
-    machine.keep_freed_memory()
+    machine.settle()
 
 
 def compute(function: Callable[[Any, Task], Result], shared: Any, task: Task) -> Result:
