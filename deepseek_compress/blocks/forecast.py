@@ -46,7 +46,7 @@ def expect(
     length: int,
 ) -> Expected:
     """For calibration with `samples` of `length` tokens; no samples: no block is run."""
-    tensors = {name: _stored16(info) for name, info in header.tensors.items()}
+    tensors = {name: stored16(info) for name, info in header.tensors.items()}
     changed: list[str] = []
     quick: list[str] = []  # those that a data-free run packs in one pass
     costs = [_Block(0, 0, 0, Work(), Work())]
@@ -93,7 +93,8 @@ def _sum(parts: Iterable[Work]) -> Work:
     return Work(*(sum(values) for values in zip(*parts, strict=True)))
 
 
-def _stored16(info: TensorInfo) -> TensorInfo:
+def stored16(info: TensorInfo) -> TensorInfo:
+    """The tensor `info` as it is written where it does not change."""
     if info.encoding in ("plain", "mxfp4"):
         return info
     shape, size = info.shape, 2 * info.elements

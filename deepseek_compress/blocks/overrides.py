@@ -33,8 +33,8 @@ _CLOSE = 3  # names that a message proposes
 class Scheme(BaseModel, frozen=True, extra="forbid"):
     """How a weight is stored, where that differs from the recipe's `weights`."""
 
-    num_bits: int | None = Field(None, ge=2, le=8)
-    group_size: int | None = Field(None, gt=0)
+    num_bits: int | None = Field(default=None, ge=2, le=8)
+    group_size: int | None = Field(default=None, gt=0)
     symmetric: bool | None = None
     keep: bool = False  # the weight stays as it is, in 16 bits
 

@@ -20,6 +20,9 @@ class Entry(NamedTuple):
 STAGES: dict[str, Entry] = {
     "distill": Entry("distill", "Distill", "a smaller student learns from the teacher"),
     "compress": Entry("compress", "Compress", "2:4 sparsity, low-bit weights, 8-bit activations, in one pass"),
+    "allocate": Entry(
+        "allocate", "Allocate", "bits for each unit by measured KL under a size, as a recipe to compress by"
+    ),
     "recover": Entry("recover", "Recover", "scales and norms of a packed model trained by KL against the original"),
     "calibrate": Entry("calibrate", "Calibrate", "what calibration text does to each linear: ranges, coverage"),
     "export": Entry("export", "Export", "compressed-tensors, BF16, ONNX, TensorRT engine"),

@@ -1,0 +1,185 @@
+"""Allocate: which bits each unit of a model gets, by measurement, under a size. Nothing of the model is changed.
+
+Each unit is stored alone at each option and the KL of the model's output is measured; the assignment with the least
+sum that keeps to the target is found exactly (a multiple-choice knapsack), and measured as a whole. It is written as a
+plain recipe for `dsc quantize`, beside the table of what each unit loses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, field_validator
+
+from deepseek_compress import provenance
+from deepseek_compress.blocks import claim, selection
+from deepseek_compress.blocks.overrides import Scheme, said
+from deepseek_compress.blocks.units import units
+from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.files import write_file, write_json
+from deepseek_compress.costs import Work
+from deepseek_compress.errors import DscError
+from deepseek_compress.evaluation import allocation, sensitivity
+from deepseek_compress.evaluation.allocation import Sizes, Target
+from deepseek_compress.evaluation.sensitivity import Choice, Search
+from deepseek_compress.models import Family, ModelConfig, Role, family_of
+from deepseek_compress.numerics import WEIGHTS, WeightQuantizer
+from deepseek_compress.registry import pick
+from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.text import calibration_text
+from deepseek_compress.workers import open_pool
+
+WORK = ".dsc_allocate"  # in the output directory, while a run is unfinished
+RECIPE, TABLE = "recipe.yaml", "sensitivity"
+ROLES = frozenset(selection.CHANGEABLE) - {Role.INDEXER}  # as in `compress`, when its `keep` is not set
+MIN_TOKENS = 64  # as in `compress`
+OPTIONS = tuple(Scheme(num_bits=bits) for bits in (2, 3, 4, 5, 6, 8))
+
+
+def _picked(value: Any) -> Any:
+    return value if isinstance(value, BaseModel) else pick(WEIGHTS, value, "weights")
+
+
+class Allocate(Stage, frozen=True):
+    """Bits for each unit that servers fuse, found by KL under a target size, as a recipe for `compress`."""
+
+    writes: ClassVar[str] = "artifact"
+    target: str  # `3.5 bits per weight`, or `8 GiB`
+    weights: Annotated[SerializeAsAny[WeightQuantizer], BeforeValidator(_picked)] = Field(
+        default_factory=lambda: WEIGHTS["gptq"].model_validate({})
+    )
+    options: tuple[Scheme, ...] = Field(OPTIONS, min_length=2)  # what a unit may become, where that differs
+    windows: int = Field(16, gt=0)  # of text that judges: those after the ones that calibrate
+
+    @field_validator("target")
+    @classmethod
+    def _a_size(cls, text: str) -> str:
+        Target.parse(text)
+        return text
+
+    def problems(self, header: Header) -> list[DscError]:
+        """Weights that are packed already, options that fit nothing, a target that none of them reaches."""
+        family = family_of(header.config)
+        found = family.problems(header)
+        if found:
+            return found
+        cfg, roles = family.parse(header.config), _roles(header)
+        found = selection.problems(family, cfg, header, roles, self._open_size(), None)
+        if found:
+            return found
+        choices = self._choices(family, cfg, header)
+        sizes, target = allocation.sizes(header, choices), Target.parse(self.target)
+        least = sum(min(options) for options in sizes.options)
+        return [allocation.too_small(sizes, target)] if least > sizes.budget(target) else []
+
+    def reads_text(self, header: Header) -> bool:
+        """Yes."""
+        return True
+
+    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
+        """What the tasks compute and hold; the inputs of all blocks lie on disk while it runs."""
+        family = family_of(header.config)
+        cfg = family.parse(header.config)
+        choices = tuple(self._choices(family, cfg, header))
+        fitted = samples * length if self.weights.needs else 0
+        memory, tasks, disk = sensitivity.cost(cfg, header, choices, self.windows * length, fitted)
+        read = sum(info.bytes for info in header.tensors.values())
+        return Forecast(header, len(choices), disk, memory, Work(), tasks, read)
+
+    def run(self, source: Checkpoint, context: Context) -> Output:
+        """Write `recipe.yaml`, `sensitivity.json` and `sensitivity.md`; goes on where an interrupted run stopped."""
+        search, facts = self._search(source, context)
+        forecast = self.forecast(source.header, *search.fitting.shape)
+        assert forecast.memory is not None
+        workers = forecast.workers(context.workers, context.memory)
+        sizes, target = allocation.sizes(source.header, search.choices), Target.parse(self.target)
+        with open_pool(search, workers, context.ray, forecast.memory.task) as pool:
+            losses = sensitivity.measure(search, pool, context.progress)
+            chosen = allocation.allocate(sizes, losses, target)
+            context.tell("the whole assignment is measured")
+            measured = sensitivity.joint(search, chosen, pool)
+        found = self._facts(search.choices, sizes, losses, chosen, measured)
+        self._write(context, search.choices, chosen, found, allocation.table(search.choices, sizes, losses, chosen))
+        manifest = provenance.build_manifest(
+            stage="allocate",
+            source=source,
+            recipe=context.recipe_text,
+            seed=context.seed,
+            extra={"calibration": facts, "facts": found},
+        )
+        write_json(context.out / "dsc_manifest.json", manifest)
+        shutil.rmtree(search.work)
+        return Output("artifact", context.out / RECIPE, found)
+
+    def _search(self, source: Checkpoint, context: Context) -> tuple[Search, dict[str, Any]]:
+        """What to measure on which text, and what the manifest says of the text."""
+        family = family_of(source.config)
+        cfg = family.parse(source.config)
+        choices = tuple(self._choices(family, cfg, source.header))
+        fitted = context.text.samples if self.weights.needs else 0
+        work = context.out / WORK
+        text = calibration_text(source, context, work, samples=fitted + self.windows)
+        fitting, judging = text.tokens[:fitted], text.tokens[fitted:]
+        identity = {
+            "knobs": self.model_dump(mode="json", exclude={"target"}),  # the losses do not follow from the target
+            "model": provenance.fingerprint(source),
+            "calibration": hashlib.sha256(text.tokens.numpy().tobytes()).hexdigest(),
+            "versions": provenance.versions(),
+        }
+        claim(context.out, work, identity)
+        return Search(source, family, cfg, choices, self.weights.needs, MIN_TOKENS, judging, fitting, work), text.facts
+
+    def _open_size(self) -> WeightQuantizer:
+        """The quantiser whose group size is still to be chosen, unless it is given."""
+        return self.weights.model_copy(update={"num_bits": 4})  # 8 symmetric bits alone would mean one scale a row
+
+    def _choices(self, family: Family, cfg: ModelConfig, header: Header) -> list[Choice]:
+        roles = _roles(header)
+        size = selection.select(family, cfg, roles, self._open_size()).group_size
+        assert size is not None
+        return allocation.choices(units(family, cfg, roles), self.weights, self.options, size)
+
+    def _facts(
+        self,
+        choices: Sequence[Choice],
+        sizes: Sizes,
+        losses: Sequence[Sequence[float]],
+        chosen: Sequence[int],
+        measured: float,
+    ) -> dict[str, Any]:
+        taken = sizes.taken(chosen)
+        shares: dict[str, int] = {}
+        for choice, option in zip(choices, chosen, strict=True):
+            scheme = said(choice.options[option])
+            shares[scheme] = shares.get(scheme, 0) + choice.unit.weights
+        return {
+            "asked": self.target,
+            "bits_per_weight": taken / sizes.weights,
+            "bytes": (taken + sizes.rest) // 8,
+            "predicted_kl": sum(loss[option] for loss, option in zip(losses, chosen, strict=True)),
+            "measured_kl": measured,
+            "schemes": {scheme: weights / sizes.weights for scheme, weights in sorted(shares.items())},
+        }
+
+    def _write(
+        self, context: Context, choices: Sequence[Choice], chosen: Sequence[int], facts: Mapping[str, Any], rows: Any
+    ) -> None:
+        note = f"{facts['bits_per_weight']:.4g} bits per weight, found by dsc allocate (target {self.target}): "
+        note += f"KL {facts['measured_kl']:.4g} nats a token, {facts['predicted_kl']:.4g} predicted"
+        text = allocation.recipe(choices, chosen, self.weights, context.text.document(), note)
+        lines = [f"{key}: {value}" for key, value in facts.items() if key != "schemes"]
+        lines += [f"{share:.1%} of the weights: {scheme}" for scheme, share in facts["schemes"].items()]
+        lines.append("below: KL in nats a token with that unit alone stored so, what was chosen in bold")
+        write_json(context.out / f"{TABLE}.json", {"schema": 1, **facts, "units": rows})
+        page = allocation.markdown(rows, "Sensitivity", lines)
+        write_file(context.out / f"{TABLE}.md", page.encode("utf-8"))
+        write_file(context.out / RECIPE, text.encode("utf-8"))
+
+
+def _roles(header: Header) -> frozenset[Role]:
+    """Roles whose weights change: experts in MXFP4 stay as they are, as in `compress`."""
+    mxfp4 = any(info.encoding == "mxfp4" for info in header.tensors.values())
+    return ROLES - {Role.EXPERT} if mxfp4 else ROLES
