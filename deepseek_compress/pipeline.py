@@ -22,6 +22,7 @@ from deepseek_compress.calibration.settings import Select
 from deepseek_compress.calibration.sources import files_of
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
 from deepseek_compress.checkpoint.files import write_json
+from deepseek_compress.checkpoint.reader import MANIFEST
 from deepseek_compress.console import StageProgress, duration, size
 from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.errors import DscError, Problems, raise_problems
@@ -93,7 +94,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
             raise_problems(family_of(header.config).problems(header))
             headers[name] = header
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
-    problems += _calibration_problems(recipe)
+    problems += _calibration_problems(recipe, paths.get("model"))
     problems += _memory_problems(forecasts, options.memory)
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
 
@@ -147,7 +148,7 @@ def run_report(recipe: Recipe, page: Path, options: Options = Options(), progres
 def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict[str, Forecast]:
     """Fold shapes through the stages; a stage after one that has problems is left out."""
     headers, forecasts = {"model": header}, {}
-    samples, length, select = recipe.calibration.samples, recipe.calibration.length, recipe.calibration.select
+    wanted, select = recipe.calibration, recipe.calibration.select
     for step in recipe.steps:
         source = headers.get(step.source)
         if source is None:
@@ -158,9 +159,10 @@ def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict
         if len(problems) > before:
             continue
         with _collect(problems):
-            forecast = step.stage.forecast(source, samples, length)
-            if select is not None and step.stage.reads_text(source):
-                forecast = _with_choice(forecast, source, select, length)
+            saved = wanted.statistics is not None and step.stage.takes_statistics
+            forecast = step.stage.forecast(source, 0 if saved else wanted.samples, wanted.length)
+            if select is not None and not saved and step.stage.reads_text(source):
+                forecast = _with_choice(forecast, source, select, wanted.length)
             forecasts[step.name] = forecast
             if step.stage.writes == "checkpoint":
                 headers[step.name] = forecasts[step.name].header
@@ -187,9 +189,13 @@ def _named(step: Step, problem: DscError) -> DscError:
     return DscError(f"{step.name}{line}: {problem.what}", problem.fix)
 
 
-def _calibration_problems(recipe: Recipe) -> list[DscError]:
+def _calibration_problems(recipe: Recipe, model: Path | None) -> list[DscError]:
     problems: list[DscError] = []
-    for source in recipe.calibration.sources:
+    with _collect(problems):
+        for step in recipe.steps:
+            if model is not None and recipe.calibration.statistics is not None and step.source == "model":
+                problems += step.stage.statistics_problems(open_checkpoint(model), recipe.calibration)
+    for source in recipe.calibration.named:
         with _collect(problems):
             files_of(source.path)
     return [DscError(f"calibration: {problem.what}", problem.fix) for problem in problems]
@@ -246,13 +252,19 @@ def _text_hashes(source: str) -> dict[str, str]:
     return {file.name: provenance.hash_file(file) for file in files_of(source)}
 
 
+def _manifest_hash(statistics: str | None) -> str | None:
+    """What tells saved statistics from others: their manifest has the hash of each file."""
+    return None if statistics is None else provenance.hash_file(Path(statistics) / MANIFEST)
+
+
 def _identity(state: _Run) -> dict[str, Any]:
     """What the bytes of all outputs follow from."""
     recipe = state.recipe
     return {
         "recipe": {key: value for key, value in recipe.document.items() if key not in {"model", "inputs", "name"}},
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
-        "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.sources},
+        "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.named},
+        "statistics": _manifest_hash(recipe.calibration.statistics),
         "versions": state.versions,
     }
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,28 @@ from deepseek_compress.checkpoint.writer import PARTIAL
 from deepseek_compress.errors import DscError
 from deepseek_compress.workers import Pool
 
-__all__ = ["Block", "Change", "Done", "Job", "Solved", "claim", "clean", "run_blocks"]
+__all__ = ["Block", "Change", "Done", "Job", "Solved", "claim", "clean", "run_blocks", "run_text"]
+
+
+class Writer(Protocol):
+    """Where blocks go, one after the other."""
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Tensors of blocks that are safe on the disk."""
+        ...
+
+    def add_raw(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Take what the job stores."""
+        ...
+
+    def keep(self, name: str) -> None:
+        """Take a tensor of the source as it is."""
+        ...
+
+    def flush(self) -> None:
+        """Make what came so far safe."""
+        ...
 
 
 class Done(NamedTuple):
@@ -48,7 +69,7 @@ class _Run:
     """A calibrated job under way."""
 
     job: Job
-    writer: CheckpointWriter
+    writer: Writer
     written: frozenset[str]  # tensors that an interrupted run left in finished shards
     tokens: Tensor
     pool: Pool
@@ -77,10 +98,20 @@ def run_blocks(
     pool: who computes tasks; it shares `job`. tokens: int64 (samples, length) of calibration text; None: no block is
     run. The caller finishes the writer and then calls `clean`.
     """
+    if tokens is not None:
+        return run_text(job, writer, pool, tokens, progress)
     job.work.mkdir(parents=True, exist_ok=True)
     machine.settle()
-    if tokens is None:
-        return Done(*data_free.convert(job, writer, pool, progress))
+    return Done(*data_free.convert(job, writer, pool, progress))
+
+
+@torch.no_grad()
+def run_text(
+    job: Job, writer: Writer, pool: Pool, tokens: Tensor, progress: Callable[[int, int, str], None] = _silent
+) -> Done:
+    """`run_blocks` with text: each block is run, and what comes of it goes to `writer`."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    machine.settle()
     if job.paired:
         tokens = tokens.repeat_interleave(2, dim=0)
     run = _Run(job, writer, writer.written, tokens, pool)

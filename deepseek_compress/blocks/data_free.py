@@ -23,7 +23,6 @@ from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.models.config import Linear
-from deepseek_compress.numerics.types import Statistics
 from deepseek_compress.workers import Pool
 
 SHARDS = 16  # as many tasks of a large model, so that workers end together,
@@ -137,7 +136,7 @@ def _convert(job: Job, layer: int, linear: Linear) -> tuple[dict[str, Tensor], d
     stored: list[dict[str, Tensor]] = []
     block = Block(job, layer, lambda name, parts: stored.append(parts))
     block.read(linear.name + ".weight", exact=True)
-    block.solve([linear], Statistics())
+    block.solve([linear], job.saved(layer, linear))
     return stored[0], block.facts[0]
 
 

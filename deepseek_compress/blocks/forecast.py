@@ -45,7 +45,10 @@ def expect(
     samples: int,
     length: int,
 ) -> Expected:
-    """For calibration with `samples` of `length` tokens; no samples: no block is run."""
+    """For calibration with `samples` of `length` tokens; no samples: no block is run.
+
+    A change that needs statistics then has them from before.
+    """
     tensors = {name: stored16(info) for name, info in header.tensors.items()}
     changed: list[str] = []
     quick: list[str] = []  # those that a data-free run packs in one pass
@@ -55,7 +58,7 @@ def expect(
         wanted = [linear for linear in linears if change.wants(layer, linear)]
         for linear in wanted:
             name = f"{family.prefix(layer)}.{linear.name}.weight"
-            weights = change.quantizer(layer, linear, fallback=not samples)
+            weights = change.quantizer(layer, linear, fallback=False)
             if weights is not None:
                 tensors[name] = packed(tensors[name], weights)
             if isinstance(weights, Rtn) and weights.num_bits == 4 and change.sparsity is None:
@@ -69,11 +72,13 @@ def expect(
         alone, beside, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "beside", "task"))
         memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
     else:
-        memory = Memory(0, 0, _largest(header, changed, quick))
+        saved = bool(change.needs)
+        memory = Memory(0, 0, _largest(header, changed, quick, saved))
         copied = sum(info.bytes for info in header.tensors.values()) - sum(header.tensors[n].bytes for n in changed)
         fast, all_ = (sum(header.tensors[name].elements for name in names) for names in (quick, changed))
         slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience
         costs.append(_Block(0, 0, 0, Work(), Work(packed=fast + slow + copied / 2)))
+        costs += [_Block(0, 0, 0, Work(), _saved_work(header.tensors[name])) for name in changed if saved]
     return Expected(
         out, len(changed), out.bytes, memory, _sum(cost.work for cost in costs), _sum(cost.tasks for cost in costs)
     )
@@ -116,12 +121,20 @@ def packed(info: TensorInfo, weights: WeightQuantizer) -> TensorInfo:
     return dataclasses.replace(info, encoding="packed", dtype=torch.int32, parts=parts)
 
 
-def _largest(header: Header, changed: Collection[str], quick: Collection[str]) -> int:
+def _saved_work(weight: TensorInfo) -> Work:
+    """A factor of its own for each weight, and its solve."""
+    rows, k = weight.shape
+    return Work(float(k) ** 3 / 3 + float(rows) * k**2, 40.0 * rows * k, float(rows) * k)
+
+
+def _largest(header: Header, changed: Collection[str], quick: Collection[str], saved: bool) -> int:
     """Bytes that the largest tensor takes in a data-free task, with the shard that waits to be written."""
     kernel, solved, found = set(quick), set(changed), [0]
     for name, info in header.tensors.items():
         if name in solved:
-            found.append(info.bytes + info.elements if name in kernel else 4 * (COPIES + 1) * info.elements)
+            hessians = 4 * (HESSIANS + 1) * info.shape[1] ** 2 if saved else 0
+            here = info.bytes + info.elements if name in kernel else 4 * (COPIES + 1) * info.elements + hessians
+            found.append(here)
         elif info.encoding == "fp8_block":
             found.append(info.bytes + 2 * info.elements)
     return WAITING + max(found)

@@ -17,6 +17,7 @@ from deepseek_compress.blocks.statistics import Accumulator, Part, Watch, observ
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.ledger import parts_of
+from deepseek_compress.checkpoint.statistics import SavedStatistics, parts_of_statistics
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.config import Linear, ModelConfig
 from deepseek_compress.models.family import Family
@@ -64,11 +65,19 @@ class Job:
     work: Path  # directory for spools, and for what an interrupted run needs to go on
     scheme: InputScheme | None = None  # how inputs of linears are rounded in the model that comes out
     keep_mtp: bool = True
+    observing: bool = False  # the statistics are what is stored, and no linear changes
+    statistics: SavedStatistics | None = None  # collected before; then no block is run
 
     @property
     def paired(self) -> bool:
         """Whether calibration shows every sample twice, once for each model: see `pairs`."""
         return "drift" in self.change.needs
+
+    def saved(self, layer: int, linear: Linear) -> Statistics:
+        """The statistics that were collected before for the input of `linear`; none without them."""
+        if self.statistics is None:
+            return Statistics()
+        return self.statistics.read(f"{self.family.prefix(layer)}.{linear.input}")
 
     def tensors(self) -> Iterator[TensorInfo]:
         """Those of the source that go into the output."""
@@ -153,7 +162,11 @@ class Block:
                 tensors.pop(linear.name + ".bias", None)
 
     def solve(self, group: Sequence[Linear], statistics: Statistics) -> None:
-        """Give linears that share an input their new weights and write them."""
+        """Give linears that share an input their new weights and write them; or only what was seen of that input."""
+        if self.job.observing:
+            self.store(self.prefix + group[0].input, parts_of_statistics(statistics))
+            self.facts += [observed(linear, statistics) for linear in group]
+            return
         if statistics.tokens < self.job.change.min_tokens:
             statistics = Statistics(tokens=statistics.tokens)
         pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
@@ -194,6 +207,16 @@ class Block:
                     yield batch, self.unrounded(part.split(batch)).linear(part.last, get(kept, batch)), True
                 kept.remove()
         self.free(part.linears)
+
+
+def observed(linear: Linear, statistics: Statistics) -> dict[str, Any]:
+    """What reached a linear: tokens, the largest and the mean magnitude, and how far the largest channel stands out."""
+    facts: dict[str, Any] = {"name": linear.name, "role": str(linear.role), "tokens": statistics.tokens}
+    largest, mean = statistics.input_absmax, statistics.input_absmean
+    if largest is None or mean is None:
+        return {**facts, "absmax": None, "absmean": None, "outlier": None}
+    top, median = float(largest.max()), float(largest.median())
+    return {**facts, "absmax": top, "absmean": float(mean.mean()), "outlier": top / median if median else None}
 
 
 def by_input(linears: Sequence[Linear]) -> Iterator[list[Linear]]:

@@ -31,7 +31,7 @@ def rounding(job: Job, layer: int, linear: Linear) -> Rtn | None:
     encoding = _info(job, layer, linear).encoding
     if not isinstance(change, LinearChange) or encoding not in ("plain", "fp8_block", "mxfp4"):
         return None
-    weights = change.quantizer(layer, linear, fallback=bool(change.needs))
+    weights = change.quantizer(layer, linear, _fallback(job))
     if change.sparsity is not None or not isinstance(weights, Rtn):
         return None
     return weights if weights.num_bits == 4 and not weights.mse and weights.group_size else None
@@ -54,10 +54,15 @@ def pack(job: Job, layer: int, linear: Linear, how: Rtn) -> tuple[dict[str, Tens
         "role": str(linear.role),
         "method": "rtn",
         "tokens": 0,
-        "fallback": bool(job.change.needs),
+        "fallback": _fallback(job),
         **_measured(linear, info, weight, scale, block, parts),
     }
     return parts, facts
+
+
+def _fallback(job: Job) -> bool:
+    """Whether the method asks for statistics, and there are none."""
+    return bool(job.change.needs) and job.statistics is None
 
 
 def _info(job: Job, layer: int, linear: Linear) -> TensorInfo:

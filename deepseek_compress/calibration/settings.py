@@ -47,6 +47,7 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
     samples: int = Field(default=64, gt=0)
     length: int = Field(default=512, gt=1)  # tokens in a sample
     select: Select | None = None
+    statistics: str | None = None  # a directory of `dsc calibrate` instead of text; what else is set must agree with it
 
     @field_validator("sources")
     @classmethod
@@ -62,6 +63,12 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"select: {self.samples} samples cannot be chosen from {self.select.pool} windows")
         return self
 
+    @property
+    def named(self) -> tuple[Source, ...]:
+        """The sources that count: beside saved statistics, only those that are set."""
+        return self.sources if self.statistics is None or "sources" in self.model_fields_set else ()
+
     def document(self) -> dict[str, Any]:
-        """As a recipe writes it."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        """As a recipe writes it; beside saved statistics only what it sets."""
+        saved = self.statistics is not None
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=saved)

@@ -68,16 +68,20 @@ def calibration_tokens(sources: Sequence[str | Path], tokenizer: Tokenizer, samp
 
 def facts(wanted: Calibration, windows: Windows) -> dict[str, Any]:
     """For the manifest: what was asked for, and each source with the hash of its files and what was taken of it."""
-    sources = [
+    taken = zip(source_facts(wanted), windows.taken.sum(0).tolist(), strict=True)
+    return {**wanted.document(), "sources": [{**source, "tokens": tokens} for source, tokens in taken]}
+
+
+def source_facts(wanted: Calibration) -> list[dict[str, Any]]:
+    """Name, hash of the files and share of each source."""
+    return [
         {
             "name": source.name,
             "files": {file.name: hash_file(file) for file in files_of(source.path)},
             "share": source.share,
-            "tokens": tokens,
         }
-        for source, tokens in zip(wanted.sources, windows.taken.sum(0).tolist(), strict=True)
+        for source in wanted.sources
     ]
-    return {**wanted.document(), "sources": sources}
 
 
 def apportion(shares: Sequence[float], count: int) -> list[int]:

@@ -32,6 +32,10 @@ Calibration = Annotated[
     list[str] | None,
     typer.Option("--calibration", metavar="FILE[=SHARE]", help="Calibration text of yours; repeatable."),
 ]
+Statistics = Annotated[
+    str | None,
+    typer.Option("--statistics", metavar="DIR", help="What `dsc calibrate` collected, instead of calibration text."),
+]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration samples.")]
 Length = Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens in a sample.")]
 GroupSize = Annotated[

@@ -104,7 +104,11 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
     """What one stage left behind."""
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     facts = _read(out / "dsc_run.json") or {}
-    others = {"calibrate": f"dsc quantize {model} -o OUT", "export": f"dsc evaluate {model} -o report.json"}
+    others = {
+        "calibrate": f"dsc quantize {model} -o OUT --statistics {out}",
+        "export": f"dsc evaluate {model} -o report.json",
+    }
+    others["allocate"] = f"dsc quantize {model} -o OUT -r {out}/recipe.yaml"
     following = others.get(recipe.steps[0].kind) or _evaluate(out, model)
     if as_json:
         console.print_json({"out": str(out), "bytes": size, "run": facts, "next": following})

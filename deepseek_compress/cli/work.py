@@ -29,6 +29,7 @@ def plan(
     recipe: o.RecipeOption = "w4a16",
     settings: o.Settings = None,
     calibration: o.Calibration = None,
+    statistics: o.Statistics = None,
     samples: o.Samples = None,
     length: o.Length = None,
     group_size: o.GroupSize = None,
@@ -41,7 +42,7 @@ def plan(
     json: o.Json = False,
 ) -> None:
     """Show what a recipe would do to a model: stages, tensors, bytes, time, and every problem at once."""
-    wanted = _recipe(recipe, model, settings, _calibration(calibration, samples, length, seed), group_size)
+    wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     from deepseek_compress import pipeline
     from deepseek_compress.rates import rates
 
@@ -57,6 +58,7 @@ def run(
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="[default: runs/RECIPE]")] = None,
     settings: o.Settings = None,
     calibration: o.Calibration = None,
+    statistics: o.Statistics = None,
     samples: o.Samples = None,
     length: o.Length = None,
     group_size: o.GroupSize = None,
@@ -68,7 +70,7 @@ def run(
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
-    wanted = _recipe(recipe, model, settings, _calibration(calibration, samples, length, seed), group_size)
+    wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
     paths = _pipeline(wanted, target, _options(device, memory, workers, ray), json, flat=False)
     show.outputs(target, paths, wanted, json)
@@ -83,6 +85,7 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         recipe: o.RecipeOption = default,
         settings: o.Settings = None,
         calibration: o.Calibration = None,
+        statistics: o.Statistics = None,
         samples: o.Samples = None,
         length: o.Length = None,
         group_size: o.GroupSize = None,
@@ -93,7 +96,7 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         ray: o.Ray = None,
         json: o.Json = False,
     ) -> None:
-        text = _calibration(calibration, samples, length, seed)
+        text = _calibration(calibration, statistics, samples, length, seed)
         wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
         _one_stage(wanted, out, _options(device, memory, workers, ray), json, model)
 
@@ -104,9 +107,36 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
 distill = _compressing("distill", "distill", "Train a smaller student from a teacher.")
 prune = _compressing("compress", "sparse24", "Make two of every four weights zero.")
 calibrate = _compressing(
-    "calibrate", "calibrate", "Show what calibration text does to each linear: input ranges, tokens an expert sees."
+    "calibrate",
+    "calibrate",
+    "Save what each linear sees of calibration text, for --statistics; show ranges and tokens an expert gets.",
 )
 quantize = _compressing("compress", "w4a16", "Store the weights in few bits; alone it means -r w4a16.")
+
+
+def allocate(
+    model: o.Model,
+    out: o.Out,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="SIZE", help="'3.5 bits per weight', or 8GiB of all files.")
+    ] = None,
+    recipe: o.RecipeOption = "mixed",
+    settings: o.Settings = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    group_size: o.GroupSize = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = None,
+    ray: o.Ray = None,
+    json: o.Json = False,
+) -> None:
+    """Find by measurement which bits each part of a model needs under a size; writes a recipe for quantize."""
+    values = {**_calibration(calibration, None, samples, length, seed), "allocate.target": target}
+    wanted = _recipe(recipe, model, settings, values, group_size, kind="allocate")
+    _one_stage(wanted, out, _options(device, memory, workers, ray), json, model)
 
 
 def export(
@@ -162,14 +192,17 @@ def evaluate(
 
 
 def _calibration(
-    sources: list[str] | None, samples: int | None, length: int | None, seed: int | None
+    sources: list[str] | None, statistics: str | None, samples: int | None, length: int | None, seed: int | None
 ) -> dict[str, Any]:
-    return {
-        "calibration.sources": [o.source_of(source) for source in sources or ()] or None,
-        "calibration.samples": samples,
-        "calibration.length": length,
-        "seed": seed,
+    values = {
+        "sources": [o.source_of(source) for source in sources or ()] or None,
+        "samples": samples,
+        "length": length,
     }
+    if statistics is None:
+        return {**{f"calibration.{key}": value for key, value in values.items()}, "seed": seed}
+    given = {key: value for key, value in values.items() if value is not None}
+    return {"calibration": {"statistics": statistics, **given}, "seed": seed}  # the recipe's own text does not count
 
 
 def _recipe(

@@ -24,7 +24,7 @@ STAGES: dict[str, Entry] = {
         "allocate", "Allocate", "bits for each unit by measured KL under a size, as a recipe to compress by"
     ),
     "recover": Entry("recover", "Recover", "scales and norms of a packed model trained by KL against the original"),
-    "calibrate": Entry("calibrate", "Calibrate", "what calibration text does to each linear: ranges, coverage"),
+    "calibrate": Entry("calibrate", "Calibrate", "statistics of each linear's input, to quantise with; coverage"),
     "export": Entry("export", "Export", "compressed-tensors, BF16, ONNX, TensorRT engine"),
     "evaluate": Entry("evaluate", "Evaluate", "what was lost and gained against a reference, as a report"),
 }

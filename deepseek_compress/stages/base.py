@@ -48,8 +48,12 @@ class Context:
 
     @property
     def text(self) -> Calibration:
-        """What the recipe says about calibration text."""
-        return Calibration.model_validate(self.calibration)
+        """What the recipe says about calibration text. Raises DscError where it names saved statistics alone."""
+        found = Calibration.model_validate(self.calibration)
+        if not found.named:
+            what = f"{self.name}: reads text, and calibration names saved statistics alone"
+            raise DscError(what, "name calibration.sources too")
+        return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
     """A checkpoint on disk in, another output out. Fields are its knobs."""
 
     writes: ClassVar[str] = "checkpoint"  # or "artifact", "report"
+    takes_statistics: ClassVar[bool] = False  # that were collected before, instead of text
 
     def problems(self, header: Header) -> list[DscError]:
         """Everything wrong, from shapes alone, before any byte is read."""
@@ -100,8 +105,15 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
         """Whether it takes calibration text, chosen from a pool where the recipe asks."""
         return False
 
+    def statistics_problems(self, source: Checkpoint, wanted: Calibration) -> list[DscError]:
+        """Why it cannot take the statistics that `wanted` names for `source`."""
+        return []
+
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """What it would write and need, with `samples` of `length` tokens of calibration text."""
+        """What it would write and need, with `samples` of `length` tokens of calibration text.
+
+        No samples where it takes statistics that were collected before.
+        """
         return Forecast(header)
 
     def run(self, source: Checkpoint, context: Context) -> Output:

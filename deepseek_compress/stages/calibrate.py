@@ -1,138 +1,110 @@
-"""Calibrate: run calibration text through the model, a block at a time, and tell what each linear sees.
+"""Calibrate: run calibration text through the model, a block at a time, and keep what each linear sees.
 
-For each linear: tokens that reached it, the largest and the mean magnitude of its input, and how far its largest
-channel stands above the median one, which is what makes 8-bit activations hard. For each mixture-of-experts block: how
-many tokens each expert got, which tells whether the text is enough to solve it. Nothing of the model is changed.
+Kept in `statistics-*.safetensors`, for `dsc quantize --statistics`: of each input that linears share the Hessian (the
+sum over tokens of x x^T), the largest and the mean magnitude of each channel; with `statistics: ranges` the magnitudes
+alone. Told in `calibration.json`: for each linear tokens that reached it, the largest and the mean magnitude of its
+input, and how far its largest channel stands above the median one, which is what makes 8-bit activations hard; for each
+mixture-of-experts block how many tokens each expert got, which tells whether the text is enough to solve it.
+
+The inputs are those of the model as it is. A run that calibrates itself shows each linear what the changed ones before
+it give, which saved statistics cannot. An interrupted run goes on after its last finished block.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+import hashlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from deepseek_compress import provenance
+from deepseek_compress.blocks import claim, clean, run_text
+from deepseek_compress.blocks.observe import expected, observing
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_json
-from deepseek_compress.costs import Memory, Work
-from deepseek_compress.models import Family, ModelConfig, family_of
-from deepseek_compress.models.config import Linear
-from deepseek_compress.models.weights import ObservingWeights, StreamedWeights
+from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
+from deepseek_compress.models import family_of
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
-from deepseek_compress.stages.text import calibration_text
+from deepseek_compress.stages.saved import tokenizer_hash
+from deepseek_compress.stages.text import Text, calibration_text
+from deepseek_compress.workers import open_pool
 
-BATCH_TOKENS = 8192  # weights are read once for so many
 FILE = "calibration.json"
-WORK = ".dsc_text"
-
-
-@dataclass
-class _Seen:
-    """What reached one linear: (columns,) each."""
-
-    tokens: int = 0
-    largest: Tensor = field(default_factory=lambda: torch.zeros(1))
-    total: Tensor = field(default_factory=lambda: torch.zeros(1))
-
-    def add(self, x: Tensor) -> None:
-        """Take in x (..., columns)."""
-        rows = x.reshape(-1, x.shape[-1]).abs()
-        if len(rows):
-            self.tokens += len(rows)
-            self.largest = torch.maximum(self.largest, rows.amax(0))
-            self.total = self.total + rows.sum(0)
+WORK = ".dsc_blocks"
 
 
 class Calibrate(Stage, frozen=True):
-    """Input ranges of each linear and tokens of each expert, as a JSON file."""
+    """Statistics of each linear's input to quantise with, and what they tell of the text."""
 
     writes: ClassVar[str] = "artifact"
+    statistics: Literal["hessian", "ranges"] = "hessian"  # what is kept of an input; ranges are small
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """What is collected of each input."""
+        return FIELDS if self.statistics == "hessian" else [field for field in FIELDS if field != "hessian"]
 
     def reads_text(self, header: Header) -> bool:
         """Yes."""
         return True
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """Two operations a weight and token; the text is held at the width of the model."""
-        cfg = family_of(header.config).parse(header.config)
-        tokens = samples * length
-        active = sum(info.elements for name, info in header.tensors.items() if ".experts." not in name)
-        return Forecast(header, bytes=0, memory=Memory(8 * tokens * cfg.hidden_size), work=Work(2.0 * active * tokens))
+        """Sizes, memory and work from shapes."""
+        family = family_of(header.config)
+        size, memory, work, tasks = expected(family, family.parse(header.config), self.fields, samples, length)
+        read = sum(info.bytes for info in header.tensors.values())
+        return Forecast(header, bytes=size, memory=memory, work=work, tasks=tasks, read=read)
 
-    @torch.no_grad()
     def run(self, source: Checkpoint, context: Context) -> Output:
-        """Write `calibration.json`."""
+        """Write the statistics and `calibration.json`."""
         family = family_of(source.config)
         cfg = family.parse(source.config)
-        text = calibration_text(source, context, context.out / WORK)
-        shutil.rmtree(context.out / WORK, ignore_errors=True)
-        tokens = text.tokens
-        hidden = family.embed(cfg, source.read("model.embed_tokens.weight"), tokens)
-        blocks = []
-        for layer in range(cfg.num_hidden_layers):
-            context.progress(layer, cfg.num_hidden_layers, f"block {layer}")
-            hidden, seen = _block(source, family, cfg, layer, hidden, tokens)
-            blocks.append(_facts(family, cfg, layer, seen))
-        context.progress(cfg.num_hidden_layers, cfg.num_hidden_layers, "blocks done")
+        work = context.out / WORK
+        text = calibration_text(source, context, work)
+        claim(context.out, work, self._identity(source, text))
+        forecast = self.forecast(source.header, *text.tokens.shape)
+        workers, memory = forecast.workers(context.workers, context.memory), forecast.memory
+        job = observing(source, family, cfg, self.fields, work)
+        layers = range(cfg.num_hidden_layers)
+        prefixes = [family.prefix(layer) + "." for layer in layers]
+        names = [[prefixes[layer] + name for name in family.block_tensors(cfg, layer)] for layer in layers]
+        writer = StatisticsWriter(context.out, names)
+        with open_pool(job, workers, context.ray, memory.task if memory else 0) as pool:
+            done = run_text(job, writer, pool, text.tokens, context.progress)
+        blocks = [_facts(layer, block) for layer, block in enumerate(done.blocks)]
+        write_json(context.out / FILE, {"schema": 1, "tokens": text.tokens.numel(), "blocks": blocks})
+        saved = {"fields": sorted(self.fields), "files": writer.finish(), "tokenizer": tokenizer_hash(source)}
         manifest = provenance.build_manifest(
-            stage="calibrate",
+            stage=STAGE,
             source=source,
             recipe=context.recipe_text,
             seed=context.seed,
-            extra={"calibration": text.facts},
+            knobs=self.model_dump(mode="json"),
+            hashes=done.hashes,
+            extra={"calibration": text.facts, "statistics": saved},
         )
-        path = context.out / FILE
-        write_json(path, {"schema": 1, "tokens": tokens.numel(), "blocks": blocks})
         write_json(context.out / "dsc_manifest.json", manifest)
-        return Output("artifact", path, _summary(blocks, tokens.numel()))
+        clean(job)
+        return Output("artifact", context.out, _summary(blocks, text.tokens.numel()))
+
+    def _identity(self, source: Checkpoint, text: Text) -> dict[str, Any]:
+        """What the bytes follow from: an unfinished output of anything else is not gone on with."""
+        return {
+            "knobs": self.model_dump(mode="json"),
+            "model": provenance.fingerprint(source),
+            "calibration": [*text.tokens.shape, hashlib.sha256(text.tokens.numpy().tobytes()).hexdigest()],
+            "versions": provenance.versions(),
+            "threads": torch.get_num_threads(),
+        }
 
 
-def _block(
-    source: Checkpoint, family: Family, cfg: ModelConfig, layer: int, hidden: Tensor, tokens: Tensor
-) -> tuple[Tensor, dict[str, _Seen]]:
-    """hidden (samples, length, ...) of tokens (samples, length) through one block; what its linears saw."""
-    seen = {linear.name: _Seen() for linear in family.linears(cfg, layer)}
-
-    def look(name: str, x: Tensor) -> None:
-        if name in seen:
-            seen[name].add(x)
-
-    weights = ObservingWeights(StreamedWeights(source, family.prefix(layer) + "."), look)
-    samples, length = hidden.shape[:2]
-    positions = torch.arange(length)
-    step = max(1, BATCH_TOKENS // length)
-    parts = [
-        family.run_block(cfg, layer, weights, part, positions.expand(len(part), -1), tokens=ids)
-        for part, ids in zip(torch.split(hidden, step), torch.split(tokens, step), strict=True)
-    ]
-    return torch.cat(parts).view(samples, length, *hidden.shape[2:]), seen
-
-
-def _facts(family: Family, cfg: ModelConfig, layer: int, seen: Mapping[str, _Seen]) -> dict[str, Any]:
-    linears = family.linears(cfg, layer)
-    facts: dict[str, Any] = {"layer": layer, "linears": [_linear(linear, seen[linear.name]) for linear in linears]}
-    experts = [
-        row["tokens"] for row in facts["linears"] if row["role"] == "expert" and row["name"].endswith("gate_proj")
-    ]
-    if experts:
-        facts["experts"] = {"tokens": experts, "unreached": experts.count(0)}
+def _facts(layer: int, block: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"layer": layer, "linears": block["linears"]}
+    if "experts" in block:
+        tokens = block["experts"]["tokens"]
+        facts["experts"] = {"tokens": tokens, "unreached": tokens.count(0)}
     return facts
-
-
-def _linear(linear: Linear, seen: _Seen) -> dict[str, Any]:
-    median = float(seen.largest.median())
-    return {
-        "name": linear.name,
-        "role": str(linear.role),
-        "tokens": seen.tokens,
-        "absmax": float(seen.largest.max()) if seen.tokens else None,
-        "absmean": float(seen.total.mean()) / seen.tokens if seen.tokens else None,
-        "outlier": float(seen.largest.max()) / median if median else None,
-    }
 
 
 def _summary(blocks: list[dict[str, Any]], tokens: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
@@ -20,6 +20,7 @@ from deepseek_compress.blocks import Job, claim, clean, migration, run_blocks, s
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.blocks.overrides import Override, build_all, counted
+from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
 from deepseek_compress.costs import Memory, total
 from deepseek_compress.errors import DscError
@@ -30,6 +31,7 @@ from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.registry import pick
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
 from deepseek_compress.workers import open_pool
 
@@ -47,6 +49,7 @@ def _picked(table: Mapping[str, type[Any]], what: str) -> BeforeValidator:
 class Compress(Stage, frozen=True):
     """Make the linears of every block smaller; routers, norms, embeddings, head and MTP blocks stay 16-bit."""
 
+    takes_statistics: ClassVar[bool] = True
     sparsity: Annotated[SerializeAsAny[Sparsifier] | None, _picked(SPARSITY, "sparsity")] = None
     migration: Annotated[SerializeAsAny[Migration] | None, _picked(MIGRATION, "migration")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
@@ -92,8 +95,18 @@ class Compress(Stage, frozen=True):
 
     def reads_text(self, header: Header) -> bool:
         """Whether a part needs statistics."""
+        return bool(self._needs(header))
+
+    def statistics_problems(self, source: Checkpoint, wanted: Calibration) -> list[DscError]:
+        """Fields that are not there, another model, other text."""
+        needs = self._needs(source.header)
+        return saved_problems(source, wanted, needs) if needs else []
+
+    def _needs(self, header: Header) -> frozenset[str]:
+        """What has to be known of inputs; "text" where that alone serves."""
         family = family_of(header.config)
-        return self.migration is not None or bool(self._change(family, family.parse(header.config), header).needs)
+        needs = self._change(family, family.parse(header.config), header).needs
+        return needs | {"text"} if self.migration is not None else needs
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
@@ -121,12 +134,15 @@ class Compress(Stage, frozen=True):
         for line in decisions:
             context.tell(line)
         work = context.out / WORK
-        text = calibration_text(source, context, work) if self.reads_text(source.header) else None
+        needs = self._needs(source.header)
+        saved = saved_statistics(source, context, needs) if needs else None
+        text = calibration_text(source, context, work) if needs and saved is None else None
         tokens = None if text is None else text.tokens
         memory, workers = self._share(source, tokens, context)
-        claim(context.out, work, self._identity(source, tokens))
+        claim(context.out, work, self._identity(source, tokens, saved))
         scheme = self._input_scheme()
-        job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep")
+        before = saved and saved.statistics
+        job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep", statistics=before)
         if self.migration is not None and tokens is not None:
             job = migration.migrate(job, tokens, self.migration, context.progress)
         with (
@@ -136,7 +152,7 @@ class Compress(Stage, frozen=True):
             blocks, hashes = run_blocks(job, writer, pool, tokens if change.needs else None, context.progress)
             facts = {**summary.summarize(blocks), "decisions": decisions}
             summary.write(context.out, blocks)
-            manifest = self._manifest(source, context, text, facts, hashes)
+            manifest = self._manifest(source, context, saved or text, facts, hashes)
             notes = writer.finish(self._config_changes(source, family, cfg), manifest, _ignore(cfg))
         clean(job)
         for line in notes:
@@ -182,13 +198,13 @@ class Compress(Stage, frozen=True):
             lines.append(told_cache(cfg, self.kv_cache))
         return lines
 
-    def _identity(self, source: Checkpoint, tokens: Tensor | None) -> dict[str, Any]:
+    def _identity(self, source: Checkpoint, tokens: Tensor | None, saved: Saved | None) -> dict[str, Any]:
         """What the bytes follow from: an unfinished output of anything else is not gone on with."""
         text = None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()]
         return {
             "knobs": self.model_dump(mode="json"),
             "model": provenance.fingerprint(source),
-            "calibration": text,
+            "calibration": saved.digest if saved else text,
             "versions": provenance.versions(),
             "threads": None if tokens is None else torch.get_num_threads(),
         }
@@ -197,7 +213,7 @@ class Compress(Stage, frozen=True):
         self,
         source: Checkpoint,
         context: Context,
-        text: Text | None,
+        text: Text | Saved | None,
         facts: Mapping[str, Any],
         hashes: Mapping[str, str],
     ) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def shorten(words: Sequence[str], model: Path, text: Path) -> list[str]:
         return ["--model", str(model), *calibration, "--group-size", "32"]
     if command in {"prune", "calibrate"}:
         return calibration
+    if "--statistics" in words:
+        return ["--group-size", "32"]
     if command in {"plan", "quantize"}:
         return [*calibration, "--group-size", "32"]
     if command == "distill":

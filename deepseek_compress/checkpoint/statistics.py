@@ -1,0 +1,153 @@
+"""What calibration collected, on disk: a safetensors file a block, named by the block, and the manifest last.
+
+    statistics-00003.safetensors    "model.layers.3.mlp.in.hessian", ".input_absmax", ".input_absmean", ".tokens", ...
+
+A name is the block's prefix and the input that linears share. Of the symmetric Hessian (n, n) only what stands on and
+above the diagonal is stored, row by row: n (n + 1) / 2 numbers of float32. A file appears under its name once it is
+safe, so that an interrupted run goes on after the last one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.checkpoint.files import disk_errors, hash_file, read_json
+from deepseek_compress.checkpoint.header import Location, read_shard_header
+from deepseek_compress.checkpoint.reader import MANIFEST, read_tensor
+from deepseek_compress.checkpoint.shards import ShardFile
+from deepseek_compress.errors import DscError, raise_problems
+from deepseek_compress.numerics.hessian import mirror
+from deepseek_compress.numerics.types import Statistics
+
+FIELDS = ("hessian", "input_absmax", "input_absmean")
+STAGE = "calibrate"  # that writes the manifest
+_AGAIN = "collect them again with dsc calibrate"
+
+
+def parts_of_statistics(statistics: Statistics) -> dict[str, Tensor]:
+    """What is stored of them."""
+    parts = {field: getattr(statistics, field) for field in FIELDS}
+    found = {field: tensor for field, tensor in parts.items() if tensor is not None}
+    if "hessian" in found:
+        found["hessian"] = pack_triangle(found["hessian"])
+    return {**found, "tokens": torch.tensor([statistics.tokens])}
+
+
+def pack_triangle(matrix: Tensor) -> Tensor:
+    """(n, n) -> (n (n + 1) / 2,): each row from the diagonal on."""
+    n, done = len(matrix), 0
+    out = matrix.new_empty(n * (n + 1) // 2)
+    for row in range(n):
+        out[done : done + n - row] = matrix[row, row:]
+        done += n - row
+    return out
+
+
+def unpack_triangle(flat: Tensor) -> Tensor:
+    """What `pack_triangle` made, as the symmetric (n, n) that it came from."""
+    n, done = int(((8 * len(flat) + 1) ** 0.5 - 1) / 2 + 0.5), 0
+    out = flat.new_zeros(n, n)
+    for row in range(n):
+        out[row, row:] = flat[done : done + n - row]
+        done += n - row
+    return mirror(out)
+
+
+class StatisticsWriter:
+    """Takes what the block loop stores of each block; `flush` ends a block.
+
+    `blocks`: the names of each block's tensors, by which the loop knows what is done.
+    """
+
+    def __init__(self, out: Path, blocks: Sequence[Collection[str]]) -> None:
+        self.out, self._blocks = out, blocks
+        self._done = 0
+        while self._done < len(blocks) and self._path(self._done).is_file():
+            self._done += 1
+        self._open: ShardFile | None = None
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Tensors of the blocks that are safe on the disk."""
+        return frozenset(name for block in self._blocks[: self._done] for name in block)
+
+    def add_raw(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Write the parts of the input `name`."""
+        if self._open is None:
+            self._open = ShardFile(self._growing)
+        for suffix, tensor in parts.items():
+            self._open.add(f"{name}.{suffix}", tensor)
+
+    def keep(self, name: str) -> None:
+        """A tensor of the model: not stored."""
+
+    def flush(self) -> None:
+        """End the block: its file appears."""
+        if self._open is not None:
+            self._open.close()
+            with disk_errors(self._growing):
+                os.replace(self._growing, self._path(self._done))
+            self._open, self._done = None, self._done + 1
+
+    def finish(self) -> dict[str, str]:
+        """BLAKE3 of each file."""
+        files = [self._path(number) for number in range(len(self._blocks))]
+        return {file.name: hash_file(file) for file in files}
+
+    @property
+    def _growing(self) -> Path:
+        return self.out / ".dsc_statistics.tmp"
+
+    def _path(self, number: int) -> Path:
+        return self.out / f"statistics-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedStatistics:
+    """Statistics on disk; plain values, so that any process can read some of them."""
+
+    path: Path
+    manifest: dict[str, Any]
+    places: dict[str, Location]
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """What is there of each input."""
+        return frozenset(self.manifest["statistics"]["fields"])
+
+    def read(self, name: str) -> Statistics:
+        """Those of the input `name`, "model.layers.3.mlp.in"."""
+        tokens, hessian, absmax, absmean = (self._part(f"{name}.{field}") for field in ("tokens", *FIELDS))
+        if tokens is None:
+            raise DscError(f"{self.path}: has no statistics of {name}", _AGAIN)
+        return Statistics(int(tokens), None if hessian is None else unpack_triangle(hessian), absmax, absmean)
+
+    def _part(self, name: str) -> Tensor | None:
+        place = self.places.get(name)
+        return None if place is None else read_tensor(place, name)
+
+
+def open_statistics(path: Path) -> SavedStatistics:
+    """What `dsc calibrate` wrote to the directory `path`. Raises DscError for anything else, and what is damaged."""
+    if not (path / MANIFEST).is_file():
+        raise DscError(f"{path}: no statistics in it", "give a directory that dsc calibrate wrote")
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("stage") != STAGE or "statistics" not in manifest:
+        raise DscError(
+            f"{path}: made by {manifest.get('stage')!r}, holds no statistics", "give what dsc calibrate wrote"
+        )
+    places: dict[str, Location] = {}
+    problems: list[DscError] = []
+    for name in manifest["statistics"]["files"]:
+        found, wrong = read_shard_header(path / name)
+        places.update(found)
+        problems += [DscError(problem.what, _AGAIN) for problem in wrong]
+    raise_problems(problems)
+    return SavedStatistics(path, manifest, places)
