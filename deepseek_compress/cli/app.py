@@ -74,6 +74,7 @@ for name, function, panel in (
     ("prune", work.prune, _STAGE),
     ("calibrate", work.calibrate, _STAGE),
     ("quantize", work.quantize, _STAGE),
+    ("allocate", work.allocate, _STAGE),
     ("export", work.export, _STAGE),
     ("evaluate", work.evaluate, _STAGE),
     ("compare", look.compare, _LOOK),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STEP_KEYS = ("name", "from")
+_QUANTISING = ("compress", "allocate")  # stages whose `weights` have a group size
 
 
 class _Top(BaseModel, frozen=True, extra="forbid"):
@@ -122,11 +123,12 @@ def _group_sizes(document: Document) -> list[tuple[str, ...]]:
     """Where the group size of each weight quantizer stands."""
     places: list[tuple[str, ...]] = []
     for index, item in enumerate(document.value.get("stages") or []):
-        weights = (item.get("compress") or {}).get("weights") if isinstance(item, dict) else None
+        kind = next((key for key in _QUANTISING if isinstance(item, dict) and key in item), "compress")
+        weights = (item.get(kind) or {}).get("weights") if isinstance(item, dict) else None
         if isinstance(weights, str):
-            document.set(("stages", index, "compress", "weights"), {weights: {}})
+            document.set(("stages", index, kind, "weights"), {weights: {}})
             weights = {weights: {}}
-        places += [("stages", str(index), "compress", "weights", name, "group_size") for name in weights or {}]
+        places += [("stages", str(index), kind, "weights", name, "group_size") for name in weights or {}]
     if not places:
         raise DscError(f"--group-size: {document.where} quantises no weights", "leave the option out")
     return places

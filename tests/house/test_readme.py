@@ -24,13 +24,14 @@ LINES = [
 
 def test_there_is_an_example_for_each_command() -> None:
     commands = {line.split()[1] for line in LINES}
-    expected = "plan run distill prune calibrate quantize export evaluate compare inspect doctor list"
+    expected = "plan run distill prune calibrate quantize allocate export evaluate compare inspect doctor list"
     assert commands == set(expected.split())
 
 
 def test_the_recipe_of_the_readme_is_valid() -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert [step.name for step in parse_recipe(block, "README").steps] == ["teacher-w4a16", "evaluate"]
+    blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    recipes = [[step.name for step in parse_recipe(block, "README").steps] for block in blocks]
+    assert recipes == [["teacher-w4a16", "evaluate"], ["compress"]]
 
 
 @pytest.mark.slow

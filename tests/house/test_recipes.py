@@ -11,7 +11,7 @@ from deepseek_compress import resources
 from tests.house.conftest import Dsc
 from tests.house.short import TEXT
 
-SINGLE = {"distill", "calibrate", "export", "evaluate", "quickstart"}  # run by the examples of the README
+SINGLE = {"distill", "calibrate", "export", "evaluate", "mixed", "quickstart"}  # run by the examples of the README
 COMPRESSING = sorted(set(resources.recipes()) - SINGLE)
 
 
