@@ -24,18 +24,16 @@ def nvcc() -> str:
     return found
 
 
-def disassembler() -> list[str]:
-    """cuobjdump from the path, beside nvcc, or of the package nvidia-cuda-cuobjdump."""
-    beside = Path(nvcc()).resolve().parent / "cuobjdump"
+def disassembler() -> str:
+    """nvdisasm from the path, or of the package nvidia-cuda-nvdisasm."""
     try:
-        files = metadata.files("nvidia-cuda-cuobjdump") or []
+        files = metadata.files("nvidia-cuda-nvdisasm") or []
     except metadata.PackageNotFoundError:
         files = []
-    packaged = [str(f.locate()) for f in files if f.name == "cuobjdump"]
-    for candidate in (shutil.which("cuobjdump"), str(beside), *packaged):
-        if candidate and Path(candidate).is_file():
-            return [candidate, "-sass"]
-    pytest.skip("cuobjdump is not installed (python -m pip install nvidia-cuda-cuobjdump)")
+    found = shutil.which("nvdisasm") or next((str(f.locate()) for f in files if f.name == "nvdisasm"), None)
+    if found is None:
+        pytest.skip("nvdisasm is not installed (python -m pip install nvidia-cuda-nvdisasm)")
+    return found
 
 
 @pytest.fixture(
@@ -61,8 +59,9 @@ def test_no_warning_no_spill_no_local_memory(compiled: tuple[str, Path]) -> None
 
 
 def test_loads_are_16_bytes_wide(compiled: tuple[str, Path]) -> None:
-    sass = subprocess.run([*disassembler(), str(compiled[1])], capture_output=True, text=True, check=True).stdout
-    functions = re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", sass, flags=re.S)
+    command = [disassembler(), "-c", str(compiled[1])]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.findall(r"^\.text\.(\S+):(.*?)(?=^\.text\.|\Z)", sass, flags=re.S | re.M)
     assert len(functions) >= 4 * 7
     for name, code in functions:
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
