@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from deepseek_compress import resources, stages
 from deepseek_compress.models import FAMILIES
 from deepseek_compress.models.resolve import builtin_models
-from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, SPARSITY, WEIGHTS
+from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.kv_cache import KvRounding
 
 
@@ -30,6 +30,7 @@ def catalogue() -> dict[str, list[Entry]]:
         "weights": _components(WEIGHTS),
         "sparsity": _components(SPARSITY),
         "activations": _components(ACTIVATIONS),
+        "rotation": _components(ROTATION),
         "migration": _components(MIGRATION),
         "kv_cache": [Entry("bits", _first_line(KvRounding), KvRounding.paper)],
         "model families": [Entry(name, _first_line(family)) for name, family in FAMILIES.items()],

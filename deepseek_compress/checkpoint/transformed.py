@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.header import module_of
+from deepseek_compress.checkpoint.header import Header, TensorInfo, module_of
 from deepseek_compress.checkpoint.reader import Checkpoint
 from deepseek_compress.numerics.types import Quantized
 
@@ -21,18 +21,21 @@ Change = Callable[[Tensor], Tensor]  # float32 -> float32 of the same shape; sen
 
 @dataclass(frozen=True)
 class Transformed(Checkpoint):
-    """`source` with `changes` by tensor name."""
+    """`source` with `changes` by tensor name; `header` is that of the outcome.
+
+    `origins`: tensors that the source does not have, by the name of the one each is made of.
+    """
 
     source: Checkpoint
     changes: Mapping[str, Change] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The changed tensor, computed in float32 and rounded once to `dtype`; None: to the type it is stored in."""
         if name not in self.changes:
             return self.source.read(name, dtype)
-        info = self.source.header.tensors[name]
-        stored = info.dtype if info.encoding == "plain" else torch.bfloat16
-        return self.changes[name](self.source.read(name)).to(dtype or stored)
+        made = self.changes[name](self.source.read(self.origins.get(name, name)))
+        return made.to(dtype or self.header.tensors[name].dtype)
 
     def read_raw(self, name: str) -> dict[str, Tensor]:
         """The stored parts; of a changed tensor, its 16-bit values."""
@@ -43,12 +46,18 @@ class Transformed(Checkpoint):
         return None if name in self.changes else self.source.read_quantized(name)
 
 
-def transformed(source: Checkpoint, changes: Mapping[str, Change]) -> Checkpoint:
-    """`source` with `changes`; `source` itself where there are none."""
-    if not changes:
-        return source
-    tensors = {
-        name: replace(info, encoding="transformed") if name in changes else info
-        for name, info in source.header.tensors.items()
-    }
-    return Transformed(replace(source.header, tensors=tensors), source, changes)
+def transformed(
+    source: Checkpoint,
+    changes: Mapping[str, Change],
+    header: Header | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """`source` with `changes`. `header`: that of the outcome, where more than its values differs."""
+    known = header or source.header
+    tensors = {name: _changed(info) if name in changes else info for name, info in known.tensors.items()}
+    return Transformed(replace(known, tensors=tensors), source, changes, origins or {})
+
+
+def _changed(info: TensorInfo) -> TensorInfo:
+    stored = info.dtype if info.encoding in ("plain", "transformed") else torch.bfloat16
+    return replace(info, encoding="transformed", dtype=stored)

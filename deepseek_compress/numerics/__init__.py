@@ -17,6 +17,7 @@ from deepseek_compress.numerics.learned import Learned
 from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.migration import AwqScales, Migration, SmoothQuant
 from deepseek_compress.numerics.quantease import QuantEase
+from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.sparsegpt import SparseGpt
 from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
@@ -33,8 +34,9 @@ WEIGHTS: dict[str, type[WeightQuantizer]] = {
 SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt}
 ACTIVATIONS: dict[str, type[BaseModel]] = {"dynamic": Dynamic}
 MIGRATION: dict[str, type[Migration]] = {"smoothquant": SmoothQuant, "awq": AwqScales}
+ROTATION: dict[str, type[Hadamard]] = {"hadamard": Hadamard}
 
 __all__ = [
-    "ACTIVATIONS", "MIGRATION", "SPARSITY", "WEIGHTS", "Migration", "Quantized", "Sparsifier", "Statistics",
+    "ACTIVATIONS", "MIGRATION", "ROTATION", "SPARSITY", "WEIGHTS", "Migration", "Quantized", "Sparsifier", "Statistics",
     "WeightQuantizer",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Compress: 2:4 sparsity, low-bit weights, 8-bit activations and a low-bit cache, in one pass over the blocks.
 
-With `migration` the text runs through the model once before that, to find scales that move from inputs into weights.
+With `migration` the text runs through the model once before that, to find scales that move from inputs into weights;
+`rotation` turns the model first, without any text.
 Each linear is made sparse first and quantised after it with the same statistics; the quantiser keeps the zeros. Without
 `weights` the output is a plain 16-bit checkpoint; without a part that needs statistics, no block is run.
 """
@@ -16,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.blocks import Job, claim, clean, migration, run_blocks, selection, summary
+from deepseek_compress.blocks import Job, claim, clean, migration, rotation, run_blocks, selection, summary
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.blocks.overrides import Override, build_all, counted
@@ -27,14 +28,18 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
-from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, SPARSITY, WEIGHTS, Migration, Sparsifier, WeightQuantizer
+from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.kv_cache import KvRounding
+from deepseek_compress.numerics.migration import Migration
+from deepseek_compress.numerics.rotation import Hadamard
+from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
 from deepseek_compress.registry import pick
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
 from deepseek_compress.workers import open_pool
 
+PARTS = ("rotation", "migration", "sparsity", "weights", "activations", "kv_cache")
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
 KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
 
@@ -51,6 +56,7 @@ class Compress(Stage, frozen=True):
 
     takes_statistics: ClassVar[bool] = True
     sparsity: Annotated[SerializeAsAny[Sparsifier] | None, _picked(SPARSITY, "sparsity")] = None
+    rotation: Annotated[Hadamard | None, _picked(ROTATION, "rotation")] = None
     migration: Annotated[SerializeAsAny[Migration] | None, _picked(MIGRATION, "migration")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
     activations: Annotated[SerializeAsAny[BaseModel] | None, _picked(ACTIVATIONS, "activations")] = None
@@ -81,15 +87,15 @@ class Compress(Stage, frozen=True):
 
     def problems(self, header: Header) -> list[DscError]:
         """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
-        parts = (self.sparsity, self.weights, self.activations, self.kv_cache, self.migration)
-        if all(part is None for part in parts):
-            return [DscError("compress: nothing to do", "give sparsity, weights, activations, kv_cache or migration")]
+        if all(getattr(self, part) is None for part in PARTS):
+            return [DscError("compress: nothing to do", f"give one of {', '.join(PARTS)}")]
         family = family_of(header.config)
         found = family.problems(header)
         if found:
             return found
         cfg, roles = family.parse(header.config), self._changed(header)
         found = selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
+        found += [] if self.rotation is None else rotation.problems(family, cfg, header, self.mtp == "keep")
         found += [] if self.migration is None else migration.problems(cfg, header)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
@@ -106,20 +112,24 @@ class Compress(Stage, frozen=True):
         """What has to be known of inputs; "text" where that alone serves."""
         family = family_of(header.config)
         needs = self._change(family, family.parse(header.config), header).needs
-        return needs | {"text"} if self.migration is not None else needs
+        own = self.migration is not None or (self.rotation is not None and needs)  # no statistics of others fit
+        return needs | {"text"} if own else needs
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
         family = family_of(header.config)
         cfg = family.parse(header.config)
+        header = header if self.rotation is None else rotation.rotated_header(family, cfg, header)
         change = self._change(family, cfg, header)
         expected = expect(family, cfg, header, change, samples if change.needs else 0, length)
         before = migration.cost(family, cfg, header, samples, length) if self.migration else migration.NOTHING
+        turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
+        alone, task = max(memory.alone, before.memory, turned), max(memory.task, turned if memory.task else 0)
         return Forecast(
             expected.header,
             expected.changed,
             expected.bytes,
-            expected.memory._replace(alone=max(expected.memory.alone, before.memory)),
+            memory._replace(alone=alone, task=task),
             total((before.work, expected.work)),
             expected.tasks,
             read=sum(info.bytes for info in header.tensors.values()),
@@ -143,6 +153,8 @@ class Compress(Stage, frozen=True):
         scheme = self._input_scheme()
         before = saved and saved.statistics
         job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep", statistics=before)
+        if self.rotation is not None:
+            job = rotation.rotate(job, self.rotation)
         if self.migration is not None and tokens is not None:
             job = migration.migrate(job, tokens, self.migration, context.progress)
         with (
@@ -194,6 +206,8 @@ class Compress(Stage, frozen=True):
             lines.append("MTP block left out")
         if any(name in source.header.tensors for name in family.mtp_tensors(cfg)):
             lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
+        if self.rotation is not None and cfg.tie_word_embeddings:
+            lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
         if self.kv_cache is not None:
             lines.append(told_cache(cfg, self.kv_cache))
         return lines
