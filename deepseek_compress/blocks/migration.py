@@ -73,7 +73,7 @@ def cost(family: Family, cfg: ModelConfig, header: Header, samples: int, length:
 def problems(cfg: ModelConfig, header: Header) -> list[DscError]:
     """Why no scale can move."""
     if cfg.compressed is not None:
-        return [DscError(f"migration: {cfg.model_type} mixes its streams before each norm", "leave migration out")]
+        return [DscError(f"migration: {cfg.model_type} mixes its streams before each norm", "set migration: null")]
     packed = [name for name, info in header.tensors.items() if info.encoding == "packed"]
     if packed:
         return [DscError(f"migration: {packed[0]} and others are packed already", "start from the 16-bit model")]

@@ -63,7 +63,7 @@ class Ones:
 def problems(family: Family, cfg: ModelConfig, header: Header, mtp_kept: bool) -> list[DscError]:
     """Why the model cannot be turned."""
     if cfg.compressed is not None:
-        return [DscError(f"rotation: {cfg.model_type} mixes its streams before each norm", "leave rotation out")]
+        return [DscError(f"rotation: {cfg.model_type} mixes its streams before each norm", "set rotation: null")]
     if mtp_kept and any(name in header.tensors for name in family.mtp_tensors(cfg)):
         return [DscError("rotation: the MTP block reads the residual stream", "set mtp: drop")]
     packed = [name for name, info in header.tensors.items() if info.encoding == "packed"]

@@ -92,7 +92,7 @@ def cache_problems(cfg: ModelConfig, rounding: KvRounding) -> list[DscError]:
     """Why the model's cache cannot be rounded like that."""
     if cfg.compressed is not None:
         what = f"kv_cache: {cfg.model_type} keeps entries of many tokens, not rounded here"
-        return [DscError(what, "leave it out")]
+        return [DscError(what, "set kv_cache: null")]
     vectors = _vectors(cfg)
     fits = [size for size in (128, 64, 32, 16) if all(channels % size == 0 for _, channels in vectors)]
     return [

@@ -9,8 +9,8 @@ Each linear is made sparse first and quantised after it with the same statistics
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
@@ -29,6 +29,7 @@ from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
+from deepseek_compress.numerics.activations import Dynamic
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
@@ -59,7 +60,7 @@ class Compress(Stage, frozen=True):
     rotation: Annotated[Hadamard | None, _picked(ROTATION, "rotation")] = None
     migration: Annotated[SerializeAsAny[Migration] | None, _picked(MIGRATION, "migration")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
-    activations: Annotated[SerializeAsAny[BaseModel] | None, _picked(ACTIVATIONS, "activations")] = None
+    activations: Annotated[SerializeAsAny[Dynamic] | None, _picked(ACTIVATIONS, "activations")] = None
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
@@ -188,7 +189,7 @@ class Compress(Stage, frozen=True):
     def _input_scheme(self) -> InputScheme | None:
         if self.activations is None:
             return None
-        return InputScheme(cast(Callable[[Tensor], Tensor], self.activations), self.roles)
+        return InputScheme(self.activations, self.roles)
 
     def _decisions(self, source: Checkpoint, family: Family, cfg: ModelConfig, change: LinearChange) -> list[str]:
         """What was decided, and why, one line each."""
@@ -208,9 +209,21 @@ class Compress(Stage, frozen=True):
             lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
+        if self.activations is not None:
+            lines.append(self._told_inputs(cfg, chosen.group_size is None))
         if self.kv_cache is not None:
             lines.append(told_cache(cfg, self.kv_cache))
         return lines
+
+    def _told_inputs(self, cfg: ModelConfig, channels: bool) -> str:
+        """Who rounds inputs as the scheme says. `channels`: weights have one scale a row."""
+        assert self.activations is not None
+        bits, symmetric = self.activations.num_bits, self.activations.symmetric
+        weights = self.weights
+        served = weights is not None and weights.symmetric and not self.overrides
+        if served and (symmetric or (channels and cfg.moe is None)):
+            return f"{bits}-bit activations stand in config.json, as compressed-tensors and vLLM read them"
+        return f"{bits}-bit activations stand in the manifest, for evaluation and ONNX; servers run with 16-bit ones"
 
     def _identity(self, source: Checkpoint, tokens: Tensor | None, saved: Saved | None) -> dict[str, Any]:
         """What the bytes follow from: an unfinished output of anything else is not gone on with."""

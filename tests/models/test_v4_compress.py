@@ -45,6 +45,16 @@ def test_experts_keep_their_bytes(method: str, tiny_v4: Path, tmp_path: Path) ->
     assert 0 < float((ours - theirs).square().mean() / theirs.var()) < 0.5
 
 
+def test_what_its_streams_do_not_allow_is_one_line_each(tiny_v4: Path) -> None:
+    parts = {"rotation": "hadamard", "migration": "smoothquant", "kv_cache": {"num_bits": 8}}
+    found = build(Compress, parts, "compress").problems(open_checkpoint(tiny_v4).header)
+    assert [str(problem) for problem in found] == [
+        "rotation: deepseek_v4 mixes its streams before each norm; set rotation: null",
+        "migration: deepseek_v4 mixes its streams before each norm; set migration: null",
+        "kv_cache: deepseek_v4 keeps entries of many tokens, not rounded here; set kv_cache: null",
+    ]
+
+
 def test_the_loop_advances_the_streams(tiny_v4: Path, tmp_path: Path) -> None:
     """The hidden state that the last block is calibrated with is that of the finished model."""
     stage = build(Compress, {"weights": {"gptq": {"group_size": 32, "mse": False}}, "requantize": True}, "compress")

@@ -152,7 +152,10 @@ def test_zero_points_of_inputs_are_told_where_servers_take_them(
     name: str, served: bool, text: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     knobs = stage(weights={"rtn": {"num_bits": 8, "symmetric": True}}, activations={"dynamic": {"symmetric": False}})
-    output = knobs.run(open_checkpoint(request.getfixturevalue(name)), context(tmp_path / "out", text))
+    lines: list[str] = []
+    output = knobs.run(open_checkpoint(request.getfixturevalue(name)), context(tmp_path / "out", text, lines))
+    where = "config.json, as compressed-tensors and vLLM read them" if served else "the manifest, for evaluation"
+    assert any(line.startswith(f"8-bit activations stand in {where}") for line in lines)
     (group,) = open_checkpoint(output.path).config["quantization_config"]["config_groups"].values()
     told = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
     assert group["input_activations"] == (told if served else None)
