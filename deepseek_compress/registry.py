@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -52,11 +52,24 @@ def explain(component: type[BaseModel], where: str, item: Any) -> DscError:
     path = ".".join(str(part) for part in item["loc"])
     place = f"{where}.{path}" if path else where
     if item["type"] == "extra_forbidden":
-        names = sorted(field.alias or name for name, field in component.model_fields.items())
-        close = difflib.get_close_matches(path, names, n=1)
+        inner = _model_at(component, item["loc"][:-1])
+        names = sorted(field.alias or name for name, field in inner.model_fields.items())
+        close = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return DscError(f"{where}: unknown knob {path!r}", f"{hint}valid knobs: {', '.join(names) or 'none'}")
     if item["type"] == "missing":
         return DscError(f"{place}: missing", "give it a value")
+    if item["type"] == "value_error":  # a check of ours, which names what it is about
+        return DscError(f"{place}: {item['msg'].removeprefix('Value error, ')}")
     got = repr(item["input"])
     return DscError(f"{place}: {item['msg']} (got {got if len(got) <= 60 else got[:57] + '...'})")
+
+
+def _model_at(component: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
+    """The model whose knobs stand at `place` in `component`; `component` itself where that cannot be told."""
+    found = component
+    for part in place:
+        field = next((f for name, f in found.model_fields.items() if part in (name, f.alias)), None)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        found = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), found)
+    return found

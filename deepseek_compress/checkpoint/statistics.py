@@ -72,6 +72,7 @@ class StatisticsWriter:
         while self._done < len(blocks) and self._path(self._done).is_file():
             self._done += 1
         self._open: ShardFile | None = None
+        self._hashes: dict[Path, str] = {}  # of the files of this run
 
     @property
     def written(self) -> frozenset[str]:
@@ -91,7 +92,7 @@ class StatisticsWriter:
     def flush(self) -> None:
         """End the block: its file appears."""
         if self._open is not None:
-            self._open.close()
+            self._hashes[self._path(self._done)] = self._open.close().blake3
             with disk_errors(self._growing):
                 os.replace(self._growing, self._path(self._done))
             self._open, self._done = None, self._done + 1
@@ -99,7 +100,7 @@ class StatisticsWriter:
     def finish(self) -> dict[str, str]:
         """BLAKE3 of each file."""
         files = [self._path(number) for number in range(len(self._blocks))]
-        return {file.name: hash_file(file) for file in files}
+        return {file.name: self._hashes.get(file) or hash_file(file) for file in files}
 
     @property
     def _growing(self) -> Path:
