@@ -90,7 +90,7 @@ def peak_memory(every: float = 0.5) -> Iterator[list[int | None]]:
         while not over.wait(pause):
             began = time.perf_counter()
             peak[0] = max(peak[0] or 0, resident() or 0) or None
-            pause = max(every, 30 * (time.perf_counter() - began))  # summing the pages of large processes takes time
+            pause = max(every, 60 * (time.perf_counter() - began))  # summing the pages of large processes takes time
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -113,7 +113,8 @@ def _do(job: Job, task: _Task | Path) -> str | None:
 def _shard(job: Job, task: _Task) -> None:
     facts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=1) as thread:
-        shard = OpenShard(task.path, thread)
+        read = sum(job.source.header.tensors[name].bytes for name in task.names)
+        shard = OpenShard(task.path, thread, large=read >= SMALLEST)
         try:
             for name in task.names:
                 if name in task.changed:

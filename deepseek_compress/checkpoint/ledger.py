@@ -33,12 +33,12 @@ class Ledger(NamedTuple):
 
 
 class OpenShard:
-    """An unfinished shard. `thread` starts the disk while tensors still come."""
+    """An unfinished shard. `thread` writes while tensors still come; `large`: from the first one on."""
 
-    def __init__(self, path: Path, thread: Executor | None = None) -> None:
+    def __init__(self, path: Path, thread: Executor | None = None, large: bool = False) -> None:
         self.path = path
         path.with_suffix(".json").unlink(missing_ok=True)
-        self.file = ShardFile(path, thread)
+        self.file = ShardFile(path, thread, large)
         self.stored: dict[str, Stored] = {}
 
     def add(self, name: str, parts: Mapping[str, Tensor]) -> None:

@@ -2,9 +2,9 @@
 
     ShardFile(path).add(name, tensor) ... .close() -> Shard(bytes, blake3, names)
 
-A safetensors header stands before the data and is known last. So the first 64 MiB wait in memory: a smaller shard gets
-room for its header, a larger one gets 1 MiB; the header is filled up with spaces, which the format allows, so that the
-data begin where the disk likes (see `direct`).
+A safetensors header stands before the data and is known last. So the first 64 MiB wait in memory, unless it is known
+that more will come: a smaller shard gets room for its header, a larger one gets 1 MiB. The header is filled up with
+spaces, which the format allows, so that the data begin where the disk likes (see `direct`).
 
 Tensors lie without holes, as the format asks, yet each at a multiple of its element size, as readers that map the file
 need: those whose size is a multiple of 8 bytes go first, as they come; the few others last, widest type first.
@@ -46,9 +46,9 @@ class Shard(NamedTuple):
 
 
 class ShardFile:
-    """An unfinished file. `thread` writes while tensors still come."""
+    """An unfinished file. `thread` writes while tensors still come; `large`: from the first one on."""
 
-    def __init__(self, path: Path, thread: Executor | None = None) -> None:
+    def __init__(self, path: Path, thread: Executor | None = None, large: bool = False) -> None:
         self.path = path
         self.bytes = 0  # of data, so far
         self._thread = thread
@@ -59,6 +59,8 @@ class ShardFile:
         self._hash = blake3.blake3()
         self._file: DirectFile | None = None
         self._room = 0  # bytes between the header's size and the data
+        if large:
+            self._begun()
 
     @property
     def full(self) -> bool:
