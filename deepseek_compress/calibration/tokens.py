@@ -84,13 +84,19 @@ def source_facts(wanted: Calibration) -> list[dict[str, Any]]:
     ]
 
 
-def apportion(shares: Sequence[float], count: int) -> list[int]:
-    """`count` in whole parts by `shares`: the method of largest remainders (Hamilton). Ties go to the earlier."""
+def apportion(shares: Sequence[float], count: int, most: Sequence[int] | None = None) -> list[int]:
+    """`count` in whole parts by `shares`: the method of largest remainders (Hamilton). Ties go to the earlier.
+
+    `most`: what there is of each, the parts of a larger count. By this method a part of it may be smaller than the one
+    of `count` (the Alabama paradox); then the next remainder gets it.
+    """
     exact = [share / math.fsum(shares) * count for share in shares]
     parts = [math.floor(value) for value in exact]
     rest = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
-    for i in rest[: count - sum(parts)]:
-        parts[i] += 1
+    while sum(parts) < count:
+        for i in rest:
+            if sum(parts) < count and (most is None or parts[i] < most[i]):
+                parts[i] += 1
     return parts
 
 

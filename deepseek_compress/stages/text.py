@@ -87,7 +87,11 @@ def _choose(
 
 def _decide(made: Candidates, wanted: Calibration, select: Select, pool: Windows) -> dict[str, Any]:
     shares = [source.share for source in wanted.sources if source.share is not None]
-    quota = Quota(pool.taken.argmax(1).tolist(), apportion(shares, wanted.samples)) if shares else None
+    quota = None
+    if shares:
+        source = pool.taken.argmax(1)  # with shares, each window has one
+        there = torch.bincount(source, minlength=len(shares)).tolist()
+        quota = Quota(source.tolist(), apportion(shares, wanted.samples, there))
     if select.balance:
         assert made.experts is not None
         chosen = by_coverage(made.experts, wanted.samples, quota)

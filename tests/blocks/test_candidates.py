@@ -131,3 +131,12 @@ def test_an_interrupted_run_does_not_choose_again(
 def test_a_pool_that_is_too_small(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(DscError, match="40 samples cannot be chosen from 12 windows"):
         stage_text.calibration_text(open_checkpoint(tiny_llama), context(text, tmp_path, []), tmp_path, samples=40)
+
+
+def test_shares_hold_in_what_is_chosen(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_bytes(text.read_bytes())
+    sources = [{"path": str(text), "share": 3}, {"path": str(tmp_path / "b.jsonl"), "share": 1}]
+    calibration = {"sources": sources, "samples": 8, "length": 32, "select": {"from": 13}}
+    wanted = Context("out", tmp_path, "", 0, calibration, tell=lambda line: None)
+    found = stage_text.calibration_text(open_checkpoint(tiny_llama), wanted, tmp_path / "work").facts
+    assert [source["tokens"] for source in found["sources"]] == [6 * 32, 2 * 32]

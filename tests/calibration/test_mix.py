@@ -47,6 +47,20 @@ def test_parts_are_within_one_of_their_share(shares: list[float], count: int) ->
     assert sorted(spread(parts)) == [i for i, part in enumerate(parts) for _ in range(part)]
 
 
+@given(SHARES, st.integers(0, 60), st.integers(0, 60))
+def test_parts_never_take_more_than_there_is(shares: list[float], count: int, more: int) -> None:
+    there = apportion(shares, count + more)
+    parts = apportion(shares, count, there)
+    assert sum(parts) == count
+    assert all(part <= most for part, most in zip(parts, there, strict=True))
+
+
+def test_the_alabama_paradox() -> None:
+    shares = [6.0, 6.0, 2.0]
+    assert (apportion(shares, 10), apportion(shares, 11)) == ([4, 4, 2], [5, 5, 1])
+    assert apportion(shares, 10, [5, 5, 1]) == [5, 4, 1]
+
+
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=2))
 def test_two_sources_are_spread_evenly(counts: list[int]) -> None:
     order = spread(counts)
