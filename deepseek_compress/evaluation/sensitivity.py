@@ -30,7 +30,7 @@ from deepseek_compress.blocks.selection import Selection
 from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import Accumulator
 from deepseek_compress.blocks.units import Unit
-from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import read_json, write_json
 from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.models import Family, ModelConfig
@@ -108,9 +108,7 @@ def measure(search: Search, pool: Pool, progress: Callable[[int, int, str], None
     return [found[place] for place in range(len(search.choices))]
 
 
-def cost(
-    cfg: ModelConfig, header: Header, choices: Sequence[Choice], judging: int, fitting: int
-) -> tuple[Memory, Work, int]:
+def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int) -> tuple[Memory, Work, int]:
     """From shapes: memory of a task, work of all tasks, bytes of the spools; of so many tokens that judge and fit.
 
     A task holds a block, a changed unit beside it, the Hessians of the block with what factoring the largest takes, and
@@ -241,7 +239,7 @@ def statistics_of(search: Search, layer: int, block: Tensors) -> dict[str, Stati
     batches = Batches(search.fitting)
     with search.open(search.spool("fitting", layer), search.fitting) as source:
         for batch in range(len(batches)):
-            _forward(search, layer, watched, batches.read(source, batch), batches.ids(batch))
+            forward(search, layer, watched, batches.read(source, batch), batches.ids(batch))
     found = {key: total.statistics() for key, total in sums.items()}
     return {key: s if s.tokens >= search.min_tokens else Statistics(s.tokens) for key, s in found.items()}
 
@@ -262,7 +260,7 @@ def quantized(
     return found
 
 
-def _forward(search: Search, layer: int, weights: Weights, hidden: Tensor, tokens: Tensor) -> Tensor:
+def forward(search: Search, layer: int, weights: Weights, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Block `layer` for the states `hidden` (n, length, ...) of `tokens` (n, length)."""
     positions = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
     return search.family.run_block(search.cfg, layer, weights, hidden, positions, tokens=tokens)
@@ -271,7 +269,7 @@ def _forward(search: Search, layer: int, weights: Weights, hidden: Tensor, token
 def _run(search: Search, layer: int, block: Tensors, states: Sequence[Tensor]) -> list[Tensor]:
     """Block `layer` for the judging windows, batch by batch."""
     batches, weights = Batches(search.judging), ResidentWeights(block)
-    return [_forward(search, layer, weights, hidden, batches.ids(i)) for i, hidden in enumerate(states)]
+    return [forward(search, layer, weights, hidden, batches.ids(i)) for i, hidden in enumerate(states)]
 
 
 def _advance_spool(search: Search, layer: int, block: Tensors, source: Path, text: str) -> None:
@@ -281,7 +279,7 @@ def _advance_spool(search: Search, layer: int, block: Tensors, source: Path, tex
     temporary = Spool(path.with_suffix(".tmp"), tokens.numel(), search.row_shape, held=0)
     with search.open(source, tokens) as before, temporary as after:
         for batch in range(len(batches)):
-            hidden = _forward(search, layer, weights, batches.read(before, batch), batches.ids(batch))
+            hidden = forward(search, layer, weights, batches.read(before, batch), batches.ids(batch))
             batches.write(after, batch, hidden)
         after.rename(path)
 

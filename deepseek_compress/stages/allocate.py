@@ -1,8 +1,8 @@
 """Allocate: which bits each unit of a model gets, by measurement, under a size. Nothing of the model is changed.
 
-Each unit is stored alone at each option and the KL of the model's output is measured; the assignment with the least
-sum that keeps to the target is found exactly (a multiple-choice knapsack), and measured as a whole. It is written as a
-plain recipe for `dsc quantize`, beside the table of what each unit loses.
+Each unit is stored alone at each option and the KL of the model's output is measured, or estimated from gradients; the
+assignment with the least sum that keeps to the target is found exactly (a multiple-choice knapsack), and measured as a
+whole. It is written as a plain recipe for `dsc quantize`, beside the table of what each unit loses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, field_validator
 
@@ -22,7 +22,7 @@ from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_file, write_json
 from deepseek_compress.costs import Work
 from deepseek_compress.errors import DscError
-from deepseek_compress.evaluation import allocation, sensitivity
+from deepseek_compress.evaluation import allocation, fisher, sensitivity
 from deepseek_compress.evaluation.allocation import Sizes, Target
 from deepseek_compress.evaluation.sensitivity import Choice, Search
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
@@ -36,6 +36,7 @@ WORK = ".dsc_allocate"  # in the output directory, while a run is unfinished
 RECIPE, TABLE = "recipe.yaml", "sensitivity"
 ROLES = frozenset(selection.CHANGEABLE) - {Role.INDEXER}  # as in `compress`, when its `keep` is not set
 MIN_TOKENS = 64  # as in `compress`
+LOSSES = {"kl": sensitivity.measure, "fisher": fisher.estimate}
 OPTIONS = tuple(Scheme(num_bits=bits) for bits in (2, 3, 4, 5, 6, 8))
 
 
@@ -52,6 +53,7 @@ class Allocate(Stage, frozen=True):
         default_factory=lambda: WEIGHTS["gptq"].model_validate({})
     )
     options: tuple[Scheme, ...] = Field(OPTIONS, min_length=2)  # what a unit may become, where that differs
+    method: Literal["kl", "fisher"] = "kl"  # measure each loss, or estimate all of them from gradients: see `fisher`
     windows: int = Field(16, gt=0)  # of text that judges: those after the ones that calibrate
 
     @field_validator("target")
@@ -85,7 +87,8 @@ class Allocate(Stage, frozen=True):
         cfg = family.parse(header.config)
         choices = tuple(self._choices(family, cfg, header))
         fitted = samples * length if self.weights.needs else 0
-        memory, tasks, disk = sensitivity.cost(cfg, header, choices, self.windows * length, fitted)
+        cost = {"kl": sensitivity.cost, "fisher": fisher.cost}[self.method]
+        memory, tasks, disk = cost(cfg, choices, self.windows * length, fitted)
         read = sum(info.bytes for info in header.tensors.values())
         return Forecast(header, len(choices), disk, memory, Work(), tasks, read)
 
@@ -97,7 +100,7 @@ class Allocate(Stage, frozen=True):
         workers = forecast.workers(context.workers, context.memory)
         sizes, target = allocation.sizes(source.header, search.choices), Target.parse(self.target)
         with open_pool(search, workers, context.ray, forecast.memory.task) as pool:
-            losses = sensitivity.measure(search, pool, context.progress)
+            losses = LOSSES[self.method](search, pool, context.progress)
             chosen = allocation.allocate(sizes, losses, target)
             context.tell("the whole assignment is measured")
             measured = sensitivity.joint(search, chosen, pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from deepseek_compress.blocks.overrides import Scheme
 from deepseek_compress.blocks.selection import CHANGEABLE
 from deepseek_compress.blocks.units import units
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.evaluation import fisher
 from deepseek_compress.evaluation.allocation import choices
 from deepseek_compress.evaluation.sensitivity import Choice, Search, cost, joint, measure
 from deepseek_compress.models import Role, family_of
@@ -133,10 +135,58 @@ def test_two_workers_and_a_run_that_was_stopped_give_the_same(tiny_v2: Path, tmp
 
 def test_what_is_planned_grows_with_what_is_done(tiny_v3: Path, tmp_path: Path) -> None:
     search = search_of(tiny_v3, tmp_path)
-    shapes = search.cfg, search.source.header, search.choices
+    shapes = search.cfg, search.choices
     memory, work, disk = cost(*shapes, judging=1000, fitting=0)
     more, worked, filled = cost(*shapes, judging=2000, fitting=3000)
     assert disk == 4 * 1000 * 128 * 4
     assert filled == 5 * disk
     assert more.task > memory.task > 4 * 1000 * 128 * 20
     assert worked.products > 2 * work.products
+
+
+@pytest.mark.parametrize("name", ["tiny_v3", "tiny_qwen2"])
+def test_the_estimate_is_that_of_its_formula_on_the_whole_model(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Gradients of the whole model by autograd, a window at a time, for outcomes drawn the same way."""
+    search = search_of(request.getfixturevalue(name), tmp_path)
+    with open_pool(search) as pool:
+        found = fisher.estimate(search, pool, no_progress)
+        assert fisher.estimate(search, pool, no_progress) == found
+    model = Model.load(search.source)
+    moved = [
+        [
+            {key: new - model.weights[key] for key, new in replaced(search, model, choice, option).items()}
+            for option in choice.options
+        ]
+        for choice in search.choices
+    ]
+    leaves = {name: weight.requires_grad_() for name, weight in model.weights.items() if "proj" in name}
+    draw, expected = torch.Generator().manual_seed(0), [[0.0] * len(options) for options in moved]
+    for window in JUDGING:
+        scores = model.forward(window[None])[0].log_softmax(-1)
+        drawn = torch.multinomial(scores.detach().exp(), 1, generator=draw)
+        parts = torch.autograd.grad(scores.gather(1, drawn).sum(), list(leaves.values()), allow_unused=True)
+        slope = {key: part for key, part in zip(leaves, parts, strict=True) if part is not None}
+        for sums, options in zip(expected, moved, strict=True):
+            for number, move in enumerate(options):
+                along = sum(float((move[key] * slope[key]).sum()) for key in move if key in slope)
+                sums[number] += 0.5 * along**2 / JUDGING.numel()
+    for mine, theirs, choice in zip(found, expected, search.choices, strict=True):
+        assert mine == pytest.approx(theirs, rel=5e-3, abs=1e-8), choice.unit.label
+        assert mine[choice.options.index(None)] == 0
+
+
+def test_the_estimate_comes_near_what_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    """Small changes, 48 windows: a relative error of sqrt(2 / 48) = 0.2 each."""
+    search = search_of(tiny_llama, tmp_path, layers=(0, 1))
+    windows = torch.randint(2, 512, (48, 12), generator=torch.Generator().manual_seed(1))
+    bits = tuple(Scheme(num_bits=bits) for bits in (6, 8))
+    found = tuple(choices([choice.unit for choice in search.choices], WEIGHTS["rtn"].model_validate({}), bits, 32))
+    search = dataclasses.replace(search, judging=windows, choices=found)
+    with open_pool(search) as pool:
+        pairs = zip(measure(search, pool, no_progress), fisher.estimate(search, pool, no_progress), strict=True)
+        ratios = [mine / true for measured, estimated in pairs for true, mine in zip(measured, estimated, strict=True)]
+    assert len(ratios) == 16
+    assert all(0.4 < ratio < 2 for ratio in ratios)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.2)
