@@ -25,6 +25,7 @@ class InputScheme(NamedTuple):
 
     quantize: Callable[[Tensor], Tensor]  # x (..., features) -> x on its grid
     roles: frozenset[Role] = frozenset(ROLES)
+    attention: bool = False  # whether the products of attention are in 8 bits too
 
     def applied(self, family: Family, cfg: ModelConfig, layer: int, weights: Weights) -> Weights:
         """`weights` of block `layer`, with the inputs of its linears rounded."""
@@ -38,4 +39,5 @@ def input_scheme(manifest: Mapping[str, Any] | None) -> InputScheme | None:
         return None
     knobs = {key: value for key, value in manifest.items() if key not in ("method", "roles")}
     component = pick(ACTIVATIONS, {manifest.get("method", "dynamic"): knobs}, "activations")
-    return InputScheme(cast(Callable[[Tensor], Tensor], component), frozenset(map(Role, manifest.get("roles", ROLES))))
+    roles = frozenset(map(Role, manifest.get("roles", ROLES)))
+    return InputScheme(cast(Callable[[Tensor], Tensor], component), roles, getattr(component, "attention", False))

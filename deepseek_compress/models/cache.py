@@ -23,10 +23,14 @@ class KvCache:
 
     Memory is taken at the first token of a block, for `capacity` tokens; with None nothing is kept, for a whole text
     run at once. `length` is advanced by the caller after all blocks have seen the new tokens. Not differentiable.
+    `int8`: attention computes with what it reads in 8 bits.
     """
 
-    def __init__(self, num_layers: int, capacity: int | None, rounding: KvRounding | None = None) -> None:
+    def __init__(
+        self, num_layers: int, capacity: int | None, rounding: KvRounding | None = None, int8: bool = False
+    ) -> None:
         self.capacity = capacity
+        self.int8 = int8
         self.rounding = rounding
         self.length = 0
         self.layers: list[tuple[Tensor, ...]] = [() for _ in range(num_layers)]

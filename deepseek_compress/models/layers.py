@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deepseek_compress.models.attention8 import attend_int8
 from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import FFN_NAMES, FfnNames, ModelConfig
 from deepseek_compress.models.rope import cos_sin, rotate, softmax_scale
@@ -45,18 +46,21 @@ def attend(
     scale: float,
     mask: Tensor | None,
     sinks: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """softmax(scale * sum_i q_i k_i^T + mask) v.
 
     `pairs`: (q (B, H, T, D_i), k (B, H, S, D_i)), whose scores add up: latent attention has two parts. Keys and
     `values` (B, H, S, D_v) may have fewer heads, each shared by as many neighbouring queries. `mask` additive
     (B or 1, 1, T, S), None means causal. `sinks` (H,): a score that takes its share of the softmax and gives nothing.
-    -> (B, H, T, D_v)
+    `int8`: the products rounded to 8 bits, see `attention8`. -> (B, H, T, D_v)
     """
     batch, heads, new, _ = pairs[0][0].shape
     seen = values.shape[2]
-    scaled = [(q * scale, k) for q, k in pairs]
     step = max(1, min(new, SCORES_AT_ONCE // max(1, batch * heads * seen)))
+    if int8:
+        return attend_int8(pairs, values, scale, mask, step)
+    scaled = [(q * scale, k) for q, k in pairs]
     parts = []
     for start in range(0, new, step):
         stop = min(start + step, new)
@@ -117,5 +121,6 @@ def grouped_attention(
     q, k = rotate(cfg.rope, q, cos, sin), rotate(cfg.rope, k, cos, sin)
     if cache is not None:
         k, v = cache.update(layer, *cache.rounded(layer, positions, k, v))
-    out = attend([(q, k)], v, softmax_scale(cfg.rope, dim), mask)
+    int8 = cache is not None and cache.int8
+    out = attend([(q, k)], v, softmax_scale(cfg.rope, dim), mask, int8=int8)
     return weights.linear("self_attn.o_proj", out.transpose(1, 2).reshape(batch, new, heads * dim))

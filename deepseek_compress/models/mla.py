@@ -56,7 +56,9 @@ def latent_attention(
         k_nope, k_rope, v = cache.update(layer, k_nope, k_rope, v)
     if cfg.indexer is not None and k_index is not None and q_latent is not None:
         mask = _sparse_mask(cfg, cfg.indexer, weights, x, q_latent, k_index, cos, sin, mask)
-    out = attend([(q_nope, k_nope), (q_rope, k_rope)], v, softmax_scale(cfg.rope, mla.nope + mla.rope), mask)
+    int8 = cache is not None and cache.int8
+    pairs = [(q_nope, k_nope), (q_rope, k_rope)]
+    out = attend(pairs, v, softmax_scale(cfg.rope, mla.nope + mla.rope), mask, int8=int8)
     return weights.linear("self_attn.o_proj", out.transpose(1, 2).reshape(batch, new, -1))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
-from deepseek_compress.errors import raise_problems
+from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.models import family_of
 from deepseek_compress.models.activations import InputScheme, input_scheme
 from deepseek_compress.models.cache import KvCache, cache_problems, kv_rounding
@@ -39,6 +39,10 @@ class Model:
         if kv_cache is not None:
             raise_problems(cache_problems(cfg, kv_cache))
         self.kv_cache = kv_cache
+        self.int8 = scheme is not None and scheme.attention
+        if self.int8 and cfg.compressed is not None:
+            what = f"attention: {cfg.model_type} has sinks and entries of many tokens, whose products stay 16-bit here"
+            raise DscError(what, "leave attention out of the activations")
         self.weights = weights
         self.top = ResidentWeights(weights)
         layers = range(cfg.num_hidden_layers)
@@ -70,7 +74,7 @@ class Model:
 
     def cache(self, capacity: int | None) -> KvCache:
         """An empty cache for `capacity` tokens, which stores them as the model's scheme says."""
-        return KvCache(self.cfg.num_hidden_layers, capacity, self.kv_cache)
+        return KvCache(self.cfg.num_hidden_layers, capacity, self.kv_cache, self.int8)
 
     def forward(
         self,
@@ -107,7 +111,7 @@ class Model:
         positions = torch.arange(past, past + new, device=tokens.device).expand(batch, new)
         hidden = self.family.embed(self.cfg, self.weights[self.family.embedding], tokens)
         mask = None
-        if cache is None and self.kv_cache is not None:
+        if cache is None and (self.int8 or self.kv_cache is not None):
             cache = self.cache(None)  # attention reads what a cache would give back
         if left_padding is not None:
             mask = padding_mask(left_padding, new, past + new, hidden)

@@ -38,6 +38,7 @@ class Dynamic(BaseModel, frozen=True, extra="forbid"):
     num_bits: Literal[4, 8] = 8
     granularity: Literal["token"] = "token"
     symmetric: bool = Field(True)
+    attention: bool = False  # the products of attention in 8 bits too, around a 16-bit softmax
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` (..., features) as the linear sees it."""
