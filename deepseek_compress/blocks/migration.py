@@ -67,7 +67,12 @@ def cost(family: Family, cfg: ModelConfig, header: Header, samples: int, length:
     largest = max([x.rows * x.columns for x in sizes] + [header.tensors[family.embedding].elements // 2])
     rows = max(x.rows for x in sizes) + 8 * cfg.hidden_size
     held = 4 * min(HELD, 4 * tokens * cfg.hidden_size) + 12 * SCORES_AT_ONCE
-    return Cost(8 * largest + 4 * BATCH_TOKENS * rows + held, Work(2.0 * active * tokens))
+    return Cost(8 * largest + 4 * BATCH_TOKENS * _at_once(cfg) * rows + held, Work(2.0 * active * tokens))
+
+
+def _at_once(cfg: ModelConfig) -> int:
+    """Batches that run together: each time, all experts of a block are read."""
+    return 1 if cfg.moe is None else 4
 
 
 def problems(cfg: ModelConfig, header: Header) -> list[DscError]:
@@ -94,6 +99,7 @@ def find(job: Job, tokens: Tensor, method: Migration, progress: Callable[[int, i
         job.work.mkdir(parents=True, exist_ok=True)
         found: Scales = {}
         hidden, batches, total = embedded(job, tokens), Batches(tokens), job.cfg.num_hidden_layers
+        batches.step *= _at_once(job.cfg)
         for layer in range(total):
             progress(layer, total, f"scales of block {layer}")
             found |= _block(job, layer, hidden, batches, method)
