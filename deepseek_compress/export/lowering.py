@@ -61,6 +61,8 @@ class Build:
     contrib: bool = False  # for onnxruntime: its own operators, and routed experts, for which TensorRT has no NonZero
     activation_bits: int = 8
     rounded: frozenset[str] = frozenset()  # linears that see dynamic integers instead of floats, by checkpoint name
+    attention8: bool = False  # the products of attention in 8 bits too
+    unsigned: bool = True  # whether 8-bit products take unsigned integers: TensorRT's don't
 
 
 Lowering = Callable[[Build, str, Weight], str]
@@ -143,17 +145,37 @@ def write_codes(build: Build, weight: Weight, signed: bool, split: bool = False)
 # ---- activations
 
 
-def round_tokens(build: Build, x: str) -> tuple[str, str]:
-    """Whole numbers d as float32, and the scale t float32 (..., 1): x ~ t d. Same rule as numerics.activations."""
-    g, top = build.graph, (1 << (build.activation_bits - 1)) - 1
+def round_tokens(build: Build, x: str, axis: int = -1, top: int | None = None) -> tuple[str, str]:
+    """d as float32, to be rounded, and its scale t, which has 1 along `axis`: x ~ t d. Rule of numerics.activations."""
+    g, top = build.graph, top or (1 << (build.activation_bits - 1)) - 1
     wide = g.op("Cast", x, to=TensorProto.FLOAT)
-    largest = g.op("ReduceMax", g.op("Abs", wide), g.ints(-1), keepdims=1)
-    if build.contrib:
+    largest = g.op("ReduceMax", g.op("Abs", wide), g.ints(axis), keepdims=1)
+    if build.contrib and axis == -1:
         # onnxruntime 1.31 gives a reduction over no rows the shape of its input; the slice makes it (0, 1) again
         largest = g.op("Slice", largest, g.ints(0), g.ints(1), g.ints(-1))
     t = g.op("Div", largest, g.scalar(top, np.float32))
     t = g.op("Where", g.op("Greater", t, g.scalar(SMALLEST, np.float32)), t, g.scalar(1, np.float32))
     return g.op("Div", wide, t), t
+
+
+def attention_product(build: Build, left: str, right: str, shares: bool = False) -> str:
+    """left (..., M, K) @ right (..., K, N) of attention; `shares`: the left is not negative.
+
+    In 8 bits where the scheme has it, as models.attention8: a scale for each row of the left and each column of the
+    right, so that the product is one of integers, Q/DQ with constant scale 1.
+    """
+    g = build.graph
+    if not build.attention8:
+        return g.op("MatMul", left, right)
+    one, wide = g.scalar(1, np.float32), shares and build.unsigned
+    kinds = (np.uint8 if wide else np.int8), np.int8
+    found = round_tokens(build, left, -1, 255 if wide else 127), round_tokens(build, right, -2, 127)
+    codes = (
+        g.op("QuantizeLinear", fraction, one, g.constant(np.array(0, kind)))
+        for (fraction, _), kind in zip(found, kinds, strict=True)
+    )
+    y = g.op("MatMul", *(g.op("DequantizeLinear", code, one) for code in codes))
+    return g.op("Cast", g.op("Mul", g.op("Mul", y, found[0][1]), found[1][1]), to=g.elem_type)
 
 
 def _on_whole_numbers(build: Build, x: str, product: Callable[[str], str]) -> str:

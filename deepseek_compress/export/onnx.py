@@ -89,6 +89,8 @@ def export_onnx(
             contrib=lowering == "matmulnbits",
             activation_bits=bits,
             rounded=rounded,
+            attention8=bool((checkpoint.activations or {}).get("attention")),
+            unsigned=lowering != "tensorrt",
         )
         emit_model(build)
         about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.activations)}

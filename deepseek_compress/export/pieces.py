@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from deepseek_compress.export.graph import CONTRIB, DOMAIN, OPSET, Graph
-from deepseek_compress.export.lowering import Build, linear, to_numpy
+from deepseek_compress.export.lowering import Build, attention_product, linear, to_numpy
 from deepseek_compress.models.config import Mla
 from deepseek_compress.models.mla import LATENT_EPS
 from deepseek_compress.models.rope import frequencies, softmax_scale
@@ -131,6 +131,15 @@ def _shares(build: Build, scores: str) -> str:
     return g.op(SOFTMAX, scores, causal_mask(build), domain=DOMAIN)
 
 
+def _real(build: Build, values: str) -> str:
+    """values (B, heads, T, channels), where they are rounded with those of padding at 0: it has no say in a scale."""
+    g = build.graph
+    if not build.attention8:
+        return values
+    real = g.op("Greater", g.op("Unsqueeze", "attention_mask", g.ints(1, 3)), g.constant(np.array(0, np.int64)))
+    return g.op("Where", real, values, g.scalar(0))
+
+
 def _bias(build: Build) -> str:
     """The mask as something to add to scores, (B, 1, S, T): 0, or what no score outweighs."""
     g = build.graph
@@ -176,12 +185,18 @@ def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> s
     expanded = linear(build, f"{stem}.kv_b_proj", g.op("Reshape", latent, g.ints(-1, mla.kv_lora_rank)))
     expanded = _unflatten(build, expanded, _seen(build), heads, mla.nope + mla.value)
     k_nope, v = g.ops("Split", expanded, g.ints(mla.nope, mla.value), count=2, axis=-1)
-    scores = g.op(
-        "Add",
-        g.op("MatMul", q_nope, g.op("Transpose", k_nope, perm=[0, 2, 3, 1])),
-        g.op("MatMul", q_rope, g.op("Unsqueeze", g.op("Transpose", k_rope, perm=[0, 2, 1]), g.ints(1))),
-    )
-    out = g.op("MatMul", _shares(build, scores), g.op("Transpose", v, perm=[0, 2, 1, 3]))
+    if build.attention8:  # one scale for both parts of a token
+        q, k_rope = g.op("Concat", q_nope, q_rope, axis=-1), g.op("Unsqueeze", k_rope, g.ints(2))
+        k = g.op("Concat", k_nope, g.op("Expand", k_rope, g.ints(1, 1, heads, 1)), axis=-1)
+        scores = attention_product(build, q, g.op("Transpose", k, perm=[0, 2, 3, 1]))
+    else:
+        scores = g.op(
+            "Add",
+            g.op("MatMul", q_nope, g.op("Transpose", k_nope, perm=[0, 2, 3, 1])),
+            g.op("MatMul", q_rope, g.op("Unsqueeze", g.op("Transpose", k_rope, perm=[0, 2, 1]), g.ints(1))),
+        )
+    v = _real(build, g.op("Transpose", v, perm=[0, 2, 1, 3]))
+    out = attention_product(build, _shares(build, scores), v, shares=True)
     out = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), g.ints(-1, heads * mla.value))
     return linear(build, f"{stem}.o_proj", out)
 
@@ -194,14 +209,14 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
         _unflatten(build, linear(build, f"{stem}.{part}_proj", x), _steps(build), count, dim)
         for part, count in (("q", heads), ("k", shared), ("v", shared))
     )
-    if build.contrib:
+    if build.contrib and not build.attention8:
         return linear(build, f"{stem}.o_proj", _attention_node(build, layer, rotate(build, q), rotate(build, k), v))
     q = g.op("Mul", rotate(build, q), g.scalar(softmax_scale(cfg.rope, dim)))
     q, k, v = (g.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, rotate(build, k), v))
     k = _remember(build, layer, "key", k, 2, (shared, dim))  # (B, shared, T, dim)
     v = _remember(build, layer, "value", v, 2, (shared, dim))
     rows = g.op("Reshape", q, g.ints(0, shared, -1, dim)) if shared != heads else q
-    scores = g.op("MatMul", rows, g.op("Transpose", k, perm=[0, 1, 3, 2]))
+    scores = attention_product(build, rows, g.op("Transpose", k, perm=[0, 1, 3, 2]))
     if shared != heads:
         new = g.op("Slice", _steps(build), g.ints(1), g.ints(2))
         scores = g.op("Reshape", scores, g.op("Concat", g.ints(0, heads), new, g.ints(-1), axis=0))
@@ -209,7 +224,7 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     if shared != heads:
         seen = g.op("Slice", _seen(build), g.ints(1), g.ints(2))
         shares = g.op("Reshape", shares, g.op("Concat", g.ints(0, shared, -1), seen, axis=0))
-    out = g.op("MatMul", shares, v)
+    out = attention_product(build, shares, _real(build, v), shares=True)
     out = g.op("Reshape", out, g.ints(0, heads, -1, dim)) if shared != heads else out
     return linear(build, f"{stem}.o_proj", _merge_heads(build, out, heads * dim))
 

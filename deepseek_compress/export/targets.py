@@ -133,8 +133,6 @@ def _graph(source: Checkpoint, path: Path, lowering: str, settings: Settings) ->
         embedding_bits=settings.embedding_bits,
         last_only=settings.last_only,
     )
-    if (source.activations or {}).get("attention"):
-        settings.tell("the products of attention stay in floats in the graph; evaluate alone rounds them to 8 bits")
     facts |= {"status": "written, not run", "sparsity": _sparsity(source)}
     if kind != "bfloat16" and _to_verify(source, settings):
         facts["verification"] = _verified(source, path, kind, settings)

@@ -121,7 +121,8 @@ def verify(
     onnx_model = OnnxModel(path, model.cfg)
     onnx_model.start(len(prompts))
     tokens, mask = left_padded(prompts)
-    cache = KvCache(model.cfg.num_hidden_layers, tokens.shape[1] + decoded)  # the graph's is not rounded either
+    capacity = tokens.shape[1] + decoded
+    cache = KvCache(model.cfg.num_hidden_layers, capacity, int8=model.int8)  # the graph's is not rounded either
     padding = torch.from_numpy((mask == 0).sum(1))
     errors: list[NDArray[np.float64]] = []
     judged = agreed = 0

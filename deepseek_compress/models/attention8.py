@@ -2,7 +2,7 @@
 
     scores = (q8 k8^T) (s_q s_k) scale      8 bits times 8 bits, one scale a token on both sides
     p8, s_p = softmax(scores)               maximum and sum in float32, rounded once to unsigned 8 bits, one scale a row
-    out = (p8 v8) (s_p s_v)                 one scale a channel of the values, over the tokens that are seen
+    out = (p8 v8) (s_p s_v)                 one scale a channel of the values, over the tokens that the last query sees
 
 The scales of rows and columns leave the sums, so that both products are integers; the softmax takes the int32 ones with
 their scales (`cuda_ops.softmax`). As in SageAttention (Zhang et al. 2024, arXiv 2410.02367, section 4) for the scores
@@ -36,8 +36,8 @@ def attend_int8(
     keys = torch.cat([k.expand(-1, groups, -1, -1) for _, k in pairs], dim=-1)
     q8, q_scale = _rounded(queries, -1)
     k8, k_scale = _rounded(keys, -1)
-    v8, v_scale = _rounded(values, -2)
     taken = visible(mask, new, seen, values.device)
+    v8, v_scale = _rounded(values, -2, taken[:, :, -1, :, None])  # padding, which nothing else sees, has no say
     parts = []
     for start in range(0, new, rows_at_once):
         rows = slice(start, min(start + rows_at_once, new))
@@ -59,9 +59,10 @@ def visible(mask: Tensor | None, new: int, seen: int, device: torch.device) -> T
     return (place <= place[seen - new :, None])[None, None]
 
 
-def _rounded(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers of -127 to 127 in float32, and their scales over `dim`, which is kept."""
+def _rounded(x: Tensor, dim: int, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Whole numbers of -127 to 127 in float32, and their scales over `dim`, which is kept; of what is `counted`."""
     wide = x.float()
-    scale = wide.abs().amax(dim, keepdim=True) / _TOP
+    sizes = wide.abs() if counted is None else wide.abs().masked_fill(~counted, 0)
+    scale = sizes.amax(dim, keepdim=True) / _TOP
     scale = torch.where(scale > _SMALLEST, scale, torch.ones_like(scale))
-    return (wide / scale).round_(), scale
+    return (wide / scale).round_().clamp_(-_TOP, _TOP), scale

@@ -18,6 +18,7 @@ DYNAMIC: dict[str, Any] = {"method": "dynamic", "num_bits": 8, "granularity": "t
 SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "w4a16": ({"num_bits": 4, "group_size": 32, "symmetric": False}, None),
     "w4a8": ({"num_bits": 4, "group_size": 32, "symmetric": False}, DYNAMIC),
+    "w4a8-attention": ({"num_bits": 4, "group_size": 32, "symmetric": False}, {**DYNAMIC, "attention": True}),
     "w8a8": ({"num_bits": 8, "group_size": 32, "symmetric": True}, DYNAMIC),
 }
 Quantise = Callable[[Path, str], Path]

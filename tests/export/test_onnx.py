@@ -48,6 +48,24 @@ def test_quantised_equals_the_runtime(
     assert rounded or found.worst < 1e-5
 
 
+@pytest.mark.parametrize("lowering", ["standard", "tensorrt", "matmulnbits"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_8_bit_attention_equals_the_runtime(
+    tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str, lowering: str
+) -> None:
+    """TensorRT has signed integers alone: 127 shares there, 255 in the runtime."""
+    source = open_checkpoint(quantised(request.getfixturevalue(family), "w4a8-attention"))
+    export_onnx(source, tmp_path / "model.onnx", lowering, accuracy_level=0)
+    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS, rounded=True, decoded=8)
+    assert found.holds, found
+    without = Model.load(source)
+    without.int8 = False
+    other = verify(tmp_path / "model.onnx", without, PROMPTS, rounded=True, decoded=8)
+    assert lowering == "tensorrt" or found.within > other.within or found.worst < other.worst
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node]
+    assert kinds.count("QuantizeLinear") >= 4 * without.cfg.num_hidden_layers
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
 def test_float16_keeps_its_bound(tmp_path: Path, tiny_v3: Path, quantised: Quantise, scheme: str) -> None:
     source = open_checkpoint(quantised(tiny_v3, scheme))

@@ -89,6 +89,13 @@ def test_4_bit_weights_and_8_bit_activations_meet_in_integers(engine: Callable[[
     assert not built.problems
 
 
+def test_the_products_of_attention_are_integers_around_a_softmax_that_is_not(engine: Callable[[str], Built]) -> None:
+    built = engine("w4a8-attention")
+    facts = built.plan.facts()
+    assert facts["products"][INTEGER] == 8 + 2 * 2  # scores and values of each block
+    assert not built.problems
+
+
 def test_8_bit_weights_and_activations(engine: Callable[[str], Built]) -> None:
     built = engine("w8a8")
     facts = built.plan.facts()
@@ -150,7 +157,7 @@ def test_a_file_without_a_plan_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.verify
-@pytest.mark.parametrize("scheme", ["f16", "w4a16", "w4a8", "w8a8"])
+@pytest.mark.parametrize("scheme", ["f16", "w4a16", "w4a8", "w4a8-attention", "w8a8"])
 @pytest.mark.parametrize("family", ["tiny_v3", "tiny_v2", "tiny_llama"])
 def test_every_family_and_lowering(
     tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str, scheme: str

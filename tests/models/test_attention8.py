@@ -51,7 +51,7 @@ def formula(pairs: Pairs, values: Tensor, mask: Tensor) -> Tensor:
         scores = torch.stack([(q8.double() @ k8.double()) * q_scale.double() * s.double() for k8, s in rows]) * SCALE
         shares = scores.masked_fill(~mask[b, t], float("-inf")).softmax(-1)
         step = shares.max() / 255
-        columns = [whole(v[:, c]) for c in range(v.shape[1])]
+        columns = [whole(v[:, c] * mask[b, -1]) for c in range(v.shape[1])]
         p8 = (shares / step).round()
         out[b, h, t] = torch.stack([(p8 @ v8.double()) * s.double() for v8, s in columns]) * step
     return out
@@ -65,7 +65,8 @@ def test_equals_the_formula_but_for_ties(make: object, masked: bool) -> None:
     seen = seen.expand(B, T, S).clone()
     mask = None
     if masked:
-        seen[1, :, :2] = False  # padding
+        seen[1, :, :2] = False  # padding, with values that must not count
+        values[1, :, :2] *= 50
         mask = torch.zeros(B, 1, T, S).masked_fill(~seen[:, None], float("-inf"))
     found = attend_int8(pairs, values, SCALE, mask, rows_at_once=2)
     # A share on the border of two codes may fall on either side: one step of a 255th of the largest share
