@@ -24,6 +24,7 @@ ENTRY = 128  # bytes that a stored part takes in the header of its file, beside 
 PARTS = 4  # of a packed weight
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # that YAML reads as something else
 
 
 class Target(NamedTuple):
@@ -157,10 +158,9 @@ def _flow(value: Any) -> str:
     return json.dumps(value)
 
 
-_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
-
-
-def table(found: Sequence[Choice], sizes: Sizes, losses: Sequence[Sequence[float]], chosen: Sequence[int]) -> Any:
+def table(
+    found: Sequence[Choice], sizes: Sizes, losses: Sequence[Sequence[float]], chosen: Sequence[int]
+) -> list[dict[str, Any]]:
     """[{"unit", "role", "weights", "chosen", "options": [{"scheme", "bits_per_weight", "kl"}]}]."""
     return [
         {

@@ -168,15 +168,21 @@ class Allocate(Stage, frozen=True):
         }
 
     def _write(
-        self, context: Context, choices: Sequence[Choice], chosen: Sequence[int], facts: Mapping[str, Any], rows: Any
+        self,
+        context: Context,
+        choices: Sequence[Choice],
+        chosen: Sequence[int],
+        facts: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
     ) -> None:
+        """The recipe and the table."""
         note = f"{facts['bits_per_weight']:.4g} bits per weight, found by dsc allocate (target {self.target}): "
         note += f"KL {facts['measured_kl']:.4g} nats a token, {facts['predicted_kl']:.4g} predicted"
         text = allocation.recipe(choices, chosen, self.weights, context.text.document(), note)
         lines = [f"{key}: {value}" for key, value in facts.items() if key != "schemes"]
         lines += [f"{share:.1%} of the weights: {scheme}" for scheme, share in facts["schemes"].items()]
         lines.append("below: KL in nats a token with that unit alone stored so, what was chosen in bold")
-        write_json(context.out / f"{TABLE}.json", {"schema": 1, **facts, "units": rows})
+        write_json(context.out / f"{TABLE}.json", {"schema": 1, **facts, "units": list(rows)})
         page = allocation.markdown(rows, "Sensitivity", lines)
         write_file(context.out / f"{TABLE}.md", page.encode("utf-8"))
         write_file(context.out / RECIPE, text.encode("utf-8"))
