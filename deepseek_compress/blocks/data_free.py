@@ -14,14 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from deepseek_compress import provenance
 from deepseek_compress.blocks import packing
 from deepseek_compress.blocks.job import Block, Job
 from deepseek_compress.checkpoint import CheckpointWriter
-from deepseek_compress.checkpoint.header import TensorInfo
+from deepseek_compress.checkpoint.header import TensorInfo, stored_name
 from deepseek_compress.checkpoint.ledger import OpenShard
+from deepseek_compress.checkpoint.shards import Outline
 from deepseek_compress.models.config import Linear
 from deepseek_compress.workers import Pool
 
@@ -113,8 +115,7 @@ def _do(job: Job, task: _Task | Path) -> str | None:
 def _shard(job: Job, task: _Task) -> None:
     facts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=1) as thread:
-        read = sum(job.source.header.tensors[name].bytes for name in task.names)
-        shard = OpenShard(task.path, thread, large=read >= SMALLEST)
+        shard = OpenShard(task.path, thread, _outline(job, task))
         try:
             for name in task.names:
                 if name in task.changed:
@@ -127,6 +128,27 @@ def _shard(job: Job, task: _Task) -> None:
         except BaseException:
             shard.discard()
             raise
+
+
+def _outline(job: Job, task: _Task) -> Outline | None:
+    """What the shard will hold; None where a method or an encoding tells that only afterwards."""
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name in task.names:
+        info = job.source.header.tensors[name]
+        if name in task.changed:
+            rounding = packing.rounding(job, *task.changed[name])
+            if rounding is None:
+                return None
+            parts = packing.parts_of(job, *task.changed[name], rounding)
+            found |= {stored_name(name, suffix): part for suffix, part in parts.items()}
+        elif info.encoding == "plain":
+            ((suffix, place),) = info.parts.items()
+            found[stored_name(name, suffix)] = (place.dtype, tuple(place.shape))
+        elif info.encoding == "mxfp4":
+            return None
+        else:
+            found[name] = (torch.bfloat16, tuple(info.shape))
+    return found
 
 
 def _convert(job: Job, layer: int, linear: Linear) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
+import torch
+
+from deepseek_compress.errors import DscError
+
 ALIGNMENT = 4096  # bytes: of places, sizes and memory, what every disk takes
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux has it
 _BLOCK = 4 << 20  # bytes handed to the disk at a time
@@ -23,14 +27,17 @@ _BLOCK = 4 << 20  # bytes handed to the disk at a time
 class DirectFile:
     """The data of a new file from byte `start` on, a multiple of `ALIGNMENT`; `finish` writes what stands before it.
 
-    `thread` writes one block while the next is filled; without it, `write` waits. Errors of the disk come as OSError,
+    `thread` writes one block while the next is filled; without it, `write` waits. `checked`: each block is read again
+    and compared while it is still there. Errors of the disk come as OSError, and what came back wrong as `DscError`,
     from the call that follows at the latest.
     """
 
-    def __init__(self, path: Path, start: int, thread: Executor | None) -> None:
+    def __init__(self, path: Path, start: int, thread: Executor | None, checked: bool = False) -> None:
         assert start % ALIGNMENT == 0
-        self._fd = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._path = path
+        self._fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self._thread = thread
+        self._again = mmap.mmap(-1, _BLOCK) if checked else None  # what was read back
         self._blocks = [mmap.mmap(-1, _BLOCK) for _ in range(1 if thread is None else 2)]  # aligned memory
         self._filled = 0  # bytes of the first block
         self._place = start  # of the first block, in the file
@@ -50,10 +57,10 @@ class DirectFile:
         """Write the rest and `head`, `start` bytes, sync, close. Waits for `thread`, so it must not run there."""
         size = self._place + self._filled
         self.wait()
-        _write(self._fd, self._blocks[0], _aligned(self._filled), self._place)
+        self._put(self._blocks[0], _aligned(self._filled), self._place)
         first = mmap.mmap(-1, _aligned(len(head)))
         first[: len(head)] = head
-        _write(self._fd, first, len(first), 0)
+        self._put(first, len(first), 0)
         os.ftruncate(self._fd, size)
         os.fsync(self._fd)
         self.close()
@@ -78,12 +85,35 @@ class DirectFile:
         if self._writing is not None:
             self._writing.result()
         if self._thread is None:
-            _write(self._fd, self._blocks[0], _BLOCK, self._place)
+            self._put(self._blocks[0], _BLOCK, self._place)
         else:
-            self._writing = self._thread.submit(_write, self._fd, self._blocks[0], _BLOCK, self._place)
+            self._writing = self._thread.submit(self._put, self._blocks[0], _BLOCK, self._place)
             self._blocks.reverse()
         self._place += _BLOCK
         self._filled = 0
+
+    def _put(self, block: mmap.mmap, size: int, place: int) -> None:
+        """Write the first `size` bytes of a block, and see that they are there."""
+        view, done = memoryview(block), 0
+        while done < size:
+            done += _retried(os.pwrite, self._fd, view[done:size], place + done)
+        if self._again is None:
+            return
+        for start in range(0, size, _BLOCK):
+            self._compare(view[start : min(start + _BLOCK, size)], place + start)
+
+    def _compare(self, view: memoryview, place: int) -> None:
+        assert self._again is not None
+        found, done = memoryview(self._again)[: len(view)], 0
+        while done < len(view):
+            got = _retried(os.preadv, self._fd, [found[done:]], place + done)
+            if not got:
+                break
+            done += got
+        here, there = (torch.frombuffer(part, dtype=torch.int64) for part in (view, found))
+        if done < len(view) or not torch.equal(here, there):
+            what = f"{self._path}: reads back other bytes than were written"
+            raise DscError(what, "check the disk, then start again")
 
 
 def read_back(path: Path) -> Iterator[memoryview]:
@@ -105,12 +135,6 @@ def _open(path: Path, flags: int) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, flags, 0o644)
-
-
-def _write(fd: int, block: mmap.mmap, size: int, place: int) -> None:
-    view, done = memoryview(block), 0
-    while done < size:
-        done += _retried(os.pwrite, fd, view[done:size], place + done)
 
 
 def _retried(call: Callable[..., int], fd: int, *arguments: object) -> int:

@@ -20,7 +20,7 @@ from deepseek_compress.checkpoint.formats import mxfp4, packed
 from deepseek_compress.checkpoint.header import module_of, stored_name
 from deepseek_compress.checkpoint.quantization_config import Stored, describe
 from deepseek_compress.checkpoint.reader import Checkpoint
-from deepseek_compress.checkpoint.shards import Shard, ShardFile
+from deepseek_compress.checkpoint.shards import Outline, Shard, ShardFile
 from deepseek_compress.numerics.types import Quantized
 
 
@@ -33,12 +33,12 @@ class Ledger(NamedTuple):
 
 
 class OpenShard:
-    """An unfinished shard. `thread` writes while tensors still come; `large`: from the first one on."""
+    """An unfinished shard. `thread` writes while tensors still come; `outline`: all that will come, if it is known."""
 
-    def __init__(self, path: Path, thread: Executor | None = None, large: bool = False) -> None:
+    def __init__(self, path: Path, thread: Executor | None = None, outline: Outline | None = None) -> None:
         self.path = path
         path.with_suffix(".json").unlink(missing_ok=True)
-        self.file = ShardFile(path, thread, large)
+        self.file = ShardFile(path, thread, outline)
         self.stored: dict[str, Stored] = {}
 
     def add(self, name: str, parts: Mapping[str, Tensor]) -> None:

@@ -2,21 +2,24 @@
 
     ShardFile(path).add(name, tensor) ... .close() -> Shard(bytes, blake3, names)
 
-A safetensors header stands before the data and is known last. So the first 64 MiB wait in memory, unless it is known
-that more will come: a smaller shard gets room for its header, a larger one gets 1 MiB. The header is filled up with
-spaces, which the format allows, so that the data begin where the disk likes (see `direct`).
+A safetensors header stands before the data and is known last. So the first 64 MiB wait in memory: a smaller shard gets
+room for its header, a larger one gets 1 MiB. The header is filled up with spaces, which the format allows, so that the
+data begin where the disk likes (see `direct`). With an `Outline` the header is known first, and nothing waits.
 
 Tensors lie without holes, as the format asks, yet each at a multiple of its element size, as readers that map the file
 need: those whose size is a multiple of 8 bytes go first, as they come; the few others last, widest type first.
 
-`close` syncs the file and reads it again from the disk: the data must have the BLAKE3 that it had in memory. The same
-pass takes the BLAKE3 of the whole file, which is what `b3sum` prints.
+Without an outline, `close` syncs the file and reads it again from the disk: the data must have the BLAKE3 that it had
+in memory. The same pass takes the BLAKE3 of the whole file, which is what `b3sum` prints. With one, that is taken as
+the bytes come, once, and each block is read again and compared as soon as it is written.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +40,10 @@ _STREAMED = 32 << 20  # bytes from which a tensor is copied without ever being w
 _HEADER_ROOM = 1 << 20  # bytes of header in a file that was begun early; about 6,000 tensors
 
 
+Outline = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # stored name -> type and shape, in the order of `add`
+_Entries = dict[str, tuple[str, tuple[int, ...], int]]  # stored name -> dtype, shape, bytes, in the order of the file
+
+
 class Shard(NamedTuple):
     """A finished file."""
 
@@ -46,26 +53,32 @@ class Shard(NamedTuple):
 
 
 class ShardFile:
-    """An unfinished file. `thread` writes while tensors still come; `large`: from the first one on."""
+    """An unfinished file. `thread` writes while tensors still come; `outline`: all that will come, if it is known."""
 
-    def __init__(self, path: Path, thread: Executor | None = None, large: bool = False) -> None:
+    def __init__(self, path: Path, thread: Executor | None = None, outline: Outline | None = None) -> None:
         self.path = path
         self.bytes = 0  # of data, so far
         self._thread = thread
-        self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}  # name -> dtype, shape, bytes
+        self._entries: _Entries = {}
         self._waiting: list[Tensor] = []  # data that is not in the file yet, flat uint8
         self._waiting_bytes = 0
         self._odd: dict[str, Tensor] = {}  # sizes that would misalign what follows
-        self._hash = blake3.blake3()
+        self._hash = blake3.blake3()  # of the data; with an outline, of the whole file
         self._file: DirectFile | None = None
         self._room = 0  # bytes between the header's size and the data
-        if large:
-            self._begun()
+        self._planned = None if outline is None else _entries(outline)
+        if self._planned is not None:
+            self._begun(len(_header(self._planned)))
+            self._hash.update(self._head(self._planned))
 
     @property
     def full(self) -> bool:
         """Whether the header of a file begun early has no room for many more tensors."""
-        return self._file is not None and 256 * (len(self._entries) + len(self._odd)) > self._room
+        return (
+            self._planned is None
+            and self._file is not None
+            and 256 * (len(self._entries) + len(self._odd)) > self._room
+        )
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor; it is copied or written before this returns, unless fewer than 64 MiB wait."""
@@ -105,14 +118,14 @@ class ShardFile:
                 self._file.wait()
         for name, tensor in sorted(self._odd.items(), key=lambda item: -item[1].dtype.itemsize):
             self._append(name, tensor)
-        header = self._header()
-        file = self._begun(len(header))
-        if len(header) > self._room:
-            raise ValueError(f"{self.path}: a header of {len(header)} bytes does not fit {self._room}")
-        head = struct.pack("<Q", self._room) + header.ljust(self._room)
+        if self._planned is not None and list(self._entries.items()) != list(self._planned.items()):
+            raise ValueError(f"{self.path}: what came is not what was announced")
+        file = self._begun(len(_header(self._entries)))
+        head = self._head(self._entries)
         with disk_errors(self.path):
             file.finish(head)
-        return Shard(len(head) + self.bytes, self._verify(head), tuple(self._entries))
+        blake3 = self._verify(head) if self._planned is None else self._hash.hexdigest()
+        return Shard(len(head) + self.bytes, blake3, tuple(self._entries))
 
     def discard(self) -> None:
         """Close and remove the unfinished file."""
@@ -136,7 +149,7 @@ class ShardFile:
             start = -(-(8 + header) // ALIGNMENT) * ALIGNMENT
             self._room = start - 8
             with disk_errors(self.path):
-                self._file = DirectFile(self.path, start, self._thread)
+                self._file = DirectFile(self.path, start, self._thread, checked=self._planned is not None)
             for raw in self._waiting:
                 self._write(self._file, raw.numpy().data)
             self._waiting.clear()
@@ -147,14 +160,12 @@ class ShardFile:
         with disk_errors(self.path):
             file.write(view)
 
-    def _header(self) -> bytes:
-        """JSON."""
-        position = 0
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        for name, (dtype, shape, size) in self._entries.items():
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-            position += size
-        return json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    def _head(self, entries: _Entries) -> bytes:
+        """All bytes before the data."""
+        header = _header(entries)
+        if len(header) > self._room:
+            raise ValueError(f"{self.path}: a header of {len(header)} bytes does not fit {self._room}")
+        return struct.pack("<Q", self._room) + header.ljust(self._room)
 
     def _verify(self, head: bytes) -> str:
         """BLAKE3 of the file as it lies on the disk; `DscError` where it is not what was written."""
@@ -171,3 +182,21 @@ class ShardFile:
         if not same or data.digest() != self._hash.digest():
             raise DscError(f"{self.path}: reads back other bytes than were written", "check the disk, then start again")
         return whole.hexdigest()
+
+
+def _header(entries: _Entries) -> bytes:
+    """JSON."""
+    position = 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, (dtype, shape, size) in entries.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    return json.dumps(header, separators=(",", ":")).encode("utf-8")
+
+
+def _entries(outline: Outline) -> _Entries:
+    """In the order of the file: those that would misalign what follows last, widest type first."""
+    sizes = {name: (kind, shape, kind.itemsize * math.prod(shape)) for name, (kind, shape) in outline.items()}
+    late = sorted((n for n, e in sizes.items() if e[2] % _ELEMENT), key=lambda name: -sizes[name][0].itemsize)
+    ordered = [*(name for name, entry in sizes.items() if not entry[2] % _ELEMENT), *late]
+    return {name: (DTYPE_NAMES[sizes[name][0]], *sizes[name][1:]) for name in ordered}

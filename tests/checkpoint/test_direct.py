@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from deepseek_compress.checkpoint import direct
 from deepseek_compress.checkpoint.direct import ALIGNMENT, DirectFile, read_back
+from deepseek_compress.errors import DscError
 
 HEAD = bytes(range(256)) * (ALIGNMENT // 256)
 
 
-def written(path: Path, pieces: list[bytes], threaded: bool = True) -> bytes:
+def written(path: Path, pieces: list[bytes], threaded: bool = True, checked: bool = True) -> bytes:
     """The file at `path` after `pieces`, which is what `read_back` gives too."""
     with ThreadPoolExecutor(1) as thread:
-        file = DirectFile(path, ALIGNMENT, thread if threaded else None)
+        file = DirectFile(path, ALIGNMENT, thread if threaded else None, checked)
         for piece in pieces:
             file.write(memoryview(piece))
         file.finish(HEAD)
@@ -30,18 +31,18 @@ def written(path: Path, pieces: list[bytes], threaded: bool = True) -> bytes:
 
 
 @settings(max_examples=30, deadline=None)
-@given(sizes=st.lists(st.integers(0, 3 * ALIGNMENT), max_size=8), threaded=st.booleans())
+@given(sizes=st.lists(st.integers(0, 3 * ALIGNMENT), max_size=8), threaded=st.booleans(), checked=st.booleans())
 def test_pieces_of_any_size_come_back(
-    sizes: list[int], threaded: bool, tmp_path_factory: pytest.TempPathFactory
+    sizes: list[int], threaded: bool, checked: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     pieces = [os.urandom(size) for size in sizes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direct, "_BLOCK", 2 * ALIGNMENT)
         path = tmp_path_factory.mktemp("direct") / "file"
-        assert written(path, pieces, threaded) == HEAD + b"".join(pieces)
+        assert written(path, pieces, threaded, checked) == HEAD + b"".join(pieces)
 
 
-@pytest.mark.parametrize("refuses", ["open", "pwrite", "readv"])
+@pytest.mark.parametrize("refuses", ["open", "pwrite", "preadv", "readv"])
 def test_a_file_system_without_it_gets_ordinary_calls(
     refuses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +64,21 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(direct.os, "pwrite", lambda fd, view, place: real(fd, view[:ALIGNMENT], place))
     piece = os.urandom(100_000)
     assert written(tmp_path / "file", [piece]) == HEAD + piece
+
+
+@pytest.mark.parametrize("place", [7, ALIGNMENT + 7, ALIGNMENT + 5_000_000], ids=["head", "first block", "rest"])
+def test_what_comes_back_wrong_is_told(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+
+    def flipped(fd: int, views: list[memoryview], start: int) -> int:
+        got = real(fd, views, start)
+        if start <= place < start + got:
+            views[0][place - start] ^= 1
+        return got
+
+    monkeypatch.setattr(direct.os, "preadv", flipped)
+    with pytest.raises(DscError, match="reads back other bytes than were written; check the disk"):
+        written(tmp_path / "file", [bytes(5_000_001)])
 
 
 def test_what_the_thread_could_not_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
