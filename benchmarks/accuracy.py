@@ -257,17 +257,20 @@ def picture(found: dict[str, list[tuple[Row, dict[str, Any]]]], path: Path) -> N
 
     figure, panels = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5.5), squeeze=False)
     for panel, (name, pairs) in zip(panels[0], found.items(), strict=True):
-        for row, result in pairs:
+        labelled: list[tuple[float, float]] = []
+        for row, result in sorted(pairs, key=lambda pair: -(pair[1].get("KL") or 0.0)):
             if result.get("KL") is None:
                 continue
             ours = row.tool == "dsc"
             x, y = result["CPU s"], result["KL"]
+            crowd = sum(1 / 4 < x / a < 4 and y / b > 0.94 for a, b in labelled)  # labels that would lie over this one
+            labelled.append((x, y))
             panel.plot(x, y, "o", color="#c0392b" if ours else "#34495e", markersize=8 if ours else 6)
             style = {"fontsize": 8, "color": "#c0392b" if ours else "#34495e"}
-            panel.annotate(row.label, (x, y), xytext=(6, 4), textcoords="offset points", **style)
+            panel.annotate(row.label, (x, y), xytext=(6, 4 - 11 * crowd), textcoords="offset points", **style)
         panel.set(xscale="log", yscale="log", title=name, xlabel="CPU seconds, imports included")
         panel.set_ylabel("KL to the original, nats a token")
-        panel.margins(x=0.25, y=0.12)
+        panel.margins(x=0.3, y=0.12)
         panel.grid(True, which="both", alpha=0.2)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
