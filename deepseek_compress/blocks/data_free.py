@@ -20,6 +20,7 @@ from torch import Tensor
 from deepseek_compress import provenance
 from deepseek_compress.blocks import packing
 from deepseek_compress.blocks.job import Block, Job
+from deepseek_compress.blocks.stored import packed, stored16
 from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.header import TensorInfo, stored_name
 from deepseek_compress.checkpoint.ledger import OpenShard
@@ -135,19 +136,12 @@ def _outline(job: Job, task: _Task) -> Outline | None:
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in task.names:
         info = job.source.header.tensors[name]
-        if name in task.changed:
-            rounding = packing.rounding(job, *task.changed[name])
-            if rounding is None:
-                return None
-            parts = packing.parts_of(job, *task.changed[name], rounding)
-            found |= {stored_name(name, suffix): part for suffix, part in parts.items()}
-        elif info.encoding == "plain":
-            ((suffix, place),) = info.parts.items()
-            found[stored_name(name, suffix)] = (place.dtype, tuple(place.shape))
-        elif info.encoding == "mxfp4":
+        changed = task.changed.get(name)
+        rounding = packing.rounding(job, *changed) if changed else None
+        if rounding is None and (changed or info.encoding == "mxfp4"):
             return None
-        else:
-            found[name] = (torch.bfloat16, tuple(info.shape))
+        coming = stored16(info) if rounding is None else packed(info, rounding)
+        found |= {stored_name(name, suffix): (part.dtype, part.shape) for suffix, part in coming.parts.items()}
     return found
 
 

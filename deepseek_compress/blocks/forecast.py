@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import NamedTuple
-
-import torch
 
 from deepseek_compress.blocks.calibrated import BATCH_TOKENS
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.job import by_input
 from deepseek_compress.blocks.spool import HELD
-from deepseek_compress.checkpoint.header import Header, Location, TensorInfo
-from deepseek_compress.costs import Memory, Work
+from deepseek_compress.blocks.stored import packed, stored16
+from deepseek_compress.checkpoint.header import Header, TensorInfo
+from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.models import Family, Linear, ModelConfig, Role
 from deepseek_compress.models.layers import SCORES_AT_ONCE
 from deepseek_compress.numerics.rtn import Rtn
-from deepseek_compress.numerics.types import WeightQuantizer
 
 HESSIANS = 3  # matrices of the size of a Hessian that factoring it holds at once
 COPIES = 3  # of a weight, in float32, that solving it holds at once, with the Hessian and its factor
@@ -80,7 +78,7 @@ def expect(
         costs.append(_Block(0, 0, 0, Work(), Work(packed=fast + slow + copied / 2)))
         costs += [_Block(0, 0, 0, Work(), _saved_work(header.tensors[name])) for name in changed if saved]
     return Expected(
-        out, len(changed), out.bytes, memory, _sum(cost.work for cost in costs), _sum(cost.tasks for cost in costs)
+        out, len(changed), out.bytes, memory, total(cost.work for cost in costs), total(cost.tasks for cost in costs)
     )
 
 
@@ -92,33 +90,6 @@ class _Block(NamedTuple):
     task: int
     work: Work
     tasks: Work
-
-
-def _sum(parts: Iterable[Work]) -> Work:
-    return Work(*(sum(values) for values in zip(*parts, strict=True)))
-
-
-def stored16(info: TensorInfo) -> TensorInfo:
-    """The tensor `info` as it is written where it does not change."""
-    if info.encoding in ("plain", "mxfp4"):
-        return info
-    shape, size = info.shape, 2 * info.elements
-    place = Location(next(iter(info.parts.values())).file, 0, size, torch.bfloat16, shape)
-    return dataclasses.replace(info, encoding="plain", dtype=torch.bfloat16, parts={"weight": place})
-
-
-def packed(info: TensorInfo, weights: WeightQuantizer) -> TensorInfo:
-    """The weight `info` as `weights`, with their group size, would store it."""
-    rows, columns = info.shape
-    groups = columns // weights.group_size if weights.group_size else 1
-    file = next(iter(info.parts.values())).file
-    words = rows * -(-columns * weights.num_bits // 32)
-    sizes = {"weight_packed": (words, torch.int32), "weight_scale": (rows * groups, torch.bfloat16)}
-    sizes["weight_shape"] = (2, torch.int64)
-    if not weights.symmetric:
-        sizes["weight_zero_point"] = (-(-rows * weights.num_bits // 32) * groups, torch.int32)
-    parts = {key: Location(file, 0, n * kind.itemsize, kind, (n,)) for key, (n, kind) in sizes.items()}
-    return dataclasses.replace(info, encoding="packed", dtype=torch.int32, parts=parts)
 
 
 def _saved_work(weight: TensorInfo) -> Work:
@@ -156,7 +127,7 @@ def calibrated_cost(
         alone = max(alone, _solved(part, models, activations * models))
     spools = 4 * min(HELD, 4 * tokens * models * cfg.hidden_size)
     work = _solve_work(here, wanted, tokens, models)
-    work = _sum([work, Work(0, 4.0 * tokens * models * (30 * cfg.hidden_size + scores))])
+    work = total([work, Work(0, 4.0 * tokens * models * (30 * cfg.hidden_size + scores))])
     if cfg.moe is None or not experts:
         return _Block(alone + spools, spools, 0, work, Work())
     share = tokens * cfg.moe.top_k / cfg.moe.experts

@@ -37,17 +37,6 @@ def rounding(job: Job, layer: int, linear: Linear) -> Rtn | None:
     return weights if weights.num_bits == 4 and not weights.mse and weights.group_size else None
 
 
-def parts_of(job: Job, layer: int, linear: Linear, how: Rtn) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of what `pack` gives, in its order."""
-    rows, columns = _info(job, layer, linear).shape
-    assert how.group_size is not None
-    groups, words = columns // how.group_size, -(-columns // 8)
-    parts = {"weight_packed": (torch.int32, (rows, words)), "weight_scale": (torch.bfloat16, (rows, groups))}
-    if not how.symmetric:
-        parts["weight_zero_point"] = (torch.int32, (-(-rows // 8), groups))
-    return {**parts, "weight_shape": (torch.int64, (2,))}
-
-
 def pack(job: Job, layer: int, linear: Linear, how: Rtn) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stored parts of the new weight, and the facts about it."""
     info = _info(job, layer, linear)

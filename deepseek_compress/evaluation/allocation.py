@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deepseek_compress.blocks.forecast import packed, stored16
 from deepseek_compress.blocks.overrides import Scheme, said
+from deepseek_compress.blocks.stored import packed, stored16
 from deepseek_compress.blocks.units import Unit
 from deepseek_compress.checkpoint import Header
 from deepseek_compress.errors import DscError

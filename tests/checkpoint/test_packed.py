@@ -13,6 +13,7 @@ from deepseek_compress.checkpoint.formats.packed import (
     int8_parts,
     pack_rows,
     pack_weight,
+    shapes_of,
     unpack_rows,
     unpack_weight,
 )
@@ -123,3 +124,12 @@ def test_bits_follow_from_the_shapes(num_bits: int, columns: int) -> None:
 def test_words_that_no_width_explains() -> None:
     with pytest.raises(DscError, match="9 words a row do not hold 32 columns"):
         bits_of("w", 9, 32)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_shapes_are_known_before_the_values(bits: int, symmetric: bool) -> None:
+    zero = torch.full((13, 3), 1 << (bits - 1), dtype=torch.uint8)
+    weight = Quantized(torch.zeros(13, 96, dtype=torch.uint8), torch.ones(13, 3), zero, bits, symmetric)
+    made = {key: (part.dtype, tuple(part.shape)) for key, part in pack_weight(weight).items()}
+    assert list(shapes_of((13, 96), bits, 32, symmetric).items()) == list(made.items())

@@ -28,6 +28,7 @@ from deepseek_compress.numerics.types import Quantized
 _AGAIN = "download the checkpoint again"
 SCALE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WORD = 32  # bits; also how many codes fill a whole number of words
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of stored parts: type and shape
 
 
 def pack_rows(codes: Tensor, num_bits: int) -> Tensor:
@@ -64,6 +65,17 @@ def unpack_rows(words: Tensor, num_bits: int, columns: int) -> Tensor:
             value = value | unsigned[..., word + 1] << (_WORD - bit)
         out[..., i] = (value & (1 << num_bits) - 1).to(torch.uint8)
     return out.view(rows, -1)[:, :columns].contiguous()
+
+
+def shapes_of(shape: tuple[int, ...], num_bits: int, group_size: int | None, symmetric: bool) -> Shapes:
+    """What `pack_weight` gives for a weight of this shape (rows, columns), in its order; None: one group a row."""
+    rows, columns = shape
+    groups = columns // group_size if group_size else 1
+    parts: Shapes = {"weight_packed": (torch.int32, (rows, -(-columns * num_bits // _WORD)))}
+    parts["weight_scale"] = (torch.bfloat16, (rows, groups))
+    if not symmetric:
+        parts["weight_zero_point"] = (torch.int32, (-(-rows * num_bits // _WORD), groups))
+    return {**parts, "weight_shape": (torch.int64, (2,))}
 
 
 def pack_weight(weight: Quantized, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
