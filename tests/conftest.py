@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.formats.fp8 import encode_fp8_block
-from deepseek_compress.tasks import write_tokenizer
+from deepseek_compress.tasks import mixture, write_tokenizer
 
 VOCABULARY = 512
 YARN = {
@@ -62,6 +62,15 @@ LLAMA_CONFIG: dict[str, Any] = {
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 64},
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems of the calibration split as JSON Lines."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [{"prompt": p.prompt, "completion": p.solution} for p in mixture(3, 60, split="calibration")]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
 
 
 @pytest.fixture(scope="session")

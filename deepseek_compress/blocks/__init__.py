@@ -186,7 +186,7 @@ def _hidden(run: _Run, layer: int) -> Spool:
     job, tokens = run.job, run.tokens
     path = _spooled(job, layer)
     if path.is_file():
-        return Spool(path, tokens.numel(), row_shape(job), existing=True)
+        return Spool(path, tokens.numel(), row_shape(job.family, job.cfg), existing=True)
     if layer:
         raise DscError(f"{path}: missing, block {layer} cannot go on", "remove the output and start again")
     spool = embedded(job, tokens)

@@ -19,7 +19,9 @@ from deepseek_compress.blocks.job import Block, Job, Store
 from deepseek_compress.blocks.pairs import Split, pairs
 from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import Part, Watch
-from deepseek_compress.models.config import Moe, Role
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.models import Family
+from deepseek_compress.models.config import ModelConfig, Moe, Role
 from deepseek_compress.models.layers import swiglu
 from deepseek_compress.models.moe import Routing, route, run_shared
 from deepseek_compress.workers import Pool
@@ -70,18 +72,22 @@ class Batches:
 
 def embedded(job: Job, tokens: Tensor) -> Spool:
     """The input of the first block for tokens (samples, length)."""
-    table = job.source.read(job.family.embedding, dtype=None)  # as stored: float32 would take twice the memory
-    spool = Spool(job.work / "embedded.tmp", tokens.numel(), row_shape(job))
-    step = max(1, BATCH_TOKENS // tokens.shape[1])
-    for start in range(0, len(tokens), step):
-        rows = job.family.embed(job.cfg, table, tokens[start : start + step]).float()
-        spool.write(start * tokens.shape[1], rows.flatten(0, 1))
+    spool = Spool(job.work / "embedded.tmp", tokens.numel(), row_shape(job.family, job.cfg))
+    embed_into(spool, job.source, job.family, job.cfg, tokens)
     return spool
 
 
-def row_shape(job: Job) -> tuple[int, ...]:
+def embed_into(spool: Spool, source: Checkpoint, family: Family, cfg: ModelConfig, tokens: Tensor) -> None:
+    """Write the input of the first block for tokens (samples, length)."""
+    table = source.read(family.embedding, dtype=None)  # as stored: float32 would take twice the memory
+    batches = Batches(tokens)
+    for batch in range(len(batches)):
+        batches.write(spool, batch, family.embed(cfg, table, batches.ids(batch)).float())
+
+
+def row_shape(family: Family, cfg: ModelConfig) -> tuple[int, ...]:
     """Of the hidden state of one token."""
-    probe = job.family.embed(job.cfg, torch.empty(1, job.cfg.hidden_size), torch.zeros(1, 1, dtype=torch.long))
+    probe = family.embed(cfg, torch.empty(1, cfg.hidden_size), torch.zeros(1, 1, dtype=torch.long))
     return tuple(probe.shape[2:])
 
 

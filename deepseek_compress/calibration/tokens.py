@@ -7,6 +7,7 @@ windows, so its tokens meet its share within one window; the windows of all sour
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,11 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+
+
+def digest_of(tokens: Tensor) -> str:
+    """SHA-256 of token ids, hexadecimal."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 class Windows(NamedTuple):

@@ -112,8 +112,12 @@ class DirectFile:
             done += got
         here, there = (torch.frombuffer(part, dtype=torch.int64) for part in (view, found))
         if done < len(view) or not torch.equal(here, there):
-            what = f"{self._path}: reads back other bytes than were written"
-            raise DscError(what, "check the disk, then start again")
+            raise other_bytes(self._path)
+
+
+def other_bytes(path: Path) -> DscError:
+    """What to say where a disk does not give back what it got."""
+    return DscError(f"{path}: reads back other bytes than were written", "check the disk, then start again")
 
 
 def read_back(path: Path) -> Iterator[memoryview]:

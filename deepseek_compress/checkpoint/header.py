@@ -92,6 +92,11 @@ class Header:
         """Size of all tensors on disk."""
         return sum(info.bytes for info in self.tensors.values())
 
+    @property
+    def mxfp4(self) -> bool:
+        """Whether a tensor is published in MXFP4."""
+        return any(info.encoding == "mxfp4" for info in self.tensors.values())
+
 
 def module_of(name: str) -> tuple[str, str]:
     """`a.b.weight` -> (`a.b`, `weight`); a name without a dot belongs to the module with the empty name."""

@@ -28,7 +28,7 @@ import blake3
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.direct import ALIGNMENT, DirectFile, read_back
+from deepseek_compress.checkpoint.direct import ALIGNMENT, DirectFile, other_bytes, read_back
 from deepseek_compress.checkpoint.files import blocks, disk_errors
 from deepseek_compress.checkpoint.header import DTYPE_NAMES, Location
 from deepseek_compress.checkpoint.reader import read_tensor
@@ -67,9 +67,8 @@ class ShardFile:
         self._file: DirectFile | None = None
         self._room = 0  # bytes between the header's size and the data
         self._planned = None if outline is None else _entries(outline)
-        if self._planned is not None:
-            self._begun(len(_header(self._planned)))
-            self._hash.update(self._head(self._planned))
+        self._announced = b"" if self._planned is None else self._head(self._planned)
+        self._hash.update(self._announced)
 
     @property
     def full(self) -> bool:
@@ -120,12 +119,11 @@ class ShardFile:
             self._append(name, tensor)
         if self._planned is not None and list(self._entries.items()) != list(self._planned.items()):
             raise ValueError(f"{self.path}: what came is not what was announced")
-        file = self._begun(len(_header(self._entries)))
-        head = self._head(self._entries)
+        head = self._announced or self._head(self._entries)
         with disk_errors(self.path):
-            file.finish(head)
-        blake3 = self._verify(head) if self._planned is None else self._hash.hexdigest()
-        return Shard(len(head) + self.bytes, blake3, tuple(self._entries))
+            self._begun().finish(head)
+        whole = self._hash.hexdigest() if self._announced else self._verify(head)
+        return Shard(len(head) + self.bytes, whole, tuple(self._entries))
 
     def discard(self) -> None:
         """Close and remove the unfinished file."""
@@ -161,8 +159,9 @@ class ShardFile:
             file.write(view)
 
     def _head(self, entries: _Entries) -> bytes:
-        """All bytes before the data."""
+        """All bytes before the data of a file that is begun for them, where it was not yet."""
         header = _header(entries)
+        self._begun(len(header))
         if len(header) > self._room:
             raise ValueError(f"{self.path}: a header of {len(header)} bytes does not fit {self._room}")
         return struct.pack("<Q", self._room) + header.ljust(self._room)
@@ -180,7 +179,7 @@ class ShardFile:
                 data.update(rest)
                 missing -= len(first)
         if not same or data.digest() != self._hash.digest():
-            raise DscError(f"{self.path}: reads back other bytes than were written", "check the disk, then start again")
+            raise other_bytes(self.path)
         return whole.hexdigest()
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deepseek_compress.blocks.calibrated import Batches
+from deepseek_compress.blocks.calibrated import Batches, embed_into, row_shape
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import HESSIANS
 from deepseek_compress.blocks.job import by_input
@@ -79,8 +79,7 @@ class Search:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Of what blocks hand on for a token."""
-        probe = torch.empty(1, self.cfg.hidden_size), torch.zeros(1, 1, dtype=torch.long)
-        return tuple(self.family.embed(self.cfg, *probe).shape[2:])
+        return row_shape(self.family, self.cfg)
 
     def open(self, path: Path, tokens: Tensor) -> Spool:
         """A spool that was written for `tokens`."""
@@ -169,11 +168,8 @@ def _original(search: Search, task: tuple[str, int]) -> None:
         _advance_spool(search, layer, read_block(search, layer), search.spool(text, layer), text)
         return
     tokens, path = search.texts[text], search.spool(text, 0)
-    table = search.source.read(search.family.embedding, dtype=None)  # as stored: float32 would take twice the memory
-    batches = Batches(tokens)
     with Spool(path.with_suffix(".tmp"), tokens.numel(), search.row_shape, held=0) as spool:
-        for batch in range(len(batches)):
-            batches.write(spool, batch, search.family.embed(search.cfg, table, batches.ids(batch)).float())
+        embed_into(spool, search.source, search.family, search.cfg, tokens)
         spool.rename(path)
 
 

@@ -7,17 +7,17 @@ whole. It is written as a plain recipe for `dsc quantize`, beside the table of w
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
 from deepseek_compress import provenance
 from deepseek_compress.blocks import claim, selection
 from deepseek_compress.blocks.overrides import Scheme, said
 from deepseek_compress.blocks.units import units
+from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_file, write_json
 from deepseek_compress.costs import Work
@@ -27,8 +27,7 @@ from deepseek_compress.evaluation.allocation import Sizes, Target
 from deepseek_compress.evaluation.sensitivity import Choice, Search
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.numerics import WEIGHTS, WeightQuantizer
-from deepseek_compress.registry import pick
-from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
 from deepseek_compress.stages.text import calibration_text
 from deepseek_compress.workers import open_pool
 
@@ -40,16 +39,12 @@ LOSSES = {"kl": sensitivity.measure, "fisher": fisher.estimate}
 OPTIONS = tuple(Scheme(num_bits=bits) for bits in (2, 3, 4, 5, 6, 8))
 
 
-def _picked(value: Any) -> Any:
-    return value if isinstance(value, BaseModel) else pick(WEIGHTS, value, "weights")
-
-
 class Allocate(Stage, frozen=True):
     """Bits for each unit that servers fuse, found by KL under a target size, as a recipe for `compress`."""
 
     writes: ClassVar[str] = "artifact"
     target: str  # `3.5 bits per weight`, or `8 GiB`
-    weights: Annotated[SerializeAsAny[WeightQuantizer], BeforeValidator(_picked)] = Field(
+    weights: Annotated[SerializeAsAny[WeightQuantizer], picked(WEIGHTS, "weights")] = Field(
         default_factory=lambda: WEIGHTS["gptq"].model_validate({})
     )
     options: tuple[Scheme, ...] = Field(OPTIONS, min_length=2)  # what a unit may become, where that differs
@@ -129,7 +124,7 @@ class Allocate(Stage, frozen=True):
         identity = {
             "knobs": self.model_dump(mode="json", exclude={"target"}),  # the losses do not follow from the target
             "model": provenance.fingerprint(source),
-            "calibration": hashlib.sha256(text.tokens.numpy().tobytes()).hexdigest(),
+            "calibration": digest_of(text.tokens),
             "versions": provenance.versions(),
         }
         claim(context.out, work, identity)
@@ -190,5 +185,4 @@ class Allocate(Stage, frozen=True):
 
 def _roles(header: Header) -> frozenset[Role]:
     """Roles whose weights change: experts in MXFP4 stay as they are, as in `compress`."""
-    mxfp4 = any(info.encoding == "mxfp4" for info in header.tensors.values())
-    return ROLES - {Role.EXPERT} if mxfp4 else ROLES
+    return ROLES - {Role.EXPERT} if header.mxfp4 else ROLES

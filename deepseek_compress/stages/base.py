@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from deepseek_compress import machine
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.costs import Memory, Rates, Work
 from deepseek_compress.errors import DscError
+from deepseek_compress.registry import pick
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Output:
     kind: str
     path: Path
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def picked(table: Mapping[str, type[Any]], what: str) -> BeforeValidator:
+    """For a field of a stage: an entry of `table` by its name, or by name and knobs; None stays None."""
+
+    def pick_it(value: Any) -> Any:
+        return value if value is None or isinstance(value, BaseModel) else pick(table, value, what)
+
+    return BeforeValidator(pick_it)
 
 
 def _silent(done: int, total: int, note: str) -> None:

@@ -12,7 +12,6 @@ it give, which saved statistics cannot. An interrupted run goes on after its las
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +20,7 @@ import torch
 from deepseek_compress import provenance
 from deepseek_compress.blocks import claim, clean, run_text
 from deepseek_compress.blocks.observe import expected, observing
+from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
@@ -93,7 +93,7 @@ class Calibrate(Stage, frozen=True):
         return {
             "knobs": self.model_dump(mode="json"),
             "model": provenance.fingerprint(source),
-            "calibration": [*text.tokens.shape, hashlib.sha256(text.tokens.numpy().tobytes()).hexdigest()],
+            "calibration": [*text.tokens.shape, digest_of(text.tokens)],
             "versions": provenance.versions(),
             "threads": torch.get_num_threads(),
         }

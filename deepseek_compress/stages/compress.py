@@ -8,12 +8,11 @@ Each linear is made sparse first and quantised after it with the same statistics
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
 from deepseek_compress import provenance
@@ -22,6 +21,7 @@ from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.blocks.overrides import Override, build_all, counted
 from deepseek_compress.calibration.settings import Calibration
+from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
 from deepseek_compress.costs import Memory, total
 from deepseek_compress.errors import DscError
@@ -34,8 +34,7 @@ from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
-from deepseek_compress.registry import pick
-from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
 from deepseek_compress.workers import open_pool
@@ -45,22 +44,15 @@ WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
 KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
 
 
-def _picked(table: Mapping[str, type[Any]], what: str) -> BeforeValidator:
-    def pick_it(value: Any) -> Any:
-        return value if value is None or isinstance(value, BaseModel) else pick(table, value, what)
-
-    return BeforeValidator(pick_it)
-
-
 class Compress(Stage, frozen=True):
     """Make the linears of every block smaller; routers, norms, embeddings, head and MTP blocks stay 16-bit."""
 
     takes_statistics: ClassVar[bool] = True
-    sparsity: Annotated[SerializeAsAny[Sparsifier] | None, _picked(SPARSITY, "sparsity")] = None
-    rotation: Annotated[Hadamard | None, _picked(ROTATION, "rotation")] = None
-    migration: Annotated[SerializeAsAny[Migration] | None, _picked(MIGRATION, "migration")] = None
-    weights: Annotated[SerializeAsAny[WeightQuantizer] | None, _picked(WEIGHTS, "weights")] = None
-    activations: Annotated[SerializeAsAny[Dynamic] | None, _picked(ACTIVATIONS, "activations")] = None
+    sparsity: Annotated[SerializeAsAny[Sparsifier] | None, picked(SPARSITY, "sparsity")] = None
+    rotation: Annotated[Hadamard | None, picked(ROTATION, "rotation")] = None
+    migration: Annotated[SerializeAsAny[Migration] | None, picked(MIGRATION, "migration")] = None
+    weights: Annotated[SerializeAsAny[WeightQuantizer] | None, picked(WEIGHTS, "weights")] = None
+    activations: Annotated[SerializeAsAny[Dynamic] | None, picked(ACTIVATIONS, "activations")] = None
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
@@ -75,7 +67,7 @@ class Compress(Stage, frozen=True):
 
     def _changed(self, header: Header) -> frozenset[Role]:
         """Roles whose weights change: experts in MXFP4 stay as they are unless the recipe asks."""
-        return self.roles if self.requantize or not _mxfp4(header) else self.roles - {Role.EXPERT}
+        return self.roles if self.requantize or not header.mxfp4 else self.roles - {Role.EXPERT}
 
     @property
     def scheme(self) -> dict[str, Any] | None:
@@ -201,7 +193,7 @@ class Compress(Stage, frozen=True):
         lines += counted(chosen.own)
         if chosen.left:
             lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
-        if _mxfp4(source.header) and not self.requantize and (self.weights or self.sparsity):
+        if source.header.mxfp4 and not self.requantize and (self.weights or self.sparsity):
             lines.append("routed experts keep their MXFP4 values (requantize: true changes them)")
         if any(name.startswith("mtp.") for name in source.header.tensors):
             lines.append("MTP block left out")
@@ -227,7 +219,7 @@ class Compress(Stage, frozen=True):
 
     def _identity(self, source: Checkpoint, tokens: Tensor | None, saved: Saved | None) -> dict[str, Any]:
         """What the bytes follow from: an unfinished output of anything else is not gone on with."""
-        text = None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()]
+        text = None if tokens is None else [*tokens.shape, digest_of(tokens)]
         return {
             "knobs": self.model_dump(mode="json"),
             "model": provenance.fingerprint(source),
@@ -260,10 +252,6 @@ class Compress(Stage, frozen=True):
         there = any(name in source.header.tensors for name in family.mtp_tensors(cfg))
         stays = there and self.mtp == "keep"
         return {"num_nextn_predict_layers": 0} if cfg.num_nextn_predict_layers and not stays else {}
-
-
-def _mxfp4(header: Header) -> bool:
-    return any(info.encoding == "mxfp4" for info in header.tensors.values())
 
 
 def _ignore(cfg: ModelConfig) -> list[str]:

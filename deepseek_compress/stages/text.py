@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from deepseek_compress import machine, provenance
 from deepseek_compress.blocks import candidates
 from deepseek_compress.calibration.selection import Candidates, Quota, by_coverage, by_quality, coverage
 from deepseek_compress.calibration.settings import Calibration, Select
-from deepseek_compress.calibration.tokens import Windows, apportion, facts, read_windows
+from deepseek_compress.calibration.tokens import Windows, apportion, digest_of, facts, read_windows
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import read_json, write_json
 from deepseek_compress.errors import DscError
@@ -65,7 +64,7 @@ def _choose(
     source: Checkpoint, context: Context, work: Path, wanted: Calibration, select: Select, pool: Windows
 ) -> dict[str, Any]:
     """{"windows": numbers of those chosen, and what that changed}; taken from `work` where a run before chose."""
-    text = hashlib.sha256(pool.tokens.numpy().tobytes()).hexdigest()
+    text = digest_of(pool.tokens)
     decided = [text, wanted.document(), provenance.fingerprint(source), provenance.versions(), torch.get_num_threads()]
     key, kept = provenance.digest(decided), work / CHOSEN
     if kept.is_file() and (before := read_json(kept)).get("key") == key:

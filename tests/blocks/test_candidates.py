@@ -22,18 +22,9 @@ from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.stages import text as stage_text
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
-from deepseek_compress.tasks import mixture
 from deepseek_compress.workers import open_pool
 
 TOKENS = torch.randint(2, 512, (40, 64), generator=torch.Generator().manual_seed(5))  # 2560: more than one batch
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    lines = [{"prompt": p.prompt, "completion": p.solution} for p in mixture(3, 60, split="calibration")]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
 
 
 def survey(path: Path, work: Path, count: int = 1) -> candidates.Candidates:

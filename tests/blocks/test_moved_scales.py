@@ -83,38 +83,29 @@ def error(ours: Path, theirs: Path) -> float:
     return float((Model.load(ours).forward(TOKENS) - Model.load(theirs).forward(TOKENS)).square().mean())
 
 
-def test_w8a8_gains_where_channels_stand_out(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+def test_w8a8_gains_where_channels_stand_out(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
     path = outlying(tiny_llama, tmp_path / "outlying")
     knobs: dict[str, Any] = {"weights": {"rtn": {"num_bits": 8, "symmetric": True}}, "activations": "dynamic"}
-    plain = stage(**knobs).run(open_checkpoint(path), context(tmp_path / "plain", text)).path
-    smooth = stage(**knobs, migration="smoothquant").run(open_checkpoint(path), context(tmp_path / "out", text)).path
+    plain = stage(**knobs).run(open_checkpoint(path), context(tmp_path / "plain", prose)).path
+    smooth = stage(**knobs, migration="smoothquant").run(open_checkpoint(path), context(tmp_path / "out", prose)).path
     assert error(smooth, path) < error(plain, path) / 4
     groups = json.loads((smooth / "config.json").read_text())["quantization_config"]["config_groups"]
     assert groups["group_0"]["format"] == "int-quantized", "the form that servers read"
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.jsonl"
-    file.write_text(
-        "\n".join(json.dumps({"text": "add 3 to 4 then take 2 and say the answer " * 12}) for _ in range(8))
-    )
-    return file
-
-
-def test_awq_gains_at_4_bits(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+def test_awq_gains_at_4_bits(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
     path = outlying(tiny_llama, tmp_path / "outlying")
-    plain = stage(weights={"rtn": {"group_size": 64}}).run(open_checkpoint(path), context(tmp_path / "plain", text))
+    plain = stage(weights={"rtn": {"group_size": 64}}).run(open_checkpoint(path), context(tmp_path / "plain", prose))
     knobs = stage(weights={"rtn": {"group_size": 64}}, migration={"awq": {"group_size": 64, "steps": 10}})
-    moved = knobs.run(open_checkpoint(path), context(tmp_path / "out", text))
+    moved = knobs.run(open_checkpoint(path), context(tmp_path / "out", prose))
     assert error(moved.path, path) < 0.9 * error(plain.path, path)
 
 
-def test_alone_it_writes_a_plain_checkpoint(tiny_v2: Path, text: Path, tmp_path: Path) -> None:
+def test_alone_it_writes_a_plain_checkpoint(tiny_v2: Path, prose: Path, tmp_path: Path) -> None:
     knobs = stage(migration={"smoothquant": {"alpha": 0.6}})
     source = open_checkpoint(tiny_v2)
     assert knobs.problems(source.header) == []
-    done = open_checkpoint(knobs.run(source, context(tmp_path / "out", text)).path)
+    done = open_checkpoint(knobs.run(source, context(tmp_path / "out", prose)).path)
     assert {info.encoding for info in done.header.tensors.values()} == {"plain"}
     assert {info.dtype for info in done.header.tensors.values()} == {torch.bfloat16}
     assert "quantization_config" not in done.config
@@ -124,7 +115,7 @@ def test_alone_it_writes_a_plain_checkpoint(tiny_v2: Path, text: Path, tmp_path:
         assert torch.equal(Model.load(done).forward(TOKENS), Model.load(source).forward(TOKENS))
 
 
-def test_packed_weights_are_refused(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
-    packed = stage(weights="rtn").run(open_checkpoint(tiny_qwen2), context(tmp_path / "out", text)).path
+def test_packed_weights_are_refused(tiny_qwen2: Path, prose: Path, tmp_path: Path) -> None:
+    packed = stage(weights="rtn").run(open_checkpoint(tiny_qwen2), context(tmp_path / "out", prose)).path
     (problem,) = stage(migration="smoothquant").problems(open_checkpoint(packed).header)
     assert "packed already" in str(problem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,6 @@ from tests.models.reference import relative
 from tests.stages.test_compress import context, loss, stage
 
 TOKENS = torch.randint(2, 512, (2, 40), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.jsonl"
-    file.write_text(
-        "\n".join(json.dumps({"text": "add 3 to 4 then take 2 and say the answer " * 12}) for _ in range(8))
-    )
-    return file
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 36, 96, 128, 576])
@@ -61,27 +51,27 @@ def test_the_turned_model_computes_the_same(name: str, request: pytest.FixtureRe
     assert relative(ours.forward(TOKENS), theirs.forward(TOKENS)) < 1e-5
 
 
-def test_a_turned_model_is_written_and_calibrated(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
+def test_a_turned_model_is_written_and_calibrated(tiny_qwen2: Path, prose: Path, tmp_path: Path) -> None:
     told: list[str] = []
     knobs = stage(rotation={"hadamard": {"seed": 2}}, migration="smoothquant", weights={"gptq": {"group_size": 32}})
     source = open_checkpoint(tiny_qwen2)
     assert knobs.problems(source.header) == []
-    done = open_checkpoint(knobs.run(source, context(tmp_path / "out", text, told)).path)
+    done = open_checkpoint(knobs.run(source, context(tmp_path / "out", prose, told)).path)
     assert "the head is a tensor of its own now: a rotation parts it from the embedding" in told
     assert done.config["tie_word_embeddings"] is False
     assert done.header.tensors["lm_head.weight"].encoding == "plain"
     assert family_of(done.config).problems(done.header) == []
     assert loss(done.path, tiny_qwen2) < 0.2
-    plain = stage(rotation="hadamard").run(source, context(tmp_path / "plain", text)).path
+    plain = stage(rotation="hadamard").run(source, context(tmp_path / "plain", prose)).path
     assert {info.encoding for info in open_checkpoint(plain).header.tensors.values()} == {"plain"}
     assert 0 < loss(plain, tiny_qwen2) < 1e-4, "rounded to BF16, nothing else"
-    again = stage(rotation="hadamard").run(source, context(tmp_path / "again", text)).path
+    again = stage(rotation="hadamard").run(source, context(tmp_path / "again", prose)).path
     assert (again / "model-00001-of-00001.safetensors").read_bytes() == (
         plain / "model-00001-of-00001.safetensors"
     ).read_bytes()
 
 
-def test_what_cannot_be_turned_is_one_line(tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
-    packed = stage(weights="rtn").run(open_checkpoint(tiny_qwen2), context(tmp_path / "out", text)).path
+def test_what_cannot_be_turned_is_one_line(tiny_qwen2: Path, prose: Path, tmp_path: Path) -> None:
+    packed = stage(weights="rtn").run(open_checkpoint(tiny_qwen2), context(tmp_path / "out", prose)).path
     (problem,) = stage(rotation="hadamard").problems(open_checkpoint(packed).header)
     assert "packed already" in str(problem)

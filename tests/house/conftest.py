@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,18 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deepseek_compress.cli import app
-from deepseek_compress.tasks import mixture
 
 Dsc = Callable[..., Result]
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems of the calibration split as JSON Lines."""
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    lines = [{"prompt": p.prompt, "completion": p.solution} for p in mixture(3, 60, split="calibration")]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
 
 
 @pytest.fixture

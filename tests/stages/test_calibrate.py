@@ -29,18 +29,9 @@ from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.calibrate import Calibrate
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.stages.text import calibration_text
-from deepseek_compress.tasks import mixture
 from tests.blocks.test_blocks import contents
 
 GPTQ = Compress(weights=WEIGHTS["gptq"].model_validate({"group_size": 32}))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    lines = [{"prompt": p.prompt, "completion": p.solution} for p in mixture(3, 60, split="calibration")]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
 
 
 def context(out: Path, calibration: dict[str, Any], **more: Any) -> Context:
