@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.blocks.job import Block, Job
-from deepseek_compress.blocks.pairs import Split
+from deepseek_compress.blocks.pairs import Split, alongside, pairs_first
 from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import ROWS, Part, Watch
 from deepseek_compress.models.config import Linear
@@ -29,8 +29,8 @@ class _Task(NamedTuple):
     expert: int
     input: Path  # spool (rows, hidden) of the block's input
     rows: int
-    tokens: np.ndarray[Any, np.dtype[np.int64]]  # rows of it that are routed to the expert
-    theirs: np.ndarray[Any, np.dtype[np.bool_]] | None  # which of them are the original model's, in a paired job
+    tokens: np.ndarray[Any, np.dtype[np.int64]]  # rows of it that the expert is given
+    pairs: int | None  # in a paired job: how many stand at the start, see `alongside`
     output: Path | None  # spool (tokens, hidden) to be made of what the expert gives
 
 
@@ -66,7 +66,7 @@ def run_experts(
         block.facts += done.facts
         if added is not None and task.output is not None:
             _add(task, places[task.expert], shares, moe.top_k, added)
-        counts.append(len(task.tokens) if task.theirs is None else int((~task.theirs).sum()))
+        counts.append(len(task.tokens) if task.pairs is None else task.pairs)
     starved = [expert for expert, count in enumerate(counts) if count < job.change.min_tokens]
     return {"tokens": counts, "starved": starved}
 
@@ -75,18 +75,22 @@ def _task(block: Block, expert: int, chosen: Tensor, x: Spool, length: int, more
     moe = block.job.cfg.moe
     assert moe is not None
     tokens = chosen // moe.top_k
-    theirs = ((tokens // length) % 2 == 1).numpy() if block.job.paired else None
+    tokens, pairs = alongside(tokens, length) if block.job.paired else (tokens, None)
     output = block.job.work / f"expert-{expert:05d}.tmp" if more and len(tokens) else None
-    return _Task(block.layer, expert, x.path, x.rows, tokens.numpy(), theirs, output)
+    return _Task(block.layer, expert, x.path, x.rows, tokens.numpy(), pairs, output)
 
 
 def _add(task: _Task, chosen: Tensor, shares: Tensor, top_k: int, added: Spool) -> None:
-    """Add what the expert gave, times its shares, to the rows of `added` that it came from."""
+    """Add what the expert gave, times its shares, to the rows of `added` that are routed to it: `chosen` places."""
     assert task.output is not None
-    with Spool(task.output, len(chosen), added.row_shape, existing=True, held=0) as given:
-        for start in range(0, len(chosen), ROWS):
-            some = chosen[start : start + ROWS]
-            added.add((some // top_k).tolist(), given.read(start, len(some)) * shares[some, None])
+    place = torch.full((task.rows,), -1)
+    place[chosen // top_k] = chosen
+    places = place[torch.from_numpy(task.tokens)]
+    with Spool(task.output, len(places), added.row_shape, existing=True, held=0) as given:
+        for start in range(0, len(places), ROWS):
+            some = places[start : start + ROWS]
+            routed = some[some >= 0]
+            added.add((routed // top_k).tolist(), given.read(start, len(some))[some >= 0] * shares[routed, None])
         given.remove()
 
 
@@ -123,10 +127,11 @@ def _get(spool: Spool, batch: int) -> Tensor:
 def _part(block: Block, task: _Task, linears: Sequence[Linear], x: Spool) -> Part:
     moe = block.job.cfg.moe
     assert moe is not None
-    tokens, theirs = task.tokens, None if task.theirs is None else torch.from_numpy(task.theirs)
+    tokens = task.tokens
 
     def split(batch: int) -> Split | None:
-        return None if theirs is None else Split(theirs[batch * ROWS : (batch + 1) * ROWS], False)
+        rows = range(batch * ROWS, min((batch + 1) * ROWS, len(tokens)))
+        return None if task.pairs is None else pairs_first(rows, task.pairs)
 
     def forward(watch: Watch, batch: int) -> Tensor:
         some = x.gather(tokens[batch * ROWS : (batch + 1) * ROWS].tolist())

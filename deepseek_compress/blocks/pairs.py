@@ -2,8 +2,12 @@
 
 Methods that need `Statistics.drift` see every sample twice, one after the other: first as the compressed model computes
 it, then as the original does. One forward over both runs each half through its own weights, so their inputs to a linear
-meet where they are summed. Experts get whatever tokens the router of either model sends them: there, rows of both stand
-side by side but do not match, and no drift is taken.
+meet where they are summed.
+
+A routed expert of the compressed model gets the tokens that the compressed model's router sends it, since those are the
+ones it will get; next to each stands the same token as the original's stream has it, wherever the original's router
+sends that, so that the target is what the original's expert makes of the original's input. The tokens that the original
+routes there itself are run too, for its own stream alone.
 """
 
 from __future__ import annotations
@@ -21,18 +25,39 @@ class Split(NamedTuple):
     """Which rows of a batch are the original model's."""
 
     original: Tensor  # bool, one for each row of a batch's first dimension
-    paired: bool  # rows alternate: compressed, original, compressed, ...
+    partners: Tensor  # bool, likewise: the original's that stand, in order, next to the compressed model's
     stream: Tensor | None = None  # (n, length, hidden): what the output of the linear is added to, both halves
 
 
 def pairs(samples: int) -> Split:
     """The split of a batch of `samples` alternating ones."""
-    return Split(torch.arange(samples) % 2 == 1, True)
+    original = torch.arange(samples) % 2 == 1
+    return Split(original, original)
 
 
-def rows(original: Tensor, x: Tensor) -> Tensor:
-    """`original` for each entry of the first dimension of `x`, into which a batch may have been flattened."""
-    return original.repeat_interleave(len(x) // len(original)) if len(x) > len(original) else original
+def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
+    """What an expert is given, for the rows `tokens` (n,) of a spool that routers sent it, and how many pairs that is.
+
+    First each row of the compressed model and, next to it, the same token as the original has it, `length` rows on;
+    then the original's rows that stand next to none.
+    """
+    theirs = tokens // length % 2 == 1
+    ours = tokens[~theirs]
+    partners = ours + length
+    rest = tokens[theirs & ~torch.isin(tokens, partners)]
+    return torch.cat((torch.stack((ours, partners), 1).flatten(), rest)), len(ours)
+
+
+def pairs_first(places: range, pairs: int) -> Split:
+    """The split of these places of what `alongside` gives."""
+    place = torch.arange(places.start, places.stop)
+    odd = place % 2 == 1
+    return Split(odd | (place >= 2 * pairs), odd & (place < 2 * pairs))
+
+
+def rows(chosen: Tensor, x: Tensor) -> Tensor:
+    """`chosen` for each entry of the first dimension of `x`, into which a batch may have been flattened."""
+    return chosen.repeat_interleave(len(x) // len(chosen)) if len(x) > len(chosen) else chosen
 
 
 class PairedWeights:

@@ -37,10 +37,9 @@ class Accumulator:
             parts: list[tuple[Tensor, ...]] = [(x,)]
         else:
             theirs = rows(split.original, x)
-            parts = [(x[~theirs],)]
-            if split.paired and "drift" in self.needs:
-                stream = () if split.stream is None else (split.stream[theirs] - split.stream[~theirs],)
-                parts = [(x[~theirs], x[theirs] - x[~theirs], *stream)]
+            partners = rows(split.partners, x)
+            stream = () if split.stream is None else (split.stream[partners] - split.stream[~theirs],)
+            parts = [(x[~theirs], x[partners] - x[~theirs], *stream)]
         for part in parts:
             flat = [torch.split(tensor.reshape(-1, tensor.shape[-1]).float(), ROWS) for tensor in part]
             for chunk in zip(*flat, strict=True):

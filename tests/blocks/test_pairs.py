@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepseek_compress.calibration.tokens import calibration_tokens
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.models.moe import by_expert, route
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.models.weights import ObservingWeights
@@ -33,9 +34,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compress(source: Path, out: Path, text: Path, **weights: object) -> Path:
-    stage = build(
-        Compress, {"weights": {"gptaq": {"num_bits": 3, "group_size": 32, "mse": False, **weights}}}, "compress"
-    )
+    knobs = {"num_bits": 3, "group_size": 32, "mse": False, **weights}
+    stage = build(Compress, {"weights": {"gptaq": knobs}, "min_tokens": 1}, "compress")
     calibration = {"sources": [str(text)], "samples": SAMPLES, "length": LENGTH}
     return stage.run(open_checkpoint(source), Context(out.name, out, "stages: []\n", 0, calibration)).path
 
@@ -56,12 +56,9 @@ def inputs(path: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]
         return seen, [state.flatten(0, -2).double() for state in model.hidden_states(tokens)]
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_v3_bf16"])
-def test_statistics_are_those_of_both_models(
-    name: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path: Path = request.getfixturevalue(name)
-    source = open_checkpoint(path)
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Statistics]]:
+    """Every weight that is solved from here on, with its statistics."""
     given: list[tuple[Tensor, Statistics]] = []
     plain = Gptaq.__call__
 
@@ -70,6 +67,19 @@ def test_statistics_are_those_of_both_models(
         return plain(self, weight, statistics)
 
     monkeypatch.setattr(Gptaq, "__call__", record)
+    return given
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_v3_bf16"])
+def test_statistics_are_those_of_both_models(
+    name: str,
+    text: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    given: list[tuple[Tensor, Statistics]],
+) -> None:
+    path: Path = request.getfixturevalue(name)
+    source = open_checkpoint(path)
     out = compress(path, tmp_path / "out", text)
     tokens = calibration_tokens([text], load_tokenizer(path), SAMPLES, LENGTH)
     (theirs, before), (ours, after) = inputs(path, tokens), inputs(out, tokens)
@@ -100,6 +110,49 @@ def test_statistics_are_those_of_both_models(
             assert statistics.owed is None or "shared_experts.down_proj" in key
         checked += 1
     assert checked == len(weights)
+
+
+@pytest.mark.parametrize("name", ["tiny_v2", "tiny_v3_bf16"])
+def test_an_expert_sees_its_tokens_beside_what_the_original_has_for_them(
+    name: str,
+    text: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    given: list[tuple[Tensor, Statistics]],
+) -> None:
+    path: Path = request.getfixturevalue(name)
+    out = compress(path, tmp_path / "out", text)
+    tokens = calibration_tokens([text], load_tokenizer(path), SAMPLES, LENGTH)
+    original, changed = Model.load(path), Model.load(out)
+    (theirs, _), (ours, _) = inputs(path, tokens), inputs(out, tokens)
+    moe, elsewhere, checked = original.cfg.moe, 0, 0
+    assert moe is not None
+    for layer in filter(original.cfg.is_moe, range(original.cfg.num_hidden_layers)):
+        prefix = f"model.layers.{layer}.mlp"
+        x, x_original = (seen[f"{prefix}.shared_experts.gate_proj"] for seen in (ours, theirs))
+        routes = [by_expert(route(moe, model.blocks[layer], its.float()), moe.experts) for model, its in
+                  ((changed, x), (original, x_original))]  # fmt: skip
+        for expert in range(moe.experts):
+            mine, others = (places[expert] // moe.top_k for places in routes)
+            elsewhere += len(set(mine.tolist()) - set(others.tolist()))
+            pair = x[mine], x_original[mine]
+            name = f"{prefix}.experts.{expert}"
+            inner = [
+                torch.nn.functional.silu(its @ model.weights[f"{name}.gate_proj.weight"].double().t())
+                * (its @ model.weights[f"{name}.up_proj.weight"].double().t())
+                for model, its in zip((changed, original), pair, strict=True)
+            ]
+            for linear, (before, wanted) in (("gate_proj", pair), ("up_proj", pair), ("down_proj", inner)):
+                weight = original.weights[f"{name}.{linear}.weight"]
+                for statistics in (its for other, its in given if torch.equal(other, weight)):
+                    assert statistics.hessian is not None
+                    assert statistics.drift is not None
+                    assert statistics.tokens == len(mine)
+                    assert close(statistics.hessian, before.t() @ before)
+                    assert close(statistics.drift, (wanted - before).t() @ before, before.t() @ before)
+                    checked += 1
+    assert checked == 3 * sum(map(original.cfg.is_moe, range(original.cfg.num_hidden_layers))) * moe.experts
+    assert elsewhere, "the case where the original sends a token elsewhere is among these"
 
 
 def close(value: Tensor, wanted: Tensor, size: Tensor | None = None) -> bool:
