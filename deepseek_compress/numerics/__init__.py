@@ -6,9 +6,7 @@ cover it.
 
 from __future__ import annotations
 
-from pydantic import BaseModel
-
-from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.numerics.activations import Activations, Dynamic, Static
 from deepseek_compress.numerics.awq import Awq
 from deepseek_compress.numerics.gptaq import Gptaq
 from deepseek_compress.numerics.gptq import Gptq
@@ -32,7 +30,7 @@ WEIGHTS: dict[str, type[WeightQuantizer]] = {
     "learned": Learned,
 }
 SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt}
-ACTIVATIONS: dict[str, type[BaseModel]] = {"dynamic": Dynamic}
+ACTIVATIONS: dict[str, type[Activations]] = {"dynamic": Dynamic, "static": Static}
 MIGRATION: dict[str, type[Migration]] = {"smoothquant": SmoothQuant, "awq": AwqScales}
 ROTATION: dict[str, type[Hadamard]] = {"hadamard": Hadamard}
 
