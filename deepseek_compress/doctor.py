@@ -35,12 +35,12 @@ _PACKAGES = (
     Package("onnx", "export to ONNX", "pip install onnx", True),
     Package("onnxscript", "export to ONNX", "pip install onnxscript", True),
     Package("onnxruntime-gpu|onnxruntime", "running ONNX", "pip install onnxruntime", True),
-    Package("nvidia-modelopt", "ModelOpt's methods", "pip install nvidia-modelopt", True),
     Package("tensorrt-rtx-cu13", "engines, built without a GPU", _EXTRA.format("tensorrt-rtx"), False),
     Package("tensorrt-cu13|tensorrt", "datacenter engines, built on a GPU", _EXTRA.format("tensorrt"), False),
     Package("ray", "workers on many machines", _EXTRA.format("ray"), False),
     Package("lm-eval", "public benchmarks", _EXTRA.format("eval"), False),
     Package("pyarrow", "calibration text in Parquet", _EXTRA.format("parquet"), False),
+    Package("nvidia-modelopt", "NVIDIA's methods, named modelopt_...", _EXTRA.format("modelopt"), False),
     Package("compressed-tensors", "checking our files as others load them", _EXTRA.format("dev"), False),
 )
 

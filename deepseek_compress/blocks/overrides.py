@@ -54,7 +54,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 
     def applied(self, weights: WeightQuantizer) -> WeightQuantizer | None:
         """`weights` with these knobs; None: the weight is kept."""
-        return None if self.keep else weights.model_copy(update=self.given)
+        return None if self.keep else build(type(weights), {**weights.model_dump(), **self.given}, "overrides")
 
     def __str__(self) -> str:
         """`3 bits, group_size 32`."""

@@ -14,6 +14,7 @@ from deepseek_compress.numerics.hqq import Hqq
 from deepseek_compress.numerics.learned import Learned
 from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.migration import AwqScales, Migration, SmoothQuant
+from deepseek_compress.numerics.modelopt import ModelOptAwqClip, ModelOptAwqLite, ModelOptMax
 from deepseek_compress.numerics.quantease import QuantEase
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.rtn import Rtn
@@ -28,10 +29,16 @@ WEIGHTS: dict[str, type[WeightQuantizer]] = {
     "gptaq": Gptaq,
     "quantease": QuantEase,
     "learned": Learned,
+    "modelopt_max": ModelOptMax,
+    "modelopt_awq_clip": ModelOptAwqClip,
 }
 SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt}
 ACTIVATIONS: dict[str, type[Activations]] = {"dynamic": Dynamic, "static": Static}
-MIGRATION: dict[str, type[Migration]] = {"smoothquant": SmoothQuant, "awq": AwqScales}
+MIGRATION: dict[str, type[Migration]] = {
+    "smoothquant": SmoothQuant,
+    "awq": AwqScales,
+    "modelopt_awq_lite": ModelOptAwqLite,
+}
 ROTATION: dict[str, type[Hadamard]] = {"hadamard": Hadamard}
 
 __all__ = [

@@ -62,6 +62,7 @@ class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
     """Pure: the same weight, statistics and knobs give the same bits. Fields are the knobs of a recipe."""
 
     needs: ClassVar[frozenset[str]] = frozenset()  # names of Statistics fields
+    loads: ClassVar[int] = 0  # bytes of libraries that only it imports, in each process that solves
     paper: ClassVar[str] = ""
     num_bits: int = Field(4, ge=2, le=8)
     group_size: int | None = Field(None, gt=0)  # None: the stage chooses (largest of 128, 64, 32 that fits)

@@ -7,17 +7,26 @@ import sys
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS
+from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.hessian import layer_error
+from deepseek_compress.numerics.modelopt import ModelOptMax
 from deepseek_compress.numerics.rtn import Rtn
-from deepseek_compress.numerics.types import Quantized, Statistics
+from deepseek_compress.numerics.types import Quantized, Statistics, WeightQuantizer
 from tests.numerics.reference import correlated
 
 
 def statistics(h: torch.Tensor) -> Statistics:
     drift = 0.02 * h @ torch.randn(len(h), len(h), generator=torch.Generator().manual_seed(9)) / len(h) ** 0.5
     return Statistics(4 * len(h), h, h.diagonal().sqrt(), h.diagonal().sqrt() / 2, drift)
+
+
+def nearest(method: WeightQuantizer, weight: torch.Tensor) -> torch.Tensor:
+    """What no method with these knobs may be worse than. ModelOpt's grids reach as far down as up: a little coarser."""
+    kind = ModelOptMax if isinstance(method, ModelOptMax) else Rtn
+    knobs = {"num_bits": method.num_bits, "group_size": method.group_size, "symmetric": method.symmetric}
+    return kind(**knobs)(weight, Statistics()).dequantize()
 
 
 def same(a: Quantized, b: Quantized) -> bool:
@@ -38,9 +47,9 @@ def test_weights_with_defaults(name: str) -> None:
     assert torch.equal(h, h_before), "inputs are not modified"
     assert same(result, WEIGHTS[name]()(weight, given)), "same bits twice"
     assert same(result, method(weight, method.prepare(given))), "prepared or not"
-    nearest = Rtn()(weight, Statistics())
     if "drift" not in method.needs:  # those aim at another target
-        assert layer_error(weight, result.dequantize(), h) <= layer_error(weight, nearest.dequantize(), h) * 1.0001
+        plain = nearest(method, weight)
+        assert layer_error(weight, result.dequantize(), h) <= layer_error(weight, plain, h) * 1.0001
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -48,13 +57,18 @@ def test_weights_with_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_of_all_widths(name: str, bits: int, symmetric: bool) -> None:
     weight, h = correlated(16, 128, seed=bits)
-    result = WEIGHTS[name](num_bits=bits, group_size=32, symmetric=symmetric)(weight, statistics(h))
+    if issubclass(WEIGHTS[name], ModelOptMax) and not symmetric:
+        with pytest.raises(ValidationError, match="no zero points"):
+            WEIGHTS[name](symmetric=False)
+        return
+    method = WEIGHTS[name](num_bits=bits, group_size=32, symmetric=symmetric)
+    result = method(weight, statistics(h))
     assert int(result.codes.max()) < 2**bits
     assert result.num_bits == bits
     assert result.symmetric == symmetric
     assert not symmetric or bool((result.zero_point == 2 ** (bits - 1)).all())
-    plain = Rtn(num_bits=bits, group_size=32, symmetric=symmetric)(weight, Statistics()).dequantize()
     if "drift" not in WEIGHTS[name].needs:
+        plain = nearest(method, weight)
         assert layer_error(weight, result.dequantize(), h) <= layer_error(weight, plain, h) * 1.0001
 
 
@@ -107,7 +121,7 @@ def test_activations(name: str, symmetric: bool, bits: int) -> None:
     assert method(half).dtype == torch.bfloat16  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("table", [WEIGHTS, SPARSITY, ACTIVATIONS])
+@pytest.mark.parametrize("table", [WEIGHTS, SPARSITY, ACTIVATIONS, MIGRATION])
 def test_each_entry_says_what_it_is_and_where_it_is_from(table: dict[str, type]) -> None:
     for name, entry in table.items():
         first = (entry.__doc__ or "").strip().splitlines()[0]
@@ -116,7 +130,7 @@ def test_each_entry_says_what_it_is_and_where_it_is_from(table: dict[str, type])
 
 
 def test_importing_the_tables_is_light() -> None:
-    heavy = ("transformers", "onnx", "scipy")
+    heavy = ("transformers", "onnx", "scipy", "modelopt")
     code = f"import sys, deepseek_compress.numerics; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
