@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_compress.calibration.selection import spread
 from deepseek_compress.checkpoint.files import read_json, write_json
 
 LAYERS = "dsc_layers.json"
@@ -16,7 +17,7 @@ def summarize(blocks: Sequence[Facts]) -> Facts:
     """{"linears", "weights", "bits_per_weight", "sparsity", "blocks": [...], "fallback": [...]}.
 
     Means are over weights. `blocks` has for each block the mean relative squared errors of weights and outputs, and
-    where tokens were routed: the fewest, the median and the most that an expert got, and which got too few.
+    where tokens were routed: the `spread` of what experts got, and which got too few.
     """
     linears = [linear for block in blocks for linear in block["linears"]]
     return {
@@ -51,8 +52,7 @@ def _block(layer: int, block: Facts) -> Facts:
         "output_error": _mean(linears, "output_error"),
     }
     if "experts" in block:
-        tokens = sorted(block["experts"]["tokens"])
-        row["expert_tokens"] = {"fewest": tokens[0], "median": tokens[len(tokens) // 2], "most": tokens[-1]}
+        row["expert_tokens"] = spread(block["experts"]["tokens"])
         row["starved_experts"] = block["experts"]["starved"]
     return row
 

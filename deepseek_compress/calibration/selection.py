@@ -22,8 +22,8 @@ Left out: windows are chosen whole, and nothing is weighted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,10 +79,14 @@ def by_coverage(experts: Tensor, count: int, quota: Quota | None = None) -> list
     return _greedy(gain, chosen, count, len(tokens), quota)
 
 
-def coverage(experts: Tensor, chosen: Sequence[int]) -> dict[str, Any]:
+def coverage(experts: Tensor, chosen: Sequence[int]) -> dict[str, int]:
     """How many tokens of the windows `chosen` reach an expert: over all blocks, of experts (n, blocks, experts)."""
-    tokens = experts[list(chosen)].sum(0).flatten().sort().values
-    counts = tokens.tolist()
+    return spread(experts[list(chosen)].sum(0).flatten().tolist())
+
+
+def spread(tokens: Iterable[int]) -> dict[str, int]:
+    """How unlike the tokens of experts are: how many get none, and the fewest, median and most of one."""
+    counts = sorted(tokens)
     return {"unreached": counts.count(0), "fewest": counts[0], "median": counts[len(counts) // 2], "most": counts[-1]}
 
 

@@ -6,13 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import Fields, Linear, Mla, ModelConfig, Moe, Role, parse_rope
 from deepseek_compress.models.family import Family, Shape, attention_linear, mlp_linears
 from deepseek_compress.models.mla import latent_attention
-from deepseek_compress.models.weights import Weights
 
 METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORINGS = ("softmax", "sigmoid")
@@ -26,6 +22,7 @@ class DeepseekV3(Family):
     scoring: ClassVar[str] = "sigmoid"
     normalize: ClassVar[bool] = True
     scaling: ClassVar[float] = 2.5
+    attention = staticmethod(latent_attention)
 
     def parse(self, config: Mapping[str, Any]) -> ModelConfig:
         """config.json -> ModelConfig."""
@@ -134,19 +131,6 @@ class DeepseekV3(Family):
             block |= {"embed_tokens.weight": (vocab, hidden), "shared_head.head.weight": (vocab, hidden)}
             found |= {f"{self.prefix(layer)}.{name}": shape for name, shape in block.items()}
         return found
-
-    def attention(
-        self,
-        cfg: ModelConfig,
-        layer: int,
-        weights: Weights,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: KvCache | None,
-    ) -> Tensor:
-        """Normed x (B, T, hidden_size) -> what attention adds."""
-        return latent_attention(cfg, layer, weights, x, positions, mask, cache)
 
 
 def _mla(cfg: ModelConfig) -> Mla:

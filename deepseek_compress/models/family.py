@@ -169,18 +169,7 @@ class Family:
         """What the last block gives -> the input of the head (B, T, hidden_size). `weights` has checkpoint names."""
         return rms_norm(hidden, weights[self.norm], cfg.rms_norm_eps)
 
-    def attention(
-        self,
-        cfg: ModelConfig,
-        layer: int,
-        weights: Weights,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: KvCache | None,
-    ) -> Tensor:
-        """Normed x (B, T, hidden_size) -> what attention adds, the same shape."""
-        return grouped_attention(cfg, layer, weights, x, positions, mask, cache)
+    attention = staticmethod(grouped_attention)  # normed x (B, T, hidden_size) -> what it adds, the same shape
 
     def attention_part(
         self,
