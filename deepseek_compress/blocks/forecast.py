@@ -143,17 +143,19 @@ def calibrated_cost(
 def _solved(linears: list[Linear], models: int, activations: int) -> int:
     """Bytes while a part is observed and solved; before its last linear is, the others are freed."""
     first, last = linears[:-1], linears[-1:]
-    return max(_held(linears, models) + max(_solving(first), activations), _held(last, models) + _solving(last))
+    held = _held(linears, models) + max(_solving(first, models), activations)
+    return max(held, _held(last, models) + _solving(last, models))
 
 
 def _held(linears: list[Linear], models: int) -> int:
     return 4 * models * sum(linear.rows * linear.columns for linear in linears)
 
 
-def _solving(linears: list[Linear]) -> int:
-    """Bytes beside the weights while the linear that takes most is solved."""
-    sizes = [HESSIANS * linear.columns**2 for linear in linears]
-    sizes += [2 * linear.columns**2 + COPIES * linear.rows * linear.columns for linear in linears]
+def _solving(linears: list[Linear], models: int) -> int:
+    """Bytes beside the weights while the linear that takes most is solved; towards a second model with its drift."""
+    drifts = models - 1
+    sizes = [(HESSIANS + drifts) * x.columns**2 + drifts * x.rows * x.columns for x in linears]
+    sizes += [(2 + drifts) * x.columns**2 + (COPIES + 2 * drifts) * x.rows * x.columns for x in linears]
     return 4 * max(sizes, default=0)
 
 
