@@ -111,7 +111,7 @@ class Block:
         self.tensors: dict[str, Tensor] = {}  # local name -> float32, with the values the output will load
         self.original: dict[str, Tensor] = {}  # the linears among them as they were, in a paired job
         self.facts: list[dict[str, Any]] = []
-        self._rounded = {linear.name for linear in self.linears if job.scheme and linear.role in job.scheme.roles}
+        self._roundings = {} if job.scheme is None else job.scheme.roundings(job.family, job.cfg, layer)
 
     def weights(self, watch: Watch = lambda weights: weights, split: Split | None = None) -> Weights:
         """The tensors as the finished model would use them; `watch` sees the inputs as the linears do.
@@ -119,10 +119,10 @@ class Block:
         With `split`, the rows of the original model meet the original linears and are not rounded.
         """
         watched = watch(self.unrounded(split))
-        if self.job.scheme is None:
-            return watched
-        quantize = self.job.scheme.quantize
-        return QuantizedInputs(watched, self._rounded, quantize if split is None else only_changed(quantize, split))
+        found = self._roundings
+        if split is not None:
+            found = {name: only_changed(rounding, split) for name, rounding in found.items()}
+        return QuantizedInputs(watched, found) if found else watched
 
     def unrounded(self, split: Split | None = None) -> Weights:
         """The same, for inputs that are rounded already."""

@@ -7,6 +7,7 @@
 | `P.weight_packed` U8 + `P.weight_scale` U8 (mxfp4-pack-quantized) | `P.weight`, mxfp4 |
 | `P.weight_packed` I32 + `P.weight_scale`, `P.weight_shape`, `P.weight_zero_point` | `P.weight`, packed |
 | `P.weight` I8 + `P.weight_scale` of a float type (int-quantized) | `P.weight`, packed |
+| `P.input_scale`, `P.input_zero_point` beside one of the last two | for servers: the grid of its input |
 | anything else of an ordinary type | itself, plain |
 
 Parts may lie in different shards. Nothing is guessed: a scale without its weight, a weight without its scale, and
@@ -24,8 +25,9 @@ from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import Location, TensorInfo, module_of, stored_name
 from deepseek_compress.errors import DscError
 
-_PARTS = ("weight_scale_inv", "weight_scale", "scale", "weight_packed", "weight_zero_point", "weight_shape")
-_PACKED_PARTS = ("weight_scale", "weight_zero_point", "weight_shape")
+_INPUT = ("input_scale", "input_zero_point")
+_PARTS = ("weight_scale_inv", "weight_scale", "scale", "weight_packed", "weight_zero_point", "weight_shape", *_INPUT)
+_PACKED_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", *_INPUT)
 _ENCODED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
@@ -76,6 +78,8 @@ def _is_part(stored: Mapping[str, Location], main: str, suffix: str) -> bool:
         return suffix in _PACKED_PARTS
     weight = stored.get(main)
     encoded = weight is not None and weight.dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8)
+    if suffix in _INPUT:
+        return weight is not None and weight.dtype == torch.int8
     return encoded and suffix in ("weight_scale_inv", "weight_scale", "scale")
 
 
@@ -99,6 +103,7 @@ def _scaled(name: str, parts: dict[str, Location], block: tuple[int, int]) -> Te
         groups = scale.shape[-1] if len(scale.shape) == 2 else 0
         if not groups or scale.shape[0] != weight.shape[0] or weight.shape[1] % groups:
             raise DscError(f"{name}: scale {list(scale.shape)} does not fit {list(weight.shape)}", "download it again")
+        kept |= {suffix: parts[suffix] for suffix in _INPUT if suffix in parts}
         return TensorInfo(name, weight.shape, "packed", weight.dtype, kept)
     shape = (weight.shape[0], weight.shape[1] * 2)
     _check_mxfp4(name, scale, shape)

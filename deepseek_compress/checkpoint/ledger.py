@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.files import read_json, write_json
@@ -93,6 +94,12 @@ def read_ledger(path: Path) -> Ledger | None:
     if path.stat().st_size != shard.bytes:
         return None
     return Ledger(shard, {name: Stored(**how) for name, how in value["stored"].items()}, value["facts"])
+
+
+def input_parts(scale: float, zero_point: int, symmetric: bool) -> dict[str, Tensor]:
+    """The grid of a linear's input under compressed-tensors' names: BF16 (1,) and, unless `symmetric`, int8 (1,)."""
+    parts = {"input_scale": torch.tensor([scale], dtype=torch.bfloat16)}
+    return parts if symmetric else {**parts, "input_zero_point": torch.tensor([zero_point], dtype=torch.int8)}
 
 
 def parts_of(name: str, tensor: Tensor | Quantized, dynamic_int8: bool = False) -> dict[str, Tensor]:

@@ -59,6 +59,12 @@ class Checkpoint:
         return (self.manifest or {}).get("activations")
 
     @property
+    def told_activations(self) -> dict[str, Any] | None:
+        """The same to be shown: without the grid of each input that a static scheme has."""
+        found = self.activations
+        return found and {key: value for key, value in found.items() if key != "inputs"}
+
+    @property
     def kv_cache(self) -> dict[str, Any] | None:
         """How the manifest says that keys and values are stored (`{"num_bits": 8, ...}`), or None: in 16 bits."""
         return (self.manifest or {}).get("kv_cache")

@@ -23,7 +23,7 @@ from torch import Tensor
 from deepseek_compress.checkpoint.card import model_card
 from deepseek_compress.checkpoint.files import disk_errors, inside, write_file, write_json
 from deepseek_compress.checkpoint.header import module_of
-from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, parts_of, read_ledger
+from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, input_parts, parts_of, read_ledger
 from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
 from deepseek_compress.checkpoint.reader import INDEX, MANIFEST, Checkpoint
 from deepseek_compress.checkpoint.shards import Shard
@@ -61,8 +61,8 @@ class CheckpointWriter:
 
         expected_bytes: what will be written, if known; refused where the disk has less.
         activations: scheme for the manifest, `{"num_bits": 8, "granularity": "token"}`; servers are told too where
-            they have it (`_input_activations`). Symmetric 8-bit weights with one scale a row are then stored as
-            `int-quantized`.
+            they have it (`_input_activations`), with the grids of a static one. Symmetric 8-bit weights with one scale
+            a row are then stored as `int-quantized`.
         resume: keep finished shards when left by an exception, and go on after those that are there.
         """
         self.out, self.source = Path(out), source
@@ -158,6 +158,7 @@ class CheckpointWriter:
             raise ValueError("nothing was written")
         notes: list[str] = []
         config = self._config(config_changes, ignore, notes)
+        self._add_input_grids(config)
         files = self._name_shards()
         self._write_index(files)
         for file in self._copied():
@@ -263,6 +264,20 @@ class CheckpointWriter:
                 del config[key]
         return config
 
+    def _add_input_grids(self, config: Mapping[str, Any]) -> None:
+        """A shard with the grids of static activations, where config.json says that servers use them."""
+        groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+        if not any((group.get("input_activations") or {}).get("dynamic") is False for group in groups.values()):
+            return
+        assert self._activations is not None
+        there = {name for ledger in self.ledgers for name in ledger.shard.names}
+        for name in assign_schemes(self._stored())[0]:
+            scale, zero_point = self._activations["inputs"][name]
+            for part, tensor in input_parts(scale, zero_point, self._activations["symmetric"]).items():
+                if f"{name}.{part}" not in there:
+                    self.add(f"{name}.{part}", tensor)
+        self.flush()
+
     def _published(self, quantization: dict[str, Any], plain: list[str]) -> dict[str, Any]:
         """The source's own scheme; linears that it had encoded and that are plain now are named."""
         encoded = {module_of(n)[0] for n, info in self.source.header.tensors.items() if info.encoding != "plain"}
@@ -299,17 +314,21 @@ class CheckpointWriter:
 
 
 def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
-    """compressed-tensors' form of a scheme that servers have: integers, one dynamic scale a token, symmetric weights.
+    """compressed-tensors' form of a scheme that servers have: integers, symmetric weights, one dynamic scale a token,
+    or one static scale for all tokens.
 
-    vLLM takes zero points of inputs with 8-bit weights of one scale a row only, and not in its kernels for experts.
+    vLLM takes static scales, and zero points of inputs, with 8-bit weights of one scale a row only, and not in its
+    kernels for experts.
     """
-    if not scheme or scheme.get("granularity") != "token" or not all(s.symmetric for s in schemes.values()):
+    granularity = (scheme or {}).get("granularity")
+    if not scheme or granularity not in ("token", "tensor") or not all(s.symmetric for s in schemes.values()):
         return None
-    symmetric = bool(scheme.get("symmetric", True))
+    symmetric, static = bool(scheme.get("symmetric", True)), granularity == "tensor"
     plain = all(s.format == "int-quantized" and ".experts." not in name for name, s in schemes.items())
-    if not symmetric and not plain:
+    if (static or not symmetric) and not plain:
         return None
-    return {"num_bits": scheme["num_bits"], "type": "int", "symmetric": symmetric, "strategy": "token", "dynamic": True}
+    bits = scheme["num_bits"]
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": granularity, "dynamic": not static}
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -1,43 +1,60 @@
-"""The activation scheme of a checkpoint, as the runtime applies it: inputs of linears rounded to 8 bits per token.
+"""The activation scheme of a checkpoint, as the runtime applies it: inputs of linears rounded to 8 bits.
 
 The manifest's `activations` is `{"method": NAME, "roles": [...], knobs ...}`: an entry of `numerics.ACTIVATIONS` with
-its knobs, and the roles whose linears see rounded inputs.
+its knobs, and the roles whose linears see rounded inputs. A static one has `"inputs": {module: [scale, zero point]}`
+besides, the grid of each of those linears.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from deepseek_compress.errors import DscError
 from deepseek_compress.models.config import ModelConfig, Role
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.weights import QuantizedInputs, Weights
 from deepseek_compress.numerics import ACTIVATIONS
+from deepseek_compress.numerics.activations import Dynamic, InputGrid
 from deepseek_compress.registry import pick
 
 ROLES = (Role.ATTENTION, Role.MLP, Role.EXPERT, Role.SHARED_EXPERT)
+Rounding = Callable[[Tensor], Tensor]  # x (..., features) -> x on its grid
 
 
 class InputScheme(NamedTuple):
     """How the inputs of linears are rounded, and of which linears."""
 
-    quantize: Callable[[Tensor], Tensor]  # x (..., features) -> x on its grid
+    quantize: Rounding | None  # the same for all; None: each as `inputs` says
     roles: frozenset[Role] = frozenset(ROLES)
     attention: bool = False  # whether the products of attention are in 8 bits too
+    inputs: Mapping[str, InputGrid] = {}  # module by checkpoint name -> its grid
+
+    def roundings(self, family: Family, cfg: ModelConfig, layer: int) -> Mapping[str, Rounding]:
+        """How the input of each linear of block `layer` is rounded, by the linear's name in the block."""
+        names = [linear.name for linear in family.linears(cfg, layer) if linear.role in self.roles]
+        if self.quantize is not None:
+            return dict.fromkeys(names, self.quantize)
+        prefix = family.prefix(layer)
+        return {name: self.inputs[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in self.inputs}
 
     def applied(self, family: Family, cfg: ModelConfig, layer: int, weights: Weights) -> Weights:
         """`weights` of block `layer`, with the inputs of its linears rounded."""
-        names = {linear.name for linear in family.linears(cfg, layer) if linear.role in self.roles}
-        return QuantizedInputs(weights, names, self.quantize)
+        return QuantizedInputs(weights, self.roundings(family, cfg, layer))
 
 
 def input_scheme(manifest: Mapping[str, Any] | None) -> InputScheme | None:
     """The scheme that a manifest's `activations` describes; None stays None. Raises DscError for an unknown one."""
     if manifest is None:
         return None
-    knobs = {key: value for key, value in manifest.items() if key not in ("method", "roles")}
-    component = pick(ACTIVATIONS, {manifest.get("method", "dynamic"): knobs}, "activations")
+    knobs = {key: value for key, value in manifest.items() if key not in ("method", "roles", "inputs")}
+    method = pick(ACTIVATIONS, {manifest.get("method", "dynamic"): knobs}, "activations")
     roles = frozenset(map(Role, manifest.get("roles", ROLES)))
-    return InputScheme(cast(Callable[[Tensor], Tensor], component), roles, getattr(component, "attention", False))
+    if isinstance(method, Dynamic):
+        return InputScheme(method, roles, method.attention)
+    if "inputs" not in manifest:
+        raise DscError("dsc_manifest.json: static activations without the grids of inputs", "compress the model again")
+    grids = {name: InputGrid(scale, zero, method.num_bits) for name, (scale, zero) in manifest["inputs"].items()}
+    return InputScheme(None, roles, inputs=grids)

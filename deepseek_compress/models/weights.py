@@ -7,7 +7,7 @@ x W^T + b. Names are local to the block ("self_attn.o_proj"). Training passes a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -92,12 +92,11 @@ class ObservingWeights:
 
 
 class QuantizedInputs:
-    """`inner`, with the input of each linear in `names` rounded by `fake_quantize` (x -> x on its 8-bit grid)."""
+    """`inner`, with the input of each linear in `roundings` rounded by its function (x -> x on its 8-bit grid)."""
 
-    def __init__(self, inner: Weights, names: Container[str], fake_quantize: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, inner: Weights, roundings: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         self.inner = inner
-        self.names = names
-        self.fake_quantize = fake_quantize
+        self.roundings = roundings
 
     def __getitem__(self, name: str) -> Tensor:
         return self.inner[name]
@@ -107,4 +106,5 @@ class QuantizedInputs:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x (..., columns) -> (..., rows)."""
-        return self.inner.linear(name, self.fake_quantize(x) if name in self.names else x)
+        rounding = self.roundings.get(name)
+        return self.inner.linear(name, x if rounding is None else rounding(x))

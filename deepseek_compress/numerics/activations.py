@@ -10,7 +10,8 @@ which checkpoints store it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, PlainSerializer
@@ -38,7 +39,8 @@ def round_tokens(x: Tensor, num_bits: int, symmetric: bool) -> Tensor:
     return (values / scale).round_().clamp_(-zero, top - zero).mul_(scale).to(x.dtype)
 
 
-class InputGrid(NamedTuple):
+@dataclass(frozen=True)
+class InputGrid:
     """The grid of one linear's input."""
 
     scale: float  # exact in BF16

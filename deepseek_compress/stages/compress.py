@@ -9,6 +9,7 @@ Each linear is made sparse first and quantised after it with the same statistics
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,18 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.blocks import Job, claim, clean, migration, rotation, run_blocks, selection, summary
+from deepseek_compress.blocks import (
+    Job,
+    claim,
+    clean,
+    migration,
+    ranges,
+    rotation,
+    run_blocks,
+    selection,
+    summary,
+    walk,
+)
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.forecast import expect
 from deepseek_compress.blocks.overrides import Override, build_all, counted
@@ -29,7 +41,7 @@ from deepseek_compress.models import Family, ModelConfig, Role, family_of
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
-from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.numerics.activations import Activations, Dynamic, InputGrid, Static
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
@@ -52,7 +64,7 @@ class Compress(Stage, frozen=True):
     rotation: Annotated[Hadamard | None, picked(ROTATION, "rotation")] = None
     migration: Annotated[SerializeAsAny[Migration] | None, picked(MIGRATION, "migration")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, picked(WEIGHTS, "weights")] = None
-    activations: Annotated[SerializeAsAny[Dynamic] | None, picked(ACTIVATIONS, "activations")] = None
+    activations: Annotated[SerializeAsAny[Activations] | None, picked(ACTIVATIONS, "activations")] = None
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
@@ -69,14 +81,15 @@ class Compress(Stage, frozen=True):
         """Roles whose weights change: experts in MXFP4 stay as they are unless the recipe asks."""
         return self.roles if self.requantize or not header.mxfp4 else self.roles - {Role.EXPERT}
 
-    @property
-    def scheme(self) -> dict[str, Any] | None:
-        """The activation scheme as manifests carry it."""
+    def _told_scheme(self, inputs: Mapping[str, InputGrid]) -> dict[str, Any] | None:
+        """The activation scheme as manifests carry it; `inputs`: the grids of a static one."""
         if self.activations is None:
             return None
         method = next(name for name, kind in ACTIVATIONS.items() if isinstance(self.activations, kind))
         knobs = self.activations.model_dump(mode="json")
-        return {"method": method, **knobs, "roles": sorted(str(role) for role in self.roles)}
+        told = {"method": method, **knobs, "roles": sorted(str(role) for role in self.roles)}
+        grids = {name: [grid.scale, grid.zero_point] for name, grid in inputs.items()}
+        return {**told, "inputs": grids} if grids else told
 
     def problems(self, header: Header) -> list[DscError]:
         """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
@@ -105,7 +118,8 @@ class Compress(Stage, frozen=True):
         """What has to be known of inputs; "text" where that alone serves."""
         family = family_of(header.config)
         needs = self._change(family, family.parse(header.config), header).needs
-        own = self.migration is not None or (self.rotation is not None and needs)  # no statistics of others fit
+        own = self.migration is not None or isinstance(self.activations, Static)
+        own = own or (self.rotation is not None and bool(needs))  # no statistics of others fit
         return needs | {"text"} if own else needs
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
@@ -116,17 +130,26 @@ class Compress(Stage, frozen=True):
         change = self._change(family, cfg, header)
         expected = expect(family, cfg, header, change, samples if change.needs else 0, length)
         before = migration.cost(family, cfg, header, samples, length) if self.migration else migration.NOTHING
+        looked = self._range_cost(family, cfg, header, samples, length)
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
-        alone, task = max(memory.alone, before.memory, turned), max(memory.task, turned if memory.task else 0)
+        alone = max(memory.alone, before.memory, looked.memory, turned)
+        task = max(memory.task, turned if memory.task else 0)
         return Forecast(
             expected.header,
             expected.changed,
             expected.bytes,
             memory._replace(alone=alone, task=task),
-            total((before.work, expected.work)),
+            total((before.work, looked.work, expected.work)),
             expected.tasks,
             read=sum(info.bytes for info in header.tensors.values()),
         )
+
+    def _range_cost(self, family: Family, cfg: ModelConfig, header: Header, samples: int, length: int) -> walk.Cost:
+        """Of the run that finds the grids of static activations."""
+        if not isinstance(self.activations, Static):
+            return walk.NOTHING
+        found = walk.cost(family, cfg, header, samples, length)
+        return found._replace(memory=found.memory + ranges.cost(family, cfg))
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the compressed checkpoint to `context.out`; goes on where an interrupted run stopped."""
@@ -143,15 +166,17 @@ class Compress(Stage, frozen=True):
         tokens = None if text is None else text.tokens
         memory, workers = self._share(source, tokens, context)
         claim(context.out, work, self._identity(source, tokens, saved))
-        scheme = self._input_scheme()
         before = saved and saved.statistics
-        job = Job(source, family, cfg, change, work, scheme, keep_mtp=self.mtp == "keep", statistics=before)
+        job = Job(source, family, cfg, change, work, keep_mtp=self.mtp == "keep", statistics=before)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
         if self.migration is not None and tokens is not None:
             job = migration.migrate(job, tokens, self.migration, context.progress)
+        scheme, told = self._input_scheme(job, tokens, context)
+        job, decisions = replace(job, scheme=scheme), decisions + told
+        activations = self._told_scheme(scheme.inputs if scheme else {})
         with (
-            CheckpointWriter(context.out, job.source, activations=self.scheme, resume=True) as writer,
+            CheckpointWriter(context.out, job.source, activations=activations, resume=True) as writer,
             open_pool(job, workers, context.ray, memory.task) as pool,
         ):
             blocks, hashes = run_blocks(job, writer, pool, tokens if change.needs else None, context.progress)
@@ -178,10 +203,14 @@ class Compress(Stage, frozen=True):
         chosen = selection.select(family, cfg, self._changed(header), self.weights, self.overrides)
         return LinearChange(family, chosen, self.sparsity, self.weights, self.min_tokens)
 
-    def _input_scheme(self) -> InputScheme | None:
-        if self.activations is None:
-            return None
-        return InputScheme(self.activations, self.roles)
+    def _input_scheme(self, job: Job, tokens: Tensor | None, context: Context) -> tuple[InputScheme | None, list[str]]:
+        """How inputs are rounded, and what there is to say about it; static grids are found on `tokens`."""
+        if isinstance(self.activations, Static) and tokens is not None:
+            found = ranges.find(job, tokens, self.activations, self.roles, context.progress)
+            for line in found.told():
+                context.tell(line)
+            return InputScheme(None, self.roles, inputs=found.inputs), found.told()
+        return InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None, []
 
     def _decisions(self, source: Checkpoint, family: Family, cfg: ModelConfig, change: LinearChange) -> list[str]:
         """What was decided, and why, one line each."""
@@ -213,7 +242,8 @@ class Compress(Stage, frozen=True):
         bits, symmetric = self.activations.num_bits, self.activations.symmetric
         weights = self.weights
         served = weights is not None and weights.symmetric and not self.overrides
-        if served and (symmetric or (channels and cfg.moe is None)):
+        anywhere = symmetric and isinstance(self.activations, Dynamic)
+        if served and (anywhere or (channels and cfg.moe is None)):
             return f"{bits}-bit activations stand in config.json, as compressed-tensors and vLLM read them"
         return f"{bits}-bit activations stand in the manifest, for evaluation and ONNX; servers run with 16-bit ones"
 
