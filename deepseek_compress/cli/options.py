@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,18 @@ Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster that sees the same files.")
 ]
 Json = Annotated[bool, typer.Option("--json", callback=_remember_json, help="One JSON document on standard output.")]
+
+
+def typed(context: typer.Context, *but: str) -> str:
+    """The options that were given, each after a space, as they would be typed again; `but` those parameters."""
+    words = ""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if source and source.name == "COMMANDLINE" and option.param_type_name == "option" and option.name not in but:
+            value = context.params[option.name or ""]
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                words += f" {option.opts[0]} {shlex.quote(str(one))}"
+    return words
 
 
 def bytes_of(text: str | None) -> int | None:

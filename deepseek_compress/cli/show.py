@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from deepseek_compress import console
@@ -87,8 +88,9 @@ def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool)
     """What a whole recipe left behind; its report when it has one."""
     record = _read(out / "report.json")
     written = {step.name: str(paths[step.name]) for step in recipe.steps}
-    last = next((paths[s.name] for s in reversed(recipe.steps) if s.stage.writes == "checkpoint"), out)
-    following = f"dsc compare {out}/report.json -o compare.html" if record else _evaluate(last, recipe.model)
+    last = next((s for s in reversed(recipe.steps) if s.stage.writes == "checkpoint"), recipe.steps[-1])
+    after = _after(last.kind, paths[last.name], recipe.model or "MODEL")
+    following = f"dsc compare {quote(f'{out}/report.json')} -o compare.html" if record else after
     if as_json:
         console.print_json({"out": str(out), "outputs": written, "report": record, "next": following})
         return
@@ -104,12 +106,7 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
     """What one stage left behind."""
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     facts = _read(out / "dsc_run.json") or {}
-    others = {
-        "calibrate": f"dsc quantize {model} -o OUT --statistics {out}",
-        "export": f"dsc evaluate {model} -o report.json",
-    }
-    others["allocate"] = f"dsc quantize {model} -o OUT -r {out}/recipe.yaml"
-    following = others.get(recipe.steps[0].kind) or _evaluate(out, model)
+    following = _after(recipe.steps[0].kind, out, model)
     if as_json:
         console.print_json({"out": str(out), "bytes": size, "run": facts, "next": following})
         return
@@ -123,7 +120,7 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
 def report(path: Path, as_json: bool, page: Path | None = None) -> None:
     """A report that was written to `path` (.json)."""
     record = _read(path) or {}
-    following = "dsc list" if page else f"dsc compare {path} OTHER.json -o compare.html"
+    following = "dsc list" if page else f"dsc compare {quote(str(path))} OTHER.json -o compare.html"
     if as_json:
         console.print_json({**record, "next": following})
         return
@@ -134,7 +131,7 @@ def report(path: Path, as_json: bool, page: Path | None = None) -> None:
 
 def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
     """What `dsc inspect` found."""
-    following = f"dsc plan {model} -r w4a16"
+    following = f"dsc plan {quote(model)} -r w4a16"
     if as_json:
         console.print_json({**found, "next": following})
         return
@@ -170,8 +167,14 @@ def _words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, (list, dict)))
 
 
-def _evaluate(path: Path, model: str | None) -> str:
-    return f"dsc evaluate {path} --reference {model or 'MODEL'} -o report.json"
+def _after(kind: str, out: Path, model: str) -> str:
+    """The command after a stage of this kind has written `out` from `model`."""
+    path, model = quote(str(out)), quote(model)
+    return {
+        "calibrate": f"dsc quantize {model} -o OUT --statistics {path}",
+        "allocate": f"dsc quantize {model} -o OUT -r {quote(f'{out}/recipe.yaml')}",
+        "export": f"dsc evaluate {model} -o report.json",
+    }.get(kind, f"dsc evaluate {path} --reference {model} -o report.json")
 
 
 def _record(record: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ Target = Annotated[
 
 
 def plan(
+    context: typer.Context,
     model: o.Model,
     recipe: o.RecipeOption = "w4a16",
     settings: o.Settings = None,
@@ -47,7 +49,8 @@ def plan(
     from deepseek_compress.rates import rates
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray))
-    show.plan(found, rates(measure), json, f"dsc run {recipe} --model {model}")
+    given = o.typed(context, "recipe", "measure", "json")
+    show.plan(found, rates(measure), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}")
     if found.problems:
         raise typer.Exit(1)
 

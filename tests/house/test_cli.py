@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_plan_as_json_has_the_problems(dsc: Dsc, tiny_v3: Path) -> None:
     assert good["problems"] == []
     assert good["stages"][0]["seconds"] is None
     assert 500_000 < good["bytes"] < 1_100_000
+
+
+def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, text: Path) -> None:
+    Path("my text.jsonl").write_bytes(text.read_bytes())
+    words = ["--calibration", "my text.jsonl", "--samples", "2", "--length", "16"]
+    following = dsc("plan", tiny_llama, "-r", "calibrate", *words, "--set", "seed=3").stdout.splitlines()[-1]
+    assert shlex.split(following)[1:6] == ["dsc", "run", "calibrate", "--model", str(tiny_llama)]
+    assert sorted(shlex.split(following)[6:]) == sorted([*words, "--set", "seed=3"])
+    done = dsc(*shlex.split(following)[2:], "-o", "my run")
+    assert done.exit_code == 0, done.output
+    following = done.stdout.splitlines()[-1]
+    assert following == f"next: dsc quantize {tiny_llama} -o OUT --statistics 'my run/calibrate'"
 
 
 @pytest.mark.parametrize(
