@@ -3,7 +3,8 @@
 Codes and zero points stay as they are, so the format stores nothing new: a scale per group moves by a few tenths of a
 percent, and with 1/64 or 1/128 of the weights' number there is little to overfit. This is the last step of EfficientQAT
 (Chen et al. 2024, arXiv 2407.11062, end-to-end training of quantisation parameters) with the original's distribution
-as the target (QAT by distillation). Fresh text is worth more than a second pass over the same.
+as the target (QAT by distillation); `blockwise` is what may go before it. Fresh text is worth more than a second pass
+over the same.
 
 Each multiplier starts at 1: `scale = bf16(scale_0 (1 + a))`, `norm = bf16(norm_0 (1 + v))`, the rounding passed
 straight through, so the values that are trained are the ones that are stored. Adam, a short warm-up, then a straight
@@ -25,6 +26,27 @@ WARM_UP = 8  # steps until the learning rate is reached, a quarter of all at mos
 BETAS = (0.9, 0.99)  # a recovery has tens of steps: the usual 0.999 would not forget the first ones
 
 
+def centred(packed: Quantized) -> Tensor:
+    """Codes minus zero point, float32 (rows, groups, group_size)."""
+    rows, groups = packed.scale.shape
+    return packed.codes.view(rows, groups, -1).float() - packed.zero_point.float().unsqueeze(-1)
+
+
+def moved(start: Tensor, change: Tensor) -> Tensor:
+    """The scale `start (1 + change)` (rows, groups) as it is stored; a step never turns a scale around."""
+    return (start * (1 + change.detach()).clamp(min=0.5)).to(STORED).float()
+
+
+def by_scale(gradient: Tensor, packed: Quantized, start: Tensor) -> Tensor:
+    """dL/d(change) (rows, groups) from dL/dW (rows, columns)."""
+    return (gradient.view(*start.shape, -1) * centred(packed)).sum(-1) * start
+
+
+def rate(step: int, steps: int) -> float:
+    """The share of the learning rate at `step` of `steps`: a short warm-up, then a straight line to zero."""
+    return min(1.0, (step + 1) / max(1, min(WARM_UP, steps // 4))) * (1 - step / steps)
+
+
 class Scaled:
     """A packed weight whose scales move: `weight` (rows, columns) float32 is a leaf that the model reads."""
 
@@ -34,26 +56,21 @@ class Scaled:
         self.weight = start.dequantize().requires_grad_()
         self.weight.register_post_accumulate_grad_hook(self._reduce)  # type: ignore[no-untyped-call]
 
-    def _centred(self) -> Tensor:
-        """Codes minus zero point, float32 (rows, groups, group_size)."""
-        rows, groups = self.start.scale.shape
-        return self.start.codes.view(rows, groups, -1).float() - self.start.zero_point.float().unsqueeze(-1)
-
     def _reduce(self, weight: Tensor) -> None:
         """dL/d(change) from dL/dW as soon as it is there, so that no two full gradients are held."""
         assert weight.grad is not None
-        gradient = (weight.grad.view(*self.start.scale.shape, -1) * self._centred()).sum(-1) * self.start.scale
+        gradient = by_scale(weight.grad, self.start, self.start.scale)
         self.change.grad = gradient if self.change.grad is None else self.change.grad + gradient
         weight.grad = None
 
     @property
     def scale(self) -> Tensor:
-        """(rows, groups), the value that is stored; a step never turns a scale around."""
-        return (self.start.scale * (1 + self.change.detach()).clamp(min=0.5)).to(STORED).float()
+        """(rows, groups), the value that is stored."""
+        return moved(self.start.scale, self.change)
 
     def refresh(self) -> None:
         """Make `weight` follow `change`."""
-        self.weight.detach().copy_((self._centred() * self.scale.unsqueeze(-1)).view_as(self.weight))
+        self.weight.detach().copy_((centred(self.start) * self.scale.unsqueeze(-1)).view_as(self.weight))
 
     def result(self) -> Quantized:
         """The same codes and zero points with the trained scales."""
@@ -111,12 +128,11 @@ def recover(
     order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(passes)])
     steps = torch.split(order, batch_size)
     adam = torch.optim.Adam([part.change for part in parts.values()], lr=learning_rate, betas=BETAS)
-    warm_up = max(1, min(WARM_UP, len(steps) // 4))
     losses = []
     for step, chosen in enumerate(steps):
         loss = sum(_backward(teacher, student, tokens[i : i + 1], len(chosen)) for i in chosen.tolist())
         for group in adam.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / warm_up) * (1 - step / len(steps))
+            group["lr"] = learning_rate * rate(step, len(steps))
         adam.step()
         adam.zero_grad()
         for part in parts.values():

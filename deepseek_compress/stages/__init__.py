@@ -23,9 +23,11 @@ STAGES: dict[str, Entry] = {
     "allocate": Entry(
         "allocate", "Allocate", "bits for each unit by measured KL under a size, as a recipe to compress by"
     ),
-    "recover": Entry("recover", "Recover", "scales and norms of a packed model trained by KL against the original"),
+    "recover": Entry(
+        "recover", "Recover", "scales and norms of a packed model trained towards the original: by_block, then by KL"
+    ),
     "calibrate": Entry("calibrate", "Calibrate", "statistics of each linear's input, to quantise with; coverage"),
-    "export": Entry("export", "Export", "compressed-tensors, BF16, ONNX, TensorRT engine"),
+    "export": Entry("export", "Export", "compressed-tensors, BF16, ONNX, TensorRT engine, GGUF"),
     "evaluate": Entry("evaluate", "Evaluate", "what was lost and gained against a reference, as a report"),
 }
 

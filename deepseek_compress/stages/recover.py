@@ -1,41 +1,59 @@
-"""Recover: train the scales and norms of a packed checkpoint by KL against the original model; the format stays.
+"""Recover: train the scales and norms of a packed checkpoint against the original model; the format stays.
 
-Two models are held in float32, so this is for models that fit; `plan` tells the memory beforehand.
+`by_block` trains one block after the other towards the original's hidden states, with nothing else of either model in
+memory. `passes` over the text by KL, end to end, hold both models in float32: 0 for models that do not fit. `plan`
+tells the memory beforehand.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pydantic import Field
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.costs import Memory, Work
+from deepseek_compress.blocks import claim
+from deepseek_compress.calibration.tokens import digest_of
+from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
+from deepseek_compress.costs import Memory, Work, total
+from deepseek_compress.distillation import blockwise
 from deepseek_compress.distillation.recovery import recover
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import Role, family_of
+from deepseek_compress.models import Role
 from deepseek_compress.models.runtime import Model
+from deepseek_compress.numerics.types import Quantized
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.text import calibration_text
 
-WORK = ".dsc_text"
+WORK = ".dsc_recover"  # in the output directory, while a run is unfinished
+
+
+class ByBlock(BaseModel, frozen=True, extra="forbid"):
+    """Each block by itself towards the original's hidden states, before anything end to end."""
+
+    passes: int = Field(1, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)  # relative change of a scale in an early step of Adam
 
 
 class Recover(Stage, frozen=True):
-    """Scales and norms trained by KL on the original's outputs; codes and zero points stay as they are."""
+    """Scales and norms trained on the original's hidden states or outputs; codes and zero points stay as they are."""
 
     reference: str = "model"  # the name of the output that holds the original
     samples: int | None = Field(None, gt=0)  # None: as many as the recipe's calibration; more text beats more passes
-    passes: int = Field(1, gt=0)
-    batch_size: int = Field(4, gt=0)  # samples a step
+    by_block: ByBlock | None = None
+    passes: int = Field(1, ge=0)  # end to end; 0: block by block alone
+    batch_size: int = Field(4, gt=0)  # samples a step, end to end
     learning_rate: float = Field(3e-3, gt=0)  # relative change of a scale in an early step of Adam
 
     def problems(self, header: Header) -> list[DscError]:
-        """No packed weight: nothing to train."""
+        """No packed weight or no pass: nothing to train."""
+        if not self.passes and self.by_block is None:
+            return [DscError("recover: nothing to do", "give by_block, or passes of 1 and more")]
         if any(info.encoding == "packed" for info in header.tensors.values()):
             return []
         return [
@@ -51,44 +69,43 @@ class Recover(Stage, frozen=True):
         return True
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """Both models in float32, the codes, the largest gradient; one forward, and one with its gradients."""
+        """One block and its batch; end to end both models in float32, the codes, the largest gradient."""
         sizes = [math.prod(info.shape) for info in header.tensors.values()]
-        total = sum(sizes)
+        whole, tokens = sum(sizes), (self.samples or samples) * length
+        memory, works = 0, []
+        if self.by_block is not None:
+            memory, work = blockwise.cost(header, tokens, length, self.by_block.passes)
+            works.append(work)
+        if self.passes:
+            memory = max(memory, 9 * whole + 4 * max(sizes))
+            works.append(Work(8.0 * whole * self.passes * tokens))
         return Forecast(
             header,
             tensors=sum(info.encoding == "packed" for info in header.tensors.values()),
             bytes=sum(info.bytes for info in header.tensors.values()),
-            memory=Memory(9 * total + 4 * max(sizes)),
-            work=Work(4.0 * total * self.passes * (512 * self.samples if self.samples else samples * length)),
+            memory=Memory(memory),
+            work=total(works),
         )
 
     def run(self, source: Checkpoint, context: Context) -> Output:
-        """Write the checkpoint with its trained scales and norms to `context.out`."""
+        """Write the checkpoint with its trained scales and norms to `context.out`; finished blocks are kept."""
         if self.reference not in context.outputs:
             raise DscError(f"{self.reference!r} is no earlier output", f"valid names: {', '.join(context.outputs)}")
-        family = family_of(source.config)
-        cfg = family.parse(source.config)
-        text = calibration_text(source, context, context.out / WORK, self.samples)
-        shutil.rmtree(context.out / WORK, ignore_errors=True)
-        teacher = Model.load(context.outputs[self.reference])
-        loaded = Model.load(source)
-        student = Model(family, cfg, loaded.weights)  # without the activation scheme: rounding has no gradient
-        found = {name: source.read_quantized(name) for name in student.weights}
-        packed = {name: weight for name, weight in found.items() if weight is not None}
-        norms = {name: source.read(name) for name in student.weights if family.role(name) is Role.NORM}
-        trained, losses = recover(
-            teacher,
-            student,
-            packed,
-            norms,
-            text.tokens,
-            passes=self.passes,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            seed=context.seed,
-            progress=context.progress,
-        )
-        facts = {"first_kl": losses[0], "last_kl": losses[-1], "steps": len(losses)}
+        original, work = open_checkpoint(context.outputs[self.reference]), context.out / WORK
+        text = calibration_text(source, context, work, self.samples)
+        claim(context.out, work, self._identity(source, original, text.tokens, context.seed))
+        facts: dict[str, Any] = {}
+        blocks = blockwise.Models(source, original, work)
+        if self.by_block is not None:
+            knobs = self.by_block.model_dump()
+            progress = context.progress
+            facts["blocks"] = blockwise.recover_blocks(
+                blocks, text.tokens, seed=context.seed, progress=progress, **knobs
+            )
+        trained: Mapping[str, Quantized | Tensor] = blockwise.Found(blocks)
+        if self.passes:
+            trained, losses = self._end_to_end(source, original, trained, text.tokens, context)
+            facts |= {"first_kl": losses[0], "last_kl": losses[-1], "steps": len(losses)}
         with CheckpointWriter(context.out, source, activations=source.activations) as writer:
             for name in source.header.tensors:
                 if name in trained:
@@ -101,11 +118,52 @@ class Recover(Stage, frozen=True):
                 recipe=context.recipe_text,
                 seed=context.seed,
                 knobs=self.model_dump(mode="json"),
-                inputs=self._inputs(context.outputs[self.reference]),
+                inputs={"reference": original.path / "config.json"},
                 extra={"calibration": text.facts, "facts": facts},
             )
             notes = writer.finish({}, manifest, source.config["quantization_config"]["ignore"])
+        shutil.rmtree(work, ignore_errors=True)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
-    def _inputs(self, reference: Path) -> dict[str, Path]:
-        return {"reference": reference / "config.json"}
+    def _end_to_end(
+        self,
+        source: Checkpoint,
+        original: Checkpoint,
+        found: Mapping[str, Quantized | Tensor],
+        tokens: Tensor,
+        context: Context,
+    ) -> tuple[dict[str, Quantized | Tensor], list[float]]:
+        """Trained scales and norms from what was `found` block by block, and the KL of each step."""
+        loaded = Model.load(source)
+        student = Model(loaded.family, loaded.cfg, loaded.weights)  # without the activation scheme: no gradient
+        packed, norms = {}, {}
+        for name in student.weights:
+            start = found[name] if name in found else source.read_quantized(name)
+            if isinstance(start, Quantized):
+                packed[name] = start
+            elif loaded.family.role(name) is Role.NORM:
+                norms[name] = source.read(name) if start is None else start
+        return recover(
+            Model.load(original),
+            student,
+            packed,
+            norms,
+            tokens,
+            passes=self.passes,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=context.seed,
+            progress=context.progress,
+        )
+
+    def _identity(self, source: Checkpoint, original: Checkpoint, tokens: Tensor, seed: int) -> dict[str, Any]:
+        """What the bytes follow from: an unfinished output of anything else is not gone on with."""
+        return {
+            "knobs": self.model_dump(mode="json"),
+            "model": provenance.fingerprint(source),
+            "reference": provenance.fingerprint(original),
+            "calibration": [*tokens.shape, digest_of(tokens)],
+            "seed": seed,
+            "versions": provenance.versions(),
+            "threads": torch.get_num_threads(),
+        }

@@ -1,0 +1,285 @@
+"""Recovery block by block: the scales and norms of one block at a time, until its outputs are the original's again.
+
+For block l with the changed model's stream h as input and the original's h* beside it, what is trained lowers
+
+    sum over tokens of |block_l(h) - block*_l(h*)|^2
+
+so a block also makes up for what those before it lost. This is the block-wise half of EfficientQAT (Chen et al. 2024,
+arXiv 2407.11062, section 3.2), for scales and norms alone: codes and zero points stay. It needs neither the logits nor
+the other blocks: both streams lie in spools, what is found of a block is kept in the work directory, and an interrupted
+run goes on at the block where it stopped. Within a block a weight is there only while it is multiplied, forward and
+again backward, so that a block of many experts is never in memory either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deepseek_compress import machine
+from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, embed_into, row_shape
+from deepseek_compress.blocks.spool import HELD, Spool
+from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.costs import Work
+from deepseek_compress.distillation.recovery import BETAS, Norm, by_scale, moved, rate
+from deepseek_compress.errors import DscError
+from deepseek_compress.models import Role, family_of
+from deepseek_compress.models.weights import StreamedWeights, Weights
+from deepseek_compress.numerics.grid import STORED
+from deepseek_compress.numerics.types import Quantized
+
+Progress = Callable[[int, int, str], None]
+_Weight = tuple[Tensor, Quantized | None]  # float32 (rows, columns), and where it is packed that
+
+
+class Models(NamedTuple):
+    """The packed checkpoint, the one that it was made of, and what is known of both."""
+
+    changed: Checkpoint
+    original: Checkpoint
+    work: Path  # spools, and what is found of each block
+
+    def found(self, layer: int) -> Path:
+        """Scales and norms of block `layer` by their names in the checkpoint."""
+        return self.work / f"block-{layer:05d}.npz"
+
+
+class Found(Mapping[str, Quantized | Tensor]):
+    """What was found of the blocks by name, read when it is asked for: packed weights, and norms as they are stored."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        files = sorted(models.work.glob("block-*.npz"))
+        self.files = {name: file for file in files for name in np.load(file).files}
+
+    def __getitem__(self, name: str) -> Quantized | Tensor:
+        with np.load(self.files[name]) as saved:
+            values = torch.from_numpy(saved[name])
+        packed = self.models.changed.read_quantized(name)
+        return values.to(STORED) if packed is None else packed._replace(scale=values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def recover_blocks(
+    models: Models, tokens: Tensor, *, passes: int, learning_rate: float, seed: int, progress: Progress
+) -> list[dict[str, float]]:
+    """Train every block on tokens int64 (samples, length); what is found lies in `models.found(layer)`.
+
+    Returns for each block the relative squared error of its output on one batch, before and after. The same arguments
+    give the same bits. Raises DscError where the two do not embed text alike.
+    """
+    family = family_of(models.changed.config)
+    cfg, batches = family.parse(models.changed.config), Batches(tokens)
+    models.work.mkdir(parents=True, exist_ok=True)
+    machine.settle()
+    total = cfg.num_hidden_layers
+    first = next((layer for layer in range(total) if not _facts(models, layer).is_file()), total)
+    if first == 0:
+        _embed(models, tokens)
+    for layer in range(first, total):
+        progress(layer, total, f"scales of block {layer}")
+        sides = ("ours", "theirs")
+        before = [Spool(_spooled(models, side, layer), tokens.numel(), row_shape(family, cfg), True) for side in sides]
+        after = [Spool(models.work / f"{side}.tmp", tokens.numel(), row_shape(family, cfg)) for side in sides]
+        order = torch.Generator().manual_seed(seed * 10_007 + layer)
+        block = _Block(models, layer, batches)
+        facts = block.train(before, after, passes, learning_rate, order)
+        for side, old, new in zip(sides, before, after, strict=True):
+            new.rename(_spooled(models, side, layer + 1))
+            new.close()
+            old.close()
+        block.save(models.found(layer))
+        write_json(_facts(models, layer), facts)
+        for old in before:
+            old.remove()
+    progress(total, total, "blocks done")
+    return [read_json(_facts(models, layer)) for layer in range(total)]
+
+
+def cost(header: Header, tokens: int, length: int, passes: int) -> tuple[int, Work]:
+    """Bytes and work for `tokens` of text in samples of `length`: one block's codes that every token uses, what is
+    trained of it, a weight and its gradient, and what a batch leaves for the backward pass."""
+    family = family_of(header.config)
+    cfg = family.parse(header.config)
+    share = 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts
+    batch = max(length, BATCH_TOKENS)
+    most, products, touched = 2 * cfg.vocab_size * cfg.hidden_size, 0.0, 0.0
+    for layer in range(cfg.num_hidden_layers):
+        sizes = {linear: linear.rows * linear.columns for linear in family.linears(cfg, layer)}
+        active = {linear: share if linear.expert is not None else 1.0 for linear in sizes}
+        codes = sum(size for linear, size in sizes.items() if linear.expert is None)
+        groups = sum(_groups(header, f"{family.prefix(layer)}.{linear.name}.weight") for linear in sizes)
+        kept = 20 * cfg.hidden_size + sum(2 * (x.rows + x.columns) * part for x, part in active.items())
+        scores = batch * cfg.num_attention_heads * length
+        most = max(most, int(codes + 24 * groups + 16 * max(sizes.values()) + 4 * batch * kept + 12 * scores))
+        products += 2.2 * sum(size * active[linear] for linear, size in sizes.items())
+        touched += 8 * kept + 40 * cfg.num_attention_heads * length
+    runs = 2 + 3 * passes  # the original and the trained block once, and a pass forward and backward
+    spools = 4 * min(HELD, 4 * tokens * cfg.hidden_size)
+    return most + spools, Work(products * runs * tokens, touched * runs * tokens)
+
+
+def _groups(header: Header, name: str) -> int:
+    place = header.tensors[name].parts.get("weight_scale")
+    return 0 if place is None else math.prod(place.shape)
+
+
+def _facts(models: Models, layer: int) -> Path:
+    return models.work / f"block-{layer:05d}.json"
+
+
+def _spooled(models: Models, side: str, layer: int) -> Path:
+    return models.work / f"{side}-{layer:05d}.f32"
+
+
+def _embed(models: Models, tokens: Tensor) -> None:
+    """Both inputs of the first block."""
+    family = family_of(models.changed.config)
+    cfg, seen = family.parse(models.changed.config), []
+    for side, source in (("ours", models.changed), ("theirs", models.original)):
+        spool = Spool(models.work / f"{side}.tmp", tokens.numel(), row_shape(family, cfg))
+        embed_into(spool, source, family, family.parse(source.config), tokens)
+        seen.append(spool.read(0, tokens.shape[1]).clone())
+        spool.rename(_spooled(models, side, 0))
+        spool.close()
+    if not torch.allclose(seen[0], seen[1], rtol=0.02, atol=1e-3 * float(seen[1].abs().max())):
+        what = f"{models.changed.path}: embeds text otherwise than {models.original.path}, so no hidden state compares"
+        raise DscError(what, "leave by_block out, or the rotation")
+
+
+class _Block:
+    """One block of both models and what is trained of it."""
+
+    def __init__(self, models: Models, layer: int, batches: Batches) -> None:
+        self.models, self.layer, self.batches = models, layer, batches
+        source = models.changed
+        self.family = family_of(source.config)
+        self.cfg = self.family.parse(source.config)
+        self.prefix = self.family.prefix(layer) + "."
+        names = [self.prefix + name for name in self.family.block_tensors(self.cfg, layer)]
+        apart = {
+            f"{linear.name}.weight" for linear in self.family.linears(self.cfg, layer) if linear.expert is not None
+        }
+        self.scales: dict[str, Tensor] = {}
+        self.held: dict[str, Quantized] = {}  # what every token uses; an expert is read when it is used
+        for name in names:
+            if (packed := source.read_quantized(name)) is not None:
+                self.scales[name] = packed.scale
+                if name.removeprefix(self.prefix) not in apart:
+                    self.held[name] = packed
+        self.changes = {name: torch.zeros_like(scale).requires_grad_() for name, scale in self.scales.items()}
+        self.norms = {name: Norm(source.read(name)) for name in names if self.family.role(name) is Role.NORM}
+
+    def train(
+        self, before: list[Spool], after: list[Spool], passes: int, learning_rate: float, order: torch.Generator
+    ) -> dict[str, float]:
+        """Fill `after` (ours, theirs) with what the trained and the original block make of `before`."""
+        original = StreamedWeights(self.models.original, self.prefix)
+        self._advance(original, before[1], after[1])
+        leaves = [*self.changes.values(), *(norm.change for norm in self.norms.values())]
+        adam = torch.optim.Adam(leaves, lr=learning_rate, betas=BETAS)
+        steps = [i for _ in range(passes) for i in torch.randperm(len(self.batches), generator=order).tolist()]
+        weights, first = _Trained(self), math.nan
+        for step, batch in enumerate(steps):
+            error = self._run(weights, before[0], batch) - self.batches.read(after[1], batch)
+            error.backward(error.detach())  # type: ignore[no-untyped-call]
+            first = self._relative(error.detach(), after[1], batch) if step == 0 else first
+            for group in adam.param_groups:
+                group["lr"] = learning_rate * rate(step, len(steps))
+            adam.step()
+            adam.zero_grad()
+            for norm in self.norms.values():
+                norm.refresh()
+        self._advance(weights, before[0], after[0])
+        error = self.batches.read(after[0], steps[0]) - self.batches.read(after[1], steps[0])
+        return {"before": first, "after": self._relative(error, after[1], steps[0])}
+
+    def save(self, path: Path) -> None:
+        """Write the values that will be stored, whole or not at all."""
+        found = {name: moved(scale, self.changes[name]) for name, scale in self.scales.items()}
+        found |= {name: norm.result().float() for name, norm in self.norms.items()}
+        beside = path.with_suffix(".tmp.npz")
+        np.savez(beside, **{name: values.numpy() for name, values in found.items()})  # type: ignore[arg-type]
+        beside.rename(path)
+
+    def packed(self, name: str) -> Quantized | None:
+        """A packed weight with its scales as they are now; None for any other."""
+        found = self.held.get(name) or self.models.changed.read_quantized(name)
+        return found and found._replace(scale=moved(self.scales[name], self.changes[name]))
+
+    def _run(self, weights: Weights, hidden: Spool, batch: int) -> Tensor:
+        x, ids, places = (self.batches.read(hidden, batch), self.batches.ids(batch), self.batches.positions(batch))
+        return self.family.run_block(self.cfg, self.layer, weights, x, places, tokens=ids)
+
+    @torch.no_grad()
+    def _advance(self, weights: Weights, before: Spool, after: Spool) -> None:
+        for batch in range(len(self.batches)):
+            self.batches.write(after, batch, self._run(weights, before, batch))
+
+    def _relative(self, error: Tensor, target: Spool, batch: int) -> float:
+        return float(error.square().sum() / self.batches.read(target, batch).square().sum())
+
+
+class _Trained:
+    """The tensors of a block under training, as `Weights`."""
+
+    def __init__(self, block: _Block) -> None:
+        self.block = block
+        self.source = block.models.changed
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A norm that is trained, or a tensor that is not."""
+        full = self.block.prefix + name
+        return self.block.norms[full].weight if full in self.block.norms else self.source.read(full)
+
+    def __contains__(self, name: str) -> bool:
+        return self.block.prefix + name in self.source.header.tensors
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows)."""
+        full = f"{self.block.prefix}{name}.weight"
+        change, start = self.block.changes.get(full), self.block.scales.get(full)
+        out: Tensor = _Linear.apply(x, change, start, partial(self._weight, full))  # type: ignore[no-untyped-call]
+        return out + self[name + ".bias"] if name + ".bias" in self else out
+
+    def _weight(self, full: str) -> _Weight:
+        packed = self.block.packed(full)
+        return (self.source.read(full), None) if packed is None else (packed.dequantize(), packed)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T; W is made when it is multiplied, and again for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, change: Tensor | None, start: Tensor | None, weight: Callable[[], _Weight]
+    ) -> Tensor:
+        """x (..., columns), change and start (rows, groups) -> (..., rows)."""
+        ctx.save_for_backward(x, start)
+        ctx.weight = weight
+        return functional.linear(x, weight()[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """By x and by change."""
+        (x, start), (gradient,) = ctx.saved_tensors, gradients
+        weight, packed = ctx.weight()
+        onward = gradient @ weight if ctx.needs_input_grad[0] else None
+        del weight
+        if packed is None:
+            return onward, None, None, None
+        return onward, by_scale(gradient.flatten(0, -2).t() @ x.flatten(0, -2), packed, start), None, None
