@@ -13,12 +13,15 @@ channel, the transpose of the checkpoint's rows. c = 2^(b-1) centres the codes, 
 TensorRT takes no zero points; its two forms are exact. In the second, d_g . (q - c)_g is a product of integers whose
 operands both have the constant scale 1, and every real scale is an explicit FP32 multiplication, which leaves nothing
 that could be applied to the wrong group (see `hazards`). 4-bit codes are stored in 4 bits and widened by one kernel.
+
+Static activations have the same forms with a constant t and a zero point (see `inputs`), and Q/DQ around MatMul where
+the weight has 8 bits and one scale a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +31,11 @@ from onnx import TensorProto
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.graph import CONTRIB, FLOATS, Array, Graph, pack_nibbles
+from deepseek_compress.export.inputs import fraction, on_whole_numbers, qdq_grid, qdq_product, round_tokens, whole
 from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.numerics.activations import InputGrid
 from deepseek_compress.numerics.types import Quantized
 
-SMALLEST = 1e-30  # as numerics.activations: a token below it keeps its zeros
 NBITS_BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 
 
@@ -60,7 +64,8 @@ class Build:
     last_only: bool = False
     contrib: bool = False  # for onnxruntime: its own operators, and routed experts, for which TensorRT has no NonZero
     activation_bits: int = 8
-    rounded: frozenset[str] = frozenset()  # linears that see dynamic integers instead of floats, by checkpoint name
+    rounded: frozenset[str] = frozenset()  # linears that see integers instead of floats, by checkpoint name
+    inputs: Mapping[str, InputGrid] = field(default_factory=dict)  # their grids, where those are static
     attention8: bool = False  # the products of attention in 8 bits too
     unsigned: bool = True  # whether 8-bit products take unsigned integers: TensorRT's don't
 
@@ -83,7 +88,7 @@ def is_quantized(build: Build, weight: Weight) -> bool:
 
 
 def is_rounded(build: Build, weight: Weight) -> bool:
-    """Whether the linear's input is rounded to whole numbers per token."""
+    """Whether the linear's input is rounded to whole numbers."""
     return weight.names[0] in build.rounded
 
 
@@ -106,6 +111,7 @@ class Grids(NamedTuple):
     codes: str
     scale: Array  # float32 ([E,] groups, N)
     zero: Array  # float32 ([E,] groups, N), relative to the centre
+    sums: Array  # float32 ([E,] 1, N): of the weight over its columns; zeros where inputs have no zero points
     num_bits: int
     group_size: int
     rows: int
@@ -119,6 +125,7 @@ def write_codes(build: Build, weight: Weight, signed: bool, split: bool = False)
     """
     scales: list[Array] = []
     zeros: list[Array] = []
+    sums: list[Array] = []
     first = next(read(build, weight))
     rows, columns = first.codes.shape
     centre = 1 << (first.num_bits - 1)
@@ -130,6 +137,8 @@ def write_codes(build: Build, weight: Weight, signed: bool, split: bool = False)
             scales.append(to_numpy(found.scale).T)
             zeros.append(to_numpy(found.zero_point).T.astype(np.float32) - centre)
             codes = np.ascontiguousarray(codes)
+            if build.inputs:
+                sums.append(found.dequantize().sum(1, keepdim=True).T.numpy())
             yield pack_nibbles(codes) if narrow else codes.astype(np.int8 if signed else np.uint8).tobytes()
 
     kinds = {True: (TensorProto.INT4, TensorProto.UINT4), False: (TensorProto.INT8, TensorProto.UINT8)}
@@ -138,24 +147,12 @@ def write_codes(build: Build, weight: Weight, signed: bool, split: bool = False)
     groups = first.scale.shape[1]
     inner = (groups, first.group_size) if split and not narrow and groups > 1 else (columns,)
     codes = build.graph.stream(f"{weight.label}.weight", kind, (*lead, *inner, rows), parts())
-    scale, zero = (np.stack(a) if weight.stacked else a[0] for a in (scales, zeros))
-    return Grids(codes, scale.astype(np.float32), zero, first.num_bits, first.group_size, rows)
+    sums = sums or [np.zeros((1, rows), np.float32)]
+    scale, zero, total = (np.stack(a) if weight.stacked else a[0] for a in (scales, zeros, sums))
+    return Grids(codes, scale.astype(np.float32), zero, total, first.num_bits, first.group_size, rows)
 
 
 # ---- activations
-
-
-def round_tokens(build: Build, x: str, axis: int = -1, top: int | None = None) -> tuple[str, str]:
-    """d as float32, to be rounded, and its scale t, which has 1 along `axis`: x ~ t d. Rule of numerics.activations."""
-    g, top = build.graph, top or (1 << (build.activation_bits - 1)) - 1
-    wide = g.op("Cast", x, to=TensorProto.FLOAT)
-    largest = g.op("ReduceMax", g.op("Abs", wide), g.ints(axis), keepdims=1)
-    if build.contrib and axis == -1:
-        # onnxruntime 1.31 gives a reduction over no rows the shape of its input; the slice makes it (0, 1) again
-        largest = g.op("Slice", largest, g.ints(0), g.ints(1), g.ints(-1))
-    t = g.op("Div", largest, g.scalar(top, np.float32))
-    t = g.op("Where", g.op("Greater", t, g.scalar(SMALLEST, np.float32)), t, g.scalar(1, np.float32))
-    return g.op("Div", wide, t), t
 
 
 def attention_product(build: Build, left: str, right: str, shares: bool = False) -> str:
@@ -178,14 +175,6 @@ def attention_product(build: Build, left: str, right: str, shares: bool = False)
     return g.op("Cast", g.op("Mul", g.op("Mul", y, found[0][1]), found[1][1]), to=g.elem_type)
 
 
-def _on_whole_numbers(build: Build, x: str, product: Callable[[str], str]) -> str:
-    """product(d) * t, in float: what 8-bit activations mean where the product itself is not made of integers."""
-    g = build.graph
-    d, t = round_tokens(build, x)
-    y = product(g.op("Cast", g.op("Round", d), to=g.elem_type))
-    return g.op("Cast", g.op("Mul", g.op("Cast", y, to=TensorProto.FLOAT), t), to=g.elem_type)
-
-
 # ---- lowerings
 
 
@@ -193,8 +182,8 @@ def plain(build: Build, x: str, weight: Weight) -> str:
     """Float weights: Gemm with the checkpoint's own (rows, columns) layout, MatMul with ([E] K, N) for experts."""
     g = build.graph
     if is_rounded(build, weight):
-        d, t = round_tokens(build, x)
-        x = g.op("Cast", g.op("Mul", g.op("Round", d), t), to=g.elem_type)
+        found = fraction(build, x, weight)
+        x = g.op("Cast", g.op("Mul", whole(g, found), found.scale), to=g.elem_type)
     if not weight.stacked:
         return g.op("Gemm", x, float_weight(build, weight), transB=1)
     return g.op("MatMul", x, float_weight(build, weight))
@@ -226,6 +215,8 @@ def to_bytes(tensor: torch.Tensor) -> bytes:
 def standard(build: Build, x: str, weight: Weight) -> str:
     """Standard operators only: DequantizeLinear in blocks, with zero points, then MatMul."""
     g = build.graph
+    if grid := qdq_grid(build, weight, read(build, weight), zero_points=True):
+        return qdq_product(build, x, weight, grid, write_codes(build, weight, signed=True))
     grids = write_codes(build, weight, signed=False)
     centre = 1 << (grids.num_bits - 1)
     zero = grids.zero + centre
@@ -238,12 +229,14 @@ def standard(build: Build, x: str, weight: Weight) -> str:
     axis = grids.scale.ndim - 2
     w = g.op("DequantizeLinear", grids.codes, scale, name, axis=axis, block_size=grids.group_size)
     if is_rounded(build, weight):
-        return _on_whole_numbers(build, x, lambda d: g.op("MatMul", d, w))
+        return on_whole_numbers(build, x, weight, lambda d: g.op("MatMul", d, w))
     return g.op("MatMul", x, w)
 
 
 def tensorrt(build: Build, x: str, weight: Weight) -> str:
     """TensorRT's types: signed codes without zero points, the zero points as a correction by group sums."""
+    if grid := qdq_grid(build, weight, read(build, weight), zero_points=False):
+        return qdq_product(build, x, weight, grid, write_codes(build, weight, signed=True))
     return _integer_product(build, x, weight) if is_rounded(build, weight) else _corrected_product(build, x, weight)
 
 
@@ -277,8 +270,8 @@ def _integer_product(build: Build, x: str, weight: Weight) -> str:
     g = build.graph
     one = g.scalar(1, np.float32)
     grids = write_codes(build, weight, signed=True, split=True)
-    fraction, t = round_tokens(build, x)
-    d = g.op("QuantizeLinear", fraction, one, g.constant(np.array(0, np.int8)))
+    value, t, zero = fraction(build, x, weight)
+    d = g.op("QuantizeLinear", value, one, g.constant(np.array(0, np.int8)))
     w = _widen(build, grids) if grids.num_bits <= 4 else grids.codes
     groups = grids.scale.shape[-2]
     lead = grids.scale.shape[:-2]
@@ -292,6 +285,8 @@ def _integer_product(build: Build, x: str, weight: Weight) -> str:
     y = g.op("Mul", y, g.weight(f"{weight.label}.weight_scale", scale))
     y = g.op("ReduceSum", y, g.ints(-3), keepdims=0) if groups > 1 else y
     y = _correct(build, y, g.op("DequantizeLinear", d, one), weight, grids, np.float32)
+    if zero is not None and zero.any():
+        y = g.op("Sub", y, g.weight(f"{weight.label}.input_correction", zero * grids.sums))
     return g.op("Cast", g.op("Mul", y, t), to=g.elem_type)
 
 
@@ -308,14 +303,15 @@ def _widen(build: Build, grids: Grids) -> str:
 def matmulnbits(build: Build, x: str, weight: Weight) -> str:
     """onnxruntime's MatMulNBits, with zero points. Group sizes that it does not take go the standard way."""
     found = next(read(build, weight))
-    if weight.stacked or found.group_size not in NBITS_BLOCKS:
+    qdq = qdq_grid(build, weight, iter([found]), zero_points=True)
+    if weight.stacked or found.group_size not in NBITS_BLOCKS or qdq:
         return standard(build, x, weight)
 
     def product(value: str) -> str:
         return nbits_product(build, value, f"{weight.label}.weight", found)
 
     if is_rounded(build, weight) and build.accuracy_level < 4:
-        return _on_whole_numbers(build, x, product)
+        return on_whole_numbers(build, x, weight, product)
     return product(x)
 
 

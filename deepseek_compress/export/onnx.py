@@ -44,7 +44,7 @@ from deepseek_compress.models import family_of
 from deepseek_compress.models.activations import input_scheme
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.numerics import WEIGHTS
-from deepseek_compress.numerics.activations import Dynamic
+from deepseek_compress.numerics.activations import Dynamic, InputGrid
 from deepseek_compress.numerics.grid import fit_group_size
 from deepseek_compress.numerics.types import Quantized, Statistics
 
@@ -76,7 +76,7 @@ def export_onnx(
         raise DscError(f"unknown lowering {lowering!r}", f"use one of {', '.join(LOWERINGS)}")
     if embedding_bits not in (8, 16) or (embedding_bits == 8 and lowering != "matmulnbits"):
         raise DscError(f"embedding of {embedding_bits} bits with {lowering}", "use 16, or 8 with target onnxruntime")
-    bits, rounded = rounded_inputs(checkpoint, cfg)
+    bits, rounded, inputs = rounded_inputs(checkpoint, cfg)
     with Graph(path, dtype) as graph:
         build = Build(
             graph,
@@ -89,32 +89,37 @@ def export_onnx(
             contrib=lowering == "matmulnbits",
             activation_bits=bits,
             rounded=rounded,
+            inputs=inputs,
             attention8=bool((checkpoint.activations or {}).get("attention")),
             unsigned=lowering != "tensorrt",
         )
         emit_model(build)
-        about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.activations)}
+        about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.told_activations)}
         graph.save({**about, **(metadata or {})})
         return {"bytes": graph.bytes, "nodes": graph.count, "tensors": graph.tensors}
 
 
-def rounded_inputs(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[int, frozenset[str]]:
-    """Bits of the dynamic activations, and the linears (by checkpoint name) whose inputs are rounded to them.
+def rounded_inputs(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[int, frozenset[str], Mapping[str, InputGrid]]:
+    """Bits of the activations, the linears (by checkpoint name) whose inputs are rounded to them, and static grids.
 
     Raises `DscError` for a scheme that no lowering computes.
     """
     scheme = input_scheme(checkpoint.activations)
     if scheme is None:
-        return 8, frozenset()
+        return 8, frozenset(), {}
+    if scheme.inputs:
+        return 8, frozenset(scheme.inputs), scheme.inputs
     if not isinstance(scheme.quantize, Dynamic) or not scheme.quantize.symmetric:
-        raise DscError(f"activations {checkpoint.activations} have no ONNX form here", "use dynamic: {symmetric: true}")
+        what = f"activations {checkpoint.activations} have no ONNX form here"
+        raise DscError(what, "use dynamic: {symmetric: true}, or static")
     family = family_of(checkpoint.config)
-    return scheme.quantize.num_bits, frozenset(
+    names = (
         f"{family.prefix(layer)}.{linear.name}"
         for layer in range(cfg.num_hidden_layers)
         for linear in family.linears(cfg, layer)
         if linear.role in scheme.roles
     )
+    return scheme.quantize.num_bits, frozenset(names), {}
 
 
 def check_supported(cfg: ModelConfig) -> None:
