@@ -39,6 +39,7 @@ _PACKAGES = (
     Package("tensorrt-cu13|tensorrt", "datacenter engines, built on a GPU", _EXTRA.format("tensorrt"), False),
     Package("ray", "workers on many machines", _EXTRA.format("ray"), False),
     Package("lm-eval", "public benchmarks", _EXTRA.format("eval"), False),
+    Package("gguf", "files for llama.cpp", _EXTRA.format("gguf"), False),
     Package("pyarrow", "calibration text in Parquet", _EXTRA.format("parquet"), False),
     Package("nvidia-modelopt", "NVIDIA's methods, named modelopt_...", _EXTRA.format("modelopt"), False),
     Package("compressed-tensors", "checking our files as others load them", _EXTRA.format("dev"), False),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Target = Annotated[
     str | None,
-    typer.Option("--target", help="onnx, onnxruntime, tensorrt, tensorrt-rtx, compressed-tensors, bf16 or triton."),
+    typer.Option("--target", help="onnx, onnxruntime, triton, tensorrt, tensorrt-rtx, compressed-tensors, gguf, bf16."),
 ]
 
 

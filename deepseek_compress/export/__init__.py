@@ -17,5 +17,5 @@ BATCH = Range(1, 1, 8)
 NEW = Range(1, 1, 512)  # tokens of a call
 PAST = Range(0, 128, 1024)  # tokens in the cache
 COMPUTE_CAPABILITIES = ("sm89", "sm120")
-NAMES = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "compressed-tensors", "bf16", "triton")  # of the targets
+NAMES = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "compressed-tensors", "bf16", "triton", "gguf")
 GRAPHS = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")  # targets that write an ONNX file

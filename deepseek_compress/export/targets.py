@@ -8,6 +8,7 @@
 | `compressed-tensors` | the packed checkpoint, every byte checked | vLLM, transformers |
 | `bf16` | the checkpoint as plain BF16 | everything that loads safetensors |
 | `triton` | a model repository with model.onnx, a Kubernetes manifest | Triton Inference Server |
+| `gguf` | model.gguf, for Llama and Qwen2 | llama.cpp and what is built on it |
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, NEW, PAST, Range
 
-ONNX, ENGINE = "model.onnx", "model.engine"
+ONNX, ENGINE, GGUF = "model.onnx", "model.engine", "model.gguf"
 VERIFIED_BYTES = 2 << 30  # an export streams; comparing needs the whole model in memory
 RAN, BUILT = "ran in onnxruntime", "built, not run"
 
@@ -238,6 +239,19 @@ def triton(source: Checkpoint, out: Path, settings: Settings) -> Exported:
     return Exported("artifact", version / ONNX, facts)
 
 
+def gguf(source: Checkpoint, out: Path, settings: Settings) -> Exported:
+    """One file for llama.cpp: 4-bit codes as they are, scales and minima in FP16."""
+    from deepseek_compress.export.gguf import export_gguf
+
+    if _sparsity(source):
+        fix = "export compressed-tensors, or compress without sparsity"
+        raise DscError("GGUF has no 2:4 weights, and its zeros would not be exact", fix)
+    if source.activations:
+        settings.tell("8-bit activations are not part of a GGUF file: llama.cpp rounds inputs in its own way")
+    facts = export_gguf(source, out / GGUF)
+    return Exported("artifact", out / GGUF, {"target": settings.target, "status": "read back", **facts})
+
+
 TARGETS: dict[str, Target] = {
     "onnx": onnx_standard,
     "onnxruntime": onnxruntime,
@@ -246,4 +260,5 @@ TARGETS: dict[str, Target] = {
     "compressed-tensors": compressed_tensors,
     "bf16": bf16,
     "triton": triton,
+    "gguf": gguf,
 }

@@ -1,4 +1,4 @@
-"""Write a checkpoint in a form that others run: ONNX, a TensorRT engine, a packed or a plain checkpoint."""
+"""Write a checkpoint in a form that others run: ONNX, a TensorRT engine, GGUF, a packed or a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class Export(Stage, frozen=True, extra="forbid"):
             found += _collect(lambda: _supported(header))
         if self.target.startswith("tensorrt"):
             found += _collect(self._builder)
+        if self.target == "gguf":
+            from deepseek_compress.export import gguf
+
+            found += gguf.problems(header)
         return found
 
     def _builder(self) -> None:
