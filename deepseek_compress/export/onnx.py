@@ -29,11 +29,13 @@ from onnx import TensorProto
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.graph import CONTRIB, Graph
+from deepseek_compress.export.inputs import SMALLEST
 from deepseek_compress.export.lowering import (
     LOWERINGS,
     Build,
     Weight,
     float_weight,
+    is_quantized,
     linear,
     nbits_product,
     nbits_weight,
@@ -193,9 +195,38 @@ def head(build: Build, x: str) -> str:
     name = EMBEDDING if build.cfg.tie_word_embeddings else HEAD
     if build.embedding_bits == 8:
         return nbits_product(build, x, f"{name}.weight", _rounded_table(build, name))
+    weight = Weight(name, (name,))
+    if _in_integers(build) and not is_quantized(build, weight):
+        return _rounded_head(build, x, weight)
     if name == EMBEDDING:
-        return build.graph.op("Gemm", x, float_weight(build, Weight(name, (name,))), transB=1)
+        return build.graph.op("Gemm", x, float_weight(build, weight), transB=1)
     return linear(build, HEAD, x)
+
+
+def _in_integers(build: Build) -> bool:
+    """Whether onnxruntime computes the packed linears with 8-bit activations."""
+    packed = any(info.encoding == "packed" for info in build.checkpoint.header.tensors.values())
+    return build.contrib and build.accuracy_level == 4 and packed
+
+
+def _rounded_head(build: Build, x: str, weight: Weight) -> str:
+    """x . W^T with 8-bit codes that onnxruntime makes once, at load, from the 16-bit table the file holds.
+
+    A head in FP32 costs as much memory traffic as all 4-bit linears of a small model together. Symmetric groups of
+    the hidden size's divisor; constant folding leaves the codes alone.
+    """
+    g, cfg = build.graph, build.cfg
+    size = fit_group_size(cfg.hidden_size, None)
+    with g.scope(weight.label):
+        groups = g.op("Reshape", float_weight(build, weight), g.ints(cfg.vocab_size, -1, size))
+        largest = g.op("ReduceMax", g.op("Abs", groups), g.ints(-1), keepdims=1)
+        scale = g.op("Max", g.op("Div", largest, g.scalar(127)), g.scalar(SMALLEST))
+        codes = g.op("Add", g.op("Round", g.op("Div", groups, scale)), g.scalar(128))
+        codes = g.op("Cast", codes, to=TensorProto.UINT8)
+        return g.op(
+            "MatMulNBits", x, codes, g.op("Squeeze", scale, g.ints(-1)), domain=CONTRIB,
+            K=cfg.hidden_size, N=cfg.vocab_size, bits=8, block_size=size, accuracy_level=4,
+        )  # fmt: skip
 
 
 def _rounded_table(build: Build, name: str) -> Quantized:

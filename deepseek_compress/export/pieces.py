@@ -103,13 +103,7 @@ def causal_mask(build: Build) -> str:
 def rotate(build: Build, x: str) -> str:
     """Rotate the pairs of x (B, S, heads, rope) by `position_ids`; halves come out as in models.rope.rotate."""
     g, rope = build.graph, build.cfg.rope
-    angle, factor = frequencies(rope)
-    positions = g.op("Cast", g.op("Unsqueeze", "position_ids", g.ints(2, 3)), to=TensorProto.FLOAT)
-    angles = g.op("Mul", positions, g.constant(angle.numpy()))  # (B, S, 1, rope / 2)
-    cos, sin = (
-        g.op("Cast", g.op("Mul", g.op(kind, angles), g.scalar(factor, np.float32)), to=g.elem_type)
-        for kind in ("Cos", "Sin")
-    )
+    cos, sin = _turns(build, g.op("Unsqueeze", "position_ids", g.ints(2, 3)))  # (B, S, 1, rope / 2)
     half = rope.dim // 2
     if rope.interleaved:
         first, second = (g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1))
@@ -121,6 +115,18 @@ def rotate(build: Build, x: str) -> str:
         g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),
         axis=-1,
     )
+
+
+def _turns(build: Build, positions: str) -> tuple[str, str]:
+    """Cosine and sine of int64 positions (..., 1) by channel pair, (..., rope / 2), with the scaling's factor."""
+    g = build.graph
+    angle, factor = frequencies(build.cfg.rope)
+    angles = g.op("Mul", g.op("Cast", positions, to=TensorProto.FLOAT), g.constant(angle.numpy()))
+    cos, sin = (
+        g.op("Cast", g.op("Mul", g.op(kind, angles), g.scalar(factor, np.float32)), to=g.elem_type)
+        for kind in ("Cos", "Sin")
+    )
+    return cos, sin
 
 
 def _shares(build: Build, scores: str) -> str:
@@ -205,12 +211,11 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     """Grouped-query attention: x (B S, hidden) -> (B S, hidden). Queries that share a key head become rows of it."""
     g, cfg = build.graph, build.cfg
     heads, shared, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    q, k, v = (
-        _unflatten(build, linear(build, f"{stem}.{part}_proj", x), _steps(build), count, dim)
-        for part, count in (("q", heads), ("k", shared), ("v", shared))
-    )
+    parts = [(linear(build, f"{stem}.{part}_proj", x), n) for part, n in (("q", heads), ("k", shared), ("v", shared))]
     if build.contrib and not build.attention8:
-        return linear(build, f"{stem}.o_proj", _attention_node(build, layer, rotate(build, q), rotate(build, k), v))
+        q, k, v = (_unflatten(build, part, _steps(build), count * dim) for part, count in parts)
+        return linear(build, f"{stem}.o_proj", _attention_node(build, layer, q, k, v))
+    q, k, v = (_unflatten(build, part, _steps(build), count, dim) for part, count in parts)
     q = g.op("Mul", rotate(build, q), g.scalar(softmax_scale(cfg.rope, dim)))
     q, k, v = (g.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, rotate(build, k), v))
     k = _remember(build, layer, "key", k, 2, (shared, dim))  # (B, shared, T, dim)
@@ -230,15 +235,15 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
 
 
 def _attention_node(build: Build, layer: int, q: str, k: str, v: str) -> str:
-    """onnxruntime's GroupQueryAttention on rotated (B, S, heads, dim); it appends to the cache itself."""
+    """onnxruntime's GroupQueryAttention on (B, S, heads dim); it appends to the cache itself."""
     g, cfg = build.graph, build.cfg
     shared, dim = cfg.num_key_value_heads, cfg.head_dim
-    q, k, v = (g.op("Reshape", part, g.ints(0, 0, -1)) for part in (q, k, v))
     names = [f"{{}}.{layer}.{part}" for part in ("key", "value")]
     past = [g.input(n.format("past"), g.elem_type, ["batch", shared, "past", dim]) for n in names]
     total = g.op("Cast", g.op("Gather", _seen(build), g.constant(np.array(1, np.int64))), to=TensorProto.INT32)
     batch = g.op("Slice", _seen(build), g.ints(0), g.ints(1))
     last = g.op("Expand", g.op("Sub", total, g.scalar(1, np.int32)), batch)  # (B,): the last place that is filled
+    q, k = (_rotation_node(build, part) for part in (q, k))
     present = [n.format("present") for n in names]
     out = g.ops(
         "GroupQueryAttention", q, k, v, *past, last, total, "", "", "", _bias(build),
@@ -248,6 +253,16 @@ def _attention_node(build: Build, layer: int, q: str, k: str, v: str) -> str:
     for name in present:
         g.output(name, g.elem_type, ["batch", shared, "total", dim])
     return g.op("Reshape", out[0], g.ints(-1, cfg.num_attention_heads * dim))
+
+
+def _rotation_node(build: Build, x: str) -> str:
+    """onnxruntime's RotaryEmbedding on (B, S, heads dim): GroupQueryAttention's own rotation takes a token that is
+    decoded behind padding for its place in the cache (onnxruntime 1.31). The table has one row for each new token."""
+    g = build.graph
+    turns = _turns(build, g.op("Reshape", "position_ids", g.ints(-1, 1)))  # (B S, dim / 2)
+    zero, one = (g.constant(np.array(value, np.int64)) for value in (0, 1))
+    rows = g.op("Reshape", g.op("Range", zero, g.op("Size", "input_ids"), one), _steps(build))
+    return g.op("RotaryEmbedding", x, rows, *turns, domain=CONTRIB, interleaved=int(build.cfg.rope.interleaved))
 
 
 def _merge_heads(build: Build, x: str, width: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
@@ -123,6 +124,31 @@ def test_an_8_bit_embedding(tmp_path: Path, request: pytest.FixtureRequest, quan
     found = verify(path, Model.load(source), PROMPTS, rounded=True, decoded=8)
     assert found.within == 1.0
     assert small < export_onnx(source, tmp_path / "large.onnx", "matmulnbits")["bytes"]
+
+
+@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_llama"])
+def test_the_head_at_level_4_is_rounded_at_load(
+    tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str
+) -> None:
+    """onnxruntime folds codes and scales into constants; the file keeps the 16-bit table, once."""
+    source = open_checkpoint(quantised(request.getfixturevalue(family), "w4a16"))
+    files = [tmp_path / name for name in ("level4.onnx", "level0.onnx")]
+    levels = zip(files, (4, 0), strict=True)
+    sizes = [export_onnx(source, file, "matmulnbits", accuracy_level=level)["bytes"] for file, level in levels]
+    assert sizes[0] < sizes[1] + 5000  # nodes, no tensor
+    assert verify(files[0], Model.load(source), PROMPTS, rounded=True, decoded=8).within == 1.0
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    onnxruntime.InferenceSession(str(files[0]), options, providers=["CPUExecutionProvider"])
+    folded = onnx.load(str(tmp_path / "folded.onnx"))
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in folded.graph.initializer}
+    (node,) = (n for n in folded.graph.node if n.op_type == "MatMulNBits" and tensors[n.input[1]].shape[0] == 512)
+    name = "model.embed_tokens" if family == "tiny_qwen2" else "lm_head"
+    weight = source.read(f"{name}.weight").numpy().reshape(512, -1, 128)
+    scale = np.abs(weight).max(-1, keepdims=True) / np.float32(127)
+    assert np.array_equal(tensors[node.input[2]], scale[..., 0])
+    assert np.array_equal(tensors[node.input[1]], np.rint(weight / scale).astype(int) + 128)
 
 
 def test_a_wrong_file_is_found(tmp_path: Path, tiny_llama: Path) -> None:
