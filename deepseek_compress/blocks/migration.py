@@ -1,9 +1,8 @@
 """Scales that move between linears and what makes their inputs, found before anything is rounded.
 
-The calibration text runs once through the model as it is, a block at a time with its hidden state in a spool; each
-block's weights are read when they are used. The scales are kept in the work directory, so that an interrupted run has
-them. The checkpoint that comes out computes the same: where a tensor of 16 bits takes part, scales are powers of two,
-and where a norm is divided, they are those that the rounded norm stands for.
+The calibration text runs once through the model as it is (see `walk`). The scales are kept in the work directory, so
+that an interrupted run has them. The checkpoint that comes out computes the same: where a tensor of 16 bits takes part,
+scales are powers of two, and where a norm is divided, they are those that the rounded norm stands for.
 """
 
 from __future__ import annotations
@@ -11,25 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, embedded
 from deepseek_compress.blocks.change import LinearChange
 from deepseek_compress.blocks.job import Job
-from deepseek_compress.blocks.spool import HELD, Spool
 from deepseek_compress.blocks.statistics import Accumulator
+from deepseek_compress.blocks.walk import Run, walked
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.transformed import transformed
-from deepseek_compress.costs import Work
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import Family, ModelConfig, Role
+from deepseek_compress.models import Family, ModelConfig
 from deepseek_compress.models.folds import Fold, folds
-from deepseek_compress.models.layers import SCORES_AT_ONCE
-from deepseek_compress.models.weights import ObservingWeights, StreamedWeights
 from deepseek_compress.numerics.migration import Migration, power_of_two
 
 Scales = dict[str, Tensor]  # producer by checkpoint name -> float32, what its channels are divided by
@@ -47,32 +41,6 @@ class Rescale:
         if self.rows is not None:
             tensor = tensor * (self.rows if tensor.dim() == 1 else self.rows[:, None])
         return tensor if self.columns is None else tensor * self.columns
-
-
-class Cost(NamedTuple):
-    """Of the run over the text."""
-
-    memory: int  # bytes
-    work: Work
-
-
-NOTHING = Cost(0, Work())
-
-
-def cost(family: Family, cfg: ModelConfig, header: Header, samples: int, length: int) -> Cost:
-    """The largest weight decoded, a batch in a block, and the hidden state; two operations a weight and token."""
-    tokens, share = samples * length, 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts
-    sizes = [linear for layer in range(cfg.num_hidden_layers) for linear in family.linears(cfg, layer)]
-    active = sum(x.rows * x.columns * (share if x.role is Role.EXPERT else 1.0) for x in sizes)
-    largest = max([x.rows * x.columns for x in sizes] + [header.tensors[family.embedding].elements // 2])
-    rows = max(x.rows for x in sizes) + 8 * cfg.hidden_size
-    held = 4 * min(HELD, 4 * tokens * cfg.hidden_size) + 12 * SCORES_AT_ONCE
-    return Cost(8 * largest + 4 * BATCH_TOKENS * _at_once(cfg) * rows + held, Work(2.0 * active * tokens))
-
-
-def _at_once(cfg: ModelConfig) -> int:
-    """Batches that run together: each time, all experts of a block are read."""
-    return 1 if cfg.moe is None else 4
 
 
 def problems(cfg: ModelConfig, header: Header) -> list[DscError]:
@@ -96,15 +64,10 @@ def find(job: Job, tokens: Tensor, method: Migration, progress: Callable[[int, i
     """Scales for every place that `method` serves; `tokens` int64 (samples, length) of calibration text."""
     file = job.work / "migration.npz"
     if not file.is_file():
-        job.work.mkdir(parents=True, exist_ok=True)
         found: Scales = {}
-        hidden, batches, total = embedded(job, tokens), Batches(tokens), job.cfg.num_hidden_layers
-        batches.step *= _at_once(job.cfg)
-        for layer in range(total):
-            progress(layer, total, f"scales of block {layer}")
-            found |= _block(job, layer, hidden, batches, method)
-        hidden.remove()
-        hidden.close()
+        for layer, run in walked(job, tokens):
+            progress(layer, job.cfg.num_hidden_layers, f"scales of block {layer}")
+            found |= _block(job, layer, run, method)
         _save(file, found)
     with np.load(file) as saved:
         return {name: torch.from_numpy(saved[name]) for name in saved.files}
@@ -116,8 +79,8 @@ def _save(file: Path, found: Scales) -> None:
     beside.rename(file)
 
 
-def _block(job: Job, layer: int, hidden: Spool, batches: Batches, method: Migration) -> Scales:
-    """Run block `layer` over `hidden`, which then holds what it gives."""
+def _block(job: Job, layer: int, run: Run, method: Migration) -> Scales:
+    """The scales of block `layer`, which `run` runs over the text."""
     prefix, source = job.family.prefix(layer) + ".", job.source
     served = [fold for fold in folds(job.family, job.cfg, layer) if method.streams or fold.router is None]
     sums = [Accumulator(method.needs) for _ in served]
@@ -127,11 +90,7 @@ def _block(job: Job, layer: int, hidden: Spool, batches: Batches, method: Migrat
         if name in watched:
             watched[name].add(x)
 
-    weights = ObservingWeights(StreamedWeights(source, prefix), look)
-    for batch in range(len(batches)):
-        x, ids = batches.read(hidden, batch), batches.ids(batch)
-        out = job.family.run_block(job.cfg, layer, weights, x, batches.positions(batch), tokens=ids)
-        batches.write(hidden, batch, out)
+    run(look)
     found: Scales = {}
     for fold, total in zip(served, sums, strict=True):
         if total.tokens:

@@ -23,6 +23,7 @@ from deepseek_compress.models.layers import SCORES_AT_ONCE
 from deepseek_compress.models.weights import ObservingWeights, StreamedWeights
 
 Look = Callable[[str, Tensor], None]  # (name of a linear in its block, its input)
+Run = Callable[[Look], None]
 
 
 class Cost(NamedTuple):
@@ -46,7 +47,7 @@ def cost(family: Family, cfg: ModelConfig, header: Header, samples: int, length:
     return Cost(8 * largest + 4 * BATCH_TOKENS * _at_once(cfg) * rows + held, Work(2.0 * active * tokens))
 
 
-def walked(job: Job, tokens: Tensor) -> Iterator[tuple[int, Callable[[Look], None]]]:
+def walked(job: Job, tokens: Tensor) -> Iterator[tuple[int, Run]]:
     """For each block its number and what runs it over `tokens` int64 (samples, length), to be called once."""
     job.work.mkdir(parents=True, exist_ok=True)
     hidden, batches = embedded(job, tokens), Batches(tokens)
