@@ -12,6 +12,7 @@ from deepseek_compress.models import FAMILIES
 from deepseek_compress.models.resolve import builtin_models
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.kv_cache import KvRounding
+from deepseek_compress.numerics.ranges import ESTIMATORS
 
 
 class Entry(NamedTuple):
@@ -30,6 +31,7 @@ def catalogue() -> dict[str, list[Entry]]:
         "weights": _components(WEIGHTS),
         "sparsity": _components(SPARSITY),
         "activations": _components(ACTIVATIONS),
+        "estimators": _components(ESTIMATORS),
         "rotation": _components(ROTATION),
         "migration": _components(MIGRATION),
         "kv_cache": [Entry("bits", _first_line(KvRounding), KvRounding.paper)],

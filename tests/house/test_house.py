@@ -14,6 +14,7 @@ import pytest
 
 from deepseek_compress import resources
 from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS
+from deepseek_compress.numerics.ranges import ESTIMATORS
 from deepseek_compress.stages import STAGES, load
 
 ROOT = Path(__file__).parents[2]
@@ -153,9 +154,9 @@ def test_each_stage_is_what_the_table_says(kind: str) -> None:
 
 def test_each_registry_name_is_documented() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = [*WEIGHTS, *SPARSITY, *ACTIVATIONS, *STAGES, *resources.recipes()]
+    names = [*WEIGHTS, *SPARSITY, *ACTIVATIONS, *ESTIMATORS, *STAGES, *resources.recipes()]
     assert [name for name in names if f"`{name}`" not in readme] == []
-    for table in (WEIGHTS, SPARSITY, ACTIVATIONS):
+    for table in (WEIGHTS, SPARSITY, ACTIVATIONS, ESTIMATORS):
         for name, component in table.items():
             assert component.__doc__, name
             assert getattr(component, "paper", ""), name
