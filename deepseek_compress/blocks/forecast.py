@@ -65,14 +65,13 @@ def expect(
         if samples:
             costs.append(calibrated_cost(cfg, linears, wanted, samples, length, "drift" in change.needs))
     out = dataclasses.replace(header, tensors=tensors)
-    loads = 0 if change.weights is None else change.weights.loads
     if samples:
         embedding = 2 * cfg.vocab_size * cfg.hidden_size
         alone, beside, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "beside", "task"))
-        memory = Memory(TEXT + loads + max(alone, embedding), TEXT + loads + beside, task and loads + task)
+        memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
     else:
         saved = bool(change.needs)
-        memory = Memory(0, 0, loads + _largest(header, changed, quick, saved))
+        memory = Memory(0, 0, _largest(header, changed, quick, saved))
         copied = sum(info.bytes for info in header.tensors.values()) - sum(header.tensors[n].bytes for n in changed)
         fast, all_ = (sum(header.tensors[name].elements for name in names) for names in (quick, changed))
         slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience

@@ -33,6 +33,7 @@ class Migration(BaseModel, frozen=True, extra="forbid"):
 
     needs: ClassVar[frozenset[str]] = frozenset()  # names of Statistics fields
     streams: ClassVar[bool] = False  # `kept` is small, so that all experts of a block fit
+    loads: ClassVar[int] = 0  # bytes of libraries that only it imports
     paper: ClassVar[str] = ""
 
     def kept(self, weight: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ from deepseek_compress.numerics.hessian import damped
 from deepseek_compress.numerics.migration import LARGEST, SMALLEST, Migration
 from deepseek_compress.numerics.types import Quantized, Statistics, WeightQuantizer
 
-LOADED = 400_000_000  # bytes that importing it takes, with what its search holds
+LOADED = 300_000_000  # bytes that importing it takes, with what its search holds
 AT_ONCE = 1 << 23  # products of inputs and weights that the search for a clip holds
-UNREACHED = 1e-6  # share of the mean input that every channel gets: a group that no token reached would be halved
+UNREACHED = 1e-6  # damping, so that a group that no token reached is judged by its weights: its range would be halved
 MISSING = "nvidia-modelopt is not installed", "pip install 'deepseek-compress[modelopt]'"
 
 

@@ -134,11 +134,12 @@ class Compress(Stage, frozen=True):
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
         alone = max(memory.alone, before.memory, looked.memory, turned)
         task = max(memory.task, turned if memory.task else 0)
+        loads = max((part.loads for part in (self.weights, self.migration) if part), default=0)
         return Forecast(
             expected.header,
             expected.changed,
             expected.bytes,
-            memory._replace(alone=alone, task=task),
+            Memory(alone + loads, memory.beside + loads, task and task + loads),
             total((before.work, looked.work, expected.work)),
             expected.tasks,
             read=sum(info.bytes for info in header.tensors.values()),

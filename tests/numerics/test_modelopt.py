@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_compress.errors import DscError
-from deepseek_compress.numerics.modelopt import ModelOptAwqClip, ModelOptAwqLite, ModelOptMax, root
+from deepseek_compress.numerics.modelopt import LOADED, ModelOptAwqClip, ModelOptAwqLite, ModelOptMax, root
 from deepseek_compress.numerics.types import Statistics, WeightQuantizer
 from deepseek_compress.pipeline import Options, plan, run
 from deepseek_compress.recipe import parse_recipe
@@ -135,6 +135,9 @@ def recipe(model: Path, weights: str, migration: str = "null", overrides: str = 
 def test_a_recipe_of_modelopt_alone(tiny_v3: Path, tmp_path: Path) -> None:
     """Its AWQ from end to end: scales, then clips; what servers read is a symmetric scheme."""
     wanted = recipe(tiny_v3, "modelopt_awq_clip: {group_size: 32}", "{modelopt_awq_lite: {group_size: 32}}")
+    plain = recipe(tiny_v3, "rtn: {group_size: 32, symmetric: true}")
+    peaks = [plan(each).forecasts["compress"].peak(1) or 0 for each in (plain, wanted)]
+    assert peaks[1] > peaks[0] + LOADED, "importing it counts"
     run(wanted, tmp_path / "out", Options(workers=1), flat=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (group,) = config["quantization_config"]["config_groups"].values()
