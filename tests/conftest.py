@@ -10,12 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.formats.fp8 import encode_fp8_block
 from deepseek_compress.tasks import mixture, write_tokenizer
+
+# No test of ours times anything, and none fails because the machine is busy.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 VOCABULARY = 512
 YARN = {
