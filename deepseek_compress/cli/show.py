@@ -131,9 +131,10 @@ def report(path: Path, as_json: bool, page: Path | None = None) -> None:
 
 def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
     """What `dsc inspect` found."""
-    following = f"dsc plan {quote(model)} -r w4a16"
+    packed = any(row["num_bits"] for row in found["roles"])
+    following = f"dsc evaluate {quote(model)} -o report.json" if packed else f"dsc plan {quote(model)} -r w4a16"
     if as_json:
-        console.print_json({**found, "next": following})
+        console.print_json({**found, "next": None if found["problems"] else following})
         return
     console.line(
         f"{found['path']}: {found['model_type']}, {found['parameters']:,} parameters in {found['tensors']} tensors, "
@@ -150,7 +151,8 @@ def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
     console.line(f"hashes: {found['hashes']}")
     for problem in found["problems"]:
         console.errors(DscError(problem["what"], problem["fix"]))
-    console.next_step(following)
+    if not found["problems"]:
+        console.next_step(following)
 
 
 def _role(row: Mapping[str, Any]) -> tuple[Any, ...]:

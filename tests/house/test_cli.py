@@ -64,7 +64,9 @@ def test_inspect_tells_roles_and_verifies_hashes(dsc: Dsc, tiny_v3: Path, text: 
     assert {row["role"] for row in found["roles"]} >= {"attention", "expert", "router", "norm", "embedding", "head"}
     assert found["hashes"] == "no manifest lists them"
     assert dsc("quantize", tiny_v3, "-o", "q", "-r", "w4a16-fast", "--group-size", 32).exit_code == 0
-    assert "hashes: as written" in dsc("inspect", "q").stdout
+    shown = dsc("inspect", "q")
+    assert "hashes: as written" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "next: dsc evaluate q -o report.json"  # packed: nothing left to quantise
     shard = next(Path("q").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
