@@ -27,6 +27,7 @@ verify: .venv/.installed-dev check
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict deepseek_compress cuda_ops
 
 bench: .venv/.installed-dev
