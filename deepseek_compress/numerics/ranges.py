@@ -67,17 +67,20 @@ class Observer:
         self._exponent = _SMALLEST  # of the width
 
     def add(self, x: Tensor) -> None:
-        """Take in a batch (..., columns). NaN and infinity show in `seen`."""
+        """Take in a batch (..., columns). NaN and infinity make the range infinite."""
         if not x.numel():
             return
         low, high = (float(end) for end in torch.aminmax(x))
+        finite = math.isfinite(low) and math.isfinite(high)
+        if not finite:
+            low, high = -math.inf, math.inf
         if self._share is None or not self.tokens:
             self._low, self._high = min(self._low, low), max(self._high, high)
         else:
             self._low += self._share * (low - self._low)
             self._high += self._share * (high - self._high)
         self.tokens += x.numel() // x.shape[-1]
-        if self._counts is not None and math.isfinite(low) and math.isfinite(high):
+        if self._counts is not None and finite:
             self._widen(max(-low, high))
             for part in torch.split(x.detach().reshape(-1), _CHUNK):
                 places = (part.float().abs() * 2.0**-self._exponent).int()

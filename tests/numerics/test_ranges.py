@@ -59,10 +59,12 @@ def test_the_histogram_is_the_same_in_whatever_batches(values: list[list[float]]
 
 
 def test_nan_and_infinity_are_seen() -> None:
-    for bad in (math.nan, math.inf):
-        observer = Observer(True)
-        observer.add(torch.tensor([[1.0, bad]]))
-        assert not math.isfinite(observer.seen().high)
+    for bad in (math.nan, math.inf, -math.inf):
+        for share in (None, 0.1):
+            observer = Observer(True, share)
+            for value in (2.0, bad, 3.0):
+                observer.add(torch.tensor([[1.0, value]]))
+            assert not math.isfinite(observer.seen().low)
 
 
 def test_moving_averages_are_those_of_pytorch() -> None:
