@@ -67,9 +67,10 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write `path` and `path`.data; returns facts: bytes, nodes, initializers.
 
-    `lowering` is one of `LOWERINGS`, `dtype` the float type of activations, `accuracy_level` that of MatMulNBits,
-    `embedding_bits` 8 stores embedding and head in groups of 8-bit codes (onnxruntime only). `last_only`: logits of the
-    last token of a call alone, (batch, 1, vocabulary), which is what serving needs of a prompt.
+    `lowering` is one of `LOWERINGS`, `dtype` the float type of activations, `accuracy_level` that of MatMulNBits (4: a
+    16-bit head of a packed model is rounded to 8 bits when the file is loaded). `embedding_bits` 8 stores embedding and
+    head in groups of 8-bit codes (onnxruntime only). `last_only`: logits of the last token of a call alone, (batch, 1,
+    vocabulary), which is what serving needs of a prompt.
     Raises `DscError` for a family or a layer that has no emitter here.
     """
     cfg = family_of(checkpoint.config).parse(checkpoint.config)

@@ -20,7 +20,8 @@ class Export(Stage, frozen=True, extra="forbid"):
 
     `precision` auto: float16 for TensorRT, else float32. `batch`, `new` (tokens of a call) and `past` (tokens in the
     cache) are the ranges of the engine's profile: least, usual, most. `accuracy_level` is that of MatMulNBits: 4 means
-    8-bit activations, 0 float ones. `logits` last: of the last token of a call alone, which is what serving needs.
+    8-bit activations, and a head that onnxruntime rounds to 8 bits at load; 0 float ones. `logits` last: of the last
+    token of a call alone, which is what serving needs.
     """
 
     writes: ClassVar[str] = "artifact"
