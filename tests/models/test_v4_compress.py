@@ -45,6 +45,22 @@ def test_experts_keep_their_bytes(method: str, tiny_v4: Path, tmp_path: Path) ->
     assert 0 < float((ours - theirs).square().mean() / theirs.var()) < 0.5
 
 
+def test_static_activations_have_a_grid_for_each_input_that_is_seen(tiny_v4: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{p.prompt} {p.solution}" for p in mixture(seed=4, count=30, split="calibration")))
+    calibration = {"sources": [str(text)], "samples": 4, "length": 64}
+    context = Context("out", tmp_path / "out", "", 0, calibration=calibration, tell=lambda line: None)
+    knobs = {"weights": {"rtn": {"group_size": 32}}, "activations": "static"}
+    done = open_checkpoint(build(Compress, knobs, "compress").run(open_checkpoint(tiny_v4), context).path)
+    assert done.activations is not None
+    parts = {name.rpartition(".")[2] for name in done.activations["inputs"]}
+    assert {"wq_a", "wq_b", "wkv", "wo_b", "w1", "w2", "w3"} <= parts
+    model = Model.load(done)
+    with torch.no_grad():
+        ours, plain = model.forward(TOKENS), Model(model.family, model.cfg, model.weights).forward(TOKENS)
+    assert 0 < float((ours - plain).square().mean() / plain.var()) < 0.1
+
+
 def test_what_its_streams_do_not_allow_is_one_line_each(tiny_v4: Path) -> None:
     parts = {"rotation": "hadamard", "migration": "smoothquant", "kv_cache": {"num_bits": 8}}
     found = build(Compress, parts, "compress").problems(open_checkpoint(tiny_v4).header)
