@@ -131,6 +131,8 @@ def run_report(recipe: Recipe, page: Path, options: Options = Options(), progres
 
     The stage's own directory is `page` with the suffix `.dsc`. A `page` without suffix is a directory for everything.
     """
+    if page.suffix in (".md", ".html"):
+        raise DscError(f"-o {page}: a page beside the report", f"name that: -o {page.with_suffix('.json')}")
     if page.suffix != ".json":
         run(recipe, page, options, progress, flat=True)
         return page / REPORTS[0]

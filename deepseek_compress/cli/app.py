@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from deepseek_compress import console
+from deepseek_compress import __version__, console
 from deepseek_compress.cli import look, work
 from deepseek_compress.errors import DscError, Problems
 
@@ -65,6 +65,22 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.line(f"deepseek-compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 _RUN, _STAGE, _LOOK = "A whole recipe", "One stage", "Look"
 for name, function, panel in (

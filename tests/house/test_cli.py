@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_compress import __version__
 from tests.house.conftest import Dsc
 
 WORK = ("plan", "run", "distill", "prune", "calibrate", "quantize", "export", "evaluate")
@@ -30,6 +31,10 @@ def test_alone_it_shows_help_in_the_order_of_work(dsc: Dsc) -> None:
     names = re.findall(r"^│ (\w+)  ", shown.output, re.MULTILINE)
     assert [name for name in names if name in COMMANDS] == COMMANDS
     assert "dsc run quickstart" in shown.output
+
+
+def test_version(dsc: Dsc) -> None:
+    assert dsc("--version").stdout == f"deepseek-compress {__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -131,6 +136,7 @@ def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, 
             ["export", "MODEL", "-o", "q", "--target", "onx"],
             "error: export.yaml (as changed by options): ",
         ),
+        (["evaluate", "MODEL", "-o", "r.html"], "error: -o r.html: a page beside the report; name that: -o r.json"),
         (["compare", "no.json", "-o", "c.html"], "error: no.json: No such file or directory; "),
         (["compare", "no.json", "-o", "c.pdf"], "error: -o c.pdf: not a .html file; "),
     ],
