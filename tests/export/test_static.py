@@ -86,9 +86,15 @@ def compressed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return make
 
 
-@pytest.mark.parametrize("lowering", ["standard", "matmulnbits", "tensorrt"])
 @pytest.mark.parametrize(
-    ("name", "weights", "symmetric"), [("tiny_qwen2", W8, True), ("tiny_llama", W8, False), ("tiny_v3_bf16", W4, False)]
+    ("name", "weights", "symmetric", "lowering"),
+    [
+        ("tiny_qwen2", W8, True, "standard"),
+        ("tiny_llama", W8, False, "standard"),
+        ("tiny_llama", W8, False, "tensorrt"),
+        ("tiny_v3_bf16", W4, False, "matmulnbits"),
+        ("tiny_v3_bf16", W4, False, "tensorrt"),
+    ],
 )
 def test_models_agree_with_the_runtime(
     name: str,
@@ -119,7 +125,7 @@ def test_w8a8_is_an_integer_product_in_every_target(
         assert kinds.count("MatMulNBits") <= 1, "but for the head"
 
 
-@pytest.mark.parametrize(("weights", "symmetric"), [(W8, True), (W8, False), (W4, False)])
+@pytest.mark.parametrize(("weights", "symmetric"), [(W8, True), (W4, False)])
 def test_engines_multiply_in_8_bits(
     weights: dict[str, Any], symmetric: bool, tiny_qwen2: Path, compressed: Callable[..., Path], tmp_path: Path
 ) -> None:
