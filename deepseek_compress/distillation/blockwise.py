@@ -2,13 +2,15 @@
 
 For block l with the changed model's stream h as input and the original's h* beside it, what is trained lowers
 
-    sum over tokens of |block_l(h) - block*_l(h*)|^2
+    sum over tokens of |block_l(h) - block*_l(h*)|^2 / |block*_l(h*)|^2
 
-so a block also makes up for what those before it lost. This is the block-wise half of EfficientQAT (Chen et al. 2024,
-arXiv 2407.11062, section 3.2), for scales and norms alone: codes and zero points stay. It needs neither the logits nor
-the other blocks: both streams lie in spools, what is found of a block is kept in the work directory, and an interrupted
-run goes on at the block where it stopped. Within a block a weight is there only while it is multiplied, forward and
-again backward, so that a block of many experts is never in memory either.
+so a block also makes up for what those before it lost. Each token counts by its error relative to its size, as the norm
+of the next block sees it: plain squares would be those of the few tokens whose states are by far the largest. This is
+the block-wise training of EfficientQAT (Chen et al. 2024, arXiv 2407.11062, section 3.2), of scales and norms alone:
+codes and zero points stay. It needs neither the logits nor the other blocks: both streams lie in spools, what is found
+of a block is kept in the work directory, and an interrupted run goes on at the block where it stopped. Within a block a
+weight is there only while it is multiplied, forward and again backward, so that a block of many experts is never in
+memory either.
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ def recover_blocks(
 ) -> list[dict[str, float]]:
     """Train every block on tokens int64 (samples, length); what is found lies in `models.found(layer)`.
 
-    Returns for each block the relative squared error of its output on one batch, before and after. The same arguments
-    give the same bits. Raises DscError where the two do not embed text alike.
+    Returns for each block the relative squared error of its output for a token of one batch, before and after. The
+    same arguments give the same bits. Raises DscError where the two do not embed text alike.
     """
     family = family_of(models.changed.config)
     cfg, batches = family.parse(models.changed.config), Batches(tokens)
@@ -195,9 +197,10 @@ class _Block:
         steps = [i for _ in range(passes) for i in torch.randperm(len(self.batches), generator=order).tolist()]
         weights, first = _Trained(self), math.nan
         for step, batch in enumerate(steps):
-            error = self._run(weights, before[0], batch) - self.batches.read(after[1], batch)
-            error.backward(error.detach())  # type: ignore[no-untyped-call]
-            first = self._relative(error.detach(), after[1], batch) if step == 0 else first
+            target = self.batches.read(after[1], batch)
+            error = self._run(weights, before[0], batch) - target
+            error.backward(error.detach() / _size(target))  # type: ignore[no-untyped-call]
+            first = _relative(error.detach(), target) if step == 0 else first
             for group in adam.param_groups:
                 group["lr"] = learning_rate * rate(step, len(steps))
             adam.step()
@@ -205,8 +208,8 @@ class _Block:
             for norm in self.norms.values():
                 norm.refresh()
         self._advance(weights, before[0], after[0])
-        error = self.batches.read(after[0], steps[0]) - self.batches.read(after[1], steps[0])
-        return {"before": first, "after": self._relative(error, after[1], steps[0])}
+        target = self.batches.read(after[1], steps[0])
+        return {"before": first, "after": _relative(self.batches.read(after[0], steps[0]) - target, target)}
 
     def save(self, path: Path) -> None:
         """Write the values that will be stored, whole or not at all."""
@@ -230,8 +233,16 @@ class _Block:
         for batch in range(len(self.batches)):
             self.batches.write(after, batch, self._run(weights, before, batch))
 
-    def _relative(self, error: Tensor, target: Spool, batch: int) -> float:
-        return float(error.square().sum() / self.batches.read(target, batch).square().sum())
+
+def _size(target: Tensor) -> Tensor:
+    """Mean square of each token's state: (n, length, ...) -> (n, length, 1, ...), above zero."""
+    size = target.square().mean(tuple(range(2, target.dim())), keepdim=True)
+    return size + 1e-6 * size.mean()
+
+
+def _relative(error: Tensor, target: Tensor) -> float:
+    """Of the mean token."""
+    return float((error.square() / _size(target)).mean())
 
 
 class _Trained:

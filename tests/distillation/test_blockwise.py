@@ -89,7 +89,9 @@ def plainly(packed: Checkpoint, original: Checkpoint) -> dict[str, Tensor]:
                 found |= {name: values.detach() for name, values in now.items()}
                 break
             adam.zero_grad()
-            (out - theirs[layer + 1][rows]).square().sum().mul(0.5).backward()  # type: ignore[no-untyped-call]
+            target = theirs[layer + 1][rows]
+            error = (out - target).square().sum(-1) / target.square().mean(-1)
+            error.sum().mul(0.5).backward()  # type: ignore[no-untyped-call]
             adam.param_groups[0]["lr"] = RATE * (1 - step / len(steps))  # six steps: one of warming up
             adam.step()
     return found
