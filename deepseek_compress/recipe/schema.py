@@ -238,14 +238,24 @@ def _stage(document: Document, place: tuple[str | int, ...], kind: str, knobs: d
     component = stages.load(kind)
     try:
         return component.model_validate(knobs)
-    except ValidationError as error:
-        raise Problems(
-            document.at((*place, *item["loc"]), explain(component, kind, item))
-            for item in error.errors(include_url=False)
-        ) from None
-    except DscError as error:  # from `pick` in a validator: it names the word, not the place
-        found = error.problems if isinstance(error, Problems) else [error]
-        raise Problems(document.at(document.find(place, str(e)), e) for e in found) from None
+    except (ValidationError, DscError) as error:
+        raise Problems([*_mistakes(document, place, component, kind, knobs)] or [str(error)]) from None
+
+
+def _mistakes(
+    document: Document, place: tuple[str | int, ...], component: type[Stage], kind: str, knobs: dict[str, Any]
+) -> Iterator[DscError]:
+    """Of each knob by itself, since `pick` in a validator ends the search at the first; with none, what is missing."""
+    for given in ({}, *({key: value} for key, value in knobs.items())):
+        try:
+            component.model_validate(given)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                if item["loc"][0] in given or (not given and item["loc"][0] not in knobs):
+                    yield document.at((*place, *item["loc"]), explain(component, kind, item))
+        except DscError as error:  # it names the word, not the place
+            found = error.problems if isinstance(error, Problems) else [error]
+            yield from (document.at(document.find(place, str(e)), e) for e in found)
 
 
 def _unknown_reads(step: Step, names: set[str]) -> list[DscError]:

@@ -90,9 +90,10 @@ def test_all_mistakes_are_reported_together() -> None:
         "  - {name: model, compress: {weights: {gptq: {num_bits: 99, foo: 1}}}}\n"
         "  - {name: b, frob: {}}\n"
         "  - {name: b, from: later, compress: {bar: 1}}\n"
+        "  - compress: {weights: {gptq: {foo: 1}}, sparsity: magnitud, mtp: some, bar: 1}\n"
     )
     lines = [message.split(": ")[0] for message in found]
-    assert lines == ["r.yaml:2"] * 3 + ["r.yaml:3"] + ["r.yaml:4"] * 3
+    assert lines == ["r.yaml:2"] * 3 + ["r.yaml:3"] + ["r.yaml:4"] * 3 + ["r.yaml:5"] * 4
 
 
 @pytest.mark.parametrize("text", ["", "3", "[1]", "[" * 5000, "\x00", "a: b: c"])
