@@ -80,7 +80,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     if cut not in CUTS:
         raise DscError(f"{folder}: llama.cpp has no known name for its pre-tokenizer", "export onnx or onnxruntime")
     name = "deepseek-r1-qwen" if CUTS[cut] == "qwen2" and DEEPSEEK in known else CUTS[cut]
-    ends, bos = tokenizer.eos_ids, tokenizer.bos_id
+    ends, (bos, adds_bos) = tokenizer.eos_ids, _first(tokenizer, known)
     return Vocabulary(
         pre=name,
         tokens=tokens,
@@ -88,7 +88,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
         bos=bos,
         eos=ends[0] if ends else None,
-        adds_bos=bos is not None and tokenizer.encode("a", special=True)[:1] == [bos],
+        adds_bos=adds_bos,
         template=_template(tokenizer),
     )
 
@@ -107,10 +107,25 @@ def _rules(step: dict[str, Any]) -> list[str]:
     return [f"another rule: {kind}"]
 
 
+def _first(tokenizer: Tokenizer, known: dict[str, int]) -> tuple[int | None, bool]:
+    """The token that starts a text, and whether the tokenizer adds it. config.json comes last: R1-Distill-Qwen's names
+    the token that ends one."""
+    special = tokenizer.encode("a", special=True)
+    if special[:1] != tokenizer.encode("a")[:1]:
+        return special[0], True
+    token = _config(tokenizer).get("bos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return known.get(str(text), tokenizer.bos_id), False
+
+
+def _config(tokenizer: Tokenizer) -> dict[str, Any]:
+    file = tokenizer.path / "tokenizer_config.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
 def _template(tokenizer: Tokenizer) -> str | None:
     """The chat template, where there is one: a file of its own, or a string in tokenizer_config.json."""
-    file, config = tokenizer.path / "chat_template.jinja", tokenizer.path / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    file = tokenizer.path / "chat_template.jinja"
+    found = file.read_text(encoding="utf-8") if file.is_file() else _config(tokenizer).get("chat_template")
     return found if isinstance(found, str) else None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
@@ -168,6 +168,22 @@ def test_the_cut_has_llama_cpps_name(tmp_path: Path) -> None:
     write_bpe(tmp_path)
     with pytest.raises(DscError, match="no row in an embedding of 100"):
         read_vocabulary(tmp_path, 100)
+
+
+def test_the_first_token_is_the_tokenizers(tmp_path: Path) -> None:
+    """config.json of R1-Distill-Qwen says 151643, which ends a text; its tokenizer adds 151646."""
+    write_bpe(tmp_path)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 2, "eos_token_id": 2}')
+    found = read_vocabulary(tmp_path, 512)
+    assert (found.bos, found.adds_bos, found.eos) == (2, False, 2)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}}')
+    assert read_vocabulary(tmp_path, 512).bos == 1
+    fast = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").unlink()
+    found = read_vocabulary(tmp_path, 512)
+    assert (found.bos, found.adds_bos, found.template) == (1, True, None)
 
 
 def test_the_target_and_what_it_refuses(
