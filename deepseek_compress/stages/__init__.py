@@ -24,7 +24,7 @@ STAGES: dict[str, Entry] = {
         "allocate", "Allocate", "bits for each unit by measured KL under a size, as a recipe to compress by"
     ),
     "recover": Entry(
-        "recover", "Recover", "scales and norms of a packed model trained towards the original: by_block, then by KL"
+        "recover", "Recover", "scales and norms of a packed model, trained by block, then by the KL of all"
     ),
     "calibrate": Entry("calibrate", "Calibrate", "statistics of each linear's input, to quantise with; coverage"),
     "export": Entry("export", "Export", "compressed-tensors, BF16, ONNX, TensorRT engine, GGUF"),
