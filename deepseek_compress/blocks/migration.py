@@ -1,13 +1,14 @@
 """Scales that move between linears and what makes their inputs, found before anything is rounded.
 
-The calibration text runs once through the model as it is (see `walk`). The scales are kept in the work directory, so
-that an interrupted run has them. The checkpoint that comes out computes the same: where a tensor of 16 bits takes part,
-scales are powers of two, and where a norm is divided, they are those that the rounded norm stands for.
+The calibration text runs once through the model as it is (see `walk`), unless its statistics were saved. The scales
+are kept in the work directory, so that an interrupted run has them. The checkpoint that comes out computes the same:
+where a tensor of 16 bits takes part, scales are powers of two, and where a norm is divided, they are those that the
+rounded norm stands for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from deepseek_compress.blocks.job import Job
 from deepseek_compress.blocks.statistics import Accumulator
 from deepseek_compress.blocks.walk import Run, walked
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.transformed import transformed
+from deepseek_compress.checkpoint.transformed import Transformed, transformed
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig
 from deepseek_compress.models.folds import Fold, folds
@@ -43,44 +44,60 @@ class Rescale:
         return tensor if self.columns is None else tensor * self.columns
 
 
-def problems(cfg: ModelConfig, header: Header) -> list[DscError]:
+def problems(header: Header) -> list[DscError]:
     """Why no scale can move."""
-    if cfg.compressed is not None:
-        return [DscError(f"migration: {cfg.model_type} mixes its streams before each norm", "set migration: null")]
     packed = [name for name, info in header.tensors.items() if info.encoding == "packed"]
     if packed:
         return [DscError(f"migration: {packed[0]} and others are packed already", "start from the 16-bit model")]
     return []
 
 
-def migrate(job: Job, tokens: Tensor, method: Migration, progress: Callable[[int, int, str], None]) -> Job:
-    """`job` on a source with the scales moved that `method` finds on `tokens` int64 (samples, length)."""
-    scales = find(job, tokens, method, progress)
-    return replace(job, source=migrated(job.source, job.family, job.cfg, scales))
+def migrate(job: Job, tokens: Tensor | None, method: Migration, progress: Callable[[int, int, str], None]) -> Job:
+    """`job` on a source with the scales moved that `method` finds.
+
+    It looks at `tokens` int64 (samples, length), or at the statistics of the job, which then are of the moved model.
+    """
+    source = migrated(job.source, job.family, job.cfg, find(job, tokens, method, progress))
+    if job.statistics is None:
+        return replace(job, source=source)
+    divided = {}
+    for layer in range(job.cfg.num_hidden_layers):
+        prefix = job.family.prefix(layer) + "."
+        for linear in job.family.linears(job.cfg, layer):
+            change = source.changes.get(f"{prefix}{linear.name}.weight")
+            if isinstance(change, Rescale) and change.columns is not None:
+                divided[prefix + linear.input] = change.columns
+    return replace(job, source=source, statistics=job.statistics.over(divided))
 
 
 @torch.no_grad()
-def find(job: Job, tokens: Tensor, method: Migration, progress: Callable[[int, int, str], None]) -> Scales:
+def find(job: Job, tokens: Tensor | None, method: Migration, progress: Callable[[int, int, str], None]) -> Scales:
     """Scales for every place that `method` serves; `tokens` int64 (samples, length) of calibration text."""
     file = job.work / "migration.npz"
     if not file.is_file():
         found: Scales = {}
-        for layer, run in walked(job, tokens):
-            progress(layer, job.cfg.num_hidden_layers, f"scales of block {layer}")
+        total = job.cfg.num_hidden_layers
+        for layer, run in walked(job, tokens[: method.samples]) if tokens is not None else _unrun(total):
+            progress(layer, total, f"scales of block {layer}")
             found |= _block(job, layer, run, method)
         _save(file, found)
     with np.load(file) as saved:
         return {name: torch.from_numpy(saved[name]) for name in saved.files}
 
 
+def _unrun(total: int) -> Iterator[tuple[int, None]]:
+    return ((layer, None) for layer in range(total))
+
+
 def _save(file: Path, found: Scales) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".tmp.npz")
     np.savez(beside, **{name: scales.numpy() for name, scales in found.items()})  # type: ignore[arg-type]
     beside.rename(file)
 
 
-def _block(job: Job, layer: int, run: Run, method: Migration) -> Scales:
-    """The scales of block `layer`, which `run` runs over the text."""
+def _block(job: Job, layer: int, run: Run | None, method: Migration) -> Scales:
+    """The scales of block `layer`, which `run` runs over the text; without it, from the job's statistics."""
     prefix, source = job.family.prefix(layer) + ".", job.source
     served = [fold for fold in folds(job.family, job.cfg, layer) if method.streams or fold.router is None]
     sums = [Accumulator(method.needs) for _ in served]
@@ -90,7 +107,12 @@ def _block(job: Job, layer: int, run: Run, method: Migration) -> Scales:
         if name in watched:
             watched[name].add(x)
 
-    run(look)
+    if run is not None:
+        run(look)
+    else:
+        for linear in job.family.linears(job.cfg, layer):
+            if linear.name in watched:
+                watched[linear.name].merge(job.saved(layer, linear))
     found: Scales = {}
     for fold, total in zip(served, sums, strict=True):
         if total.tokens:
@@ -128,7 +150,7 @@ def _movable(job: Job, layer: int, fold: Fold, scales: Tensor) -> Tensor:
     return torch.where(divided != 0, norm.float() / divided, torch.ones_like(scales))
 
 
-def migrated(source: Checkpoint, family: Family, cfg: ModelConfig, scales: Mapping[str, Tensor]) -> Checkpoint:
+def migrated(source: Checkpoint, family: Family, cfg: ModelConfig, scales: Mapping[str, Tensor]) -> Transformed:
     """`source` with the scales moved."""
     changes: dict[str, Rescale] = {}
     for layer in range(cfg.num_hidden_layers):

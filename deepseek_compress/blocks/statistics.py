@@ -49,6 +49,17 @@ class Accumulator:
                 if len(chunk) > 2:
                     self._owed = _more(self._owed, chunk[2].T @ chunk[0])
 
+    def merge(self, saved: Statistics) -> None:
+        """Take in what was summed before."""
+        self.tokens += saved.tokens
+        if "hessian" in self.needs and saved.hessian is not None:
+            self._hessian = _more(self._hessian, saved.hessian)
+        if "input_absmax" in self.needs and saved.input_absmax is not None:
+            largest = saved.input_absmax
+            self._absmax = largest if self._absmax is None else torch.maximum(self._absmax, largest)
+        if "input_absmean" in self.needs and saved.input_absmean is not None:
+            self._abssum = _more(self._abssum, saved.input_absmean * saved.tokens)
+
     def _rows(self, x: Tensor) -> None:
         self.tokens += len(x)
         if "hessian" in self.needs:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +112,36 @@ class StatisticsWriter:
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """Statistics on disk; plain values, so that any process can read some of them."""
+    """Statistics on disk; plain values, so that any process can read some of them.
+
+    `divided`: scales (columns,) by the name of the input whose channels they divide, as if it had been seen like that.
+    """
 
     path: Path
     manifest: dict[str, Any]
     places: dict[str, Location]
+    divided: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def fields(self) -> frozenset[str]:
         """What is there of each input."""
         return frozenset(self.manifest["statistics"]["fields"])
 
+    def over(self, scales: Mapping[str, Tensor]) -> SavedStatistics:
+        """Those of the same inputs with their channels divided by `scales`."""
+        return replace(self, divided=scales)
+
     def read(self, name: str) -> Statistics:
         """Those of the input `name`, "model.layers.3.mlp.in"."""
         tokens, hessian, absmax, absmean = (self._part(f"{name}.{field}") for field in ("tokens", *FIELDS))
         if tokens is None:
             raise DscError(f"{self.path}: has no statistics of {name}", _AGAIN)
-        return Statistics(int(tokens), None if hessian is None else unpack_triangle(hessian), absmax, absmean)
+        hessian = None if hessian is None else unpack_triangle(hessian)
+        if name in self.divided:
+            s = self.divided[name]
+            hessian = None if hessian is None else hessian / s[:, None] / s
+            absmax, absmean = (None if part is None else part / s for part in (absmax, absmean))
+        return Statistics(int(tokens), hessian, absmax, absmean)
 
     def _part(self, name: str) -> Tensor | None:
         place = self.places.get(name)

@@ -51,7 +51,7 @@ def transformed(
     changes: Mapping[str, Change],
     header: Header | None = None,
     origins: Mapping[str, str] | None = None,
-) -> Checkpoint:
+) -> Transformed:
     """`source` with `changes`. `header`: that of the outcome, where more than its values differs."""
     known = header or source.header
     tensors = {name: _changed(info) if name in changes else info for name, info in known.tensors.items()}

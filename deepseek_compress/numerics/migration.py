@@ -35,6 +35,7 @@ class Migration(BaseModel, frozen=True, extra="forbid"):
     streams: ClassVar[bool] = False  # `kept` is small, so that all experts of a block fit
     loads: ClassVar[int] = 0  # bytes of libraries that only it imports
     paper: ClassVar[str] = ""
+    samples: int | None = Field(None, ge=1)  # of the calibration text that are looked at, the first ones; null: all
 
     def kept(self, weight: Tensor) -> Tensor:
         """What `scales` has to know of a weight (rows, columns) that reads the channels: (some, columns)."""

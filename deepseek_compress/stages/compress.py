@@ -102,7 +102,7 @@ class Compress(Stage, frozen=True):
         cfg, roles = family.parse(header.config), self._changed(header)
         found = selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
         found += [] if self.rotation is None else rotation.problems(family, cfg, header, self.mtp == "keep")
-        found += [] if self.migration is None else migration.problems(cfg, header)
+        found += [] if self.migration is None else migration.problems(header)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
     def reads_text(self, header: Header) -> bool:
@@ -117,9 +117,12 @@ class Compress(Stage, frozen=True):
     def _needs(self, header: Header) -> frozenset[str]:
         """What has to be known of inputs; "text" where that alone serves."""
         family = family_of(header.config)
-        needs = self._change(family, family.parse(header.config), header).needs
-        own = self.migration is not None or isinstance(self.activations, Static)
-        own = own or (self.rotation is not None and bool(needs))  # no statistics of others fit
+        cfg = family.parse(header.config)
+        moving = self._moving(cfg)
+        needs = self._change(family, cfg, header).needs | (moving.needs if moving else set())
+        own = isinstance(self.activations, Static) or (
+            self.rotation is not None and needs
+        )  # no statistics of others fit
         return needs | {"text"} if own else needs
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
@@ -129,7 +132,9 @@ class Compress(Stage, frozen=True):
         header = header if self.rotation is None else rotation.rotated_header(family, cfg, header)
         change = self._change(family, cfg, header)
         expected = expect(family, cfg, header, change, samples if change.needs else 0, length)
-        before = walk.cost(family, cfg, header, samples, length) if self.migration else walk.NOTHING
+        moving = self._moving(cfg)
+        looked_at = min(samples, (moving and moving.samples) or samples)
+        before = walk.cost(family, cfg, header, looked_at, length) if moving else walk.NOTHING
         looked = self._range_cost(family, cfg, header, samples, length)
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
         alone = max(memory.alone, before.memory, looked.memory, turned)
@@ -144,6 +149,10 @@ class Compress(Stage, frozen=True):
             expected.tasks,
             read=sum(info.bytes for info in header.tensors.values()),
         )
+
+    def _moving(self, cfg: ModelConfig) -> Migration | None:
+        """`migration`, where the family has a place for scales."""
+        return None if cfg.compressed is not None else self.migration
 
     def _range_cost(self, family: Family, cfg: ModelConfig, header: Header, samples: int, length: int) -> walk.Cost:
         """Of the run that finds the grids of static activations."""
@@ -171,8 +180,8 @@ class Compress(Stage, frozen=True):
         job = Job(source, family, cfg, change, work, keep_mtp=self.mtp == "keep", statistics=before)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
-        if self.migration is not None and tokens is not None:
-            job = migration.migrate(job, tokens, self.migration, context.progress)
+        if (moving := self._moving(cfg)) is not None:
+            job = migration.migrate(job, tokens, moving, context.progress)
         scheme, told = self._input_scheme(job, tokens, context)
         job, decisions = replace(job, scheme=scheme), decisions + told
         activations = self._told_scheme(scheme.inputs if scheme else {})
@@ -221,6 +230,8 @@ class Compress(Stage, frozen=True):
             size = "one scale a row" if chosen.group_size is None else f"group_size {chosen.group_size}"
             lines.append(f"{size} (chosen: the largest that fits)")
         lines += counted(chosen.own)
+        if self.migration is not None and self._moving(cfg) is None:
+            lines.append(f"no scales moved: {cfg.model_type} mixes its streams before each norm")
         if chosen.left:
             lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
         if source.header.mxfp4 and not self.requantize and (self.weights or self.sparsity):

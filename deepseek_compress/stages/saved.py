@@ -52,7 +52,7 @@ def _lacking(found: SavedStatistics, needs: frozenset[str]) -> list[DscError]:
         what = "the method compares the changed model with the original, which saved statistics cannot"
         wrong.append(DscError(f"{found.path}: {what}", "choose gptq, or calibrate with text"))
     if "text" in needs:
-        what = f"{found.path}: migration and static activations read text, saved statistics have none"
+        what = f"{found.path}: rotated inputs and static activations need text, saved statistics have none"
         wrong.append(DscError(what, "leave those out, or calibrate with text"))
     if missing := sorted(needs - found.fields - {"drift", "text"}):
         what = f"{found.path}: holds {', '.join(sorted(found.fields))}, not {', '.join(missing)}"

@@ -62,6 +62,14 @@ def test_the_folded_model_computes_the_same(
     assert all(torch.equal(again[place], value) for place, value in scales.items())
 
 
+def test_only_the_first_samples_are_looked_at(tiny_llama: Path, tmp_path: Path) -> None:
+    found = find(job_of(tiny_llama, tmp_path / "some", None), TOKENS, SmoothQuant(samples=2), silent)
+    first = find(job_of(tiny_llama, tmp_path / "first", None), TOKENS[:2], SmoothQuant(), silent)
+    every = find(job_of(tiny_llama, tmp_path / "every", None), TOKENS, SmoothQuant(), silent)
+    assert all(torch.equal(found[place], scales) for place, scales in first.items())
+    assert not all(torch.equal(found[place], scales) for place, scales in every.items())
+
+
 def outlying(path: Path, out: Path) -> Path:
     """The checkpoint with a few channels of each norm that stand far above the others."""
     from safetensors.torch import load_file, save_file

@@ -62,11 +62,10 @@ def test_static_activations_have_a_grid_for_each_input_that_is_seen(tiny_v4: Pat
 
 
 def test_what_its_streams_do_not_allow_is_one_line_each(tiny_v4: Path) -> None:
-    parts = {"rotation": "hadamard", "migration": "smoothquant", "kv_cache": {"num_bits": 8}}
+    parts = {"rotation": "hadamard", "kv_cache": {"num_bits": 8}}
     found = build(Compress, parts, "compress").problems(open_checkpoint(tiny_v4).header)
     assert [str(problem) for problem in found] == [
         "rotation: deepseek_v4 mixes its streams before each norm; set rotation: null",
-        "migration: deepseek_v4 mixes its streams before each norm; set migration: null",
         "kv_cache: deepseek_v4 keeps entries of many tokens, not rounded here; set kv_cache: null",
     ]
 

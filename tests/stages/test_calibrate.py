@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_compress import blocks, pipeline
-from deepseek_compress.blocks import observe
+from deepseek_compress.blocks import migration, observe
 from deepseek_compress.blocks.job import by_input
+from deepseek_compress.blocks.statistics import Accumulator
+from deepseek_compress.blocks.walk import walked
+from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.statistics import StatisticsWriter, open_statistics, pack_triangle, unpack_triangle
 from deepseek_compress.errors import DscError, Problems
@@ -24,12 +27,16 @@ from deepseek_compress.models import family_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics import WEIGHTS
+from deepseek_compress.numerics.migration import SmoothQuant
+from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.recipe import Changes, parse_recipe
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.calibrate import Calibrate
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.stages.text import calibration_text
 from tests.blocks.test_blocks import contents
+from tests.blocks.test_moved_scales import job_of, silent
+from tests.models.reference import relative
 
 GPTQ = Compress(weights=WEIGHTS["gptq"].model_validate({"group_size": 32}))
 
@@ -113,6 +120,38 @@ def test_the_first_linears_are_those_of_a_run_with_text(saved: Path, tiny_v3: Pa
     assert torch.equal(ours.read(first), theirs.read(first))
     last = "model.layers.2.mlp.shared_experts.down_proj.weight"
     assert not torch.equal(ours.read(last), theirs.read(last))
+
+
+def test_scales_move_by_them_as_by_the_text(saved: Path, tiny_v3: Path, text: Path, tmp_path: Path) -> None:
+    """And what the moved model sees is what the statistics then say."""
+    tokens = calibration_text(open_checkpoint(tiny_v3), context(tmp_path, settings(text)), tmp_path).tokens
+    job = job_of(tiny_v3, tmp_path / "text", Rtn(num_bits=8, symmetric=True))
+    by_text = migration.find(job, tokens, SmoothQuant(), silent)
+    job = replace(job, work=tmp_path / "saved", statistics=open_statistics(saved))
+    moved = migration.migrate(job, None, SmoothQuant(), silent)
+    by_saved = migration.find(job, None, SmoothQuant(), silent)
+    assert by_text.keys() == by_saved.keys()
+    for place, scales in by_text.items():
+        torch.testing.assert_close(by_saved[place], scales, rtol=1e-3, atol=1e-6)
+    seen: dict[tuple[int, str], Accumulator] = {}
+    for layer, run in walked(replace(moved, work=tmp_path / "walk", statistics=None), tokens):
+        run(lambda name, x, layer=layer: seen.setdefault((layer, name), Accumulator(("hessian",))).add(x))
+    for layer in range(job.cfg.num_hidden_layers):
+        for linear in job.family.linears(job.cfg, layer):
+            if (layer, linear.name) in seen:
+                expected, found = seen[layer, linear.name].statistics(), moved.saved(layer, linear)
+                assert expected.hessian is not None and found.hessian is not None
+                assert relative(found.hessian, expected.hessian) < 1e-4
+
+
+def test_the_default_recipe_takes_them(saved: Path, tiny_v3: Path, text: Path, tmp_path: Path) -> None:
+    source, parts = open_checkpoint(tiny_v3), {"weights": GPTQ.weights, "migration": SmoothQuant(samples=4)}
+    settled = {"statistics": str(saved)}
+    assert Compress(**parts).statistics_problems(source, Calibration.model_validate(settled)) == []
+    out = Compress(**parts).run(source, context(tmp_path / "out", settled)).path
+    plain = GPTQ.run(source, context(tmp_path / "plain", settled)).path
+    name = "model.layers.0.self_attn.q_a_proj.weight"
+    assert not torch.equal(open_checkpoint(out).read(name), open_checkpoint(plain).read(name))
 
 
 def test_workers_and_interruptions_change_no_byte(

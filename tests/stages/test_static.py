@@ -177,7 +177,7 @@ def test_saved_statistics_do_not_serve(tiny_qwen2: Path, text: Path, tmp_path: P
 
     source = open_checkpoint(tiny_qwen2)
     saved = Calibrate().run(source, context(tmp_path / "statistics", text)).path
-    with pytest.raises(DscError, match="static activations read text"):
+    with pytest.raises(DscError, match="static activations need text"):
         stage(weights="gptq").run(source, context(tmp_path / "out", text, calibration={"statistics": str(saved)}))
 
 
