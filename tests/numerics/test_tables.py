@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, SPARSITY, WEIGHTS
+from deepseek_compress.numerics.activations import Dynamic
 from deepseek_compress.numerics.hessian import layer_error
 from deepseek_compress.numerics.modelopt import ModelOptMax
 from deepseek_compress.numerics.rtn import Rtn
@@ -104,12 +105,11 @@ def test_degenerate_weights(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name: str, symmetric: bool, bits: int) -> None:
-    method = ACTIVATIONS[name](num_bits=bits, symmetric=symmetric)
+def test_dynamic_activations(symmetric: bool, bits: int) -> None:
+    method = Dynamic(num_bits=bits, symmetric=symmetric)
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 5)[None, :, None]
     x[0, 0] = 0
-    y = method(x)  # type: ignore[operator]
+    y = method(x)
     assert torch.equal(y, method(x))
     assert y.dtype == x.dtype
     assert torch.equal(y[0, 0], x[0, 0])
@@ -118,7 +118,7 @@ def test_activations(name: str, symmetric: bool, bits: int) -> None:
     assert bool(((y - x).abs() <= step[..., None] * (0.5 if symmetric else 1.0) + 1e-9).all())
     assert all(len(set(token.tolist())) <= 2**bits for token in y.view(-1, 64))
     half = x.bfloat16()
-    assert method(half).dtype == torch.bfloat16  # type: ignore[operator]
+    assert method(half).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("table", [WEIGHTS, SPARSITY, ACTIVATIONS, MIGRATION])
