@@ -285,6 +285,8 @@ def main() -> int:
     parser.add_argument("--reuse", action="store_true", help="take rows measured before with the same versions")
     parser.add_argument("--scratch", type=Path, help="where checkpoints lie until they are judged")
     options = parser.parse_args()
+    if options.scratch is not None:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(options.scratch or cache()).free < DISK:
         raise SystemExit(f"less than {DISK >> 30} GiB free for checkpoints; name another folder with --scratch")
     work = options.scratch or cache() / "accuracy" / "work"
