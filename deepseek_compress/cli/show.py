@@ -89,7 +89,8 @@ def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool)
     record = _read(out / "report.json")
     written = {step.name: str(paths[step.name]) for step in recipe.steps}
     last = next((s for s in reversed(recipe.steps) if s.stage.writes == "checkpoint"), recipe.steps[-1])
-    after = _after(last.kind, paths[last.name], recipe.model or "MODEL")
+    where = paths[last.name]  # of an artifact, its file
+    after = _after(last.kind, where.parent if where.is_file() else where, recipe.model or "MODEL")
     following = f"dsc compare {quote(f'{out}/report.json')} -o compare.html" if record else after
     if as_json:
         console.print_json({"out": str(out), "outputs": written, "report": record, "next": following})

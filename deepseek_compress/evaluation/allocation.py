@@ -17,8 +17,9 @@ from deepseek_compress.blocks.units import Unit
 from deepseek_compress.checkpoint import Header
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.sensitivity import Choice
-from deepseek_compress.numerics import WEIGHTS, WeightQuantizer
+from deepseek_compress.numerics import MIGRATION, WEIGHTS, WeightQuantizer
 from deepseek_compress.numerics.knapsack import assign
+from deepseek_compress.numerics.migration import Migration
 
 ENTRY = 128  # bytes that a stored part takes in the header of its file, beside its name
 PARTS = 4  # of a packed weight
@@ -119,7 +120,12 @@ def too_small(sizes: Sizes, target: Target) -> DscError:
 
 
 def recipe(
-    found: Sequence[Choice], chosen: Sequence[int], weights: WeightQuantizer, calibration: Mapping[str, Any], note: str
+    found: Sequence[Choice],
+    chosen: Sequence[int],
+    weights: WeightQuantizer,
+    calibration: Mapping[str, Any],
+    note: str,
+    migration: Migration | None = None,
 ) -> str:
     """The recipe, YAML text: the scheme of most weights in `weights`, one override for each of the others."""
     groups: dict[WeightQuantizer | None, list[Unit]] = {}
@@ -130,6 +136,9 @@ def recipe(
     method = next(name for name, kind in WEIGHTS.items() if type(weights) is kind)
     knobs = {**weights.model_dump(mode="json", exclude_defaults=True), **_scheme(base), "symmetric": base.symmetric}
     lines = [f"# {note}", f"calibration: {_flow(calibration)}", "stages:", "  - compress:"]
+    if migration is not None:
+        moved = next(name for name, kind in MIGRATION.items() if type(migration) is kind)
+        lines += [f"      migration: {{{moved}: {_flow(migration.model_dump(mode='json', exclude_defaults=True))}}}"]
     lines += [f"      weights: {{{method}: {_flow(knobs)}}}"]
     others = [quantizer for quantizer in ordered if quantizer != base]
     lines += ["      overrides:"] if others else []

@@ -26,7 +26,8 @@ from deepseek_compress.evaluation import allocation, fisher, sensitivity
 from deepseek_compress.evaluation.allocation import Sizes, Target
 from deepseek_compress.evaluation.sensitivity import Choice, Search
 from deepseek_compress.models import Family, ModelConfig, Role, family_of
-from deepseek_compress.numerics import WEIGHTS, WeightQuantizer
+from deepseek_compress.numerics import MIGRATION, WEIGHTS, WeightQuantizer
+from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
 from deepseek_compress.stages.text import calibration_text
 from deepseek_compress.workers import open_pool
@@ -47,6 +48,8 @@ class Allocate(Stage, frozen=True):
     weights: Annotated[SerializeAsAny[WeightQuantizer], picked(WEIGHTS, "weights")] = Field(
         default_factory=lambda: WEIGHTS["gptq"].model_validate({})
     )
+    # Goes into the recipe that is written and only helps there: the losses are measured with no scale moved.
+    migration: Annotated[SerializeAsAny[Migration] | None, picked(MIGRATION, "migration")] = None
     options: tuple[Scheme, ...] = Field(OPTIONS, min_length=2)  # what a unit may become, where that differs
     method: Literal["kl", "fisher"] = "kl"  # measure each loss, or estimate all of them from gradients: see `fisher`
     windows: int = Field(16, gt=0)  # of text that judges: those after the ones that calibrate
@@ -122,7 +125,7 @@ class Allocate(Stage, frozen=True):
         text = calibration_text(source, context, work, samples=fitted + self.windows)
         fitting, judging = text.tokens[:fitted], text.tokens[fitted:]
         identity = {
-            "knobs": self.model_dump(mode="json", exclude={"target"}),  # the losses do not follow from the target
+            "knobs": self.model_dump(mode="json", exclude={"target", "migration"}),  # no loss follows from them
             "model": provenance.fingerprint(source),
             "calibration": digest_of(text.tokens),
             "versions": provenance.versions(),
@@ -173,7 +176,7 @@ class Allocate(Stage, frozen=True):
         """The recipe and the table."""
         note = f"{facts['bits_per_weight']:.4g} bits per weight, found by dsc allocate (target {self.target}): "
         note += f"KL {facts['measured_kl']:.4g} nats a token, {facts['predicted_kl']:.4g} predicted"
-        text = allocation.recipe(choices, chosen, self.weights, context.text.document(), note)
+        text = allocation.recipe(choices, chosen, self.weights, context.text.document(), note, self.migration)
         lines = [f"{key}: {value}" for key, value in facts.items() if key != "schemes"]
         lines += [f"{share:.1%} of the weights: {scheme}" for scheme, share in facts["schemes"].items()]
         lines.append("below: KL in nats a token with that unit alone stored so, what was chosen in bold")

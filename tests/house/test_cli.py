@@ -103,6 +103,11 @@ def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, 
     assert done.exit_code == 0, done.output
     following = done.stdout.splitlines()[-1]
     assert following == f"next: dsc quantize {tiny_llama} -o OUT --statistics 'my run/calibrate'"
+    knobs = "{target: 4 bits per weight, weights: rtn, windows: 1, options: [{num_bits: 2}, {num_bits: 4}]}"
+    Path("bits.yaml").write_text(f"model: {tiny_llama}\nstages:\n  - allocate: {knobs}\n")
+    following = dsc("run", "bits.yaml", "-o", "bits", *words).stdout.splitlines()[-1]
+    assert following == f"next: dsc quantize {tiny_llama} -o OUT -r bits/allocate/recipe.yaml"
+    assert Path("bits/allocate/recipe.yaml").is_file()
 
 
 @pytest.mark.parametrize(

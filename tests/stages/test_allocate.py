@@ -20,6 +20,7 @@ from deepseek_compress.evaluation import allocation
 from deepseek_compress.evaluation.allocation import Target
 from deepseek_compress.models import Role, family_of
 from deepseek_compress.numerics import WEIGHTS
+from deepseek_compress.numerics.migration import SmoothQuant
 from deepseek_compress.pipeline import Options, plan, run
 from deepseek_compress.recipe import parse_recipe
 from tests.conftest import V3_CONFIG
@@ -114,10 +115,12 @@ def test_the_recipe_says_what_was_chosen(data: st.DataObject) -> None:
     chosen = [data.draw(st.integers(0, len(choice.options) - 1)) for choice in found]
     if all(choice.options[option] is None for choice, option in zip(found, chosen, strict=True)):
         return
-    text = allocation.recipe(found, chosen, weights, {"sources": ["my text: a.jsonl", "no"], "samples": 3}, "a note")
-    recipe = parse_recipe(text, "recipe.yaml")
+    settings = {"sources": ["my text: a.jsonl", "no"], "samples": 3}
+    moved = data.draw(st.sampled_from([None, SmoothQuant(alpha=0.4, samples=3)]))
+    recipe = parse_recipe(allocation.recipe(found, chosen, weights, settings, "a note", moved), "recipe.yaml")
     assert [source.path for source in recipe.calibration.sources] == ["my text: a.jsonl", "no"]
     stage: Any = recipe.steps[0].stage
+    assert stage.migration == moved
     from deepseek_compress.blocks.selection import select
 
     picked = select(family, family.parse(V3_CONFIG), ROLES, stage.weights, stage.overrides)
