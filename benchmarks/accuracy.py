@@ -78,6 +78,7 @@ ROWS = (
     Row("llm-compressor GPTQ, act order, 32 samples", "llmcompressor", "gptq", "gptq", samples=32),
     Row("llm-compressor GPTQ, no order", "llmcompressor", "gptq-plain", "gptq"),
     Row("llm-compressor AWQ", "llmcompressor", "awq"),
+    Row("llm-compressor AWQ, 16 samples", "llmcompressor", "awq", samples=16),  # 64 take it some 50 minutes
     Row("GPTQModel GPTQ", "gptqmodel", "gptq", "gptq"),
     Row("GPTQModel GPTQ, act order", "gptqmodel", "gptq-order", "gptq"),
     Row("HQQ", "hqq", "hqq", samples=0),
