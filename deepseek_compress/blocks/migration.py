@@ -8,9 +8,8 @@ rounded norm stands for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from deepseek_compress.blocks.job import Job
 from deepseek_compress.blocks.statistics import Accumulator
 from deepseek_compress.blocks.walk import Run, walked
 from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.files import write_arrays
 from deepseek_compress.checkpoint.transformed import Transformed, transformed
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig
@@ -58,8 +58,8 @@ def migrate(job: Job, tokens: Tensor | None, method: Migration, progress: Callab
     It looks at `tokens` int64 (samples, length), or at the statistics of the job, which then are of the moved model.
     """
     source = migrated(job.source, job.family, job.cfg, find(job, tokens, method, progress))
-    if job.statistics is None:
-        return replace(job, source=source)
+    if job.statistics is None or not job.change.needs:  # what solves without them would read them for nothing
+        return replace(job, source=source, statistics=None)
     divided = {}
     for layer in range(job.cfg.num_hidden_layers):
         prefix = job.family.prefix(layer) + "."
@@ -77,23 +77,14 @@ def find(job: Job, tokens: Tensor | None, method: Migration, progress: Callable[
     if not file.is_file():
         found: Scales = {}
         total = job.cfg.num_hidden_layers
-        for layer, run in walked(job, tokens[: method.samples]) if tokens is not None else _unrun(total):
+        runs: Iterable[tuple[int, Run | None]] = ((layer, None) for layer in range(total))
+        for layer, run in runs if tokens is None else walked(job, tokens[: method.samples]):
             progress(layer, total, f"scales of block {layer}")
             found |= _block(job, layer, run, method)
-        _save(file, found)
+        job.work.mkdir(parents=True, exist_ok=True)
+        write_arrays(file, found)
     with np.load(file) as saved:
         return {name: torch.from_numpy(saved[name]) for name in saved.files}
-
-
-def _unrun(total: int) -> Iterator[tuple[int, None]]:
-    return ((layer, None) for layer in range(total))
-
-
-def _save(file: Path, found: Scales) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".tmp.npz")
-    np.savez(beside, **{name: scales.numpy() for name, scales in found.items()})  # type: ignore[arg-type]
-    beside.rename(file)
 
 
 def _block(job: Job, layer: int, run: Run | None, method: Migration) -> Scales:

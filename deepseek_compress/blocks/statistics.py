@@ -55,8 +55,7 @@ class Accumulator:
         if "hessian" in self.needs and saved.hessian is not None:
             self._hessian = _more(self._hessian, saved.hessian)
         if "input_absmax" in self.needs and saved.input_absmax is not None:
-            largest = saved.input_absmax
-            self._absmax = largest if self._absmax is None else torch.maximum(self._absmax, largest)
+            self._absmax = _larger(self._absmax, saved.input_absmax)
         if "input_absmean" in self.needs and saved.input_absmean is not None:
             self._abssum = _more(self._abssum, saved.input_absmean * saved.tokens)
 
@@ -65,8 +64,7 @@ class Accumulator:
         if "hessian" in self.needs:
             self._hessian = add_gram(self._hessian, x)
         if "input_absmax" in self.needs:
-            largest = x.abs().amax(0)
-            self._absmax = largest if self._absmax is None else torch.maximum(self._absmax, largest)
+            self._absmax = _larger(self._absmax, x.abs().amax(0))
         if "input_absmean" in self.needs:
             self._abssum = _more(self._abssum, x.abs().sum(0))
 
@@ -79,6 +77,10 @@ class Accumulator:
 
 def _more(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
+
+
+def _larger(largest: Tensor | None, part: Tensor) -> Tensor:
+    return part if largest is None else torch.maximum(largest, part)
 
 
 class _Seen(Exception):

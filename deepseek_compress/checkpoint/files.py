@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import blake3
+import numpy as np
+from torch import Tensor
 
 from deepseek_compress.errors import DscError
 
@@ -52,12 +54,25 @@ def blocks(fd: int, count: int | None = None) -> Iterator[memoryview]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Beside first, synced, then renamed: a reader sees the old content or the new, never a part."""
+    """As `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_arrays(path: Path, values: Mapping[str, Tensor]) -> None:
+    """Tensors by name as an .npz file, as `replacing` does."""
+    with replacing(path) as file:
+        np.savez(file, **{name: tensor.numpy() for name, tensor in values.items()})  # type: ignore[arg-type]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside, synced, then renamed: a reader of `path` sees the old content or the new, never a part."""
     beside = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
             with open(beside, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)

@@ -30,7 +30,7 @@ from deepseek_compress import machine
 from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, embed_into, row_shape
 from deepseek_compress.blocks.spool import HELD, Spool
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import read_json, write_arrays, write_json
 from deepseek_compress.costs import Work
 from deepseek_compress.distillation.recovery import BETAS, Norm, by_scale, moved, rate
 from deepseek_compress.errors import DscError
@@ -212,12 +212,10 @@ class _Block:
         return {"before": first, "after": _relative(self.batches.read(after[0], steps[0]) - target, target)}
 
     def save(self, path: Path) -> None:
-        """Write the values that will be stored, whole or not at all."""
+        """Write the values that will be stored."""
         found = {name: moved(scale, self.changes[name]) for name, scale in self.scales.items()}
         found |= {name: norm.result().float() for name, norm in self.norms.items()}
-        beside = path.with_suffix(".tmp.npz")
-        np.savez(beside, **{name: values.numpy() for name, values in found.items()})  # type: ignore[arg-type]
-        beside.rename(path)
+        write_arrays(path, found)
 
     def packed(self, name: str) -> Quantized | None:
         """A packed weight with its scales as they are now; None for any other."""

@@ -18,13 +18,12 @@ import numpy as np
 from onnx import TensorProto
 
 from deepseek_compress.export.graph import Array, Graph
-from deepseek_compress.numerics.activations import InputGrid
+from deepseek_compress.numerics.activations import SMALLEST, InputGrid
 from deepseek_compress.numerics.types import Quantized
 
 if TYPE_CHECKING:
     from deepseek_compress.export.lowering import Build, Grids, Weight
 
-SMALLEST = 1e-30  # as numerics.activations: a token below it keeps its zeros
 LOW, HIGH = -128, 127  # static codes
 
 

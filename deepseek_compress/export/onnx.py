@@ -29,7 +29,6 @@ from onnx import TensorProto
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.graph import CONTRIB, Graph
-from deepseek_compress.export.inputs import SMALLEST
 from deepseek_compress.export.lowering import (
     LOWERINGS,
     Build,
@@ -46,7 +45,7 @@ from deepseek_compress.models import family_of
 from deepseek_compress.models.activations import input_scheme
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.numerics import WEIGHTS
-from deepseek_compress.numerics.activations import Dynamic, InputGrid
+from deepseek_compress.numerics.activations import SMALLEST, Dynamic, InputGrid
 from deepseek_compress.numerics.grid import fit_group_size
 from deepseek_compress.numerics.types import Quantized, Statistics
 

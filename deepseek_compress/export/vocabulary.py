@@ -7,7 +7,6 @@ since a wrong name gives other tokens without a message. Source: llama.cpp, conv
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     Raises `DscError` for a tokenizer that is not byte-level BPE, or is cut in a way llama.cpp has no known name for.
     """
     tokenizer = load_tokenizer(folder)
-    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document = tokenizer.document("tokenizer.json")
     model, added = document["model"], document.get("added_tokens") or []
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         kind = "BPE with byte fallback" if model.get("byte_fallback") else model.get("type")
@@ -113,19 +112,17 @@ def _first(tokenizer: Tokenizer, known: dict[str, int]) -> tuple[int | None, boo
     special = tokenizer.encode("a", special=True)
     if special[:1] != tokenizer.encode("a")[:1]:
         return special[0], True
-    token = _config(tokenizer).get("bos_token")
+    token = tokenizer.document("tokenizer_config.json").get("bos_token")
     text = token.get("content") if isinstance(token, dict) else token
     return known.get(str(text), tokenizer.bos_id), False
-
-
-def _config(tokenizer: Tokenizer) -> dict[str, Any]:
-    file = tokenizer.path / "tokenizer_config.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
 
 
 def _template(tokenizer: Tokenizer) -> str | None:
     """The chat template, where there is one: a file of its own, or a string in tokenizer_config.json."""
     file = tokenizer.path / "chat_template.jinja"
-    found = file.read_text(encoding="utf-8") if file.is_file() else _config(tokenizer).get("chat_template")
+    found = (
+        file.read_text(encoding="utf-8")
+        if file.is_file()
+        else tokenizer.document("tokenizer_config.json").get("chat_template")
+    )
     return found if isinstance(found, str) else None

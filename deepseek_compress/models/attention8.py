@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from cuda_ops import ops
+from deepseek_compress.numerics.activations import SMALLEST
 
 _TOP = 127.0
-_SMALLEST = 1e-30
 
 
 def attend_int8(
@@ -64,5 +64,5 @@ def _rounded(x: Tensor, dim: int, counted: Tensor | None = None) -> tuple[Tensor
     wide = x.float()
     sizes = wide.abs() if counted is None else wide.abs().masked_fill(~counted, 0)
     scale = sizes.amax(dim, keepdim=True) / _TOP
-    scale = torch.where(scale > _SMALLEST, scale, torch.ones_like(scale))
+    scale = torch.where(scale > SMALLEST, scale, torch.ones_like(scale))
     return (wide / scale).round_().clamp_(-_TOP, _TOP), scale

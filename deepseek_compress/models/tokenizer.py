@@ -49,10 +49,10 @@ class Tokenizer:
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a text: generation_config.json, else config.json, else the tokenizer's own eos_token."""
         for name in ("generation_config.json", "config.json"):
-            value = self._json(name).get("eos_token_id")
+            value = self.document(name).get("eos_token_id")
             if value is not None:
                 return tuple(value) if isinstance(value, list) else (int(value),)
-        token = self._json("tokenizer_config.json").get("eos_token")
+        token = self.document("tokenizer_config.json").get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
         found = self._fast.token_to_id(text) if isinstance(text, str) else None
         return () if found is None else (int(found),)
@@ -60,13 +60,15 @@ class Tokenizer:
     @cached_property
     def bos_id(self) -> int | None:
         """The id that starts a text, where the model has one."""
-        value = self._json("config.json").get("bos_token_id")
+        value = self.document("config.json").get("bos_token_id")
         return None if value is None else int(value)
 
     @cached_property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint says how messages become a prompt."""
-        return (self.path / "chat_template.jinja").is_file() or "chat_template" in self._json("tokenizer_config.json")
+        return (self.path / "chat_template.jinja").is_file() or "chat_template" in self.document(
+            "tokenizer_config.json"
+        )
 
     def chat(self, messages: Sequence[dict[str, str]], answer_next: bool = False) -> str:
         """The prompt of `messages` ({"role", "content"}) by the checkpoint's own template.
@@ -89,7 +91,8 @@ class Tokenizer:
 
         return PreTrainedTokenizerFast.from_pretrained(str(self.path))
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def document(self, name: str) -> dict[str, Any]:
+        """A JSON file beside the tokenizer; nothing in it where there is none. Raises DscError for what is no JSON."""
         file = self.path / name
         try:
             found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

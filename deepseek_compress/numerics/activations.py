@@ -20,7 +20,7 @@ from torch import Tensor
 from deepseek_compress.numerics.ranges import ESTIMATORS, Estimator, MinMax, Seen, named
 from deepseek_compress.registry import pick
 
-_SMALLEST = 1e-30
+SMALLEST = 1e-30  # a scale: a token below it keeps its zeros
 
 
 def round_tokens(x: Tensor, num_bits: int, symmetric: bool) -> Tensor:
@@ -29,12 +29,12 @@ def round_tokens(x: Tensor, num_bits: int, symmetric: bool) -> Tensor:
     if symmetric:
         top = 2 ** (num_bits - 1) - 1
         scale = values.abs().amax(-1, keepdim=True) / top
-        scale = torch.where(scale > _SMALLEST, scale, torch.ones_like(scale))
+        scale = torch.where(scale > SMALLEST, scale, torch.ones_like(scale))
         return (values / scale).round_().mul_(scale).to(x.dtype)
     top = 2**num_bits - 1
     low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / top
-    scale = torch.where(scale > _SMALLEST, scale, torch.ones_like(scale))
+    scale = torch.where(scale > SMALLEST, scale, torch.ones_like(scale))
     zero = (low / -scale).round_()
     return (values / scale).round_().clamp_(-zero, top - zero).mul_(scale).to(x.dtype)
 
@@ -52,7 +52,7 @@ class InputGrid:
         """That reaches from `low` to `high`, and to 0."""
         low, high, top = min(low, 0.0), max(high, 0.0), 1 << (num_bits - 1)
         scale = max(-low, high) / (top - 1) if symmetric else (high - low) / (2 * top - 1)
-        scale = float(torch.tensor(scale if scale > _SMALLEST else 1.0).bfloat16())
+        scale = float(torch.tensor(scale if scale > SMALLEST else 1.0).bfloat16())
         zero = 0 if symmetric else max(-top, min(top - 1, round(-top - low / scale)))
         return cls(scale, zero, num_bits)
 

@@ -70,18 +70,22 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Statistics]]:
     return given
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_v3_bf16"])
-def test_statistics_are_those_of_both_models(
-    name: str,
-    text: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    given: list[tuple[Tensor, Statistics]],
-) -> None:
-    path: Path = request.getfixturevalue(name)
-    source = open_checkpoint(path)
-    out = compress(path, tmp_path / "out", text)
+@pytest.fixture
+def pair(
+    text: Path, tmp_path: Path, request: pytest.FixtureRequest, given: list[tuple[Tensor, Statistics]]
+) -> tuple[Path, Path, Tensor]:
+    """The model that a test names, what is made of it, and the tokens that this was calibrated on."""
+    path: Path = request.getfixturevalue(request.param)
     tokens = calibration_tokens([text], load_tokenizer(path), SAMPLES, LENGTH)
+    return path, compress(path, tmp_path / "out", text), tokens
+
+
+@pytest.mark.parametrize("pair", ["tiny_llama", "tiny_qwen2", "tiny_v3_bf16"], indirect=True)
+def test_statistics_are_those_of_both_models(
+    pair: tuple[Path, Path, Tensor], given: list[tuple[Tensor, Statistics]]
+) -> None:
+    path, out, tokens = pair
+    source = open_checkpoint(path)
     (theirs, before), (ours, after) = inputs(path, tokens), inputs(out, tokens)
     weights = {key: source.read(key + ".weight") for key in ours}
     checked = 0
@@ -112,17 +116,11 @@ def test_statistics_are_those_of_both_models(
     assert checked == len(weights)
 
 
-@pytest.mark.parametrize("name", ["tiny_v2", "tiny_v3_bf16"])
+@pytest.mark.parametrize("pair", ["tiny_v2", "tiny_v3_bf16"], indirect=True)
 def test_an_expert_sees_its_tokens_beside_what_the_original_has_for_them(
-    name: str,
-    text: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    given: list[tuple[Tensor, Statistics]],
+    pair: tuple[Path, Path, Tensor], given: list[tuple[Tensor, Statistics]]
 ) -> None:
-    path: Path = request.getfixturevalue(name)
-    out = compress(path, tmp_path / "out", text)
-    tokens = calibration_tokens([text], load_tokenizer(path), SAMPLES, LENGTH)
+    path, out, tokens = pair
     original, changed = Model.load(path), Model.load(out)
     (theirs, _), (ours, _) = inputs(path, tokens), inputs(out, tokens)
     moe, elsewhere, checked = original.cfg.moe, 0, 0
@@ -135,14 +133,14 @@ def test_an_expert_sees_its_tokens_beside_what_the_original_has_for_them(
         for expert in range(moe.experts):
             mine, others = (places[expert] // moe.top_k for places in routes)
             elsewhere += len(set(mine.tolist()) - set(others.tolist()))
-            pair = x[mine], x_original[mine]
+            both = x[mine], x_original[mine]
             name = f"{prefix}.experts.{expert}"
             inner = [
                 torch.nn.functional.silu(its @ model.weights[f"{name}.gate_proj.weight"].double().t())
                 * (its @ model.weights[f"{name}.up_proj.weight"].double().t())
-                for model, its in zip((changed, original), pair, strict=True)
+                for model, its in zip((changed, original), both, strict=True)
             ]
-            for linear, (before, wanted) in (("gate_proj", pair), ("up_proj", pair), ("down_proj", inner)):
+            for linear, (before, wanted) in (("gate_proj", both), ("up_proj", both), ("down_proj", inner)):
                 weight = original.weights[f"{name}.{linear}.weight"]
                 for statistics in (its for other, its in given if torch.equal(other, weight)):
                     assert statistics.hessian is not None
