@@ -28,7 +28,6 @@ from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.migration import SmoothQuant
-from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.recipe import Changes, parse_recipe
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.calibrate import Calibrate
@@ -125,7 +124,7 @@ def test_the_first_linears_are_those_of_a_run_with_text(saved: Path, tiny_v3: Pa
 def test_scales_move_by_them_as_by_the_text(saved: Path, tiny_v3: Path, text: Path, tmp_path: Path) -> None:
     """And what the moved model sees is what the statistics then say."""
     tokens = calibration_text(open_checkpoint(tiny_v3), context(tmp_path, settings(text)), tmp_path).tokens
-    job = job_of(tiny_v3, tmp_path / "text", Rtn(num_bits=8, symmetric=True))
+    job = job_of(tiny_v3, tmp_path / "text", WEIGHTS["gptq"].model_validate({"group_size": 32}))
     by_text = migration.find(job, tokens, SmoothQuant(), silent)
     job = replace(job, work=tmp_path / "saved", statistics=open_statistics(saved))
     moved = migration.migrate(job, None, SmoothQuant(), silent)
