@@ -12,6 +12,7 @@ MAIN = 300_000_000  # bytes of this process before a stage begins: Python, torch
 SERVER = 80_000_000  # bytes of the processes that start workers
 WORKER = 60_000_000  # bytes of a worker before its first task
 SMALL = 256 << 20  # bytes of a model that takes longer to share out than to do here
+BEGINNING = 2_000_000_000  # weights that are packed while workers begin
 
 
 class Memory(NamedTuple):
@@ -27,11 +28,11 @@ class Memory(NamedTuple):
             return MAIN + max(self.alone, self.beside + self.task)
         return MAIN + SERVER + workers * WORKER + max(self.alone, self.beside + workers * self.task)
 
-    def workers(self, wanted: int | None, cores: int, size: int, limit: int | None) -> int:
-        """How many to use for a model of `size` bytes: `wanted`, else one a core; never more than `limit` allows."""
+    def workers(self, wanted: int | None, useful: int, limit: int | None) -> int:
+        """How many to use: `wanted`, else as many as are `useful`; never more than `limit` bytes allow."""
         if not self.task:
             return 1
-        count = wanted or (cores if size >= SMALL else 1)
+        count = wanted or useful
         while count > 1 and limit is not None and self.peak(count) > limit:
             count -= 1
         return count
@@ -44,6 +45,13 @@ class Work(NamedTuple):
     touched: float = 0.0  # bytes that pass through the memory between products
     solved: float = 0.0  # weights whose rounding is solved, products not counted
     packed: float = 0.0  # weights that go from their stored form to four bits in one pass, files included
+
+
+def useful(cores: int, size: int, tasks: Work | None = None) -> int:
+    """How many workers end a model of `size` bytes, or where they only pack, `tasks`, sooner: one a core, or one."""
+    if tasks is not None and tasks == Work(packed=tasks.packed):
+        return cores if tasks.packed * (1 - 1 / cores) >= BEGINNING else 1
+    return cores if size >= SMALL else 1
 
 
 def total(parts: Iterable[Work]) -> Work:

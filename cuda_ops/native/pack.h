@@ -10,6 +10,7 @@ namespace dsc {
 enum class Encoding : int64_t { float32 = 0, float16 = 1, bfloat16 = 2, fp8_block = 3, mxfp4 = 4 };
 
 constexpr int64_t kRowsPerWord = 8;     // zero points of eight rows share a word
+constexpr int64_t kGroupsAtOnce = 64;    // their ranges, scales and zero points wait on the stack
 constexpr int64_t kMxfp4Block = 32;     // E2M1 values that share one E8M0 exponent
 constexpr float kSmallestScale = 1e-30f;  // a scale below this is that of a group of zeros
 

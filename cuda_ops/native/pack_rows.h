@@ -32,25 +32,9 @@ static inline void decode_mxfp4(const PackJob& job, int64_t row, int64_t k, int6
   }
 }
 
+// The least and the greatest of a group's weights and 0; false where one is NaN or infinite.
 template <typename T>
-static inline void decode_plain(const PackJob& job, int64_t row, int64_t k, int64_t count, float* out) {
-  const T* weight = static_cast<const T*>(job.weight) + row * job.columns + k;
-  for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(weight + i));
-}
-
-static inline void decode(const PackJob& job, int64_t row, int64_t k, int64_t count, float* out) {
-  switch (job.encoding) {
-    case Encoding::float32: return decode_plain<float>(job, row, k, count, out);
-    case Encoding::float16: return decode_plain<Half>(job, row, k, count, out);
-    case Encoding::bfloat16: return decode_plain<Bf16>(job, row, k, count, out);
-    case Encoding::fp8_block: return decode_fp8(job, row, k, count, out);
-    case Encoding::mxfp4: return decode_mxfp4(job, row, k, count, out);
-  }
-}
-
-// One group: its codes go to elements [k, k + count) of the packed row. False where the range is not finite.
-static inline bool pack_group(const float* weight, int64_t count, bool symmetric, uint8_t* row, int64_t k,
-                              uint16_t* stored_scale, uint32_t* stored_zero) {
+static inline bool range_of(const T* weight, int64_t count, float* low, float* high) {
   F low_lanes = set(0.0f), high_lanes = set(0.0f);
   F finite = set(0.0f);  // stays 0 until a weight is NaN or infinite, then NaN
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -59,39 +43,66 @@ static inline bool pack_group(const float* weight, int64_t count, bool symmetric
     high_lanes = max(high_lanes, w);
     finite = fma(w, set(0.0f), finite);
   }
-  const float low = lowest(low_lanes), high = highest(high_lanes), width = high - low;
-  if (any_nan(finite) || width == kInfinity) return false;
+  *low = lowest(low_lanes), *high = highest(high_lanes);
+  return !any_nan(finite);
+}
 
-  float scale = symmetric ? std::max(low / -8.0f, high / 7.0f) : width / 15.0f;
-  *stored_scale = float_to_bf16(scale > kSmallestScale ? scale : 1.0f);
-  scale = bf16_to_float(*stored_scale);
-  const float zero = symmetric ? 8.0f : std::min(std::nearbyint(low / -scale), 15.0f);  // low <= 0: never negative
-  *stored_zero = static_cast<uint32_t>(zero);
+// Codes of a group, which go to elements [k, k + count) of the packed row.
+template <typename T>
+static inline void round_group(const T* weight, int64_t count, float scale, float zero, uint8_t* row, int64_t k) {
   const F divisor = set(scale), reciprocal = set(1.0f / scale);
   for (int64_t i = 0; i < count; i += kLanes)
     store_codes(row, k + i, quotient(load(weight + i), divisor, reciprocal), zero);
+}
+
+// Groups [group, group + count) of a row, `weight` being their first. False where one of them has no finite range.
+// Three loops, so that the divisions of one group do not wait for those of the group before.
+template <typename T>
+static inline bool pack_groups(const PackJob& job, const T* weight, int64_t row, int64_t group, int64_t count) {
+  float low[kGroupsAtOnce], high[kGroupsAtOnce], scale[kGroupsAtOnce], zero[kGroupsAtOnce];
+  const int64_t groups = job.columns / job.group_size, size = job.group_size;
+  for (int64_t g = 0; g < count; g++)
+    if (!range_of(weight + g * size, size, low + g, high + g) || high[g] - low[g] == kInfinity) return false;
+
+  uint16_t* stored = job.scale + row * groups + group;
+  uint32_t* word = job.zero_point + row / kRowsPerWord * groups + group;
+  const int64_t shift = row % kRowsPerWord * 4;
+  for (int64_t g = 0; g < count; g++) {
+    const float wanted = job.symmetric ? std::max(low[g] / -8.0f, high[g] / 7.0f) : (high[g] - low[g]) / 15.0f;
+    stored[g] = float_to_bf16(wanted > kSmallestScale ? wanted : 1.0f);
+    scale[g] = bf16_to_float(stored[g]);
+    zero[g] = job.symmetric ? 8.0f : std::min(std::nearbyint(low[g] / -scale[g]), 15.0f);  // low <= 0: never negative
+    word[g] = (shift ? word[g] : 0) | static_cast<uint32_t>(zero[g]) << shift;
+  }
+
+  uint8_t* packed = job.packed + row * ((job.columns + 7) / 8 * 4);
+  for (int64_t g = 0; g < count; g++)
+    round_group(weight + g * size, size, scale[g], zero[g], packed, (group + g) * size);
   return true;
+}
+
+// The same from the stored form; what is not a plain number is decoded into `buffer`.
+static inline bool pack_stored(const PackJob& job, int64_t row, int64_t group, int64_t count, float* buffer) {
+  const int64_t k = group * job.group_size, place = row * job.columns + k, span = count * job.group_size;
+  switch (job.encoding) {
+    case Encoding::float32: return pack_groups(job, static_cast<const float*>(job.weight) + place, row, group, count);
+    case Encoding::float16: return pack_groups(job, static_cast<const Half*>(job.weight) + place, row, group, count);
+    case Encoding::bfloat16: return pack_groups(job, static_cast<const Bf16*>(job.weight) + place, row, group, count);
+    case Encoding::fp8_block: decode_fp8(job, row, k, span, buffer); break;
+    case Encoding::mxfp4: decode_mxfp4(job, row, k, span, buffer); break;
+  }
+  return pack_groups(job, const_cast<const float*>(buffer), row, group, count);
 }
 
 static inline int64_t pack_words(const PackJob& job, int64_t first, int64_t last, float* buffer) {
   const int64_t groups = job.columns / job.group_size, row_bytes = (job.columns + 7) / 8 * 4;
   // About a thousand floats at a time stay in the first cache between decoding and the two passes over them.
-  const int64_t groups_at_once = job.group_size >= 1024 ? 1 : 1024 / job.group_size;
+  const int64_t at_once = job.group_size >= 1024 ? 1 : least(1024 / job.group_size, kGroupsAtOnce);
   for (int64_t row = first * kRowsPerWord; row < least(last * kRowsPerWord, job.rows); row++) {
     uint8_t* packed = job.packed + row * row_bytes;
     for (int64_t b = (job.columns + 1) / 2; b < row_bytes; b++) packed[b] = 0;
-    for (int64_t group = 0; group < groups; group++) {
-      if (group % groups_at_once == 0) {
-        const int64_t span = least(groups_at_once, groups - group) * job.group_size;
-        decode(job, row, group * job.group_size, span, buffer);
-      }
-      uint32_t zero = 0;
-      const float* weight = buffer + group % groups_at_once * job.group_size;
-      uint16_t* scale = job.scale + row * groups + group;
-      if (!pack_group(weight, job.group_size, job.symmetric, packed, group * job.group_size, scale, &zero)) return row;
-      uint32_t* word = job.zero_point + row / kRowsPerWord * groups + group;
-      *word = (row % kRowsPerWord ? *word : 0) | zero << row % kRowsPerWord * 4;
-    }
+    for (int64_t group = 0; group < groups; group += at_once)
+      if (!pack_stored(job, row, group, least(at_once, groups - group), buffer)) return row;
   }
   return -1;
 }

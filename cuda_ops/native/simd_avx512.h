@@ -92,6 +92,8 @@ static inline float lowest(F a) { return _mm512_reduce_min_ps(a); }
 static inline float highest(F a) { return _mm512_reduce_max_ps(a); }
 static inline float total(F a) { return _mm512_reduce_add_ps(a); }
 
+static inline __mmask32 lanes_of(int64_t count) { return count < 32 ? (1u << count) - 1 : ~0u; }
+
 // The largest of a row of 16-bit floats without converting them: as integers, with the other bits of a negative number
 // flipped, they are in the order of their values, and 32 go into one vector.
 static inline __m512i ordered(__m512i x) {
@@ -105,7 +107,7 @@ static inline float largest_of_words(const T* x, int64_t count) {
   for (; i + 64 <= count; i += 64)
     for (int j = 0; j < 2; j++) best[j] = _mm512_max_epi16(best[j], ordered(_mm512_loadu_si512(x + i + 32 * j)));
   for (; i < count; i += 32) {
-    const __mmask32 lanes = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
+    const __mmask32 lanes = lanes_of(count - i);
     const __m512i words = ordered(_mm512_maskz_loadu_epi16(lanes, x + i));
     best[0] = _mm512_mask_max_epi16(best[0], lanes, best[0], words);
   }
@@ -117,6 +119,41 @@ static inline float largest_of_words(const T* x, int64_t count) {
 }
 static inline float largest_of(const Half* x, int64_t count) { return largest_of_words(x, count); }
 static inline float largest_of(const Bf16* x, int64_t count) { return largest_of_words(x, count); }
+
+// Of 32 BF16 numbers at a time, for pack_rows.h: least and greatest as whole numbers in their order, and the codes of
+// pairs, since a nibble's place in its byte is that of a number in its 32-bit lane.
+static inline __m128i least_of(__m512i words) {
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
+  return _mm_minpos_epu16(_mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+static inline bool range_of(const Bf16* x, int64_t count, float* low, float* high) {
+  __m512i least = _mm512_setzero_si512(), greatest = least;
+  for (int64_t i = 0; i < count; i += 32) {
+    const __m512i words = ordered(_mm512_maskz_loadu_epi16(lanes_of(count - i), x + i));
+    least = _mm512_min_epi16(least, words);
+    greatest = _mm512_max_epi16(greatest, words);
+  }
+  const int down = _mm_cvtsi128_si32(least_of(_mm512_xor_si512(least, _mm512_set1_epi16(-0x8000)))) & 0xffff;
+  const int up = _mm_cvtsi128_si32(least_of(_mm512_xor_si512(greatest, _mm512_set1_epi16(0x7fff)))) & 0xffff;
+  // Both stand as their distance from the end of the order: `down` from below, `up` from above.
+  *low = bf16_to_float(static_cast<uint16_t>(down < 0x8000 ? ~down : down ^ 0x8000));
+  *high = bf16_to_float(static_cast<uint16_t>(up ^ 0x7fff));
+  return down > 0x7f && up > 0x7f;  // infinity and NaN are the last 0x80 at either end
+}
+static inline void round_group(const Bf16* x, int64_t count, float scale, float zero, uint8_t* row, int64_t k) {
+  const F divisor = set(scale), reciprocal = set(1.0f / scale);
+  const I point = _mm512_set1_epi32(static_cast<int32_t>(zero)), top = _mm512_set1_epi32(15);
+  for (int64_t i = 0; i < count; i += 32) {
+    const auto lanes = lanes_of(count - i);
+    const __m512i words = _mm512_maskz_loadu_epi16(lanes, x + i);
+    const F even = float_of(_mm512_slli_epi32(words, 16));
+    const F odd = float_of(_mm512_and_si512(words, _mm512_set1_epi32(-0x10000)));
+    const I low = _mm512_add_epi32(_mm512_cvtps_epi32(quotient(even, divisor, reciprocal)), point);
+    const I high = _mm512_add_epi32(_mm512_cvtps_epi32(quotient(odd, divisor, reciprocal)), point);
+    const I pair = _mm512_or_si512(_mm512_min_epi32(low, top), _mm512_slli_epi32(_mm512_min_epi32(high, top), 4));
+    _mm512_mask_cvtepi32_storeu_epi8(row + (k + i) / 2, count - i < 32 ? 0xff : 0xffff, pair);
+  }
+}
 
 static inline void store_codes(uint8_t* row, int64_t k, F ratio, float zero_point) {
   I code = _mm512_add_epi32(_mm512_cvtps_epi32(ratio), _mm512_set1_epi32(static_cast<int32_t>(zero_point)));

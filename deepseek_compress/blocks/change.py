@@ -129,5 +129,9 @@ def bits(stored: Tensor | Quantized) -> float:
     """Bits per weight on disk, scales and zero points included."""
     if not isinstance(stored, Quantized):
         return 8.0 * stored.element_size()
-    group = 16 + (0 if stored.symmetric else stored.num_bits)
-    return stored.num_bits + group / stored.group_size
+    return packed_bits(stored.num_bits, stored.group_size, stored.symmetric)
+
+
+def packed_bits(num_bits: int, group_size: int, symmetric: bool) -> float:
+    """Bits per weight of a packed linear."""
+    return num_bits + (16 + (0 if symmetric else num_bits)) / group_size

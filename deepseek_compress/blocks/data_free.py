@@ -1,8 +1,9 @@
 """Without calibration: the output's shards are tasks, each read, changed, written and read back by one worker.
 
-A shard holds what lies together in the source, so that a disk is read in order. Which tensors go into which shard
-follows from the source alone; an interrupted run goes on with the shards that are not finished. A file of the source is
-hashed while it is still in the page cache.
+A shard holds what lies together in one file of the source, so that a disk is read in order. Which tensors go into which
+shard follows from the source alone; an interrupted run goes on with the shards that are not finished. Where there are
+files enough for the workers, a task is all shards of a file, which is hashed from what is read for them; else a file
+is hashed while it is still in the page cache.
 
 Four-bit round-to-nearest is done by the native kernel (see `packing`); every other method decodes a weight first.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +23,9 @@ from deepseek_compress import provenance
 from deepseek_compress.blocks import packing
 from deepseek_compress.blocks.job import Block, Job
 from deepseek_compress.blocks.stored import packed, stored16
-from deepseek_compress.checkpoint import CheckpointWriter
-from deepseek_compress.checkpoint.header import TensorInfo, stored_name
+from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
+from deepseek_compress.checkpoint.hashed import FileHash, Hashed
+from deepseek_compress.checkpoint.header import Location, TensorInfo, stored_name
 from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.checkpoint.shards import Outline
 from deepseek_compress.models.config import Linear
@@ -30,13 +33,19 @@ from deepseek_compress.workers import Pool
 
 SHARDS = 16  # as many tasks of a large model, so that workers end together,
 SMALLEST, LARGEST = 128 << 20, 5 << 30  # while a shard takes this many bytes of the source
+FILES_A_WORKER = 2  # so that workers end together where they share out files
+
+
+class _Shard(NamedTuple):
+    number: int
+    path: Path
+    names: list[str]
+    changed: dict[str, tuple[int, Linear]]  # those that change: block and linear
 
 
 class _Task(NamedTuple):
-    number: int
-    path: Path  # of the shard
-    names: list[str]
-    changed: dict[str, tuple[int, Linear]]  # those that change: block and linear
+    shards: list[_Shard]  # unfinished ones
+    file: Path | None = None  # of the source, to be hashed
 
 
 def convert(
@@ -46,97 +55,104 @@ def convert(
 
     Returns {"linears": [facts]} by block, and the hashes of the source's files.
     """
-    tasks = _tasks(job, writer)
-    hashes = {}
+    tasks, hashes = _tasks(job, writer, pool.count), {}
     progress(0, len(tasks), "shards")
-    for done, (task, result) in enumerate(zip(tasks, pool.run(_do, tasks), strict=True), 1):
-        if isinstance(task, _Task):
-            writer.take(task.number)
-        else:
-            hashes[task.name] = str(result)
+    for done, (task, hashed) in enumerate(zip(tasks, pool.run(_do, tasks), strict=True), 1):
+        for shard in task.shards:
+            writer.take(shard.number)
+        if task.file is not None:
+            hashes[task.file.name] = str(hashed)
         progress(done, len(tasks), "shards")
     found = {fact["name"]: fact for ledger in writer.ledgers for fact in ledger.facts}
     return [{"linears": _in_order(job, layer, found)} for layer in range(job.cfg.num_hidden_layers)], hashes
 
 
-def _tasks(job: Job, writer: CheckpointWriter) -> list[_Task | Path]:
-    """The unfinished shards, and after the last that reads from it each file that has to be hashed."""
+def _tasks(job: Job, writer: CheckpointWriter, workers: int) -> list[_Task]:
+    """What is left to do, in the order of the source's files."""
     changed = {
         name: (layer, linear)
         for layer in range(job.cfg.num_hidden_layers)
         for name, linear in job.changed(layer).items()
     }
-    shards = [
-        _Task(number, writer.shard_path(number), names, {name: changed[name] for name in names if name in changed})
-        for number, names in enumerate(planned(job), 1)
-    ]
-    last = {file: task.number for task in shards for name in task.names for file in _files(job, name)}
-    tasks: list[_Task | Path] = []
-    unhashed = provenance.unhashed(job.source)
-    for task in shards:
-        if not writer.has(task.number):
-            tasks.append(task)
-        tasks += [file for file in unhashed if last.get(file) == task.number]
-    return [*tasks, *(file for file in unhashed if file not in last)]
+    tasks, number = [], 0
+    files, unhashed = planned(job), set(provenance.unhashed(job.source))
+    together = type(job.source) is Checkpoint and len(files) >= FILES_A_WORKER * workers
+    for file in sorted({*files, *unhashed}):
+        shards = []
+        for names in files.get(file, []):
+            number += 1
+            if not writer.has(number):
+                mine = {name: changed[name] for name in names if name in changed}
+                shards.append(_Shard(number, writer.shard_path(number), names, mine))
+        hashed = file if file in unhashed else None
+        if together:
+            tasks.append(_Task(shards, hashed))
+        else:
+            tasks += [*(_Task([shard]) for shard in shards), _Task([], hashed)]
+    return [task for task in tasks if task.shards or task.file]
 
 
-def _files(job: Job, name: str) -> set[Path]:
-    return {part.file for part in job.source.header.tensors[name].parts.values()}
-
-
-def planned(job: Job) -> list[list[str]]:
-    """Names of the tensors of each shard."""
-    wanted = sorted(job.tensors(), key=_place)
-    total = sum(info.bytes for info in wanted)
+def planned(job: Job) -> dict[Path, list[list[str]]]:
+    """Names of the tensors of each shard, by the file of the source that they are read from."""
+    wanted: dict[Path, list[TensorInfo]] = {}
+    for info in sorted(job.tensors(), key=lambda info: _main(info).offset):
+        wanted.setdefault(_main(info).file, []).append(info)
+    total = sum(info.bytes for infos in wanted.values() for info in infos)
     limit = min(max(total // SHARDS, SMALLEST), LARGEST)
-    shards: list[list[str]] = []
-    filled = limit
-    for info in wanted:
-        if filled >= limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(info.name)
-        filled += info.bytes
-    return shards
+    return {file: _cut(infos, limit) for file, infos in sorted(wanted.items())}
 
 
-def _place(info: TensorInfo) -> tuple[str, int]:
-    part = min(info.parts.values(), key=lambda place: -place.bytes)
-    return part.file.name, part.offset
+def _cut(infos: list[TensorInfo], limit: int) -> list[list[str]]:
+    """Parts of about the same size, a little above `limit` bytes of the source at most."""
+    size = sum(info.bytes for info in infos)
+    share, done = size / -(-size // limit), 0
+    parts: list[list[str]] = []
+    for info in infos:
+        if done >= share * len(parts):
+            parts.append([])
+        parts[-1].append(info.name)
+        done += info.bytes
+    return parts
 
 
-def _do(job: Job, task: _Task | Path) -> str | None:
+def _main(info: TensorInfo) -> Location:
+    return max(info.parts.values(), key=lambda place: place.bytes)
+
+
+def _do(job: Job, task: _Task) -> str | None:
     """Runs in a worker."""
-    if isinstance(task, Path):
-        return provenance.hash_file(task)
-    _shard(job, task)
-    return None
+    hashed = None if task.file is None else FileHash(task.file)
+    if hashed and task.shards:
+        job = replace(job, source=Hashed(job.source.header, hashed))
+    for shard in task.shards:
+        _write(job, shard)
+    return None if hashed is None else hashed.hexdigest()
 
 
-def _shard(job: Job, task: _Task) -> None:
+def _write(job: Job, shard: _Shard) -> None:
     facts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=1) as thread:
-        shard = OpenShard(task.path, thread, _outline(job, task))
+        file = OpenShard(shard.path, thread, _outline(job, shard))
         try:
-            for name in task.names:
-                if name in task.changed:
-                    parts, fact = _convert(job, *task.changed[name])
-                    shard.add(name, parts)
+            for name in shard.names:
+                if name in shard.changed:
+                    parts, fact = _convert(job, *shard.changed[name])
+                    file.add(name, parts)
                     facts.append(fact)
                 else:
-                    shard.keep(job.source, name)
-            shard.close(facts)
+                    file.keep(job.source, name)
+            file.close(facts)
         except BaseException:
-            shard.discard()
+            file.discard()
             raise
 
 
-def _outline(job: Job, task: _Task) -> Outline | None:
+def _outline(job: Job, shard: _Shard) -> Outline | None:
     """What the shard will hold; None where a method or an encoding tells that only afterwards."""
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name in task.names:
+    for name in shard.names:
         info = job.source.header.tensors[name]
-        changed = task.changed.get(name)
+        changed = shard.changed.get(name)
         rounding = packing.rounding(job, *changed) if changed else None
         if rounding is None and (changed or info.encoding == "mxfp4"):
             return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cuda_ops import ops
-from deepseek_compress.blocks.change import LinearChange, bits, measure
+from deepseek_compress.blocks.change import LinearChange, measure, packed_bits
 from deepseek_compress.blocks.job import Job
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import TensorInfo
@@ -55,8 +55,13 @@ def pack(job: Job, layer: int, linear: Linear, how: Rtn) -> tuple[dict[str, Tens
         "method": "rtn",
         "tokens": 0,
         "fallback": _fallback(job),
-        **_measured(linear, info, weight, scale, block, parts),
+        "bits": packed_bits(4, how.group_size, how.symmetric),
+        "weights": info.elements,
     }
+    if linear.expert is None or linear.expert % MEASURED_EXPERTS == 0:
+        facts |= _measured(info, weight, scale, block, parts)
+    else:
+        facts |= {"weight_error": None, "output_error": None, "zeros": None}
     return parts, facts
 
 
@@ -81,25 +86,22 @@ def _stored(job: Job, info: TensorInfo) -> tuple[Tensor, Tensor | None, tuple[in
 
 
 def _measured(
-    linear: Linear,
     info: TensorInfo,
     weight: Tensor,
     scale: Tensor | None,
     block: tuple[int, int],
     parts: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """The error over the first rows, of a share of the experts; None elsewhere. Bits and weights are of the whole."""
+    """The error over the first rows."""
     rows = min(MEASURED_ROWS, info.shape[0])
     words = -(-rows // 8)
     few = {key: part[: words if key == "weight_zero_point" else rows] for key, part in parts.items()}
     new = packed.unpack_weight(info.name, {**few, "weight_shape": torch.tensor([rows, info.shape[1]])})
-    whole = {"bits": bits(new), "weights": info.elements}
-    if linear.expert is not None and linear.expert % MEASURED_EXPERTS:
-        return {"weight_error": None, "output_error": None, "zeros": None, **whole}
     if scale is None:
         old = weight[:rows].float()
     elif info.encoding == "mxfp4":
         old = mxfp4.decode_mxfp4(weight[:rows], scale[:rows], torch.float32, info.name)
     else:
         old = fp8.decode_fp8_block(weight[:rows], scale[: -(-rows // block[0])], block, torch.float32, info.name)
-    return {**measure(old, new, Statistics()), **whole}
+    found = measure(old, new, Statistics())
+    return {key: found[key] for key in ("weight_error", "output_error", "zeros")}

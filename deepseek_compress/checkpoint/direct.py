@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from deepseek_compress.errors import DscError
 
@@ -110,8 +110,8 @@ class DirectFile:
             if not got:
                 break
             done += got
-        here, there = (torch.frombuffer(part, dtype=torch.int64) for part in (view, found))
-        if done < len(view) or not torch.equal(here, there):
+        here, there = (np.frombuffer(part, dtype=np.uint64) for part in (view, found))
+        if done < len(view) or not np.array_equal(here, there):
             raise other_bytes(self._path)
 
 

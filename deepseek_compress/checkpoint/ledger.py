@@ -21,8 +21,10 @@ from deepseek_compress.checkpoint.formats import mxfp4, packed
 from deepseek_compress.checkpoint.header import module_of, stored_name
 from deepseek_compress.checkpoint.quantization_config import Stored, describe
 from deepseek_compress.checkpoint.reader import Checkpoint
-from deepseek_compress.checkpoint.shards import Outline, Shard, ShardFile
+from deepseek_compress.checkpoint.shards import ELEMENT, Outline, Shard, ShardFile
 from deepseek_compress.numerics.types import Quantized
+
+STREAMED = 32 << 20  # bytes from which a tensor is copied without ever being whole in memory
 
 
 class Ledger(NamedTuple):
@@ -57,8 +59,11 @@ class OpenShard:
             self.add(name, source.read_raw(name))
         else:
             ((suffix, place),) = info.parts.items()
-            self.stored[name] = Stored("plain", place.bytes, len(place.shape))
-            self.file.copy(stored_name(name, suffix), place)
+            if place.bytes < STREAMED or place.bytes % ELEMENT:
+                self.add(name, source.read_raw(name))
+            else:
+                self.stored[name] = Stored("plain", place.bytes, len(place.shape))
+                self.file.stream(stored_name(name, suffix), place, source.pieces(place))
 
     def keep(self, source: Checkpoint, name: str) -> None:
         """Write a tensor of `source` with its values, as servers read it beside packed weights.

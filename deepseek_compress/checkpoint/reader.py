@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import inside, read_json
+from deepseek_compress.checkpoint.files import blocks, disk_errors, inside, read_json
 from deepseek_compress.checkpoint.fold import fold
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, read_shard_header
@@ -91,6 +91,17 @@ class Checkpoint:
         """The stored parts of `name` as they are, in fresh memory: `{"weight": ..., "weight_scale_inv": ...}`."""
         return {suffix: read_tensor(place, f"{name} ({suffix})") for suffix, place in self._info(name).parts.items()}
 
+    def pieces(self, place: Location) -> Iterator[memoryview]:
+        """The bytes of one stored tensor, unchanged; each piece is valid until the next is asked for."""
+        done = 0
+        with disk_errors(place.file), open(place.file, "rb", buffering=0) as file:
+            file.seek(place.offset)
+            for piece in blocks(file.fileno(), place.bytes):
+                done += len(piece)
+                yield piece
+        if done != place.bytes:
+            raise _ended(str(place.file))
+
     def read_quantized(self, name: str) -> Quantized | None:
         """Codes, scale and zero point of a packed weight; None for every other encoding."""
         info = self._info(name)
@@ -142,7 +153,7 @@ def read_tensor(place: Location, what: str) -> Tensor:
         while done < place.bytes:
             got = os.preadv(fd, [view[done:]], place.offset + done)
             if got == 0:
-                raise DscError(f"{what}: {place.file} ends early", "the file changed while it was read; start again")
+                raise _ended(f"{what}: {place.file}")
             done += got
     except OSError as error:
         raise DscError(f"{what}: {place.file}: {error.strerror}", "check the disk, then start again") from None
@@ -150,6 +161,10 @@ def read_tensor(place: Location, what: str) -> Tensor:
         if fd >= 0:
             os.close(fd)
     return buffer.view(place.dtype).view(place.shape)
+
+
+def _ended(what: str) -> DscError:
+    return DscError(f"{what} ends early", "the file changed while it was read; start again")
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,14 +29,11 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.direct import ALIGNMENT, DirectFile, other_bytes, read_back
-from deepseek_compress.checkpoint.files import blocks, disk_errors
+from deepseek_compress.checkpoint.files import disk_errors
 from deepseek_compress.checkpoint.header import DTYPE_NAMES, Location
-from deepseek_compress.checkpoint.reader import read_tensor
-from deepseek_compress.errors import DscError
 
-_ELEMENT = 8  # bytes of the widest one
+ELEMENT = 8  # bytes of the widest one
 _IN_MEMORY = 64 << 20  # bytes of data before the file is begun
-_STREAMED = 32 << 20  # bytes from which a tensor is copied without ever being whole in memory
 _HEADER_ROOM = 1 << 20  # bytes of header in a file that was begun early; about 6,000 tensors
 
 
@@ -84,27 +81,18 @@ class ShardFile:
         if name in self._entries or name in self._odd:
             raise ValueError(f"{name} is written twice")
         self.bytes += tensor.nbytes
-        if tensor.nbytes % _ELEMENT:
+        if tensor.nbytes % ELEMENT:
             self._odd[name] = tensor.clone()
         else:
             self._append(name, tensor)
 
-    def copy(self, name: str, place: Location) -> None:
-        """Append a stored tensor of another file, unchanged; a large one goes through a small buffer."""
-        if place.bytes < _STREAMED or place.bytes % _ELEMENT:
-            self.add(name, read_tensor(place, name))
-            return
+    def stream(self, name: str, place: Location, pieces: Iterable[memoryview]) -> None:
+        """Append a tensor of type, shape and size of `place`, a multiple of 8 bytes, that comes piece by piece."""
         self._entries[name] = (DTYPE_NAMES[place.dtype], place.shape, place.bytes)
         self.bytes += place.bytes
         file = self._begun()
-        done = 0
-        with disk_errors(place.file), open(place.file, "rb", buffering=0) as source:
-            source.seek(place.offset)
-            for block in blocks(source.fileno(), place.bytes):
-                self._write(file, block)
-                done += len(block)
-        if done != place.bytes:
-            raise DscError(f"{name}: {place.file} ends early", "the file changed while it was read; start again")
+        for piece in pieces:
+            self._write(file, piece)
 
     def close(self) -> Shard:
         """Write what waits and the header, sync, read back, compare. The file has its final content afterwards.
@@ -196,6 +184,6 @@ def _header(entries: _Entries) -> bytes:
 def _entries(outline: Outline) -> _Entries:
     """In the order of the file: those that would misalign what follows last, widest type first."""
     sizes = {name: (kind, shape, kind.itemsize * math.prod(shape)) for name, (kind, shape) in outline.items()}
-    late = sorted((n for n, e in sizes.items() if e[2] % _ELEMENT), key=lambda name: -sizes[name][0].itemsize)
-    ordered = [*(name for name, entry in sizes.items() if not entry[2] % _ELEMENT), *late]
+    late = sorted((n for n, e in sizes.items() if e[2] % ELEMENT), key=lambda name: -sizes[name][0].itemsize)
+    ordered = [*(name for name, entry in sizes.items() if not entry[2] % ELEMENT), *late]
     return {name: (DTYPE_NAMES[sizes[name][0]], *sizes[name][1:]) for name in ordered}

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator
 from deepseek_compress import machine
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.costs import Memory, Rates, Work
+from deepseek_compress.costs import Memory, Rates, Work, useful
 from deepseek_compress.errors import DscError
 from deepseek_compress.registry import pick
 
@@ -80,7 +80,9 @@ class Forecast:
 
     def workers(self, wanted: int | None, limit: int | None) -> int:
         """How many this machine would use with `limit` bytes of memory."""
-        return self.memory.workers(wanted, machine.cores(), self.read, limit) if self.memory else 1
+        if self.memory is None:
+            return 1
+        return self.memory.workers(wanted, useful(machine.cores(), self.read, self.tasks), limit)
 
     def peak(self, workers: int) -> int | None:
         """Bytes of all processes together."""

@@ -15,6 +15,7 @@ from deepseek_compress.calibration.settings import Calibration, Select
 from deepseek_compress.calibration.tokens import Windows, apportion, digest_of, facts, read_windows
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.costs import useful
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import family_of
 from deepseek_compress.models.tokenizer import load_tokenizer
@@ -74,7 +75,7 @@ def _choose(
     job = candidates.unchanged(source, family, cfg, work)
     memory = candidates.cost(family, cfg, *pool.tokens.shape)[0]
     size = sum(info.bytes for info in source.header.tensors.values())
-    workers = memory.workers(context.workers, machine.cores(), size, context.memory)
+    workers = memory.workers(context.workers, useful(machine.cores(), size), context.memory)
     with open_pool(job, workers, context.ray, memory.task) as workforce:
         made = candidates.survey(job, pool.tokens, workforce, context.progress)
     found = _decide(made, wanted, select, pool)

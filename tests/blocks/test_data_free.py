@@ -9,6 +9,7 @@ import torch
 
 from deepseek_compress.blocks import data_free
 from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
+from deepseek_compress.checkpoint.files import hash_file, read_json
 from tests.stages.test_compress import context, stage
 
 
@@ -28,3 +29,23 @@ def test_each_tensor_in_a_shard(
     done = open_checkpoint(out)
     assert len(list(out.glob("*.safetensors"))) > 10
     assert {info.dtype for info in done.header.tensors.values() if info.encoding == "plain"} == {dtype}
+
+
+@pytest.mark.parametrize("shard_bytes", [60_000, 10**9])
+def test_the_files_of_the_source_are_hashed(shard_bytes: int, tiny_v3: Path, tmp_path: Path) -> None:
+    """Many of them from what is read of them, one by itself; what is written is the same."""
+    published = open_checkpoint(tiny_v3)
+    with CheckpointWriter(tmp_path / "source", published, shard_bytes=shard_bytes) as writer:
+        for name in published.header.tensors:
+            writer.copy(name)
+        writer.finish({}, {}, [])
+    (tmp_path / "source" / "dsc_manifest.json").unlink()
+    source = open_checkpoint(tmp_path / "source")
+    out = stage(weights="rtn").run(source, context(tmp_path / "out", tiny_v3)).path
+    files = sorted((tmp_path / "source").glob("*.safetensors"))
+    assert (len(files) > 10) == (shard_bytes < 10**9)
+    told = read_json(out / "dsc_manifest.json")["source"]["files"]
+    assert {name: facts["blake3"] for name, facts in told.items()} == {file.name: hash_file(file) for file in files}
+    expected = open_checkpoint(stage(weights="rtn").run(published, context(tmp_path / "whole", tiny_v3)).path)
+    for name in expected.header.tensors:
+        assert torch.equal(open_checkpoint(out).read(name), expected.read(name))

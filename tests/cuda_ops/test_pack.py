@@ -157,6 +157,22 @@ def test_a_weight_that_is_not_finite_is_refused(isa: str, value: float) -> None:
     assert reference.pack_weights(weight, None, BLOCK, 128, False)[3] == 41
 
 
+def test_every_bf16_number(isa: str) -> None:
+    """Each once in a group of its own: equal to the reference, or refused."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    weight = torch.zeros(len(numbers), 48, dtype=torch.bfloat16)
+    weight[:, 37], weight[:, 9] = numbers, 0.5
+    finite = numbers.float().isfinite()
+    made = cuda_ops.pack_weights(weight[finite], group_size=48)
+    packed, scales, zero, _ = reference.pack_weights(weight[finite], None, BLOCK, 48, False)
+    assert torch.equal(made.packed, packed)
+    assert torch.equal(made.scale.view(torch.int16), scales.view(torch.int16))
+    assert made.zero_point is not None and torch.equal(made.zero_point, zero)
+    for row in weight[~finite]:
+        with pytest.raises(DscError, match="row 0"):
+            cuda_ops.pack_weights(row[None], group_size=48)
+
+
 def test_a_nan_of_each_format_is_refused(isa: str) -> None:
     fp8, scale = stored("fp8", 64, 256)
     fp8.view(torch.uint8)[10, 17] = 0xFF
