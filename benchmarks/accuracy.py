@@ -74,6 +74,7 @@ ROWS = (
     Row("dsc w4a16", "dsc", "w4a16", "default"),
     Row("dsc w4a16, 32 samples", "dsc", "w4a16", samples=32),
     Row("dsc w4a16-best", "dsc", "w4a16-best", "best"),
+    Row("dsc w4a16-best, 256 samples", "dsc", "w4a16-best", samples=256),  # what more text gives
     Row("llm-compressor GPTQ, act order", "llmcompressor", "gptq", "gptq"),
     Row("llm-compressor GPTQ, act order, 32 samples", "llmcompressor", "gptq", "gptq", samples=32),
     Row("llm-compressor GPTQ, no order", "llmcompressor", "gptq-plain", "gptq"),
