@@ -92,6 +92,11 @@ static inline float lowest(F a) { return _mm512_reduce_min_ps(a); }
 static inline float highest(F a) { return _mm512_reduce_max_ps(a); }
 static inline float total(F a) { return _mm512_reduce_add_ps(a); }
 
+static inline uint16_t lowest_word(__m512i words) {  // unsigned
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
+  const __m128i few = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(few)));
+}
 static inline __mmask32 lanes_of(int64_t count) { return count < 32 ? (1u << count) - 1 : ~0u; }
 
 // The largest of a row of 16-bit floats without converting them: as integers, with the other bits of a negative number
@@ -112,9 +117,8 @@ static inline float largest_of_words(const T* x, int64_t count) {
     best[0] = _mm512_mask_max_epi16(best[0], lanes, best[0], words);
   }
   const __m512i both = _mm512_max_epi16(best[0], best[1]);
-  const __m256i words = _mm256_max_epi16(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1));
-  const int32_t top = _mm512_reduce_max_epi32(_mm512_cvtepi16_epi32(words));
-  const T largest{static_cast<uint16_t>(top < 0 ? top ^ 0x7fff : top)};
+  const uint16_t top = lowest_word(_mm512_xor_si512(both, _mm512_set1_epi16(0x7fff))) ^ 0x7fff;
+  const T largest{static_cast<uint16_t>(top & 0x8000 ? top ^ 0x7fff : top)};
   return to_float(largest);
 }
 static inline float largest_of(const Half* x, int64_t count) { return largest_of_words(x, count); }
@@ -122,10 +126,6 @@ static inline float largest_of(const Bf16* x, int64_t count) { return largest_of
 
 // Of 32 BF16 numbers at a time, for pack_rows.h: least and greatest as whole numbers in their order, and the codes of
 // pairs, since a nibble's place in its byte is that of a number in its 32-bit lane.
-static inline __m128i least_of(__m512i words) {
-  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
-  return _mm_minpos_epu16(_mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
-}
 static inline bool range_of(const Bf16* x, int64_t count, float* low, float* high) {
   __m512i least = _mm512_setzero_si512(), greatest = least;
   for (int64_t i = 0; i < count; i += 32) {
@@ -133,8 +133,8 @@ static inline bool range_of(const Bf16* x, int64_t count, float* low, float* hig
     least = _mm512_min_epi16(least, words);
     greatest = _mm512_max_epi16(greatest, words);
   }
-  const int down = _mm_cvtsi128_si32(least_of(_mm512_xor_si512(least, _mm512_set1_epi16(-0x8000)))) & 0xffff;
-  const int up = _mm_cvtsi128_si32(least_of(_mm512_xor_si512(greatest, _mm512_set1_epi16(0x7fff)))) & 0xffff;
+  const int down = lowest_word(_mm512_xor_si512(least, _mm512_set1_epi16(-0x8000)));
+  const int up = lowest_word(_mm512_xor_si512(greatest, _mm512_set1_epi16(0x7fff)));
   // Both stand as their distance from the end of the order: `down` from below, `up` from above.
   *low = bf16_to_float(static_cast<uint16_t>(down < 0x8000 ? ~down : down ^ 0x8000));
   *high = bf16_to_float(static_cast<uint16_t>(up ^ 0x7fff));

@@ -88,15 +88,27 @@ static inline void subtract(const T* x, int64_t count, float largest, float* buf
   }
 }
 
+// What is touched after the exponentials of a row, fetched while they are computed: its output, and the next row.
+struct Ahead {
+  const uint8_t *next, *out;
+  int64_t next_size, out_size;  // bytes of a number
+
+  void fetch(int64_t i, int64_t count) const {
+    for (int64_t b = i * next_size; b < (i + count) * next_size; b += 64) __builtin_prefetch(next + b, 0);
+    for (int64_t b = i * out_size; b < (i + count) * out_size; b += 64) __builtin_prefetch(out + b, 1);
+  }
+};
+
 // e = 2^(x log2 e - offset): with kCodes rounded to whole numbers into `codes`, else into `buffer`. Returns the sum of
 // e, added up in blocks: its error grows with the length of a block plus their number, not with the product.
 template <typename T, bool kFine, bool kCodes>
-static inline float exponentials(const T* x, int64_t count, float offset, float* buffer, uint8_t* codes) {
-  constexpr int64_t kBlock = 64 * kLanes;
+static inline float exponentials(const T* x, int64_t count, float offset, Ahead ahead, float* buffer, uint8_t* codes) {
+  constexpr int64_t kBlock = 16 * kLanes;
   const F by = set(kLog2E), minus = set(-offset);
   F sum = set(0.0f);
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t end = start + kBlock < count ? start + kBlock : count;
+    ahead.fetch(start, end - start);
     F part = set(0.0f);
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes) {
@@ -124,56 +136,94 @@ static inline void write_out(const float* e, int64_t count, float factor, Out* o
   if (i < count) store_tail(out + i, mul(load(e + i), by), count - i);
 }
 
-// Passes 2 and 3 for `count` numbers x, of which the largest is given; `out` is typed by job.out_type.
-template <typename T>
-static inline void finish_row(const SoftmaxJob& job, int64_t row, const T* x, int64_t count, float largest,
-                              float* buffer, uint8_t* out) {
-  if (largest == -kInfinity) largest = 0.0f;  // nothing visible: every e is 0, or NaN stays NaN
-  const float offset = largest * kLog2E;
-  if (std::fabs(offset) == kInfinity && std::fabs(largest) < kInfinity) {  // within a third of the end of float32
-    subtract(x, count, largest, buffer);
-    finish_row(job, row, const_cast<const float*>(buffer), count, 0.0f, buffer, out);
-    return;
-  }
-  if (job.out_type == Type::uint8) {
-    const float sum = exponentials<T, false, true>(x, count, offset - kLog2Of255, nullptr, out);
-    job.out_scale[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
-    return;
-  }
-  const float sum = job.out_type == Type::float32 ? exponentials<T, true, false>(x, count, offset, buffer, nullptr)
-                                                  : exponentials<T, false, false>(x, count, offset, buffer, nullptr);
-  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-  if (job.out_type == Type::float16) write_out(buffer, count, factor, reinterpret_cast<Half*>(out));
-  else if (job.out_type == Type::bfloat16) write_out(buffer, count, factor, reinterpret_cast<Bf16*>(out));
-  else write_out(buffer, count, factor, reinterpret_cast<float*>(out));
+// A row on its way through the passes.
+template <typename In>
+struct Row {
+  int64_t number, count;  // of its columns, those that can take part
+  const In* x;            // their logits
+  float* buffer;          // holds the logits once they are scaled, then the exponentials
+  bool scaled;
+  uint8_t* out;           // typed by job.out_type
+  float largest, sum;
+};
+
+static inline int64_t out_size(const SoftmaxJob& job) {  // bytes of a number
+  return job.out_type == Type::uint8 ? 1 : job.out_type == Type::float32 ? 4 : 2;
 }
 
 template <typename In>
-static inline void softmax_row(const SoftmaxJob& job, int64_t row, float* buffer) {
-  const int64_t begin = job.begin_of(row), count = job.end_of(row) - begin;
-  const In* x = static_cast<const In*>(job.logits) + row * job.columns + begin;
-  const float* column_scale = job.columns_of(row);
-  const uint8_t* keep = job.keep_of(row);
-  const int64_t size = job.out_type == Type::uint8 ? 1 : job.out_type == Type::float32 ? 4 : 2;
-  auto* out = static_cast<uint8_t*>(job.out) + row * job.columns * size;
-  if (count < job.columns) std::memset(out, 0, static_cast<size_t>(job.columns * size));
-  out += begin * size;
+static inline void find_largest(const SoftmaxJob& job, int64_t number, float* buffer, Row<In>& row) {
+  const int64_t begin = job.begin_of(number), size = out_size(job);
+  row.number = number, row.count = job.end_of(number) - begin, row.buffer = buffer;
+  row.x = static_cast<const In*>(job.logits) + number * job.columns + begin;
+  row.out = static_cast<uint8_t*>(job.out) + number * job.columns * size;
+  if (row.count < job.columns) std::memset(row.out, 0, static_cast<size_t>(job.columns * size));
+  row.out += begin * size;
 
-  if (!job.row_scale && !column_scale && !keep) {
-    finish_row(job, row, x, count, largest_of(x, count), buffer, out);
-    return;
+  const float* column_scale = job.columns_of(number);
+  const uint8_t* keep = job.keep_of(number);
+  row.scaled = job.row_scale || column_scale || keep;
+  if (!row.scaled) {
+    row.largest = largest_of(row.x, row.count);
+  } else {
+    const float scale = job.row_scale ? job.row_scale[number] : 1.0f;
+    row.largest = scaled_logits(row.x, scale, column_scale ? column_scale + begin : nullptr,
+                                keep ? keep + begin : nullptr, row.count, buffer);
   }
-  const float scale = job.row_scale ? job.row_scale[row] : 1.0f;
-  const float largest = scaled_logits(x, scale, column_scale ? column_scale + begin : nullptr,
-                                      keep ? keep + begin : nullptr, count, buffer);
-  finish_row(job, row, const_cast<const float*>(buffer), count, largest, buffer, out);
+  if (row.largest == -kInfinity) row.largest = 0.0f;  // nothing visible: every e is 0, or NaN stays NaN
+  const bool far = std::fabs(row.largest * kLog2E) == kInfinity && std::fabs(row.largest) < kInfinity;
+  if (far) {  // within a third of the end of float32
+    if (row.scaled) subtract(buffer, row.count, row.largest, buffer);
+    else subtract(row.x, row.count, row.largest, buffer);
+    row.scaled = true, row.largest = 0.0f;
+  }
+}
+
+template <typename T>
+static inline float sum_exponentials(const SoftmaxJob& job, const T* x, int64_t count, float largest, Ahead ahead,
+                                     float* buffer, uint8_t* out) {
+  const float offset = largest * kLog2E;
+  if (job.out_type == Type::uint8)
+    return exponentials<T, false, true>(x, count, offset - kLog2Of255, ahead, nullptr, out);
+  if (job.out_type == Type::float32) return exponentials<T, true, false>(x, count, offset, ahead, buffer, nullptr);
+  return exponentials<T, false, false>(x, count, offset, ahead, buffer, nullptr);
+}
+
+template <typename In>
+static inline void find_sum(const SoftmaxJob& job, int64_t rows_ahead, Row<In>& row) {
+  const auto* next = reinterpret_cast<const uint8_t*>(row.x + rows_ahead * job.columns);
+  const Ahead ahead{next, row.out, sizeof(In), out_size(job)};
+  const float* logits = row.buffer;
+  row.sum = row.scaled ? sum_exponentials(job, logits, row.count, row.largest, ahead, row.buffer, row.out)
+                       : sum_exponentials(job, row.x, row.count, row.largest, ahead, row.buffer, row.out);
+}
+
+template <typename In>
+static inline void finish(const SoftmaxJob& job, const Row<In>& row) {
+  const float factor = row.sum == 0.0f ? 0.0f : 1.0f / row.sum;
+  if (job.out_type == Type::uint8) job.out_scale[row.number] = factor;
+  else if (job.out_type == Type::float16) write_out(row.buffer, row.count, factor, reinterpret_cast<Half*>(row.out));
+  else if (job.out_type == Type::bfloat16) write_out(row.buffer, row.count, factor, reinterpret_cast<Bf16*>(row.out));
+  else write_out(row.buffer, row.count, factor, reinterpret_cast<float*>(row.out));
+}
+
+// Short rows go through each pass a few at a time: the last steps of a maximum or a sum wait for one another, and the
+// processor fills that time with the next row.
+template <typename In>
+static inline void softmax_rows_of(const SoftmaxJob& job, int64_t first, int64_t last, float* buffer) {
+  Row<In> rows[kRowsTogether];
+  const int64_t together = rows_together(job.columns), stride = buffer_columns(job.columns);
+  for (int64_t start = first; start < last; start += together) {
+    const int64_t count = last - start < together ? last - start : together;
+    for (int64_t r = 0; r < count; r++) find_largest(job, start + r, buffer + r * stride, rows[r]);
+    for (int64_t r = 0; r < count; r++) find_sum(job, together, rows[r]);
+    for (int64_t r = 0; r < count; r++) finish(job, rows[r]);
+  }
 }
 
 static inline void softmax_rows(const SoftmaxJob& job, int64_t first, int64_t last, float* buffer) {
-  for (int64_t row = first; row < last; row++) {
-    if (job.in == Type::int32) softmax_row<int32_t>(job, row, buffer);
-    else if (job.in == Type::float16) softmax_row<Half>(job, row, buffer);
-    else if (job.in == Type::bfloat16) softmax_row<Bf16>(job, row, buffer);
-    else softmax_row<float>(job, row, buffer);
-  }
+  if (job.in == Type::int32) softmax_rows_of<int32_t>(job, first, last, buffer);
+  else if (job.in == Type::float16) softmax_rows_of<Half>(job, first, last, buffer);
+  else if (job.in == Type::bfloat16) softmax_rows_of<Bf16>(job, first, last, buffer);
+  else softmax_rows_of<float>(job, first, last, buffer);
 }
