@@ -1,6 +1,6 @@
 """How fast are stored weights decoded, rounded to 4 bits and packed, against the slow road and against the memory?
 
-    python benchmarks/pack.py [--rows N] [--columns N] [--repeats N]
+    python -m benchmarks.pack [--rows N] [--columns N] [--repeats N]
 
 Equality with the reference is checked first, bit for bit. One thread, CPU seconds, best of several; the floor is the
 time to read the stored bytes and write the packed ones at the speed of a copy measured in the same run. The bar: 250
@@ -10,7 +10,7 @@ million parameters a CPU second, 15 times what llm-compressor's model_free_ptq t
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 import cuda_ops
+from benchmarks.common import present
 from cuda_ops import ops, reference
 
 GROUP = 128
 BAR = 250e6
+COLUMNS = ("stored", "instructions", "M parameters / CPU s", "of the floor", "times the reference", "times the bar")
 
 
 def stored(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
@@ -54,33 +56,27 @@ def same(made: cuda_ops.Packed, expected: tuple[Tensor, Tensor, Tensor, int]) ->
     return all(torch.equal(a, b) for a, b in (*pairs, (made.zero_point, expected[2])))
 
 
-def measure(kind: str, isa: str, rows: int, columns: int, repeats: int, copy_bytes_per_s: float) -> dict[str, Any]:
-    """One line of the table; a quarter of the rows is checked and timed for the slow road."""
+def measure(kind: str, isa: str, rows: int, columns: int, repeats: int, copy_bytes_per_s: float) -> list[Any] | None:
+    """A line of the table, None without the instructions; a quarter of the rows is checked and timed the slow road."""
     weight, scale = stored(kind, rows, columns)
     few = max(128, rows // 4)
     part = (weight[:few], None if scale is None else scale[: few // 128 if kind == "fp8" else few])
     expected = reference.pack_weights(*part, (128, 128), GROUP, False)
     with cuda_ops.limited_to(isa) as available:
         if not available:
-            return {}
+            return None
         if not same(cuda_ops.pack_weights(*part, group_size=GROUP), expected):
             raise SystemExit(f"wrong: {kind} with {isa} differs from the reference")
         seconds = cpu_seconds(repeats, lambda: cuda_ops.pack_weights(weight, scale, group_size=GROUP))
     slow = cpu_seconds(1, lambda: reference.pack_weights(*part, (128, 128), GROUP, False)) / few * rows
     parameters = rows * columns
     moved = weight.numel() * weight.element_size() + parameters / 2
-    return {
-        "stored": kind,
-        "isa": isa,
-        "parameters_per_cpu_s": round(parameters / seconds),
-        "of_floor": round(moved / copy_bytes_per_s / seconds, 3),
-        "times_reference": round(slow / seconds, 1),
-        "times_bar": round(parameters / seconds / BAR, 2),
-    }
+    rate = parameters / seconds
+    return [kind, isa, rate / 1e6, moved / copy_bytes_per_s / seconds, slow / seconds, rate / BAR]
 
 
 def main() -> None:
-    """Measure every format and set of instructions; a table for people and one JSON line last."""
+    """Measure every format and set of instructions."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=7168)
@@ -90,17 +86,21 @@ def main() -> None:
     source = torch.ones(options.rows * options.columns, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     copy = source.numel() * 4 / cpu_seconds(options.repeats, lambda: target.copy_(source))
-    print(f"group {GROUP}, ({options.rows}, {options.columns}), one thread; copy {copy / 1e9:.1f} GB/s")
-    lines = []
+    lines, load = [], round(os.getloadavg()[0], 2)
     for kind in ("bfloat16", "fp8", "mxfp4"):
         for isa in reversed(ops.ISA):
             line = measure(kind, isa, options.rows, options.columns, options.repeats if isa != "scalar" else 1, copy)
-            if line:
+            if line is not None:
                 lines.append(line)
-                print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
-    best = [line for line in lines if line["isa"] == cuda_ops.instructions()]
-    passed = all(line["times_bar"] >= 1 for line in best)
-    print(json.dumps({"benchmark": "pack", "passed": passed, "copy_bytes_per_s": round(copy), "lines": lines}))
+    facts = {
+        "weight": [options.rows, options.columns],
+        "group_size": GROUP,
+        "threads": 1,
+        "copy_bytes_per_s": round(copy),
+        "load": load,
+        "passed": all(line[-1] >= 1 for line in lines if line[1] == cuda_ops.instructions()),
+    }
+    present("pack", COLUMNS, lines, facts)
 
 
 if __name__ == "__main__":

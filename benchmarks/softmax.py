@@ -3,7 +3,7 @@
 Checked against the double-precision reference first; both sides measured in one run, one thread, CPU
 time, best of several.
 
-    python benchmarks/softmax.py [--elements N] [--repeats N]
+    python -m benchmarks.softmax [--elements N] [--repeats N]
 
 The bars: 2 times torch.softmax, 4 times the 8-bit path composed from torch operators.
 """
@@ -11,7 +11,7 @@ The bars: 2 times torch.softmax, 4 times the 8-bit path composed from torch oper
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 import cuda_ops
+from benchmarks.common import present
 from cuda_ops import reference
 
-COLUMNS = (128, 1024, 4096, 32768)
+LENGTHS = (128, 1024, 4096, 32768)  # of rows
+COLUMNS = ("in", "out", "columns", "rows", "ours, ns an element", "torch, ns", "ratio", "bar", "error (ulp, steps)")
 BAR = {"float16": 2.0, "bfloat16": 2.0, "int32": 4.0}
 
 
@@ -52,8 +54,8 @@ def best_of(repeats: int, *functions: Callable[[], object]) -> list[float]:
     return least
 
 
-def measure(dtype: torch.dtype, columns: int, elements: int, repeats: int) -> dict[str, Any]:
-    """One line of the table: seconds of both sides, and the largest error of ours."""
+def measure(dtype: torch.dtype, columns: int, elements: int, repeats: int) -> list[Any]:
+    """One line of the table: time of both sides, and the largest error of ours."""
     rows = max(1, elements // columns)
     x = spiky(rows, columns, dtype)
     if dtype == torch.int32:
@@ -77,40 +79,29 @@ def measure(dtype: torch.dtype, columns: int, elements: int, repeats: int) -> di
         seconds = best_of(repeats, lambda: cuda_ops.softmax(x, out_dtype=torch.float16), lambda: torch.softmax(x, -1))
     kind = str(dtype).removeprefix("torch.")
     ratio = seconds[1] / seconds[0]
-    nanoseconds = [1e9 * s / x.numel() for s in seconds]
-    return {
-        "in": kind,
-        "out": "uint8" if dtype == torch.int32 else "float16",
-        "columns": columns,
-        "rows": rows,
-        "ours_ns": round(nanoseconds[0], 3),
-        "torch_ns": round(nanoseconds[1], 3),
-        "ratio": round(ratio, 2),
-        "bar": BAR[kind],
-        "error": error,
-    }
+    out = "uint8" if dtype == torch.int32 else "float16"
+    return [kind, out, columns, rows, *(1e9 * s / x.numel() for s in seconds), ratio, BAR[kind], error]
 
 
 def main() -> None:
-    """Measure every dtype and row length; a table for people and one JSON line last."""
+    """Measure every dtype and row length."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--elements", type=int, default=1 << 20)
     parser.add_argument("--repeats", type=int, default=41)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"instructions: {cuda_ops.instructions()}; torch {torch.__version__}; one thread; ns an element")
-    print(f"{'in':>9} {'out':>8} {'columns':>8} {'ours':>7} {'torch':>7} {'ratio':>6} {'bar':>4}  error (ulp | steps)")
-    lines = []
-    for dtype in (torch.float16, torch.bfloat16, torch.int32):
-        for columns in COLUMNS:
-            line = measure(dtype, columns, options.elements, options.repeats)
-            lines.append(line)
-            print(
-                f"{line['in']:>9} {line['out']:>8} {columns:>8} {line['ours_ns']:>7} {line['torch_ns']:>7} "
-                f"{line['ratio']:>6} {line['bar']:>4}  {line['error']:.4g}"
-            )
-    passed = all(line["ratio"] >= line["bar"] for line in lines)
-    print(json.dumps({"benchmark": "softmax", "isa": cuda_ops.instructions(), "passed": passed, "lines": lines}))
+    load = round(os.getloadavg()[0], 2)
+    kinds = (torch.float16, torch.bfloat16, torch.int32)
+    lines = [measure(kind, length, options.elements, options.repeats) for kind in kinds for length in LENGTHS]
+    facts = {
+        "instructions": cuda_ops.instructions(),
+        "torch": torch.__version__,
+        "threads": 1,
+        "best_of": options.repeats,
+        "load": load,
+        "passed": all(line[COLUMNS.index("ratio")] >= line[COLUMNS.index("bar")] for line in lines),
+    }
+    present("softmax", COLUMNS, lines, facts)
 
 
 if __name__ == "__main__":

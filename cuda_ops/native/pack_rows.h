@@ -10,6 +10,11 @@
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+template <typename T>
+static inline void decode_e4m3(const T* codes, int64_t count, float scale, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) store(out + i, mul(load_e4m3(&codes[i].bits), set(scale)));
+}
+
 // FP8: elements [k, k + count) of a row that share one block of scales are multiplied by one number.
 static inline void decode_fp8(const PackJob& job, int64_t row, int64_t k, int64_t count, float* out) {
   const auto* codes = static_cast<const uint8_t*>(job.weight) + row * job.columns;
@@ -17,8 +22,8 @@ static inline void decode_fp8(const PackJob& job, int64_t row, int64_t k, int64_
   const float* scales = job.block_scale + row / job.block_rows * blocks;
   for (int64_t i = k; i < k + count;) {
     const int64_t end = least(k + count, (i / job.block_columns + 1) * job.block_columns);
-    const F scale = set(scales[i / job.block_columns]);
-    for (; i < end; i += kLanes) store(out + (i - k), mul(load_e4m3(codes + i), scale));
+    decode_e4m3(reinterpret_cast<const E4m3*>(codes + i), end - i, scales[i / job.block_columns], out + (i - k));
+    i = end;
   }
 }
 

@@ -45,6 +45,9 @@ struct Half {
 struct Bf16 {
   uint16_t bits;
 };
+struct E4m3 {
+  uint8_t bits;
+};
 
 enum class Isa : int64_t { scalar = 0, avx2 = 1, avx512 = 2 };
 

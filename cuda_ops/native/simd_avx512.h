@@ -31,6 +31,21 @@ static inline F load_e4m3(const uint8_t* p) {
 }
 
 static inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+// 32 codes at a time, for pack_rows.h: a code with its sign spread above it, times 2^7, has sign and fields in their
+// places in a half; the sign's second copy, in the highest bit of the exponent, is masked away.
+static inline void decode_e4m3(const E4m3* codes, int64_t count, float scale, float* out) {
+  const F by = set(scale * 256.0f);
+  int64_t i = 0;
+  for (; scale < 0x1p119f && i + 32 <= count; i += 32) {
+    const __m512i wide = _mm512_cvtepi8_epi16(load_words(codes + i)), magnitude = _mm512_set1_epi16(0x7f);
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(wide, magnitude), magnitude);
+    __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(-0x4080));
+    half = _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
+    store(out + i, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), by));
+    store(out + i + 16, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), by));
+  }
+  for (; i < count; i += kLanes) store(out + i, _mm512_mul_ps(load_e4m3(&codes[i].bits), set(scale)));
+}
 static inline void store(Bf16* p, F x) {
   const I bits = bits_of(x);
   const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

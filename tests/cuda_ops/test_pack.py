@@ -173,6 +173,18 @@ def test_every_bf16_number(isa: str) -> None:
             cuda_ops.pack_weights(row[None], group_size=48)
 
 
+def test_fp8_with_scales_at_the_ends_of_float32(isa: str) -> None:
+    codes = torch.arange(128, dtype=torch.uint8).repeat(4, 2) % 9  # 0 to 2^-6
+    codes[:, ::3] |= 0x80
+    for scale in (2.0**121, 2.0**119, 1.9e-38, 1e-44):
+        block = torch.full((1, 2), scale)
+        made = cuda_ops.pack_weights(codes.view(torch.float8_e4m3fn), block, group_size=128)
+        packed, scales, zero, bad = reference.pack_weights(codes.view(torch.float8_e4m3fn), block, BLOCK, 128, False)
+        assert bad == -1
+        assert torch.equal(made.packed, packed) and torch.equal(made.scale.float(), scales.float())
+        assert made.zero_point is not None and torch.equal(made.zero_point, zero)
+
+
 def test_a_nan_of_each_format_is_refused(isa: str) -> None:
     fp8, scale = stored("fp8", 64, 256)
     fp8.view(torch.uint8)[10, 17] = 0xFF
