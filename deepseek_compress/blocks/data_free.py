@@ -1,9 +1,9 @@
 """Without calibration: the output's shards are tasks, each read, changed, written and read back by one worker.
 
-A shard holds what lies together in one file of the source, so that a disk is read in order. Which tensors go into which
-shard follows from the source alone; an interrupted run goes on with the shards that are not finished. Where there are
-files enough for the workers, a task is all shards of a file, which is hashed from what is read for them; else a file
-is hashed while it is still in the page cache.
+A shard holds what lies together in one file of the source, so that a disk is read in order; a small model becomes one
+shard. Which tensors go into which shard follows from the source alone; an interrupted run goes on with the shards that
+are not finished. Where there are files enough for the workers, a task is all shards of a file, which is hashed from
+what is read for them; else a file is hashed while it is still in the page cache.
 
 Four-bit round-to-nearest is done by the native kernel (see `packing`); every other method decodes a weight first.
 """
@@ -93,13 +93,14 @@ def _tasks(job: Job, writer: CheckpointWriter, workers: int) -> list[_Task]:
 
 
 def planned(job: Job) -> dict[Path, list[list[str]]]:
-    """Names of the tensors of each shard, by the file of the source that they are read from."""
-    wanted: dict[Path, list[TensorInfo]] = {}
-    for info in sorted(job.tensors(), key=lambda info: _main(info).offset):
-        wanted.setdefault(_main(info).file, []).append(info)
-    total = sum(info.bytes for infos in wanted.values() for info in infos)
+    """Names of the tensors of each shard, by the file of the source that they are read from, or begin with."""
+    ordered = sorted(job.tensors(), key=lambda info: (_main(info).file, _main(info).offset))
+    total = sum(info.bytes for info in ordered)
     limit = min(max(total // SHARDS, SMALLEST), LARGEST)
-    return {file: _cut(infos, limit) for file, infos in sorted(wanted.items())}
+    wanted: dict[Path, list[TensorInfo]] = {}
+    for info in ordered:
+        wanted.setdefault(_main(info if total > SMALLEST else ordered[0]).file, []).append(info)
+    return {file: _cut(infos, limit) for file, infos in wanted.items()}
 
 
 def _cut(infos: list[TensorInfo], limit: int) -> list[list[str]]:

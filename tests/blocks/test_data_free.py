@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepseek_compress.blocks import data_free
+from deepseek_compress.blocks.job import Job
 from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
 from deepseek_compress.checkpoint.files import hash_file, read_json
 from tests.stages.test_compress import context, stage
@@ -31,9 +32,12 @@ def test_each_tensor_in_a_shard(
     assert {info.dtype for info in done.header.tensors.values() if info.encoding == "plain"} == {dtype}
 
 
-@pytest.mark.parametrize("shard_bytes", [60_000, 10**9])
-def test_the_files_of_the_source_are_hashed(shard_bytes: int, tiny_v3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shard_bytes", "smallest"), [(60_000, 1), (60_000, 10**9), (10**9, 1)])
+def test_the_files_of_the_source_are_hashed(
+    shard_bytes: int, smallest: int, tiny_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many of them from what is read of them, one by itself; what is written is the same."""
+    monkeypatch.setattr(data_free, "SMALLEST", smallest)
     published = open_checkpoint(tiny_v3)
     with CheckpointWriter(tmp_path / "source", published, shard_bytes=shard_bytes) as writer:
         for name in published.header.tensors:
@@ -43,9 +47,40 @@ def test_the_files_of_the_source_are_hashed(shard_bytes: int, tiny_v3: Path, tmp
     source = open_checkpoint(tmp_path / "source")
     out = stage(weights="rtn").run(source, context(tmp_path / "out", tiny_v3)).path
     files = sorted((tmp_path / "source").glob("*.safetensors"))
+    assert (len(list(out.glob("*.safetensors"))) == 1) == (smallest > 1)
     assert (len(files) > 10) == (shard_bytes < 10**9)
     told = read_json(out / "dsc_manifest.json")["source"]["files"]
     assert {name: facts["blake3"] for name, facts in told.items()} == {file.name: hash_file(file) for file in files}
     expected = open_checkpoint(stage(weights="rtn").run(published, context(tmp_path / "whole", tiny_v3)).path)
     for name in expected.header.tensors:
         assert torch.equal(open_checkpoint(out).read(name), expected.read(name))
+
+
+def test_a_stopped_run_hashes_what_it_no_longer_reads(
+    tiny_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_free, "SMALLEST", 1)
+    published = open_checkpoint(tiny_v3)
+    with CheckpointWriter(tmp_path / "source", published, shard_bytes=200_000) as writer:
+        for name in published.header.tensors:
+            writer.copy(name)
+        writer.finish({}, {}, [])
+    (tmp_path / "source" / "dsc_manifest.json").unlink()
+    source, rounding = open_checkpoint(tmp_path / "source"), stage(weights="rtn")
+    whole = rounding.run(source, context(tmp_path / "whole", tiny_v3)).path
+    real, written = data_free._write, []
+
+    def stopping(job: Job, shard: data_free._Shard) -> None:
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        written.append(shard.number)
+        real(job, shard)
+
+    monkeypatch.setattr(data_free, "_write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        rounding.run(source, context(tmp_path / "out", tiny_v3))
+    monkeypatch.setattr(data_free, "_write", real)
+    out = rounding.run(source, context(tmp_path / "out", tiny_v3)).path
+    assert [file.name for file in sorted(out.glob("*"))] == [file.name for file in sorted(whole.glob("*"))]
+    for file in out.glob("*"):
+        assert file.read_bytes() == (whole / file.name).read_bytes(), file.name
