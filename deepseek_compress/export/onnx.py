@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from onnx import TensorProto
 
 from deepseek_compress.checkpoint import Checkpoint
@@ -51,6 +52,7 @@ from deepseek_compress.numerics.types import Quantized, Statistics
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+ROWS_AT_ONCE = 4096  # of a table that is rounded
 
 
 def export_onnx(
@@ -230,9 +232,17 @@ def _rounded_head(build: Build, x: str, weight: Weight) -> str:
 
 
 def _rounded_table(build: Build, name: str) -> Quantized:
-    """The table `name` on a grid of 8 bits per group, rounded to nearest."""
+    """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet."""
     quantize = WEIGHTS["rtn"](num_bits=8, group_size=None)
-    return quantize(build.checkpoint.read(f"{name}.weight"), Statistics())
+    plain = build.checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
+    table = build.checkpoint.read(f"{name}.weight", None if plain else torch.float32)
+    parts = [quantize(rows.float(), Statistics()) for rows in table.split(ROWS_AT_ONCE)]
+    return Quantized(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat([part.zero_point for part in parts]),
+        num_bits=8,
+    )
 
 
 def empty_past(cfg: ModelConfig, batch: int, dtype: Any = np.float32) -> dict[str, Any]:
