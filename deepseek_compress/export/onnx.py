@@ -236,7 +236,8 @@ def _rounded_table(build: Build, name: str) -> Quantized:
     quantize = WEIGHTS["rtn"](num_bits=8, group_size=None)
     plain = build.checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
     table = build.checkpoint.read(f"{name}.weight", None if plain else torch.float32)
-    parts = [quantize(rows.float(), Statistics()) for rows in table.split(ROWS_AT_ONCE)]
+    starts = range(0, len(table), ROWS_AT_ONCE)
+    parts = [quantize(table[start : start + ROWS_AT_ONCE].float(), Statistics()) for start in starts]
     return Quantized(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scale for part in parts]),
