@@ -1,9 +1,11 @@
 // Number formats and the vector interface shared by the CPU kernels.
 //
-// A kernel (pack_rows.h, gptq_rows.h, softmax_rows.h) is written once, in terms of F (kLanes floats) and I (kLanes int32), and
-// included three times, after simd_scalar.h, simd_avx2.h and simd_avx512.h, each time inside its own namespace and its
-// own `#pragma GCC target`. So there is one statement of each algorithm, and the three can only differ in the order of
-// a sum. No lambdas inside the kernels: GCC does not give them the target of the function around them.
+// A kernel (pack_rows.h, gptq_rows.h, softmax_rows.h) is written once, in terms of F (kLanes floats) and I (kLanes
+// int32), and included three times, after simd_scalar.h, simd_avx2.h and simd_avx512.h, each time inside its own
+// namespace and its own `#pragma GCC target`. So there is one statement of each algorithm, and the three can only differ
+// in the order of a sum. For a few whole steps (the largest of a row, range and codes of a group of BF16, a run of FP8)
+// simd_avx512.h has a faster version with the same result, preferred to the kernel's template. No lambdas inside the
+// kernels: GCC does not give them the target of the function around them.
 //
 //   load(p), store(p, x)      kLanes numbers of the pointed-to type, converted to and from float, round to nearest even
 //   load_e4m3, load_e2m1      FP8 (NaN kept) and FP4 codes as float
