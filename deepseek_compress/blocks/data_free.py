@@ -24,7 +24,8 @@ from deepseek_compress.blocks import packing
 from deepseek_compress.blocks.job import Block, Job
 from deepseek_compress.blocks.stored import packed, stored16
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
-from deepseek_compress.checkpoint.hashed import FileHash, Hashed
+from deepseek_compress.checkpoint.files import FileHash
+from deepseek_compress.checkpoint.hashed import Hashed
 from deepseek_compress.checkpoint.header import Location, TensorInfo, stored_name
 from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.checkpoint.shards import Outline

@@ -4,44 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import blake3
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import blocks, disk_errors
+from deepseek_compress.checkpoint.files import FileHash
 from deepseek_compress.checkpoint.header import Location
 from deepseek_compress.checkpoint.reader import Checkpoint
-
-
-class FileHash:
-    """BLAKE3 of a file from the pieces of it that pass by, in the file's order; what does not pass by is read."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._hash = blake3.blake3()
-        self._place = 0  # up to which byte it is hashed
-
-    def saw(self, place: int, piece: memoryview) -> None:
-        """The bytes of the file from `place` on; those that come a second time are left out."""
-        if place > self._place:
-            self._read(place - self._place)
-        if place == self._place:
-            self._hash.update(piece)
-            self._place += len(piece)
-
-    def hexdigest(self) -> str:
-        """Of the whole file: what `b3sum` prints."""
-        self._read(None)
-        return self._hash.hexdigest()
-
-    def _read(self, count: int | None) -> None:
-        with disk_errors(self.file), open(self.file, "rb", buffering=0) as file:
-            file.seek(self._place)
-            for block in blocks(file.fileno(), count):
-                self._hash.update(block)
-                self._place += len(block)
 
 
 @dataclass(frozen=True)

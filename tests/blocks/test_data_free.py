@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import blake3
 import pytest
 import torch
 
 from deepseek_compress.blocks import data_free
 from deepseek_compress.blocks.job import Job
-from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
-from deepseek_compress.checkpoint.files import hash_file, read_json
+from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from deepseek_compress.checkpoint.files import read_json
 from tests.stages.test_compress import context, stage
 
 
@@ -32,6 +33,16 @@ def test_each_tensor_in_a_shard(
     assert {info.dtype for info in done.header.tensors.values() if info.encoding == "plain"} == {dtype}
 
 
+def in_shards(published: Checkpoint, out: Path, shard_bytes: int) -> Checkpoint:
+    """The same in files of about `shard_bytes` whose hashes nothing tells."""
+    with CheckpointWriter(out, published, shard_bytes=shard_bytes) as writer:
+        for name in published.header.tensors:
+            writer.copy(name)
+        writer.finish({}, {}, [])
+    (out / "dsc_manifest.json").unlink()
+    return open_checkpoint(out)
+
+
 @pytest.mark.parametrize(("shard_bytes", "smallest"), [(60_000, 1), (60_000, 10**9), (10**9, 1)])
 def test_the_files_of_the_source_are_hashed(
     shard_bytes: int, smallest: int, tiny_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -39,18 +50,15 @@ def test_the_files_of_the_source_are_hashed(
     """Many of them from what is read of them, one by itself; what is written is the same."""
     monkeypatch.setattr(data_free, "SMALLEST", smallest)
     published = open_checkpoint(tiny_v3)
-    with CheckpointWriter(tmp_path / "source", published, shard_bytes=shard_bytes) as writer:
-        for name in published.header.tensors:
-            writer.copy(name)
-        writer.finish({}, {}, [])
-    (tmp_path / "source" / "dsc_manifest.json").unlink()
-    source = open_checkpoint(tmp_path / "source")
+    source = in_shards(published, tmp_path / "source", shard_bytes)
     out = stage(weights="rtn").run(source, context(tmp_path / "out", tiny_v3)).path
     files = sorted((tmp_path / "source").glob("*.safetensors"))
     assert (len(list(out.glob("*.safetensors"))) == 1) == (smallest > 1)
     assert (len(files) > 10) == (shard_bytes < 10**9)
     told = read_json(out / "dsc_manifest.json")["source"]["files"]
-    assert {name: facts["blake3"] for name, facts in told.items()} == {file.name: hash_file(file) for file in files}
+    assert {name: facts["blake3"] for name, facts in told.items()} == {
+        file.name: blake3.blake3(file.read_bytes()).hexdigest() for file in files
+    }
     expected = open_checkpoint(stage(weights="rtn").run(published, context(tmp_path / "whole", tiny_v3)).path)
     for name in expected.header.tensors:
         assert torch.equal(open_checkpoint(out).read(name), expected.read(name))
@@ -60,13 +68,7 @@ def test_a_stopped_run_hashes_what_it_no_longer_reads(
     tiny_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_free, "SMALLEST", 1)
-    published = open_checkpoint(tiny_v3)
-    with CheckpointWriter(tmp_path / "source", published, shard_bytes=200_000) as writer:
-        for name in published.header.tensors:
-            writer.copy(name)
-        writer.finish({}, {}, [])
-    (tmp_path / "source" / "dsc_manifest.json").unlink()
-    source, rounding = open_checkpoint(tmp_path / "source"), stage(weights="rtn")
+    source, rounding = in_shards(open_checkpoint(tiny_v3), tmp_path / "source", 200_000), stage(weights="rtn")
     whole = rounding.run(source, context(tmp_path / "whole", tiny_v3)).path
     real, written = data_free._write, []
 
