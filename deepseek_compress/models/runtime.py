@@ -56,8 +56,9 @@ class Model:
         source: Path | str | Checkpoint,
         dtype: torch.dtype = torch.float32,
         kv_cache: KvRounding | None = None,
+        device: torch.device | str = "cpu",
     ) -> Model:
-        """Read a checkpoint whole, decoded to `dtype`; its manifest's schemes for activations and cache apply, the
+        """Read a checkpoint whole, decoded to `dtype` on `device`; its manifest's schemes for activations and cache apply, the
         latter unless `kv_cache` gives another.
 
         Raises Problems with every missing, unknown or misshaped tensor.
@@ -66,7 +67,7 @@ class Model:
         architecture = Architecture.of(checkpoint)
         raise_problems(architecture.problems())
         names = [name for name in architecture.tensors if name not in architecture.mtp]
-        weights = {name: checkpoint.read(name, dtype=dtype) for name in names}
+        weights = {name: checkpoint.read(name, dtype, device) for name in names}
         kv_cache = kv_cache or kv_rounding(checkpoint.kv_cache)
         return cls(architecture.family, architecture.cfg, weights, input_scheme(checkpoint.activations), kv_cache)
 

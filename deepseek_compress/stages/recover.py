@@ -92,7 +92,7 @@ class Recover(Stage, frozen=True):
         original, work = open_checkpoint(context.outputs[self.reference]), context.out / WORK
         text = calibration_text(source, context, work, self.samples)
         knobs = self.model_dump(mode="json")
-        Resumable.of(source, knobs, text.tokens, original, context.seed).claim(context.out, work)
+        Resumable.of(source, knobs, text.tokens, original, context.seed, device=context.device).claim(context.out, work)
         facts: dict[str, Any] = {}
         blocks = blockwise.Models(source, original, work)
         if self.by_block is not None:
@@ -132,7 +132,7 @@ class Recover(Stage, frozen=True):
         context: Context,
     ) -> tuple[dict[str, Quantized | Tensor], list[float]]:
         """Trained scales and norms from what was `found` block by block, and the KL of each step."""
-        loaded = Model.load(source)
+        loaded = Model.load(source, device=context.device)
         student = Model(loaded.family, loaded.cfg, loaded.weights)  # without the activation scheme: no gradient
         packed, norms = {}, {}
         for name in student.weights:
@@ -142,7 +142,7 @@ class Recover(Stage, frozen=True):
             elif loaded.family.role(name) is Role.NORM:
                 norms[name] = source.read(name) if start is None else start
         return recover(
-            Model.load(original),
+            Model.load(original, device=context.device),
             student,
             packed,
             norms,
