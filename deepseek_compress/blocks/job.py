@@ -18,10 +18,12 @@ from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.ledger import parts_of
 from deepseek_compress.checkpoint.statistics import SavedStatistics, parts_of_statistics
+from deepseek_compress.errors import DscError
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.config import Linear, ModelConfig
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.weights import QuantizedInputs, ResidentWeights, Weights
+from deepseek_compress.numerics.hessian import Unsolvable
 from deepseek_compress.numerics.types import Quantized, Statistics
 
 
@@ -170,7 +172,11 @@ class Block:
         if statistics.tokens < self.job.change.min_tokens:
             statistics = Statistics(tokens=statistics.tokens)
         pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
-        for (linear, _), solved in zip(pairs, self.job.change.solve(self.layer, pairs, statistics), strict=True):
+        try:
+            found = self.job.change.solve(self.layer, pairs, statistics)
+        except Unsolvable as error:
+            raise DscError(f"{self.prefix}{group[0].name}: {error.what}", error.fix) from None
+        for (linear, _), solved in zip(pairs, found, strict=True):
             name = self.prefix + linear.name + ".weight"
             self.store(name, parts_of(name, solved.stored, self.job.scheme is not None))
             loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()
@@ -186,7 +192,7 @@ class Block:
                 observe(part, frozenset(linear.name for linear in group), sums)
                 if part.keep is not None and part.last in (linear.name for linear in group):
                     self.free(linear for linear in part.linears if linear not in group)  # they do not run again
-                self.solve(wanted, sums.statistics())
+                self.solve(wanted, sums.statistics(self.prefix + group[0].name))
 
     def solved(self, part: Part, path: Path, rows: int, put: Put, get: Get) -> Iterator[tuple[int, Tensor, bool]]:
         """Solve the linears of a part, then give (batch, what it computes, whether that is its last's output alone).

@@ -108,7 +108,7 @@ def _block(job: Job, layer: int, run: Run | None, method: Migration) -> Scales:
     for fold, total in zip(served, sums, strict=True):
         if total.tokens:
             kept = [method.kept(source.read(f"{prefix}{name}.weight")) for name in fold.linears]
-            scales = _of_producer(fold, method.scales(kept, total.statistics()))
+            scales = _of_producer(fold, method.scales(kept, total.statistics(prefix + fold.linears[0])))
             found[prefix + fold.producer] = _movable(job, layer, fold, scales)
     return found
 

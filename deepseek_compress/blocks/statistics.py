@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from deepseek_compress.blocks.pairs import Split, rows
+from deepseek_compress.errors import DscError
 from deepseek_compress.models.config import Linear
 from deepseek_compress.models.weights import ObservingWeights, Weights
 from deepseek_compress.numerics.hessian import add_gram, mirror
@@ -30,6 +32,7 @@ class Accumulator:
         self._abssum: Tensor | None = None
         self._drift: Tensor | None = None
         self._owed: Tensor | None = None
+        self._marks: list[Tensor] = []  # one number a batch, see `_mark`
 
     def add(self, x: Tensor, split: Split | None = None) -> None:
         """Take in x (..., columns); of a `split` batch the compressed model's rows, and how the original's differ."""
@@ -48,6 +51,7 @@ class Accumulator:
                     self._drift = _more(self._drift, chunk[1].T @ chunk[0])
                 if len(chunk) > 2:
                     self._owed = _more(self._owed, chunk[2].T @ chunk[0])
+        self._mark()
 
     def merge(self, saved: Statistics) -> None:
         """Take in what was summed before."""
@@ -58,6 +62,7 @@ class Accumulator:
             self._absmax = _larger(self._absmax, saved.input_absmax)
         if "input_absmean" in self.needs and saved.input_absmean is not None:
             self._abssum = _more(self._abssum, saved.input_absmean * saved.tokens)
+        self._mark()
 
     def _rows(self, x: Tensor) -> None:
         self.tokens += len(x)
@@ -68,8 +73,21 @@ class Accumulator:
         if "input_absmean" in self.needs:
             self._abssum = _more(self._abssum, x.abs().sum(0))
 
-    def statistics(self) -> Statistics:
-        """The sums so far."""
+    def _mark(self) -> None:
+        """Keep a number that is finite if all inputs so far are. It is read at the end, since reading waits for it."""
+        parts = [part for part in (self._absmax, self._abssum) if part is not None]
+        if self._hessian is not None:
+            parts.append(self._hessian.diagonal())
+        parts += [part[:, 0] for part in (self._drift, self._owed) if part is not None]  # where a row fails, all of it
+        if parts:
+            self._marks.append(reduce(torch.add, [part.sum() for part in parts]))
+
+    def statistics(self, name: str) -> Statistics:
+        """The sums so far of the input of the linear `name`. `DscError` where they are not finite."""
+        failed = [batch for batch, mark in enumerate(self._marks, 1) if not bool(mark.isfinite())]
+        if failed:
+            what = f"{name}: NaN, infinite or too large inputs from batch {failed[0]} of {len(self._marks)} on"
+            raise DscError(what, "check the model for weights that are far too large, and the calibration text")
         mean = None if self._abssum is None else self._abssum / max(1, self.tokens)
         hessian = None if self._hessian is None else mirror(self._hessian)
         return Statistics(self.tokens, hessian, self._absmax, mean, self._drift, self._owed)

@@ -236,7 +236,8 @@ def statistics_of(search: Search, layer: int, block: Tensors) -> dict[str, Stati
     with search.open(search.spool("fitting", layer), search.fitting) as source:
         for batch in range(len(batches)):
             forward(search, layer, watched, batches.read(source, batch), batches.ids(batch))
-    found = {key: total.statistics() for key, total in sums.items()}
+    prefix = search.family.prefix(layer)
+    found = {key: total.statistics(f"{prefix}.{key}") for key, total in sums.items()}
     return {key: s if s.tokens >= search.min_tokens else Statistics(s.tokens) for key, s in found.items()}
 
 

@@ -138,7 +138,7 @@ def test_scales_move_by_them_as_by_the_text(saved: Path, tiny_v3: Path, text: Pa
     for layer in range(job.cfg.num_hidden_layers):
         for linear in job.family.linears(job.cfg, layer):
             if (layer, linear.name) in seen:
-                expected, found = seen[layer, linear.name].statistics(), moved.saved(layer, linear)
+                expected, found = seen[layer, linear.name].statistics(linear.name), moved.saved(layer, linear)
                 assert expected.hessian is not None and found.hessian is not None
                 assert relative(found.hessian, expected.hessian) < 1e-4
 
