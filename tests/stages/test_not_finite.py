@@ -53,6 +53,16 @@ def test_one_weight_far_too_large(recipe: str, name: str, told: str, tiny_v2: Pa
     assert line.startswith(f"error: {told}: NaN, infinite or too large inputs from batch 1 of 1 on; check the model")
 
 
+def test_a_solver_that_fails_names_the_linear(
+    tiny_v2: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As statistics do that were saved before they were checked."""
+    monkeypatch.setattr(Accumulator, "_mark", lambda self: None)
+    model = damaged(tiny_v2, tmp_path / "model", f"{EXPERT}.3.up_proj.weight", 3e38)
+    line = quantize(model, tmp_path / "out", text, "-r", "sparse24-w4a16", "--set", "min_tokens=1")
+    assert line.startswith(f"error: {EXPERT}.3.down_proj: the Hessian is NaN or infinite in 1 of 64 columns; ")
+
+
 def test_an_expert_that_few_tokens_reach(tiny_v2: Path, text: Path, tmp_path: Path) -> None:
     """Both where it is solved from its tokens and where it is solved without."""
     model = damaged(tiny_v2, tmp_path / "model", f"{EXPERT}.3.up_proj.weight", torch.inf)
