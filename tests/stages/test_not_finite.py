@@ -11,10 +11,10 @@ from processes import OPTIONS, loads
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from deepseek_compress.blocks.pairs import pairs
-from deepseek_compress.blocks.statistics import Accumulator
 from deepseek_compress.cli import app
+from deepseek_compress.compress.collect import Accumulator
 from deepseek_compress.errors import DscError
+from deepseek_compress.streaming.paired_forward import pairs
 
 EXPERT = "model.layers.1.mlp.experts"
 
@@ -98,7 +98,7 @@ def test_the_original_model_counts_too(stream: bool) -> None:
     batches = torch.ones(3, 4, 2, 16)
     added = batches.clone()
     (added if stream else batches)[1, 1, 1, 3] = torch.inf  # odd samples are the original's
-    sums = Accumulator({"hessian", "drift"})
+    sums = Accumulator({"hessian", "cross_covariance"})
     for x, h in zip(batches, added, strict=True):
         split = pairs(4)
         sums.add(x, split._replace(stream=h) if stream else split)
