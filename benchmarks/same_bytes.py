@@ -16,8 +16,8 @@ Not compared: `dsc_run.json` (time, peaks, host), and in JSON the keys of MASKED
 Prints one line a case while it runs, a table of what differs (the first key or tensor of each file) and a JSON line.
 Exit 1 where anything differs or a command of BEFORE fails.
 
-A command takes 4 to 5 s of one core on the tiny models, most of it imports, and up to 30 s on the built-in one: with
-about 160 commands a side, expect 10 to 15 minutes a side on two free cores (estimated from part of the cases).
+A command takes about 4 s of one core on a tiny model, most of it imports, and longer on the built-in one: with 160
+commands a side, expect 10 to 15 minutes a side on two free cores (an estimate from part of the cases).
 """
 
 from __future__ import annotations
