@@ -211,7 +211,9 @@ def _all(place: Place, chosen: Sequence[Case], side: str, jobs: int, keep: bool 
             file.parent.mkdir(parents=True, exist_ok=True)
             file.with_suffix(".tmp").write_text(json.dumps(found))
             file.with_suffix(".tmp").replace(file)
-        how = found.get(FAILED, f"{len(found)} files")
+        how = str(found.get(FAILED, f"{len(found)} files"))
+        if not keep:
+            how += f", {len(_row(case, json.loads(_kept(place, case).read_text()), found).differing)} differ"
         print(f"{side} {case.name}: {how}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         return found
 
