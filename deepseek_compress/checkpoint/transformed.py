@@ -30,9 +30,7 @@ class Transformed(Checkpoint):
     changes: Mapping[str, Change] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
-    def read(
-        self, name: str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The changed tensor, computed in float32 and rounded once to `dtype`; None: to the type it is stored in."""
         if name not in self.changes:
             return self.source.read(name, dtype, device)

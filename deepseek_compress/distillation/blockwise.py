@@ -49,6 +49,7 @@ class Models(NamedTuple):
     changed: Checkpoint
     original: Checkpoint
     work: Path  # hidden stores, and what is found of each block
+    device: str = "cpu"
 
     def found(self, layer: int) -> Path:
         """Scales and norms of block `layer` by their names in the checkpoint."""
@@ -84,7 +85,8 @@ def recover_blocks(
     Returns for each block the relative squared error of its output for a token of one batch, before and after. The
     same arguments give the same bits. Raises DscError where the two do not embed text alike.
     """
-    streams = (Stream(Architecture.of(models.changed), "ours"), Stream(Architecture.of(models.original), "theirs"))
+    sides = {"ours": models.changed, "theirs": models.original}
+    streams = tuple(Stream(Architecture.of(source, models.device), side) for side, source in sides.items())
     loop = Loop(streams, tokens, models.work, "block", "scales of block", last=True)
     seen: list[Tensor] = []
 

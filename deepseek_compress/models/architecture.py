@@ -23,7 +23,6 @@ from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.family import Family, Shape
 from deepseek_compress.models.weights import StreamedWeights, Weights
 
-
 CPU = torch.device("cpu")
 
 
@@ -121,7 +120,13 @@ class Architecture:
         return replace(Architecture.of(source, self.device), family=self.family)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Architecture, (self.header, self.family, self.cfg, self.checkpoint, self.device)  # without what is cached
+        return Architecture, (
+            self.header,
+            self.family,
+            self.cfg,
+            self.checkpoint,
+            self.device,
+        )  # without what is cached
 
 
 class Block:

@@ -58,8 +58,9 @@ class Model:
         kv_cache: KvRounding | None = None,
         device: torch.device | str = "cpu",
     ) -> Model:
-        """Read a checkpoint whole, decoded to `dtype` on `device`; its manifest's schemes for activations and cache apply, the
-        latter unless `kv_cache` gives another.
+        """Read a checkpoint whole, decoded to `dtype` on `device`.
+
+        Its manifest's schemes for activations and cache apply, the latter unless `kv_cache` gives another.
 
         Raises Problems with every missing, unknown or misshaped tensor.
         """

@@ -94,7 +94,7 @@ class Recover(Stage, frozen=True):
         knobs = self.model_dump(mode="json")
         Resumable.of(source, knobs, text.tokens, original, context.seed, device=context.device).claim(context.out, work)
         facts: dict[str, Any] = {}
-        blocks = blockwise.Models(source, original, work)
+        blocks = blockwise.Models(source, original, work, context.device)
         if self.by_block is not None:
             progress = context.progress
             facts["blocks"] = blockwise.recover_blocks(

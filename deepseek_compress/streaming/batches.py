@@ -14,7 +14,7 @@ BATCH_TOKENS = 2048  # fixed: another batch size has other roundings
 class Batches:
     """tokens int64 (samples, length); `paired`: every sample stands there twice, and the two are never parted.
 
-    Batches are read to `device`. `together`: batches that run as one, where each of them would read all experts of a block again.
+    Batches are read to `device`. `together`: batches that run as one, where each would read all experts of a block.
     """
 
     def __init__(

@@ -104,9 +104,7 @@ def test_recover(knobs: dict[str, Any], tiny_v2: Path, text: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("name", ["tiny_v3", "tiny_qwen2"])
-def test_evaluate(
-    name: str, streamed: bool, text: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_evaluate(name: str, streamed: bool, text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path, found = request.getfixturevalue(name), []
     knobs = {"text": text, "windows": 3, "length": 32, "models": ["a", "b"], "reference": "a", "problems": 3}
     stage = build(load("evaluate"), {**knobs, "streamed": streamed, "efficiency": False}, "evaluate")
