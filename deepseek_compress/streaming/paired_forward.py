@@ -75,7 +75,9 @@ class PairedWeights:
         return name in self.changed
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """x (n, ..., columns) -> (n, ..., rows)."""
+        """x (n, ..., columns) -> (n, ..., rows). What no recipe changes is the same in both."""
+        if name + ".weight" not in self.original:
+            return self.changed.linear(name, x)
         theirs = rows(self.split.original, x)
         ours = self.changed.linear(name, x[~theirs])
         out = ours.new_empty(len(x), *ours.shape[1:])
