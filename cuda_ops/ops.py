@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cuda_ops import build, reference
-from deepseek_compress.errors import DscError
 
 NAMESPACE = "deepseek_compress"
 SCHEMAS = (
@@ -37,6 +36,14 @@ FP8_BLOCK, MXFP4 = 3, 4
 _log = logging.getLogger("cuda_ops")
 _torch: Any = torch  # where torch has no types
 _library: list[Any] = []  # kept: an operator lives as long as the library that defines it
+
+
+class WeightError(ValueError):
+    """A weight that cannot be packed: what is wrong with it, and the next step to take."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        self.what, self.fix = what, fix
+        super().__init__(f"{what}; {fix}")
 
 
 class Packed(NamedTuple):
@@ -102,7 +109,7 @@ def pack_weights(
 
     `weight`: float32, float16 or bfloat16 (rows, columns); float8_e4m3fn with `scale` (blocks of rows, blocks of
     columns), the multiplier; or int8/uint8 (rows, columns / 2) with E8M0 `scale` (rows, columns / 32). The result
-    equals `numerics.rtn` on the decoded weight, bit for bit. Raises `DscError`, naming the weight, for NaN, infinity,
+    equals `numerics.rtn` on the decoded weight, bit for bit. Raises `WeightError`, naming the weight, for NaN, infinity,
     shapes that do not fit and types it does not know.
     """
     load()
@@ -117,18 +124,18 @@ def pack_weights(
         _expect(name, scale, (weight.shape[0], weight.shape[1] // (reference.MXFP4_BLOCK // 2)))
     else:
         has = "no scale" if scale is None else f"scale {scale.dtype}"
-        raise DscError(f"{name}: cannot pack {weight.dtype} with {has}", "give BF16, FP8 with scales or MXFP4")
+        raise WeightError(f"{name}: cannot pack {weight.dtype} with {has}", "give BF16, FP8 with scales or MXFP4")
     columns = weight.shape[1] * (2 if encoding == MXFP4 else 1)
     if columns % group_size:
         fits = next((g for g in (128, 64, 32, 16) if columns % g == 0), columns)
-        raise DscError(
+        raise WeightError(
             f"{name}: {columns} columns do not divide into groups of {group_size}", f"set group_size: {fits}"
         )
     packed, stored, zero, bad = torch.ops.deepseek_compress.pack_weights(
         weight, scale, encoding, *block, group_size, symmetric
     )
     if bad >= 0:
-        raise DscError(f"{name}: row {bad} holds NaN, infinity or a range beyond float32", "download the file again")
+        raise WeightError(f"{name}: row {bad} holds NaN, infinity or a range beyond float32", "download the file again")
     return Packed(packed, stored, None if symmetric else zero)
 
 
@@ -232,7 +239,7 @@ def _softmax_shapes(
 
 def _expect(name: str, scale: Tensor, shape: tuple[int, int]) -> None:
     if tuple(scale.shape) != shape:
-        raise DscError(f"{name}: scale has shape {tuple(scale.shape)}, not {shape}", "check the quantization_config")
+        raise WeightError(f"{name}: scale has shape {tuple(scale.shape)}, not {shape}", "check the quantization_config")
 
 
 def _reference_pack(

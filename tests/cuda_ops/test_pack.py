@@ -12,7 +12,6 @@ from torch import Tensor
 
 import cuda_ops
 from cuda_ops import reference
-from deepseek_compress.errors import DscError
 
 BLOCK = (128, 128)
 # rows, columns, group: whole words, ragged rows, ragged blocks, one group a row, sizes no vector divides
@@ -152,7 +151,7 @@ def test_a_weight_that_is_not_finite_is_refused(isa: str, value: float) -> None:
     weight = torch.ones(70, 512)
     weight[41, 300] = value
     weight[66, 2] = value
-    with pytest.raises(DscError, match="q_proj: row 41 holds NaN"):
+    with pytest.raises(cuda_ops.WeightError, match="q_proj: row 41 holds NaN"):
         cuda_ops.pack_weights(weight, group_size=128, name="q_proj")
     assert reference.pack_weights(weight, None, BLOCK, 128, False)[3] == 41
 
@@ -169,7 +168,7 @@ def test_every_bf16_number(isa: str) -> None:
     assert torch.equal(made.scale.view(torch.int16), scales.view(torch.int16))
     assert made.zero_point is not None and torch.equal(made.zero_point, zero)
     for row in weight[~finite]:
-        with pytest.raises(DscError, match="row 0"):
+        with pytest.raises(cuda_ops.WeightError, match="row 0"):
             cuda_ops.pack_weights(row[None], group_size=48)
 
 
@@ -188,12 +187,12 @@ def test_fp8_with_scales_at_the_ends_of_float32(isa: str) -> None:
 def test_a_nan_of_each_format_is_refused(isa: str) -> None:
     fp8, scale = stored("fp8", 64, 256)
     fp8.view(torch.uint8)[10, 17] = 0xFF
-    with pytest.raises(DscError, match="row 10"):
+    with pytest.raises(cuda_ops.WeightError, match="row 10"):
         cuda_ops.pack_weights(fp8, scale, group_size=64)
     mxfp4, exponent = stored("mxfp4", 64, 256)
     assert exponent is not None
     exponent.view(torch.uint8)[20, 3] = 255
-    with pytest.raises(DscError, match="row 20"):
+    with pytest.raises(cuda_ops.WeightError, match="row 20"):
         cuda_ops.pack_weights(mxfp4, exponent, group_size=64)
 
 
@@ -207,5 +206,5 @@ def test_a_nan_of_each_format_is_refused(isa: str) -> None:
     ],
 )
 def test_mistakes_are_named(weight: Tensor, scale: Tensor | None, group: int, match: str) -> None:
-    with pytest.raises(DscError, match=match):
+    with pytest.raises(cuda_ops.WeightError, match=match):
         cuda_ops.pack_weights(weight, scale, group_size=group, name="up_proj")
