@@ -106,8 +106,8 @@ def emulation() -> ctypes.CDLL:
 def emulate_job(name: str, job: ctypes.Structure, kernel: int, order: int, tensors: Sequence[Tensor]) -> list[int]:
     """Run `dsc_NAME_emulated`, threads in `order` (0 ascending, 1 descending, else a seed).
 
-    The kernel may touch `tensors` only; what it did with each is returned: bytes read, bytes written, loads, loads of 16
-    bytes. Raises RuntimeError where it does anything a GPU would not forgive, ValueError where it cannot take the job.
+    The kernel may touch `tensors` only; what it did with each is returned: bytes read, bytes written, loads, loads of
+    16 bytes. Raises RuntimeError where it does what a GPU would not forgive, ValueError where it cannot take the job.
     """
     spans = (ctypes.c_uint64 * (2 * len(tensors)))()
     for i, tensor in enumerate(tensors):

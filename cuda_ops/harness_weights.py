@@ -168,7 +168,14 @@ def rounding(
     residual: Tensor,
 ) -> Call:
     """As `ops.round_columns`, each tensor with its leading dimension. Outputs: codes and residual."""
-    own = {"scale": grid[0], "zero_point": grid[1], "group": group, "fixed": fixed, "codes": codes, "residual": residual}
+    own = {
+        "scale": grid[0],
+        "zero_point": grid[1],
+        "group": group,
+        "fixed": fixed,
+        "codes": codes,
+        "residual": residual,
+    }
     pointers = {name: _at(tensor) for name, tensor in own.items()}
     steps = {f"{name}_step": 0 if tensor is None else tensor.stride(0) for name, tensor in own.items()}
     job = RoundJob(top=grid[2], **_feed(base, target, feedback), **pointers, **steps)

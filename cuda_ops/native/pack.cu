@@ -23,7 +23,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kCodes = 8;  // in a word
 constexpr int kRows = static_cast<int>(kRowsPerWord);
 constexpr int kPackWarps = 4;       // of a block of the warp kernel
-constexpr int kPackThreads = 256;   // the most that the block kernel has
+constexpr int kPackThreads = 128;   // the most that the block kernel has
 constexpr float kInf = INFINITY;
 
 __device__ inline float nan() { return __uint_as_float(0x7fc00000u); }
@@ -121,17 +121,14 @@ struct Eight {
   }
 };
 
-// The rows of word `line` of the zero points, columns 8 * word on, as floats.
+// The rows of word `line` of the zero points, columns 8 * word on. All are asked for before one is decoded.
 template <Encoding kind>
-__device__ void load_rows(const PackJob& job, int64_t line, int64_t word, float (&w)[kRows][kCodes]) {
-  Eight<kind> rows[kRows];
+__device__ void load_rows(const PackJob& job, int64_t line, int64_t word, Eight<kind> (&rows)[kRows]) {
   float block = 1.0f;
   if constexpr (kind == Encoding::fp8_block)  // eight rows and columns are in one block: see `fits`
     block = block_scale(job, static_cast<unsigned>(line * kRows), static_cast<unsigned>(word * kCodes));
 #pragma unroll
   for (int r = 0; r < kRows; r++) rows[r].load(job, line * kRows + r, word, block);
-#pragma unroll
-  for (int r = 0; r < kRows; r++) rows[r].decode(w[r]);
 }
 
 __device__ inline void refuse(const PackJob& job, int64_t row) {
@@ -247,7 +244,7 @@ __device__ void share_out(float (&x)[kRows], Op op) {
 }
 
 template <Encoding kind, int L>
-__global__ void __launch_bounds__(kLanes* kPackWarps) warp_pack_kernel(const PackJob job) {
+__global__ void __launch_bounds__(kLanes* kPackWarps, 5) warp_pack_kernel(const PackJob job) {
   constexpr int kLeft = L < kRows ? kRows / L : 1;  // rows a lane fits
   const auto words = static_cast<unsigned>(job.columns / kCodes), pieces = (words + kLanes - 1) / kLanes;
   const unsigned index = blockIdx.x * kPackWarps + threadIdx.y;
@@ -257,11 +254,13 @@ __global__ void __launch_bounds__(kLanes* kPackWarps) warp_pack_kernel(const Pac
   const int64_t word = index % pieces * kLanes + lane, group = word / L;
   const bool inside = word < words;
 
+  Eight<kind> rows[kRows];
   float w[kRows][kCodes], low[kRows], high[kRows];
-  load_rows<kind>(job, line, inside ? word : words - 1, w);
+  load_rows(job, line, inside ? word : words - 1, rows);
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     low[r] = high[r] = 0.0f;
+    rows[r].decode(w[r]);
     widen(job, line * kRows + r, w[r], low[r], high[r]);
   }
   share_out<L>(low, Least());
@@ -283,7 +282,7 @@ __global__ void __launch_bounds__(kLanes* kPackWarps) warp_pack_kernel(const Pac
 }
 
 template <Encoding kind>
-__global__ void __launch_bounds__(kPackThreads) block_pack_kernel(const PackJob job) {
+__global__ void __launch_bounds__(kPackThreads, 3) block_pack_kernel(const PackJob job) {
   __shared__ float lows[kPackThreads / kLanes][kRows], highs[kPackThreads / kLanes][kRows];
   __shared__ unsigned grids[kRows];
   const auto groups = static_cast<unsigned>(job.columns / job.group_size);
@@ -291,14 +290,18 @@ __global__ void __launch_bounds__(kPackThreads) block_pack_kernel(const PackJob 
   const int64_t line = blockIdx.x / groups, group = blockIdx.x % groups, first = group * words;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kLanes, lane = thread % kLanes;
 
-  float w[kRows][kCodes], low[kRows], high[kRows];
+  Eight<kind> rows[kRows];
+  float w[kCodes], low[kRows], high[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) low[r] = high[r] = 0.0f;
 #pragma unroll 1
   for (int i = thread; i < words; i += threads) {
-    load_rows<kind>(job, line, first + i, w);
+    load_rows(job, line, first + i, rows);
 #pragma unroll
-    for (int r = 0; r < kRows; r++) widen(job, line * kRows + r, w[r], low[r], high[r]);
+    for (int r = 0; r < kRows; r++) {
+      rows[r].decode(w);
+      widen(job, line * kRows + r, w, low[r], high[r]);
+    }
   }
   share_out<kLanes>(low, Least());
   share_out<kLanes>(high, Greatest());
@@ -317,9 +320,12 @@ __global__ void __launch_bounds__(kPackThreads) block_pack_kernel(const PackJob 
   if (thread == 0) store_zeros(job, line, group, grid);
 #pragma unroll 1
   for (int i = thread; i < words; i += threads) {
-    load_rows<kind>(job, line, first + i, w);
+    load_rows(job, line, first + i, rows);
 #pragma unroll
-    for (int r = 0; r < kRows; r++) store_codes(job, line * kRows + r, first + i, codes_of(w[r], grid[r]));
+    for (int r = 0; r < kRows; r++) {
+      rows[r].decode(w);
+      store_codes(job, line * kRows + r, first + i, codes_of(w, grid[r]));
+    }
   }
 }
 
@@ -344,9 +350,9 @@ int launch_encoding(const PackJob& job, PackKernel kernel, [[maybe_unused]] Stre
   if (kernel == PackKernel::naive) {
     DSC_LAUNCH((naive_pack_kernel<kind>), dim3((lines + 63) / 64), dim3(64), stream, job);
   } else if (kernel == PackKernel::block) {
-    const auto warps = static_cast<unsigned>((size / kCodes + kLanes - 1) / kLanes);
-    const dim3 grid(lines * static_cast<unsigned>(job.columns / size));
-    DSC_LAUNCH((block_pack_kernel<kind>), grid, dim3(kLanes * (warps < 8 ? warps : 8)), stream, job);
+    const auto threads = static_cast<unsigned>((size / kCodes + kLanes - 1) / kLanes * kLanes);
+    const dim3 grid(lines * static_cast<unsigned>(job.columns / size)), block(threads < kPackThreads ? threads : kPackThreads);
+    DSC_LAUNCH((block_pack_kernel<kind>), grid, block, stream, job);
   } else {
     const dim3 grid((lines * pieces + kPackWarps - 1) / kPackWarps), block(kLanes, kPackWarps);
     if (size == 32) DSC_LAUNCH((warp_pack_kernel<kind, 4>), grid, block, stream, job);
