@@ -49,11 +49,11 @@ __device__ inline float stored(float scale) {
 
 __device__ inline Range fit(const SearchJob& job, float top, float low, float high) {
   const float middle = 0.5f * (top + 1.0f);
-  low = fminf(low, 0.0f), high = fmaxf(high, 0.0f);
-  const float scale = job.symmetric ? fmaxf(__fdiv_rn(low, -middle), __fdiv_rn(high, sub(top, middle)))
+  low = least(low, 0.0f), high = greatest(high, 0.0f);
+  const float scale = job.symmetric ? greatest(__fdiv_rn(low, -middle), __fdiv_rn(high, sub(top, middle)))
                                     : __fdiv_rn(sub(high, low), top);
   Range range{stored(scale > kSmallestRange ? scale : 1.0f), middle};
-  if (!job.symmetric) range.zero = clamped(rintf(__fdiv_rn(low, -range.scale)), 0.0f, top);
+  if (!job.symmetric) range.zero = least(greatest(rintf(__fdiv_rn(low, -range.scale)), 0.0f), top);
   return range;
 }
 
@@ -71,7 +71,7 @@ __device__ float error_of(const Group& group, const Range& range, float top) {
 #pragma unroll
     for (int i = 0; i < kSums; i++) {
       const float scaled = quotient(group.weight(k + i), range.scale, reciprocal);
-      const float off = sub(clamped(whole(scaled), low, high), scaled);
+      const float off = sub(fminf(fmaxf(whole(scaled), low), high), scaled);
       sums[i] = add(sums[i], mul(mul(off, off), group.share(k + i)));
     }
   }
@@ -88,7 +88,7 @@ __device__ Range refit(const Group& group, const Range& range, float top) {
 #pragma unroll
     for (int i = 0; i < kSums; i++) {
       const float weight = group.weight(k + i);
-      const float code = clamped(whole(quotient(weight, range.scale, reciprocal)), low, high);
+      const float code = fminf(fmaxf(whole(quotient(weight, range.scale, reciprocal)), low), high);
       const float weighted = mul(code, group.share(k + i));
       above[i] = add(above[i], mul(weighted, weight)), below[i] = add(below[i], mul(weighted, code));
     }
@@ -101,7 +101,7 @@ template <typename Group>
 __device__ Range search(const SearchJob& job, const Group& group) {
   const float top = static_cast<float>((1 << job.num_bits) - 1);
   float low = group.weight(0), high = low;
-  for (int k = 1; k < group.size; k++) low = fminf(low, group.weight(k)), high = fmaxf(high, group.weight(k));
+  for (int k = 1; k < group.size; k++) low = least(low, group.weight(k)), high = greatest(high, group.weight(k));
   Range best = fit(job, top, low, high);
   float lowest = error_of(group, best, top);
   const int steps = static_cast<int>(job.steps);
@@ -166,7 +166,8 @@ __device__ inline UnroundedCell cell_of(const UnroundedJob& job, int64_t j, int6
 // Decides a weight and writes it; returns what it misses.
 __device__ inline float decide(const RoundJob& job, const RoundCell& cell, int64_t at, float updated) {
   const float scaled = quotient(updated, cell.scale, __frcp_rn(cell.scale));
-  const float nearest = clamped(rintf(scaled), -cell.zero, sub(job.top, cell.zero)), value = cell.fixed ? 0.0f : nearest;
+  const float nearest = least(greatest(rintf(scaled), sub(0.0f, cell.zero)), sub(job.top, cell.zero));
+  const float value = cell.fixed ? 0.0f : nearest;
   const float residual = sub(cell.target, mul(value, cell.scale));
   __stcg(job.codes + at, static_cast<uint8_t>(add(value, cell.zero)));
   __stcg(job.residual + at, residual);
@@ -221,8 +222,10 @@ __device__ inline void feed(const float* shares, float missed, float (&updated)[
 #pragma unroll
   for (int j = 0; j < kTile; j += 4) {
     const float4 four = *reinterpret_cast<const float4*>(shares + j);
-    updated[j] = add(updated[j], mul(four.x, missed)), updated[j + 1] = add(updated[j + 1], mul(four.y, missed));
-    updated[j + 2] = add(updated[j + 2], mul(four.z, missed)), updated[j + 3] = add(updated[j + 3], mul(four.w, missed));
+    updated[j] = add(updated[j], mul(four.x, missed));
+    updated[j + 1] = add(updated[j + 1], mul(four.y, missed));
+    updated[j + 2] = add(updated[j + 2], mul(four.z, missed));
+    updated[j + 3] = add(updated[j + 3], mul(four.w, missed));
   }
 }
 
