@@ -25,7 +25,7 @@ KERNELS = {
         "dsc_softmax_float16": (1, 64),
     },
     "pack.cu": {"naive_pack": (5, 64), "warp_pack": (20, 96), "block_pack": (5, 168)},
-    "gptq.cu": {"naive_search": (1, 64), "tile_search": (1, 72), "naive_feed": (2, 40), "tile_feed": (4, 168)},
+    "gptq.cu": {"naive_search": (1, 80), "tile_search": (1, 80), "naive_feed": (2, 64), "tile_feed": (4, 168)},
 }  # fmt: skip
 
 
