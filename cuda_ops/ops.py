@@ -254,5 +254,5 @@ def _reference_pack(
     group_size: int,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *made, bad = reference.pack_weights(weight, scale, (block_rows, block_columns), group_size, symmetric)
-    return *made, torch.tensor([bad])
+    made = reference.pack_weights(weight, scale, (block_rows, block_columns), group_size, symmetric)
+    return *made[:3], torch.tensor([made[3]])

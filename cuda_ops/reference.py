@@ -154,8 +154,8 @@ def round_columns(
     """
     if base.dim() == 3:
         for m, own_fixed in enumerate(fixed if fixed is not None else [None] * len(base)):
-            parts = (x[m] for x in (base, target, feedback, scale, zero_point, group))
-            round_columns(*parts, own_fixed, top, codes[m], residual[m])
+            grid = scale[m], zero_point[m], group[m]
+            round_columns(base[m], target[m], feedback[m], *grid, own_fixed, top, codes[m], residual[m])
         return
     base = base.clone()
     for j, own in enumerate(group.tolist()):
