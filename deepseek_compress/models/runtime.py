@@ -150,7 +150,7 @@ class Model:
         """One prompt, the whole text again for each token."""
         tokens, device = list(prompt), self.head.device
         while len(tokens) < len(prompt) + limit:
-            logits = self.forward(torch.tensor([tokens], device=device), last_only=True)
+            logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)
             following = int(logits[0, -1].argmax())
             if following in ends:
                 break
@@ -160,11 +160,11 @@ class Model:
     def _batch(self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int]) -> list[list[int]]:
         device = self.head.device
         width = max(1, *(len(prompt) for prompt in prompts))
-        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        padding = torch.tensor([width - len(prompt) for prompt in prompts]).to(device)
+        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts]).to(device)
         left = padding if bool(padding.any()) else None
         cache = self.cache(width + limit)
-        stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+        stop = torch.tensor(sorted(ends), dtype=torch.long).to(device)
         out: list[list[int]] = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)

@@ -107,7 +107,7 @@ class Recover(Stage, frozen=True):
         with CheckpointWriter(context.out, source, activations=source.activations) as writer:
             for name in source.header.tensors:
                 if name in trained:
-                    writer.add(name, trained[name])
+                    writer.add(name, trained[name].to("cpu"))
                 else:
                     writer.add_raw(name, source.read_raw(name))
             manifest = provenance.build_manifest(
@@ -138,9 +138,9 @@ class Recover(Stage, frozen=True):
         for name in student.weights:
             start = found[name] if name in found else source.read_quantized(name)
             if isinstance(start, Quantized):
-                packed[name] = start
+                packed[name] = start.to(context.device)
             elif loaded.family.role(name) is Role.NORM:
-                norms[name] = source.read(name) if start is None else start
+                norms[name] = source.read(name, device=context.device) if start is None else start.to(context.device)
         return recover(
             Model.load(original, device=context.device),
             student,

@@ -52,12 +52,12 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
-def both(kind: str, knobs: dict[str, Any], model: Path, text: Path, out: Path, **outputs: Path) -> None:
+def both(kind: str, knobs: dict[str, Any], source: Path, text: Path, out: Path, **outputs: Path) -> None:
     """Run a stage on each device; every byte of what they write is the same."""
     stage = build(load(kind), knobs, kind)
-    stage.run(open_checkpoint(model), context(out / "cpu", text, "cpu", **outputs))
+    stage.run(open_checkpoint(source), context(out / "cpu", text, "cpu", **outputs))
     with strict_device():
-        stage.run(open_checkpoint(model), context(out / "strict", text, "strict", **outputs))
+        stage.run(open_checkpoint(source), context(out / "strict", text, "strict", **outputs))
     assert contents(out / "strict") == contents(out / "cpu")
 
 
@@ -91,7 +91,17 @@ def test_calibrate(name: str, text: Path, tmp_path: Path, request: pytest.Fixtur
 def test_allocate(method: str, tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
     options = [{"num_bits": 3}, {"num_bits": 4}]
     knobs = {"target": "3.9 bits per weight", "method": method, "windows": 2, "options": options}
-    both("allocate", {**knobs, "weights": "gptq"}, tiny_qwen2, text, tmp_path)
+    found = []
+    for device in ("cpu", "strict"):
+        with strict_device():
+            stage = build(load("allocate"), {**knobs, "weights": "gptq"}, "allocate")
+            stage.run(open_checkpoint(tiny_qwen2), context(tmp_path / device, text, device))
+        found.append(json.loads((tmp_path / device / "sensitivity.json").read_text()))
+        assert (tmp_path / device / "recipe.yaml").read_text().splitlines()[1:]
+    for mine, theirs in zip(*(its["units"] for its in found), strict=True):
+        assert mine["chosen"] == theirs["chosen"]
+        for one, other in zip(mine["options"], theirs["options"], strict=True):
+            assert one["kl"] == pytest.approx(other["kl"], rel=1e-4, abs=1e-9)  # gradients add up in another order
 
 
 @pytest.mark.parametrize("knobs", [{"passes": 1}, {"passes": 0, "by_block": {}}], ids=["whole", "by block"])
@@ -135,7 +145,7 @@ def test_a_resumed_run_stays_on_its_device(tiny_v2: Path, text: Path, tmp_path: 
 
 def test_waiting_does_not_grow_with_the_text(tiny_v3: Path, text: Path, tmp_path: Path) -> None:
     """A block waits for the device a stated number of times, and copies twice a batch and part."""
-    stage, waits = build(load("compress"), GPTQ, "compress"), {}
+    stage, waits = build(load("compress"), {**GPTQ, "min_tokens": 0}, "compress"), {}
     for samples in (6, 12):
         with strict_device() as counts:
             asked = context(tmp_path / str(samples), text, "strict", samples)
