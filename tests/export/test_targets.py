@@ -126,7 +126,8 @@ def test_a_genai_folder(tmp_path: Path, tiny_qwen2: Path, tiny_v2: Path, quantis
     """The names that its configuration gives are those of the graph; `test_genai` opens it with the real package."""
     output = run(quantised(tiny_qwen2, "w4a16"), tmp_path, target="genai")
     config = json.loads(output.path.read_text())
-    decoder, session = config["model"]["decoder"], open_session(tmp_path / decoder["filename"])
+    decoder = config["model"]["decoder"]
+    session = open_session(tmp_path / decoder["filename"])
     inputs, outputs = decoder["inputs"], decoder["outputs"]
     names = [inputs[key] for key in ("input_ids", "attention_mask", "position_ids")]
     layers = range(decoder["num_hidden_layers"])

@@ -28,7 +28,7 @@ LAYERS = [
     {"pipeline"},
     {"recipe", "workspace"},
     {"stages"},
-    {"blocks", "distillation", "export", "evaluation", "reports"},
+    {"blocks", "distillation", "export", "evaluation", "generation", "reports"},
     {"models", "calibration", "tasks"},
     {"checkpoint", "provenance"},
     {"numerics"},
