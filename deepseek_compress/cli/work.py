@@ -47,7 +47,7 @@ def plan(
     """Show what a recipe would do to a model: stages, tensors, bytes, time, and every problem at once."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     from deepseek_compress import pipeline
-    from deepseek_compress.rates import rates
+    from deepseek_compress.planning.rates import rates
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray))
     given = o.typed(context, "recipe", "measure", "json")
@@ -171,6 +171,8 @@ def evaluate(
     settings: o.Settings = None,
     seed: o.Seed = None,
     device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = None,
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
@@ -191,7 +193,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device), progress)
+        page = pipeline.run_report(wanted, out, _options(device, memory, workers), progress)
     show.report(page, json)
 
 

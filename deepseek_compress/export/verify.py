@@ -29,11 +29,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepseek_compress.checkpoint import Checkpoint
-from deepseek_compress.export.onnx import EMBEDDING, HEAD, hidden_name, rounded_table
+from deepseek_compress.checkpoint.header import module_of
+from deepseek_compress.export.onnx import hidden_name, rounded_table
 from deepseek_compress.export.rounding import in_blocks, rounded_rows, without_rounding
 from deepseek_compress.generation.backends.graph import GraphModel, Ints
 from deepseek_compress.generation.backends.onnx import OnnxRunner, open_session
 from deepseek_compress.models.cache import KvCache
+from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import QuantizedInputs
 from deepseek_compress.numerics.grid import fit_group_size
@@ -110,13 +112,13 @@ class Rounded(Model):
     def __init__(self, model: Model, tables: Tables, inputs: Mapping[str, Any] | None) -> None:
         weights = dict(model.weights)
         if tables.embedding is not None:
-            weights[model.family.embedding] = tables.embedding
+            weights[model.cfg.names.embedding] = tables.embedding
         super().__init__(model.family, model.cfg, weights)
         self.rounded_head = tables.head
-        self.rounds_head = (inputs or {}).get(EMBEDDING if model.cfg.tie_word_embeddings else HEAD)
+        self.rounds_head = (inputs or {}).get(_modules(model.cfg)[1])
         self.int8 = model.int8 and inputs is not None
         for layer, block in enumerate(model.blocks):
-            prefix = f"{model.family.prefix(layer)}."
+            prefix = f"{model.cfg.names.block.format(layer)}."
             found = {
                 name.removeprefix(prefix): each for name, each in (inputs or {}).items() if name.startswith(prefix)
             }
@@ -154,7 +156,7 @@ def verify(
     model = model or Model.load(source)
     graph = onnx.load(str(path), load_external_data=False)
     plain = without_rounding(graph)
-    blocks, tables = in_blocks(graph), _tables(graph, source)
+    blocks, tables = in_blocks(graph), _tables(graph, source, model.cfg)
     exact, rounded = Rounded(model, tables, None), Rounded(model, tables, blocks)
     calls, want = _generate(exact, prompts, decoded)
     file = path if plain is None else plain.SerializeToString()
@@ -178,17 +180,21 @@ def verify(
     return replace(found, differs=where)
 
 
-def _tables(graph: onnx.ModelProto, source: Checkpoint) -> Tables:
+def _modules(cfg: ModelConfig) -> tuple[str, str]:
+    """Names of embedding and head in a graph; of a tied head, the embedding's."""
+    names = cfg.names
+    return module_of(names.embedding)[0], module_of(names.embedding if cfg.tie_word_embeddings else names.head)[0]
+
+
+def _tables(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> Tables:
     """Embedding and head as the file rounds them: 8 bits in the file, or a head that becomes 8 bits at load."""
-    nodes = graph.graph.node
-    name = HEAD if f"{HEAD}.weight" in source.header.tensors else EMBEDDING
+    nodes, modules = graph.graph.node, _modules(cfg)
     if any(node.op_type == "GatherBlockQuantized" for node in nodes):
-        embedding, head = (rounded_table(source, table).dequantize() for table in (EMBEDDING, name))
-        return Tables(embedding, head)
-    made = any(node.op_type == "MatMulNBits" and node.name.startswith(f"{name}/") for node in nodes)
-    if not made or source.header.tensors[f"{name}.weight"].encoding == "packed":
+        return Tables(*(rounded_table(source, name).dequantize() for name in modules))
+    made = any(node.op_type == "MatMulNBits" and node.name.startswith(f"{modules[1]}/") for node in nodes)
+    if not made or source.header.tensors[f"{modules[1]}.weight"].encoding == "packed":
         return Tables()
-    table = source.read(f"{name}.weight", dtype=torch.float32)
+    table = source.read(f"{modules[1]}.weight", dtype=torch.float32)
     return Tables(head=rounded_rows(table, fit_group_size(table.shape[1], None)))
 
 
@@ -275,7 +281,7 @@ def _differs(graph: onnx.ModelProto, path: Path, exact: Model, model: Model, cal
     worst = int(np.argmax(rises))
     if max(errors) < 1e-2 and model is exact:
         return f"the head (before it {errors[-1]:.1e} relative)"
-    place = "the embedding" if worst == 0 else model.family.prefix(worst - 1)
+    place = "the embedding" if worst == 0 else model.cfg.names.block.format(worst - 1)
     return f"{place} ({errors[worst + 1]:.1e} relative after it, {errors[worst]:.1e} before)"
 
 

@@ -16,7 +16,7 @@ from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.target import Job
 from deepseek_compress.export.targets.graph import ONNX, GraphTarget
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.tokenizer import load_tokenizer
 
@@ -39,7 +39,7 @@ class Genai(GraphTarget, frozen=True, extra="forbid"):
 
     def problems(self, header: Header) -> list[DscError]:
         """A family whose cache or tokenizer genai has no form for."""
-        cfg = family_of(header.config).parse(header.config)
+        cfg = Architecture.of(header).cfg
         if cfg.model_type not in TYPES:
             what = f"{cfg.model_type}: onnxruntime-genai's cache has keys and values by head, not latents"
             return [DscError(what, "use --target onnxruntime, which `dsc chat` runs")]
@@ -57,7 +57,7 @@ class Genai(GraphTarget, frozen=True, extra="forbid"):
     def finish(self, source: Checkpoint, folder: Path, facts: Mapping[str, Any], job: Job) -> dict[str, Any]:
         """genai_config.json."""
         shared = not (source.activations or {}).get("attention")  # 8-bit attention has no GroupQueryAttention
-        cfg = family_of(source.config).parse(source.config)
+        cfg = Architecture.of(source).cfg
         write_json(folder / CONFIG, genai_config(cfg, source, self.provider, shared))
         return {"provider": self.provider}
 

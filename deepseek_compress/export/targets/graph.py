@@ -12,7 +12,7 @@ from pydantic import Field
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.target import RAN, WRITTEN, Exported, Job, Target, collected, copy_words, sparsity, staged
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 
 ONNX = "model.onnx"
 VERIFIED_BYTES = 2 << 30  # an export streams; comparing needs the whole model in memory
@@ -75,7 +75,7 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
         """Compare with the runtime; raise `DscError` where the file is not what the checkpoint computes."""
         from deepseek_compress.export.verify import random_prompts, verify
 
-        vocabulary = family_of(source.config).parse(source.config).vocab_size
+        vocabulary = Architecture.of(source).cfg.vocab_size
         prompts = job.texts(self.samples) or random_prompts(vocabulary, (7, 32))
         found = verify(path, source, prompts, dtype=self.dtype())
         job.tell(f"{path.name} in onnxruntime: {found}")
@@ -88,4 +88,4 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
 def _supported(header: Header) -> None:
     from deepseek_compress.export.onnx import check_supported
 
-    check_supported(family_of(header.config).parse(header.config))
+    check_supported(Architecture.of(header).cfg)
