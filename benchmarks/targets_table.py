@@ -1,6 +1,6 @@
-"""Does every recipe go to every target? An export succeeds, or is refused before anything is computed, with the way out.
+"""Does every recipe go to every target? An export succeeds, or is refused before anything is computed, with a fix.
 
-    python -m benchmarks.targets_table [--model DIR] [--recipes NAME ...] [--targets NAME ...] [--samples N] [--length N]
+    python -m benchmarks.targets_table [--model DIR] [--recipes NAME ...] [--targets NAME ...] [--samples N]
 
 Without `--model`: the built-in model and the tiny V2, Qwen2 and Llama of the tests. A cell is `yes` with what the check
 found, or `refused` with the reason; anything else is a failure, and the exit code 1. Calibration is short: whether it
