@@ -39,6 +39,12 @@ _PACKAGES = (
     Package("tensorrt-cu13|tensorrt", "datacenter engines, built on a GPU", _EXTRA.format("tensorrt"), False),
     Package("ray", "workers on many machines", _EXTRA.format("ray"), False),
     Package("lm-eval", "public benchmarks", _EXTRA.format("eval"), False),
+    Package(
+        "onnxruntime-genai",
+        "folders of target genai",
+        "in an environment of its own: pip install onnxruntime-genai",
+        False,
+    ),
     Package("gguf", "files for llama.cpp", _EXTRA.format("gguf"), False),
     Package("pyarrow", "calibration text in Parquet", _EXTRA.format("parquet"), False),
     Package("nvidia-modelopt", "NVIDIA's methods, named modelopt_...", _EXTRA.format("modelopt"), False),

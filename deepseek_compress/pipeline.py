@@ -280,12 +280,21 @@ def _identity(state: _Run) -> dict[str, Any]:
     """What the bytes of all outputs follow from."""
     recipe = state.recipe
     return {
-        "recipe": {key: value for key, value in recipe.document.items() if key not in {"model", "inputs", "name"}},
+        "recipe": {key: value for key, value in _lasting(recipe).items() if key not in {"model", "inputs", "name"}},
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
         "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.named},
         "statistics": _manifest_hash(recipe.calibration.statistics),
         "versions": state.versions,
     }
+
+
+def _lasting(recipe: Recipe) -> dict[str, Any]:
+    """The document without the knobs that change no bytes, so that they may change in one directory."""
+    items = []
+    for item, step in zip(recipe.document["stages"], recipe.steps, strict=False):
+        kept = {key: value for key, value in step.knobs.items() if key not in step.stage.same_bytes}
+        items.append({**item, step.kind: kept} if step.stage.same_bytes else item)
+    return {**recipe.document, "stages": [*items, *recipe.document["stages"][len(items) :]]}
 
 
 def _stage(state: _Run, step: Step) -> None:

@@ -14,6 +14,7 @@ from deepseek_compress import console, resources
 from deepseek_compress.cli import options as o
 from deepseek_compress.cli import show
 from deepseek_compress.errors import DscError
+from deepseek_compress.export import TARGETS
 from deepseek_compress.recipe import Changes, Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Target = Annotated[
     str | None,
-    typer.Option("--target", help="onnx, onnxruntime, triton, tensorrt, tensorrt-rtx, compressed-tensors, gguf, bf16."),
+    typer.Option("--target", help=f"{', '.join(TARGETS)}."),
 ]
 
 

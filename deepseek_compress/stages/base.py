@@ -118,6 +118,12 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
 
     writes: ClassVar[str] = "checkpoint"  # or "artifact", "report"
     takes_statistics: ClassVar[bool] = False  # that were collected before, instead of text
+    tag: ClassVar[str | None] = None  # the knob that decides which others there are
+
+    @property
+    def same_bytes(self) -> frozenset[str]:
+        """Knobs that change nothing in what is written: another value needs no other directory."""
+        return frozenset()
 
     def problems(self, header: Header) -> list[DscError]:
         """Everything wrong, from shapes alone, before any byte is read."""

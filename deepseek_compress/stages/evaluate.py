@@ -149,8 +149,8 @@ def _note(facts: Mapping[str, Any]) -> str:
     if found:
         subject = "its ONNX logits" if facts.get("onnx_bytes") else "logits"
         parts.append(
-            f"{subject} within {found['bound']:g} (relative) of the runtime's at {100 * found['within']:.1f} % of "
-            f"{found['positions']} positions, {found['agreed']} of {found['decoded']} clear greedy tokens equal"
+            f"{subject} at KL {found['kl']:.1g} from the runtime's over {found['positions']} positions, "
+            f"{found['agreed']} of {found['decoded']} clear greedy tokens equal"
         )
     return "; ".join([*parts, *([facts["sparsity"]] if facts.get("sparsity") else [])])
 
