@@ -76,6 +76,8 @@ def _system(where: Path) -> list[Check]:
 def _compute() -> list[Check]:
     import torch
 
+    from deepseek_compress.planning.device import choose
+
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -84,6 +86,7 @@ def _compute() -> list[Check]:
     return [
         Check("torch", True, torch.__version__),
         Check("GPU", bool(gpus) or None, ", ".join(gpus) or "none", "everything but running engines works without"),
+        Check("device", True, f"{choose('auto')} (auto; --device to set)"),
         Check(
             "C++ compiler", bool(compiler) or None, compiler or "none", "install g++; the reference path runs without"
         ),
