@@ -34,7 +34,7 @@ LAYERS = [
     {"numerics"},
     {"cuda_ops"},
     {"workers"},
-    {"errors", "registry", "console", "costs", "resources", "machine"},
+    {"errors", "registry", "console", "costs", "resources", "machine", "processes"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {
