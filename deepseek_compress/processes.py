@@ -69,8 +69,8 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in came:
-        signal.raise_signal(number)
+    for received in came:
+        signal.raise_signal(received)
 
 
 def _trusted(path: str) -> bool:

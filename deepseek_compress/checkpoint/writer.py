@@ -18,20 +18,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import blake3
 from torch import Tensor
 
 from deepseek_compress.checkpoint.card import model_card
-from deepseek_compress.checkpoint.files import disk_errors, inside, write_file, write_json
+from deepseek_compress.checkpoint.files import (
+    disk_errors,
+    inside,
+    json_text,
+    kept,
+    read_json,
+    remove,
+    remove_tree,
+    replacing,
+    sync_directory,
+    write_file,
+    write_json,
+    write_sealed,
+)
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, input_parts, parts_of, read_ledger
 from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
-from deepseek_compress.checkpoint.reader import INDEX, MANIFEST, Checkpoint
+from deepseek_compress.checkpoint.reader import INDEX, Checkpoint
 from deepseek_compress.checkpoint.shards import Shard
-from deepseek_compress.errors import DscError
+from deepseek_compress.checkpoint.verified import CARD, MANIFEST, described
+from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.numerics.types import Quantized
 
 PARTIAL = ".dsc_partial"
-WRITTEN = ("config.json", INDEX, MANIFEST, "README.md", "model-*-of-*.safetensors")
+NAMES = "names.json"  # in PARTIAL: what `finish` is about to write, so that the next writer knows these files as ours
+CONFIG = "config.json"
 COPIED = (
     "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -102,7 +118,7 @@ class CheckpointWriter:
 
     def take(self, number: int) -> None:
         """Take up shard `number`, which another process finished."""
-        ledger = read_ledger(self.shard_path(number))
+        ledger = read_ledger(self.shard_path(number), verify=False)  # read back by who wrote it
         if ledger is None:
             raise ValueError(f"{self.shard_path(number)} is not finished")
         self._ledgers[number] = ledger
@@ -159,19 +175,27 @@ class CheckpointWriter:
         notes: list[str] = []
         config = self._config(config_changes, ignore, notes)
         self._add_input_grids(config)
-        files = self._name_shards()
+        self.source.check_unchanged()
+        copied = self._copied()
+        named = self._shard_names()
+        others = [INDEX, MANIFEST, CARD, CONFIG, *(file.name for file in copied)]
+        write_sealed(self._partial / NAMES, {"names": sorted([*named, *others])})
+        files = self._name_shards(named)
         self._write_index(files)
-        for file in self._copied():
-            with disk_errors(self.out / file.name):
-                shutil.copyfile(file, self.out / file.name)
+        for file in copied:
+            with replacing(self.out / file.name) as target, open(file, "rb") as given:
+                shutil.copyfileobj(given, target)
+        facts = {"kv_cache": self.source.kv_cache, **manifest, "activations": self._activations}
+        write_file(self.out / CARD, model_card(self.source, config, facts, card).encode("utf-8"))
+        config_text = json_text(config)
         written = {name: {"bytes": shard.bytes, "blake3": shard.blake3} for name, shard in files.items()}
-        facts = {"kv_cache": self.source.kv_cache, **manifest, "activations": self._activations, "files": written}
-        write_file(self.out / "README.md", model_card(self.source, config, facts, card).encode("utf-8"))
-        write_json(self.out / MANIFEST, facts)
-        _sync_directory(self.out)
-        write_json(self.out / "config.json", config)
+        written |= {CONFIG: {"bytes": len(config_text), "blake3": blake3.blake3(config_text).hexdigest()}}
+        small = [INDEX, CARD, *(file.name for file in copied), *(file.name for file in self.out.glob("dsc_layers.*"))]
+        facts["files"] = dict(sorted({**described(self.out, small), **written}.items()))
+        write_sealed(self.out / MANIFEST, facts)
+        write_file(self.out / CONFIG, config_text)
         self._finished = True
-        shutil.rmtree(self._partial)
+        remove_tree(self._partial)
         return notes
 
     def __enter__(self) -> CheckpointWriter:
@@ -207,9 +231,9 @@ class CheckpointWriter:
             self._closing.shard.discard()
         if self._resume:
             _unname_shards(self.out, self._partial)
-        _remove_output(self.out)
+        self._remove_output()
         if not self._resume:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            remove_tree(self._partial)
         if not any(self.out.iterdir()):
             self.out.rmdir()
 
@@ -217,11 +241,12 @@ class CheckpointWriter:
         if self.out.resolve() == self.source.path.resolve():
             raise DscError(f"{self.out}: input and output are the same directory", "give another output directory")
         _refuse_foreign(self.out)
+        self._refuse_to_overwrite()
         with disk_errors(self.out):
             self._partial.mkdir(parents=True, exist_ok=True)
             if self._resume:
                 _unname_shards(self.out, self._partial)
-            _remove_output(self.out)
+            self._remove_output()
             self._take_up()
             free = shutil.disk_usage(self.out).free
         missing = expected_bytes - sum(ledger.shard.bytes for ledger in self.ledgers) - free
@@ -236,13 +261,30 @@ class CheckpointWriter:
     def _take_up(self) -> None:
         """Finished shards of the run before; what has no ledger is unfinished and goes."""
         for file in sorted(self._partial.glob("shard-*.safetensors")):
-            ledger = read_ledger(file) if self._resume else None
+            number = file.stem.removeprefix("shard-")
+            ledger = read_ledger(file) if self._resume and number.isdigit() else None
             if ledger is not None:
-                self._ledgers[int(file.stem.removeprefix("shard-"))] = ledger
-        kept = {self.shard_path(number).stem for number in self._ledgers}
+                self._ledgers[int(number)] = ledger
+        known = {self.shard_path(number).stem for number in self._ledgers}
         for file in self._partial.iterdir():
-            if file.stem not in kept:
-                file.unlink()
+            if file.stem not in known:
+                remove(file)
+
+    def _refuse_to_overwrite(self) -> None:
+        """Raise Problems for files of the user's that have the name of one of an output."""
+        ours = _recorded(self.out)
+        coming = [INDEX, CARD, CONFIG, MANIFEST, *(file.name for file in self._copied())]
+        there = [name for name in coming if name not in ours and os.path.lexists(self.out / name)]
+        raise_problems(
+            DscError(f"{self.out / name}: not written by dsc, and would be overwritten", "move it to another directory")
+            for name in there
+        )
+
+    def _remove_output(self) -> None:
+        """Remove the recorded files of an earlier output: first config.json, without which the rest does not load,
+        last the manifest, which records them."""
+        for name in sorted(_recorded(self.out), key=lambda name: (name == MANIFEST, name != CONFIG)):
+            remove(self.out / name)
 
     def _config(self, changes: Mapping[str, Any], ignore: Iterable[str], notes: list[str]) -> dict[str, Any]:
         """The published config with as little changed as possible; its keys survive, known to us or not."""
@@ -291,15 +333,17 @@ class CheckpointWriter:
         """Logical name -> how it is stored, in the order of the shards."""
         return {name: how for ledger in self.ledgers for name, how in ledger.stored.items()}
 
-    def _name_shards(self) -> dict[str, Shard]:
+    def _shard_names(self) -> dict[str, int]:
+        """Final name -> number of a shard."""
         count = len(self._ledgers)
-        files = {}
-        for i, number in enumerate(sorted(self._ledgers), 1):
-            name = f"model-{i:05d}-of-{count:05d}.safetensors"
+        return {f"model-{i:05d}-of-{count:05d}.safetensors": n for i, n in enumerate(sorted(self._ledgers), 1)}
+
+    def _name_shards(self, named: Mapping[str, int]) -> dict[str, Shard]:
+        for name, number in named.items():
             with disk_errors(self.out / name):
                 os.replace(self.shard_path(number), self.out / name)
-            files[name] = self._ledgers[number].shard
-        return files
+        sync_directory(self.out)
+        return {name: self._ledgers[number].shard for name, number in named.items()}
 
     def _write_index(self, files: Mapping[str, Shard]) -> None:
         weight_map = {tensor: file for file, shard in files.items() for tensor in shard.names}
@@ -343,11 +387,13 @@ def _refuse_foreign(out: Path) -> None:
         raise DscError(f"{out}: holds {names}, which dsc did not write", "give another output directory")
 
 
-def _remove_output(out: Path) -> None:
-    """Remove an earlier output of ours, config.json first: whatever is left of it then no longer loads."""
-    for pattern in (*WRITTEN, *COPIED):
-        for file in out.glob(pattern):
-            file.unlink()
+def _recorded(out: Path) -> set[str]:
+    """Names of the files there that are ours: what the manifest lists, or a `finish` that did not end wrote down."""
+    names = (kept(out / PARTIAL / NAMES) or {}).get("names") or []
+    manifest = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}  # its checksum does not matter here
+    listed = manifest.get("files")
+    found = {*names, *(listed if isinstance(listed, dict) else ()), *([MANIFEST, CONFIG] if manifest else [])}
+    return {name for name in found if Path(name).name == name}
 
 
 def _unname_shards(out: Path, partial: Path) -> None:
@@ -356,11 +402,3 @@ def _unname_shards(out: Path, partial: Path) -> None:
         shard = partial / f"shard-{file.name.split('-')[1]}.safetensors"
         if shard.with_suffix(".json").is_file() and not shard.exists():
             os.replace(file, shard)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

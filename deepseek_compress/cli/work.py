@@ -70,12 +70,13 @@ def run(
     memory: o.Memory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
-    paths = _pipeline(wanted, target, _options(device, memory, workers, ray), json, flat=False)
+    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, quick), json, flat=False)
     show.outputs(target, paths, wanted, json)
 
 
@@ -97,11 +98,12 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         memory: o.Memory = None,
         workers: o.Workers = None,
         ray: o.Ray = None,
+        quick: o.Quick = False,
         json: o.Json = False,
     ) -> None:
         text = _calibration(calibration, statistics, samples, length, seed)
         wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
-        _one_stage(wanted, out, _options(device, memory, workers, ray), json, model)
+        _one_stage(wanted, out, _options(device, memory, workers, ray, quick), json, model)
 
     command.__doc__ = summary
     return command
@@ -134,12 +136,13 @@ def allocate(
     memory: o.Memory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Find by measurement which bits each part of a model needs under a size; writes a recipe for quantize."""
     values = {**_calibration(calibration, None, samples, length, seed), "allocate.target": target}
     wanted = _recipe(recipe, model, settings, values, group_size, kind="allocate")
-    _one_stage(wanted, out, _options(device, memory, workers, ray), json, model)
+    _one_stage(wanted, out, _options(device, memory, workers, ray, quick), json, model)
 
 
 def export(
@@ -148,11 +151,12 @@ def export(
     target: Target = None,
     recipe: o.RecipeOption = "export",
     settings: o.Settings = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint in a form that others run."""
     wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options(), json, model)
+    _one_stage(wanted, out, _options(quick=quick), json, model)
 
 
 def evaluate(
@@ -170,6 +174,7 @@ def evaluate(
     settings: o.Settings = None,
     seed: o.Seed = None,
     device: o.Device = "auto",
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
@@ -190,7 +195,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device), progress)
+        page = pipeline.run_report(wanted, out, _options(device, quick=quick), progress)
     show.report(page, json)
 
 
@@ -237,13 +242,17 @@ def _label(model: str) -> str:
 
 
 def _options(
-    device: str = "cpu", memory: str | None = None, workers: int | None = None, ray: str | None = None
+    device: str = "cpu",
+    memory: str | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    quick: bool = False,
 ) -> Options:
     from deepseek_compress.pipeline import Options
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    return Options(o.device_of(device), o.bytes_of(memory), workers, ray)
+    return Options(o.device_of(device), o.bytes_of(memory), workers, ray, quick)
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepseek_compress.blocks.spool import Spool
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import kept, read_sealed, write_sealed
 from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.evaluation import sensitivity
 from deepseek_compress.evaluation.sensitivity import (
@@ -44,10 +44,10 @@ def estimate(search: Search, pool: Pool, progress: Callable[[int, int, str], Non
     for layer in range(layers, -1, -1):
         progress(layers + 2 * (layers - layer), 3 * layers, "gradients")
         file = search.work / f"fisher-{layer:05d}.json"
-        if not file.is_file():
+        if kept(file) is None:
             (losses,) = pool.run(_block if layer < layers else _top, [layer])
-            write_json(file, {"losses": losses})
-        for place, loss in zip(search.at(layer), read_json(file)["losses"], strict=True):
+            write_sealed(file, {"losses": losses})
+        for place, loss in zip(search.at(layer), read_sealed(file)["losses"], strict=True):
             found[place] = loss
     return found
 

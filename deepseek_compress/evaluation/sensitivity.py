@@ -31,7 +31,7 @@ from deepseek_compress.blocks.spool import Spool
 from deepseek_compress.blocks.statistics import Accumulator
 from deepseek_compress.blocks.units import Unit
 from deepseek_compress.checkpoint import Checkpoint
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import kept, read_sealed, write_sealed
 from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.models import Family, ModelConfig
 from deepseek_compress.models.weights import ObservingWeights, ResidentWeights, StreamedWeights, Weights
@@ -97,13 +97,13 @@ def measure(search: Search, pool: Pool, progress: Callable[[int, int, str], None
     layers = search.cfg.num_hidden_layers
     run_original(search, pool, lambda layer: progress(layer, 3 * layers, "the original"))
     files = {layer: search.work / f"losses-{layer:05d}.json" for layer in range(layers)}
-    open_ = [layer for layer, file in files.items() if not file.is_file()]
+    open_ = [layer for layer, file in files.items() if kept(file) is None]
     for done, (layer, losses) in enumerate(zip(open_, pool.run(_losses, open_), strict=True), 1):
-        write_json(files[layer], {"losses": losses})
+        write_sealed(files[layer], {"losses": losses})
         progress(layers + 2 * (layers - len(open_) + done), 3 * layers, "one unit at a time")
     found: dict[int, list[float]] = {}
     for layer, file in files.items():
-        found |= dict(zip(search.at(layer), read_json(file)["losses"], strict=True))
+        found |= dict(zip(search.at(layer), read_sealed(file)["losses"], strict=True))
     return [found[place] for place in range(len(search.choices))]
 
 

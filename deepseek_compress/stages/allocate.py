@@ -7,7 +7,6 @@ whole. It is written as a plain recipe for `dsc quantize`, beside the table of w
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,7 +18,8 @@ from deepseek_compress.blocks.overrides import Scheme, said
 from deepseek_compress.blocks.units import units
 from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import write_file, write_json
+from deepseek_compress.checkpoint.files import remove_tree, write_file, write_json, write_sealed
+from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.costs import Work
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation import allocation, fisher, sensitivity
@@ -111,8 +111,8 @@ class Allocate(Stage, frozen=True):
             seed=context.seed,
             extra={"calibration": facts, "facts": found},
         )
-        write_json(context.out / "dsc_manifest.json", manifest)
-        shutil.rmtree(search.work)
+        write_sealed(context.out / MANIFEST, manifest)
+        remove_tree(search.work)
         return Output("artifact", context.out / RECIPE, found)
 
     def _search(self, source: Checkpoint, context: Context) -> tuple[Search, dict[str, Any]]:

@@ -22,8 +22,10 @@ from deepseek_compress.blocks import claim, clean, run_text
 from deepseek_compress.blocks.observe import expected, observing
 from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import write_json
+from deepseek_compress.checkpoint.files import remove_tree, write_json, write_sealed
 from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
+from deepseek_compress.checkpoint.verified import MANIFEST
+from deepseek_compress.checkpoint.writer import PARTIAL
 from deepseek_compress.models import family_of
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.saved import tokenizer_hash
@@ -84,7 +86,8 @@ class Calibrate(Stage, frozen=True):
             hashes=done.hashes,
             extra={"calibration": text.facts, "statistics": saved},
         )
-        write_json(context.out / "dsc_manifest.json", manifest)
+        write_sealed(context.out / MANIFEST, manifest)
+        remove_tree(context.out / PARTIAL)
         clean(job)
         return Output("artifact", context.out, _summary(blocks, text.tokens.numel()))
 

@@ -91,9 +91,10 @@ class Export(Stage, frozen=True, extra="forbid"):
         )
         made = export(source, context.out, settings)
         if made.kind == "artifact":
-            from deepseek_compress.checkpoint.files import write_json
+            from deepseek_compress.checkpoint.files import write_sealed
+            from deepseek_compress.checkpoint.verified import MANIFEST
 
-            write_json(context.out / "dsc_manifest.json", manifest)
+            write_sealed(context.out / MANIFEST, manifest)
         return Output(made.kind, made.path, made.facts)
 
     def _prompts(self, source: Checkpoint, context: Context) -> list[list[int]]:

@@ -14,7 +14,7 @@ from deepseek_compress.calibration.selection import Candidates, Quota, by_covera
 from deepseek_compress.calibration.settings import Calibration, Select
 from deepseek_compress.calibration.tokens import Windows, apportion, digest_of, facts, read_windows
 from deepseek_compress.checkpoint import Checkpoint
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import kept, write_sealed
 from deepseek_compress.costs import useful
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import family_of
@@ -67,8 +67,8 @@ def _choose(
     """{"windows": numbers of those chosen, and what that changed}; taken from `work` where a run before chose."""
     text = digest_of(pool.tokens)
     decided = [text, wanted.document(), provenance.fingerprint(source), provenance.versions(), torch.get_num_threads()]
-    key, kept = provenance.digest(decided), work / CHOSEN
-    if kept.is_file() and (before := read_json(kept)).get("key") == key:
+    key, file = provenance.digest(decided), work / CHOSEN
+    if (before := kept(file) or {}).get("key") == key:
         return dict(before["found"])
     family = family_of(source.config)
     cfg = family.parse(source.config)
@@ -81,7 +81,7 @@ def _choose(
     found = _decide(made, wanted, select, pool)
     for line in _told(found, select):
         context.tell(line)
-    write_json(kept, {"key": key, "found": found})
+    write_sealed(file, {"key": key, "found": found})
     return found
 
 

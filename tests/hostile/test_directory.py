@@ -42,8 +42,8 @@ def planted(model: Path, out: Path) -> Path:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "workers" else pytest.mark.verify) for name in COMMANDS]
 )
-def test_no_command_imports_from_the_current_directory(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
-    here = planted(tiny_qwen2, tmp_path / "here")
+def test_no_command_imports_from_the_current_directory(name: str, tiny_v3: Path, tmp_path: Path) -> None:
+    here = planted(tiny_v3, tmp_path / "here")
     (tmp_path / "dsc").write_text("from deepseek_compress.cli import main\nmain()\n")  # as pip installs it
     done = subprocess.run(
         [sys.executable, str(tmp_path / "dsc"), *COMMANDS[name]], cwd=here, capture_output=True, text=True, check=False,

@@ -34,7 +34,7 @@ LAYERS = [
     {"numerics"},
     {"cuda_ops"},
     {"workers"},
-    {"errors", "registry", "console", "costs", "resources", "machine", "processes"},
+    {"errors", "registry", "console", "costs", "resources", "machine", "processes", "limits"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {
