@@ -17,7 +17,7 @@ from deepseek_compress.errors import DscError, raise_problems
 
 MANIFEST, RUN, CARD = "dsc_manifest.json", "dsc_run.json", "README.md"
 WEIGHTS = ".safetensors"
-_AGAIN = f"make this output again; to use it as it is now, remove its {MANIFEST}"
+AGAIN = f"make this output again; to use it as it is now, remove its {MANIFEST}"
 
 Identity = tuple[int, int, int, int]  # inode, bytes, nanoseconds of the last change of content and of anything
 _hashes: dict[tuple[str, Identity], str] = {}
@@ -68,9 +68,9 @@ def wrong(directory: Path, files: Mapping[str, Mapping[str, Any]], quick: bool =
         if not file.is_file():
             yield DscError(f"{file}: in the manifest, but not there", "make this output again")
         elif file.stat().st_size != facts["bytes"]:
-            yield DscError(f"{file}: {file.stat().st_size} bytes, {facts['bytes']} were written", _AGAIN)
+            yield DscError(f"{file}: {file.stat().st_size} bytes, {facts['bytes']} were written", AGAIN)
         elif not (quick and facts["bytes"] > 1 << 20) and hash_of(file) != facts["blake3"]:
-            yield DscError(f"{file}: not the bytes that were written", _AGAIN)
+            yield DscError(f"{file}: not the bytes that were written", AGAIN)
 
 
 def check(directory: Path, quick: bool = False, weights: bool = True) -> None:

@@ -24,6 +24,7 @@ from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, direct, o
 from deepseek_compress.checkpoint.formats.mxfp4 import encode_mxfp4
 from deepseek_compress.checkpoint.inspect import verify_hashes
 from deepseek_compress.checkpoint.shards import ShardFile
+from deepseek_compress.checkpoint.verified import AGAIN
 from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Quantized
 
@@ -105,7 +106,7 @@ def test_the_manifest_lists_what_the_files_hash_to(tiny_v2: Path, tmp_path: Path
     content[-1] ^= 1
     file.write_bytes(content)
     assert [str(problem) for problem in verify_hashes(checkpoint)] == [
-        f"{file}: not the bytes that were written; make this output again; to use it as it is now, remove its dsc_manifest.json"
+        f"{file}: not the bytes that were written; {AGAIN}"
     ]
 
 
