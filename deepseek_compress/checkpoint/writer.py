@@ -112,6 +112,13 @@ class CheckpointWriter:
         """Where shard `number` (from 1) grows; a process that writes an `OpenShard` there is followed by `take`."""
         return self._partial / f"shard-{number:05d}.safetensors"
 
+    def in_sequence(self) -> None:
+        """Forget shards after the first that is missing or damaged, so that resumed ones get the same numbers."""
+        for number in [n for place, n in enumerate(sorted(self._ledgers), 1) if n != place]:
+            del self._ledgers[number]
+            remove(self.shard_path(number))
+            remove(self.shard_path(number).with_suffix(".json"))
+
     def has(self, number: int) -> bool:
         """Whether shard `number` is finished."""
         return number in self._ledgers

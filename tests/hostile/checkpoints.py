@@ -262,8 +262,8 @@ def _indices(rng: random.Random) -> Iterator[Case]:
 
 
 TEMPLATES = {
-    "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "double": "{% set ns = namespace(x='aaaaaaaa') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "loop": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "double": "{% set n = namespace(x='aaaa') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
     "multiply": "{{ 'a' * 9999999999 }}",
     "power": "{{ 9 ** 9 ** 9 }}",
     "empty": "",
