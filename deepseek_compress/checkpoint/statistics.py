@@ -20,10 +20,10 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint.files import disk_errors, hash_file, kept, sync_directory, write_sealed
 from deepseek_compress.checkpoint.header import Location, read_shard_header
+from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.checkpoint.reader import read_tensor
 from deepseek_compress.checkpoint.shards import ShardFile
 from deepseek_compress.checkpoint.verified import hash_of, manifest_of
-from deepseek_compress.checkpoint.writer import PARTIAL
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.numerics.hessian import mirror
 from deepseek_compress.numerics.types import Statistics

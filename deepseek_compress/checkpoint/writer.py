@@ -26,8 +26,6 @@ from deepseek_compress.checkpoint.files import (
     disk_errors,
     inside,
     json_text,
-    kept,
-    read_json,
     remove,
     remove_tree,
     replacing,
@@ -38,6 +36,7 @@ from deepseek_compress.checkpoint.files import (
 )
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, input_parts, parts_of, read_ledger
+from deepseek_compress.checkpoint.owned import CONFIG, NAMES, PARTIAL, recorded, refuse_foreign, unname_shards
 from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
 from deepseek_compress.checkpoint.reader import INDEX, Checkpoint
 from deepseek_compress.checkpoint.shards import Shard
@@ -45,9 +44,6 @@ from deepseek_compress.checkpoint.verified import CARD, MANIFEST, described
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.numerics.types import Quantized
 
-PARTIAL = ".dsc_partial"
-NAMES = "names.json"  # in PARTIAL: what `finish` is about to write, so that the next writer knows these files as ours
-CONFIG = "config.json"
 COPIED = (
     "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -237,7 +233,7 @@ class CheckpointWriter:
         if self._closing is not None and self._closing.result.exception() is not None:
             self._closing.shard.discard()
         if self._resume:
-            _unname_shards(self.out, self._partial)
+            unname_shards(self.out, self._partial)
         self._remove_output()
         if not self._resume:
             remove_tree(self._partial)
@@ -247,12 +243,12 @@ class CheckpointWriter:
     def _claim(self, expected_bytes: int) -> None:
         if self.out.resolve() == self.source.path.resolve():
             raise DscError(f"{self.out}: input and output are the same directory", "give another output directory")
-        _refuse_foreign(self.out)
+        refuse_foreign(self.out)
         self._refuse_to_overwrite()
         with disk_errors(self.out):
             self._partial.mkdir(parents=True, exist_ok=True)
             if self._resume:
-                _unname_shards(self.out, self._partial)
+                unname_shards(self.out, self._partial)
             self._remove_output()
             self._take_up()
             free = shutil.disk_usage(self.out).free
@@ -279,7 +275,7 @@ class CheckpointWriter:
 
     def _refuse_to_overwrite(self) -> None:
         """Raise Problems for files of the user's that have the name of one of an output."""
-        ours = _recorded(self.out)
+        ours = recorded(self.out)
         coming = [INDEX, CARD, CONFIG, MANIFEST, *(file.name for file in self._copied())]
         there = [name for name in coming if name not in ours and os.path.lexists(self.out / name)]
         raise_problems(
@@ -290,7 +286,7 @@ class CheckpointWriter:
     def _remove_output(self) -> None:
         """Remove the recorded files of an earlier output: first config.json, without which the rest does not load,
         last the manifest, which records them."""
-        for name in sorted(_recorded(self.out), key=lambda name: (name == MANIFEST, name != CONFIG)):
+        for name in sorted(recorded(self.out), key=lambda name: (name == MANIFEST, name != CONFIG)):
             remove(self.out / name)
 
     def _config(self, changes: Mapping[str, Any], ignore: Iterable[str], notes: list[str]) -> dict[str, Any]:
@@ -380,32 +376,3 @@ def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, S
         return None
     bits = scheme["num_bits"]
     return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": granularity, "dynamic": not static}
-
-
-def _refuse_foreign(out: Path) -> None:
-    """A directory may be taken when it is new, empty, or of our own making."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DscError(f"{out}: a file", "give another output directory")
-    foreign = sorted(file.name for file in out.iterdir() if not file.name.startswith(("dsc_", ".dsc_")))
-    if foreign and not (out / MANIFEST).exists() and not (out / PARTIAL).exists():
-        names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise DscError(f"{out}: holds {names}, which dsc did not write", "give another output directory")
-
-
-def _recorded(out: Path) -> set[str]:
-    """Names of the files there that are ours: what the manifest lists, or a `finish` that did not end wrote down."""
-    names = (kept(out / PARTIAL / NAMES) or {}).get("names") or []
-    manifest = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}  # its checksum does not matter here
-    listed = manifest.get("files")
-    found = {*names, *(listed if isinstance(listed, dict) else ()), *([MANIFEST, CONFIG] if manifest else [])}
-    return {name for name in found if Path(name).name == name}
-
-
-def _unname_shards(out: Path, partial: Path) -> None:
-    """Undo the renames of a `finish` that did not end, so that its shards can be taken up."""
-    for file in out.glob("model-*-of-*.safetensors"):
-        shard = partial / f"shard-{file.name.split('-')[1]}.safetensors"
-        if shard.with_suffix(".json").is_file() and not shard.exists():
-            os.replace(file, shard)

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import remove_tree, write_json, write_sealed
+from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
 from deepseek_compress.checkpoint.verified import MANIFEST
-from deepseek_compress.checkpoint.writer import PARTIAL
 from deepseek_compress.compress.collection import expected, observing
 from deepseek_compress.compress.convert import clean, convert_with_text
 from deepseek_compress.models import Architecture

@@ -15,7 +15,7 @@ from deepseek_compress import machine, provenance
 from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
-from deepseek_compress.checkpoint.writer import PARTIAL
+from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.errors import DscError
 
 

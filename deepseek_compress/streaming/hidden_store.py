@@ -60,8 +60,8 @@ class HiddenStore:
         with _disk(path):
             self._fd = os.open(path, os.O_RDWR | (0 if existing else os.O_CREAT | os.O_TRUNC), 0o644)
             size = rows * self._width
-            found = os.fstat(self._fd).st_size - SEAL if existing else size
-            if found != size:
+            found = os.fstat(self._fd).st_size if existing else size
+            if found not in (size, size + SEAL):  # workers open one that is not sealed yet
                 self.close()
                 raise DscError(f"{path}: {found} bytes, {size} expected", _AGAIN)
             if size <= (HELD if held is None else held):

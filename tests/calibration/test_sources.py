@@ -143,7 +143,7 @@ def test_marks_line_ends_and_compression(tmp_path: Path) -> None:
 
 
 def test_lines_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE", 1 << 20)
+    monkeypatch.setattr(limits, "LINE_BYTES", 1 << 20)
     lines(tmp_path / "a.jsonl", {"text": "x" * (1 << 20)}, {"text": "y"})
     assert "a.jsonl:1: a line of more than 1 MiB" in problems(tmp_path / "a.jsonl")[0]
     (tmp_path / "b.txt").write_text("é" * 200_000)
