@@ -140,13 +140,9 @@ def run_report(recipe: Recipe, page: Path, options: Options = Options(), progres
         run(recipe, page, options, progress, flat=True)
         return page / REPORTS[0]
     home = page.with_suffix(".dsc")
-    for name in REPORTS:
-        target = page.with_suffix(Path(name).suffix)
-        if target.exists() and not (home / workspace.HOUSE).is_dir():
-            raise DscError(f"{target}: exists and was not written by this command", "choose another -o")
+    pages = workspace.Pages(home, {name: page.with_suffix(Path(name).suffix) for name in REPORTS})
     run(recipe, home, options, progress, flat=True)
-    for name in REPORTS:
-        shutil.copyfile(home / name, page.with_suffix(Path(name).suffix))
+    pages.publish()
     return page
 
 

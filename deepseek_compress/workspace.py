@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from deepseek_compress.checkpoint.files import disk_errors, kept, remove, remove_tree, write_sealed
+from deepseek_compress.checkpoint.files import disk_errors, kept, remove, remove_tree, write_file, write_sealed
 from deepseek_compress.checkpoint.verified import (
     CARD,
     MANIFEST,
@@ -193,6 +193,26 @@ class Sources:
     def end(self) -> None:
         """The stage is finished."""
         remove(self._record)
+
+
+class Pages:
+    """Copies of files of `home` beside it, where nothing but earlier copies is overwritten."""
+
+    def __init__(self, home: Path, copies: Mapping[str, Path]) -> None:
+        """Raise DscError for a target that somebody else wrote."""
+        self._home, self._copies, self._record = home, copies, home / HOUSE / "pages.json"
+        self._known = set((kept(self._record) or {}).get("hashes") or [])
+        for name, target in copies.items():
+            ours = self._known | ({hash_of(home / name)} if (home / name).is_file() else set())
+            if os.path.lexists(target) and not (target.is_file() and hash_of(target) in ours):
+                raise DscError(f"{target}: exists and was not written by this command", "choose another -o")
+
+    def publish(self) -> None:
+        """Copy, each hash written down before, so that a copy is known as ours whenever this is interrupted."""
+        hashes = self._known | {hash_of(self._home / name) for name in self._copies}
+        write_sealed(self._record, {"hashes": sorted(hashes)})
+        for name, target in self._copies.items():
+            write_file(target, (self._home / name).read_bytes())
 
 
 def discard(directory: Path) -> bool:

@@ -187,7 +187,7 @@ def _location(path: Path, name: str, entry: Any, start: int, here: Identity) -> 
         raise DscError(f"{where}: the header lacks dtype, shape or data_offsets", _AGAIN)
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise DscError(f"{where}: unknown dtype {dtype_name!r}", f"known: {', '.join(DTYPES)}")
+        raise DscError(f"{where}: unknown dtype {str(dtype_name)[:80]!r}", f"known: {', '.join(DTYPES)}")
     if not _whole(shape):
         raise DscError(f"{where}: shape {str(shape)[:80]} is not a list of whole numbers", _AGAIN)
     if not _whole(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:

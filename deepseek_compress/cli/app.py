@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deepseek_compress import __version__, console
+from deepseek_compress import __version__, console, limits
 from deepseek_compress.cli import look, work
 from deepseek_compress.errors import DscError, Problems
 
@@ -50,7 +50,7 @@ class Commands(TyperGroup):
 
 def _report(context: typer.Context, error: DscError) -> None:
     if context.meta.get("json"):
-        found = error.problems if isinstance(error, Problems) else [error]
+        found = error.problems[: limits.PROBLEMS] if isinstance(error, Problems) else [error]
         console.print_json({"problems": [{"what": problem.what, "fix": problem.fix} for problem in found]})
     console.errors(error)
 

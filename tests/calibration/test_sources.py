@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deepseek_compress import limits
 from deepseek_compress.calibration import sources
 from deepseek_compress.calibration.sources import read_samples
 from deepseek_compress.calibration.tokens import calibration_tokens
@@ -149,7 +150,7 @@ def test_lines_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "b.txt").write_text("é" * 200_000)
     pieces = texts(tmp_path / "b.txt")
     assert "".join(pieces) == "é" * 200_000
-    assert max(map(len, pieces)) <= 2 * sources.PIECE
+    assert max(map(len, pieces)) <= 2 * limits.PIECE
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     assert "not valid JSON" in problems(tmp_path / "deep.jsonl")[0]
 

@@ -41,7 +41,8 @@ def warm() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import transformers  # noqa: F401
 
-    from deepseek_compress import cli, pipeline, rates, reports, stages, survey  # noqa: F401
+    from deepseek_compress import cli, pipeline, reports, stages, survey  # noqa: F401
+    from deepseek_compress.planning import rates  # noqa: F401
     from deepseek_compress.stages import STAGES, load
 
     for kind in STAGES:
