@@ -225,7 +225,7 @@ def _collect(problems: list[DscError]) -> Iterator[None]:
 
 def _check_disk(found: Plan, out: Path, flat: bool) -> None:
     needed = sum(
-        forecast.bytes or 0
+        (forecast.bytes or 0) + forecast.scratch
         for name, forecast in found.forecasts.items()
         if not workspace.read((out if flat else out / name) / workspace.MANIFEST).get("pipeline")
     )

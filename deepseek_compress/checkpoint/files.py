@@ -221,6 +221,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or " requested and " in str(error)  # as numpy says it
         fix = "free some space, then the same command goes on" if full else "check the disk, then start again"
-        raise DscError(f"{path}: {error.strerror}", fix) from None
+        said = error.strerror or ("No space left on device" if full else str(error))
+        raise DscError(f"{path}: {said}", fix) from None

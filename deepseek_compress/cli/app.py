@@ -42,7 +42,9 @@ class Commands(TyperGroup):
             raise typer.Exit(141) from None
         except OSError as error:
             if error.filename is None and error.errno is None:
-                raise
+                if " requested and " not in str(error):  # what numpy says of a disk that is full
+                    raise
+                error.strerror = "No space left on device"
             place = f"{error.filename}: " if error.filename is not None else ""
             _report(ctx, DscError(f"{place}{error.strerror or error}", "mend that; the same command goes on"))
             raise typer.Exit(1) from None

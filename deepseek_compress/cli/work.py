@@ -174,6 +174,8 @@ def evaluate(
     settings: o.Settings = None,
     seed: o.Seed = None,
     device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = None,
     quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
@@ -195,7 +197,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device, quick=quick), progress)
+        page = pipeline.run_report(wanted, out, _options(device, memory, workers, quick=quick), progress)
     show.report(page, json)
 
 

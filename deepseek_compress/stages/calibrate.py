@@ -28,6 +28,7 @@ from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import tokenizer_hash
 from deepseek_compress.stages.text import calibration_text
+from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
 FILE = "calibration.json"
@@ -51,9 +52,18 @@ class Calibrate(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
-        size, memory, work, tasks = expected(Architecture.of(header), self.fields, samples, length)
+        architecture = Architecture.of(header)
+        size, memory, work, tasks = expected(architecture, self.fields, samples, length)
         read = sum(info.bytes for info in header.tensors.values())
-        return Forecast(header, bytes=size, memory=memory, work=work, tasks=tasks, read=read)
+        return Forecast(
+            header,
+            bytes=size,
+            memory=memory,
+            work=work,
+            tasks=tasks,
+            read=read,
+            scratch=scratch(architecture, samples * length),
+        )
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the statistics and `calibration.json`."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint.files import blocks, remove, sync_directory
 from deepseek_compress.errors import DscError
+from deepseek_compress.models import Architecture
 
 HELD = 128 << 20  # bytes
 SEAL = 32  # bytes of a hash
@@ -163,3 +164,12 @@ class HiddenStore:
         with _disk(self.path):
             while done < len(view):
                 done += os.pwritev(self._fd, [view[done:]], row * self._width + done)
+
+
+def scratch(architecture: Architecture, tokens: int) -> int:
+    """Bytes on disk while a text of `tokens` goes through a model: two hidden states, and the widest input of a linear.
+
+    A paired run has both twice.
+    """
+    widest = max((linear.columns for block in architecture.blocks for linear in block.linears), default=0)
+    return 2 * 4 * tokens * (2 * math.prod(architecture.row_shape) + widest)
