@@ -22,6 +22,7 @@ from torch.nn import functional
 LOGITS = 1 << 22  # numbers of a piece of the logits
 WEIGHTS = 1 << 26  # numbers of the part of a head that is float32 at a time: 256 MB
 
+from deepseek_compress.checkpoint.reader import check_finite
 
 Rows = Callable[[int, int], Tensor]  # (start, count) -> float32 (count, hidden)
 
