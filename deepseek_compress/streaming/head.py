@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deepseek_compress.checkpoint.reader import check_finite
+
 LOGITS = 1 << 22  # numbers of a piece of the logits
 WEIGHTS = 1 << 26  # numbers of the part of a head that is float32 at a time: 256 MB
-
-from deepseek_compress.checkpoint.reader import check_finite
 
 Rows = Callable[[int, int], Tensor]  # (start, count) -> float32 (count, hidden)
 
