@@ -19,6 +19,11 @@ MANIFEST, RUN, CARD = "dsc_manifest.json", "dsc_run.json", "README.md"
 WEIGHTS = ".safetensors"
 AGAIN = f"make this output again; to use it as it is now, remove its {MANIFEST}"
 
+_TYPES = {
+    **dict.fromkeys(("activations", "kv_cache", "source", "pipeline", "calibration", "statistics"), dict),
+    "files": dict,
+    "lineage": list,
+}
 Identity = tuple[int, int, int, int]  # inode, bytes, nanoseconds of the last change of content and of anything
 _hashes: dict[tuple[str, Identity], str] = {}
 
@@ -48,7 +53,15 @@ def hash_of(file: Path) -> str:
 def manifest_of(directory: Path) -> dict[str, Any] | None:
     """The manifest of an output, or None where there is none. Raises DscError where it is damaged."""
     path = directory / MANIFEST
-    return read_sealed(path, strict=False) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = read_sealed(path, strict=False)
+    steps = found.get("lineage") or []
+    wrong_types = [key for key, kind in _TYPES.items() if not isinstance(found.get(key), kind | None)]
+    if not wrong_types and not all(isinstance(s, dict) and isinstance(s.get("knobs", {}), dict) for s in steps):
+        wrong_types = ["lineage"]
+    raise_problems(DscError(f"{path}: {key} is not of its type", AGAIN) for key in wrong_types)
+    return found
 
 
 def listed(manifest: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
