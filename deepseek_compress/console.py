@@ -88,7 +88,7 @@ def errors(error: DscError) -> None:
 
 def stopped(text: str) -> None:
     """The last line of a run that was stopped from outside."""
-    err().print(Text(text, style="warn"), soft_wrap=True)
+    err().print(Text(plain(text), style="warn"), soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[str] = ()) -> None:

@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
     except DscError as error:
         raise DscError(error.what, "give a report.json that dsc wrote") from None
     if record.get("schema") != SCHEMA:
-        what = f"{path}: schema {str(record.get('schema'))[:40]!r}, this version reads {SCHEMA}"
+        what = f"{path}: schema {str(record.get('schema'))[:40]}, this version reads {SCHEMA}"
         raise DscError(what, "evaluate again")
     raise_problems(DscError(problem, "evaluate again") for problem in mistyped(record, str(path)))
     raise_problems(DscError(f"{path}: lacks {name}", "evaluate again") for name in lacking(record))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from harness import CONTROL, dsc, faults, warm
 
-from deepseek_compress.reports import files, page
+from deepseek_compress.reports import files
 from deepseek_compress.reports.markdown import markdown
+from deepseek_compress.reports.page import page
 
 EVERY = 12
 ATTACK = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&`|"
