@@ -41,12 +41,14 @@ def warm() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import transformers  # noqa: F401
 
+    from cuda_ops import build
     from deepseek_compress import cli, pipeline, reports, stages, survey  # noqa: F401
     from deepseek_compress.planning import rates  # noqa: F401
     from deepseek_compress.stages import STAGES, load
 
     for kind in STAGES:
         load(kind)
+    build.cpu_library()  # compiling it is no case's business
 
 
 def forked(work: Callable[[], int], folder: Path, seconds: float = SECONDS) -> Outcome:

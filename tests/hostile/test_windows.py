@@ -1,4 +1,4 @@
-"""Killed after any call that creates, renames, syncs or removes: the same command goes on, every time, to the same bytes.
+"""Killed after any call that creates, renames, syncs or removes: the same command goes on, to the same bytes.
 
 And with a state file damaged in between: the bytes of an uninterrupted run all the same.
 """
