@@ -88,9 +88,10 @@ def bounded(seconds: int, room: int) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"took more than {seconds} s")
 
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = taken + room if soft == resource.RLIM_INFINITY else min(soft, taken + room)
+    statm = Path("/proc/self/statm")  # elsewhere than on Linux there is no limit of memory
+    most = int(statm.read_text().split()[0]) * resource.getpagesize() + room if statm.exists() else soft
+    most = most if soft == resource.RLIM_INFINITY else min(soft, most)
     handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))

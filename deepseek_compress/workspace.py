@@ -133,7 +133,8 @@ def finished(directory: Path, fingerprint: str, quick: bool, tell: Callable[[str
         tell(f"{error.what}: the stage runs again")
         return None
     entry = manifest.get("pipeline")
-    if not isinstance(entry, dict) or entry.get("fingerprint") != fingerprint:
+    entry = entry if isinstance(entry, dict) else {}
+    if entry.get("fingerprint") != fingerprint or not isinstance(entry.get("sources"), dict):
         return None
     if not all((directory / name).is_file() for name in files):
         return None
