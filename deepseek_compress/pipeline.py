@@ -281,6 +281,7 @@ def _stage(state: _Run, step: Step) -> None:
         state.progress.finish(step.name, "already finished")
     else:
         _run_stage(state, step, directory, fingerprint)
+    workspace.Sources.end(state.out / workspace.HOUSE, step.name)
     if step.stage.writes == "report" and not state.flat:
         _copy(directory, state.out, REPORTS)
 
@@ -311,7 +312,6 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     relative = str(output.path.relative_to(directory))
     entry = {"fingerprint": fingerprint, "kind": output.kind, "output": relative, "sources": hashes}
     workspace.finish(directory, entry, before)
-    sources.end()
     state.progress.finish(step.name, f"done in {duration(time.time() - began)}")
 
 

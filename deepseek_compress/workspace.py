@@ -164,7 +164,7 @@ class Sources:
     """
 
     def __init__(self, house: Path, name: str, paths: Mapping[str, Path]) -> None:
-        self._record = house / f"{name}.sources.json"
+        self._record = _sources(house, name)
         self._files: dict[str, Path] = {}
         for label, path in paths.items():
             found = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -191,9 +191,14 @@ class Sources:
                 remove(directory / MANIFEST)
                 raise changed(file)
 
-    def end(self) -> None:
-        """The stage is finished."""
-        remove(self._record)
+    @staticmethod
+    def end(house: Path, name: str) -> None:
+        """Forget them: the stage is finished."""
+        remove(_sources(house, name))
+
+
+def _sources(house: Path, name: str) -> Path:
+    return house / f"{name}.sources.json"
 
 
 class Pages:
