@@ -76,7 +76,7 @@ def _count(parsed: Any, found: list[int], inside: bool) -> None:
 
 
 @contextmanager
-def bounded(seconds: int, room: int) -> Iterator[None]:
+def bounded(seconds: float, room: int) -> Iterator[None]:
     """Inside, this process may take `seconds`, and `room` bytes more than it has; then TimeoutError or MemoryError.
 
     In the main thread alone: signals reach no other.
@@ -86,7 +86,7 @@ def bounded(seconds: int, room: int) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
+        raise TimeoutError(f"not finished after {seconds:g} s")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     statm = Path("/proc/self/statm")  # elsewhere than on Linux there is no limit of memory

@@ -7,10 +7,8 @@ differs in any of them is refused with what differs.
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from deepseek_compress.console import StageProgress, duration, size
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.resolve import resolve_model
+from deepseek_compress.planning import device
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
@@ -36,12 +35,13 @@ REPORTS = ("report.json", "report.md", "report.html")
 
 @dataclass(frozen=True)
 class Options:
-    """What the machine may give to a run; none of it changes the bytes that are written."""
+    """What the machine may give to a run; of it only the device may change bytes that are written."""
 
     device: str = "cpu"
     memory: int | None = None  # bytes, all processes together
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster
+    gpu_memory: int | None = None  # bytes of a GPU
     quick: bool = False  # do not read large files a second time to verify them
 
 
@@ -96,7 +96,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
             headers[name] = header
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe, paths.get("model"))
-    problems += _memory_problems(forecasts, options.memory)
+    problems += _memory_problems(forecasts, options.memory) + _gpu_problems(forecasts, options)
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
 
 
@@ -120,12 +120,14 @@ def run(
         workspace.agree(out, _identity(state), state.progress.tell)
         if options.quick:
             state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
+        if options.device != device.CPU:
+            state.progress.tell(device.told(options.device))
         for number, step in enumerate(recipe.steps, start=1):
             state.progress.start(step.name, number, len(recipe.steps))
             _stage(state, step)
         if not flat:
             _close(state)
-            write_sealed(out / workspace.RUN, _costs(began, peak[0], {}))
+            write_sealed(out / workspace.RUN, workspace.costs(began, peak[0], {}))
     return state.paths
 
 
@@ -208,6 +210,23 @@ def _memory_problems(forecasts: Mapping[str, Forecast], limit: int | None) -> li
     ]
 
 
+def _gpu_problems(forecasts: Mapping[str, Forecast], options: Options) -> list[DscError]:
+    """Stages that need more than the GPU has, or may give."""
+    free = device.memory(options.device)
+    if free is None:
+        return []
+    limit = min(free, options.gpu_memory or free)
+    needs = {name: its.memory.on_device() for name, its in forecasts.items() if its.memory}
+    return [
+        DscError(
+            f"{name}: needs {size(need)} of {options.device}, which has {size(limit)} for it",
+            "use --device cpu, or a GPU with more memory",
+        )
+        for name, need in needs.items()
+        if need > limit
+    ]
+
+
 def _gib(need: int) -> str:
     return f"{-(-need * 10 // (1 << 30)) / 10:.1f}GiB"
 
@@ -259,12 +278,21 @@ def _identity(state: _Run) -> dict[str, Any]:
     """What the bytes of all outputs follow from."""
     recipe = state.recipe
     return {
-        "recipe": {key: value for key, value in recipe.document.items() if key not in {"model", "inputs", "name"}},
+        "recipe": {key: value for key, value in _lasting(recipe).items() if key not in {"model", "inputs", "name"}},
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
         "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.named},
         "statistics": _manifest_hash(recipe.calibration.statistics),
         "versions": state.versions,
     }
+
+
+def _lasting(recipe: Recipe) -> dict[str, Any]:
+    """The document without the knobs that change no bytes, so that they may change in one directory."""
+    items = []
+    for item, step in zip(recipe.document["stages"], recipe.steps, strict=False):
+        kept = {key: value for key, value in step.knobs.items() if key not in step.stage.same_bytes}
+        items.append({**item, step.kind: kept} if step.stage.same_bytes else item)
+    return {**recipe.document, "stages": [*items, *recipe.document["stages"][len(items) :]]}
 
 
 def _stage(state: _Run, step: Step) -> None:
@@ -283,7 +311,7 @@ def _stage(state: _Run, step: Step) -> None:
         _run_stage(state, step, directory, fingerprint)
     workspace.Sources.end(state.out / workspace.HOUSE, step.name)
     if step.stage.writes == "report" and not state.flat:
-        _copy(directory, state.out, REPORTS)
+        workspace.copy(directory, state.out, REPORTS)
 
 
 def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> None:
@@ -297,10 +325,10 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     sources.begin(directory, state.progress.tell)
     before = verified.identities(directory)
     source = open_checkpoint(state.paths[step.source])
-    with machine.peak_memory() as peak:
+    with machine.peak_memory() as peak, device.memory_errors(state.options.device):
         output = step.stage.run(source, _context(state, step, directory))
     sources.check(directory, before)
-    write_sealed(directory / workspace.RUN, _costs(began, peak[0], output.facts))
+    write_sealed(directory / workspace.RUN, workspace.costs(began, peak[0], output.facts))
     state.paths[step.name] = output.path
     manifest = verified.manifest_of(directory) if step.stage.writes != "report" else None
     if manifest is None:
@@ -355,18 +383,6 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
     )
 
 
-def _costs(began: float, peak: int | None, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is true of this run only: never part of the promise of same bytes."""
-    now = time.time()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "seconds": round(now - began, 3),
-        "peak_bytes": peak,
-        "host": machine.describe(),
-        "facts": json.loads(json.dumps(dict(facts), default=str)),
-    }
-
-
 def _close(state: _Run) -> None:
     """The manifest of the whole run."""
     recipe = state.recipe
@@ -379,9 +395,3 @@ def _close(state: _Run) -> None:
         "stages": {step.name: state.prints[step.name] for step in recipe.steps},
     }
     write_sealed(state.out / workspace.MANIFEST, manifest)
-
-
-def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

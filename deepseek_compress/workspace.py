@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from deepseek_compress import machine
 from deepseek_compress.checkpoint.files import disk_errors, kept, remove, remove_tree, write_file, write_sealed
 from deepseek_compress.checkpoint.verified import (
     CARD,
@@ -253,3 +256,21 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def costs(began: float, peak: int | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is true of this run only: never part of the promise of same bytes."""
+    now = time.time()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(now - began, 3),
+        "peak_bytes": peak,
+        "host": machine.describe(),
+        "facts": json.loads(json.dumps(dict(facts), default=str)),
+    }
+
+
+def copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -179,7 +179,7 @@ class CheckpointWriter:
         config = self._config(config_changes, ignore, notes)
         self._add_input_grids(config)
         self.source.check_unchanged()
-        copied = self._copied()
+        copied = copied_files(self.source.path)
         named = self._shard_names()
         others = [INDEX, MANIFEST, CARD, CONFIG, *(file.name for file in copied)]
         write_sealed(self._partial / NAMES, {"names": sorted([*named, *others])})
@@ -276,7 +276,7 @@ class CheckpointWriter:
     def _refuse_to_overwrite(self) -> None:
         """Raise Problems for files of the user's that have the name of one of an output."""
         ours = recorded(self.out)
-        coming = [INDEX, CARD, CONFIG, MANIFEST, *(file.name for file in self._copied())]
+        coming = [INDEX, CARD, CONFIG, MANIFEST, *(file.name for file in copied_files(self.source.path))]
         there = [name for name in coming if name not in ours and os.path.lexists(self.out / name)]
         raise_problems(
             DscError(f"{self.out / name}: not written by dsc, and would be overwritten", "move it to another directory")
@@ -353,11 +353,12 @@ class CheckpointWriter:
         total = sum(stored.bytes for stored in self._stored().values())
         write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    def _copied(self) -> list[Path]:
-        """Files of the source that go along byte for byte; never code, never out of its directory."""
-        files = [file for file in sorted(self.source.path.iterdir()) if file.is_file()]
-        wanted = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)]
-        return [file for file in wanted if file.suffix != ".py" and inside(self.source.path, file)]
+
+def copied_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint that go along byte for byte; never code, never out of its directory."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    wanted = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)]
+    return [file for file in wanted if file.suffix != ".py" and inside(folder, file)]
 
 
 def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
