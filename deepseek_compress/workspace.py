@@ -271,6 +271,7 @@ def costs(began: float, peak: int | None, facts: Mapping[str, Any]) -> dict[str,
 
 
 def copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy the files among `names` that are there."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
