@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import time
 from pathlib import Path
 from typing import Any
 
+import blake3
 import torch
 
-from deepseek_compress.checkpoint.files import disk_errors
+from deepseek_compress.checkpoint.files import disk_errors, remove, replacing
 from deepseek_compress.distillation.trainer import State
 
 FILE = ".dsc_training.pt"
+_SEAL = 32  # bytes of a hash, at the end of the file
 EVERY = 60.0  # seconds between two saves
 
 
@@ -27,9 +29,10 @@ class Keeper:
 
     def load(self) -> State | None:
         """The state that was saved last, or None."""
-        if not self.file.is_file():
-            return None
-        found = torch.load(self.file, weights_only=True)
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        if blake3.blake3(content[:-_SEAL]).digest() != content[-_SEAL:]:
+            return None  # there is none, or it is damaged: the training begins again
+        found = torch.load(io.BytesIO(content[:-_SEAL]), weights_only=True)
         return State(**found["state"]) if found["identity"] == self.identity else None
 
     def save(self, state: State) -> None:
@@ -38,11 +41,13 @@ class Keeper:
             return
         with disk_errors(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.file.with_suffix(".tmp")
-            torch.save({"identity": self.identity, "state": state._asdict()}, beside)
-            os.replace(beside, self.file)
+            buffer = io.BytesIO()
+            torch.save({"identity": self.identity, "state": state._asdict()}, buffer)
+            with replacing(self.file) as file:
+                file.write(buffer.getbuffer())
+                file.write(blake3.blake3(buffer.getbuffer()).digest())
         self._saved = time.monotonic()
 
     def clear(self) -> None:
         """The training is over and its result written."""
-        self.file.unlink(missing_ok=True)
+        remove(self.file)

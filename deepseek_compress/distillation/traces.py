@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_compress import limits
 from deepseek_compress.calibration.settings import Source
 from deepseek_compress.calibration.sources import Sample
 from deepseek_compress.calibration.tokens import by_share
@@ -58,7 +59,7 @@ def _prompt(sample: Sample, ids: list[int], tokenizer: Tokenizer) -> int:
     if len(sample.messages) < 2:
         return 0
     text = tokenizer.chat(sample.messages[:-1], answer_next=True)
-    asked = tokenizer.encode(text, special=not tokenizer.has_chat_template)
+    asked = next(tokenizer.encoded(text, limits.PIECE, special=not tokenizer.has_chat_template), [])
     while asked and ids[: len(asked)] != asked:  # a tokenizer may join the last prompt token with what follows
         asked = asked[:-1]
     return len(asked)
