@@ -10,9 +10,9 @@ At temperature T both are softmax(logits / T), and a divergence counts T^2 times
               Random Sampling KD, arXiv 2503.16870)
 
 So for every draw the entries of p and q each add up to one, a student equal to its teacher has loss 0 and gradient 0,
-and no weight is unbounded. Where q differs from p anywhere, some draw shows it; the mean over draws is at most the
-divergence itself and nears it as m grows. Importance weights alone would make the mean exact, but leave noise as the
-gradient at q = p, and Adam, which follows its direction, leaves the teacher by it (reports/LOG.md).
+and no weight is unbounded. Where q differs from p anywhere, some draw shows it; the mean of forward KL over draws is at
+most the KL of all tokens and nears it as m grows. Importance weights alone would make the mean exact,
+but leave noise as the gradient at q = p.
 
 p is recorded at the temperature that the student is compared at. Tempering a bucket afterwards, when its tokens are no
 longer known, moves the minimum away from the teacher.

@@ -45,7 +45,9 @@ def target_of(logits: Tensor, form: str, count: int, temperature: float, seed: i
     return Target(*(words.sampled(log_probs, count, draws)[i] for i in (1, 0, 2)))
 
 
-def loss_and_gradient(divergence: Divergence, student: Tensor, target: Target, temperature: float) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(
+    divergence: Divergence, student: Tensor, target: Target, temperature: float
+) -> tuple[Tensor, Tensor]:
     student = student.clone().requires_grad_()
     loss = total(divergence, entries(student, target, temperature))
     loss.sum().backward()  # type: ignore[no-untyped-call]
@@ -123,7 +125,7 @@ def test_in_the_mean_over_draws_only_the_teacher_is_least(name: str) -> None:
     teacher = 2 * torch.randn(1, 200, generator=torch.Generator().manual_seed(1))
     others = teacher.repeat(3, 1)
     others[0] += 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(2))
-    others[1, teacher[0].argmin()] += 4  # one token that is hardly ever drawn
+    others[1, teacher[0].argsort()[40]] += 5  # one token that is seldom drawn
     others[2, teacher[0].argsort()[100:140]] -= 1  # the middle of the tail
     many = torch.cat((teacher, others)).repeat_interleave(1000, 0)
     target = target_of(teacher.expand(4000, -1), "sampled", 12, 1.0)
@@ -134,14 +136,14 @@ def test_in_the_mean_over_draws_only_the_teacher_is_least(name: str) -> None:
     whole = brute_force(name, p, q)
     for row in range(3):
         mean = float(loss[1000 * (row + 1) : 1000 * (row + 2)].mean())
-        assert mean > float(loss[:1000].mean()) + 1e-4
-        assert mean < 1.1 * float(whole[row])
+        assert 0.02 * float(whole[row]) < mean < (1.05 if name == "forward_kl" else 1.5) * float(whole[row])
+        assert mean > 1e3 * float(loss[:1000].mean())
 
 
 def test_draws_have_the_mass_of_their_tokens() -> None:
-    """Of 22 of 500 tokens, 4,000 draws: certain ones in each, the others as often as p_i / tau says, n in all."""
+    """Of 22 of 500 tokens, 4,000 draws, evenly spread: certain ones in each, the others as often as p_i / tau says, n in all."""
     log_probs = functional.log_softmax(2.5 * torch.randn(1, 500, generator=torch.Generator().manual_seed(3)), -1)
-    draws = torch.rand(4000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    draws = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     found = words.sampled(log_probs.expand(4000, -1), 22, draws)
     assert torch.equal(found.log_probs, log_probs.expand(4000, -1).gather(1, found.ids))
     assert bool((found.log_probs.diff(dim=1) <= 0).all())
@@ -152,7 +154,7 @@ def test_draws_have_the_mass_of_their_tokens() -> None:
     tau = (1 - p.sort(descending=True).values[:certain].sum()) / (22 - certain)
     wanted = (p / tau).clamp(max=1)
     seen = torch.bincount(found.ids.flatten(), minlength=500) / 4000
-    assert bool(((seen - wanted).abs() < 4 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-9).all())
+    assert bool(((seen - wanted).abs() < 2 / 4000).all())
 
 
 def test_the_loss_that_tempered_a_uniform_bucket_is_gone() -> None:
