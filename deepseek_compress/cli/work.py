@@ -46,7 +46,7 @@ def plan(
     """Show what a recipe would do to a model: stages, tensors, bytes, time, and every problem at once."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     from deepseek_compress import pipeline
-    from deepseek_compress.rates import rates
+    from deepseek_compress.planning.rates import rates
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray))
     given = o.typed(context, "recipe", "measure", "json")
@@ -132,8 +132,11 @@ def distill(
     recorded = cache is not None and (Path(cache) / "teacher.json").is_file()
     values: dict[str, Any] = {
         **_calibration(calibration, None, None, None, seed),
-        **{"distill.cache": cache, "distill.length": length},
-        **{"distill.steps": steps, "distill.tokens": tokens, "distill.minutes": minutes},
+        "distill.cache": cache,
+        "distill.length": length,
+        "distill.steps": steps,
+        "distill.tokens": tokens,
+        "distill.minutes": minutes,
     }
     if student is not None:
         values["distill.keep"] = 1.0

@@ -62,7 +62,7 @@ def view(
             seen[layer] = scores / scores.sum(-1, keepdim=True)
 
     family = tapped(model.family, tap) if routers else model.family
-    state = family.embed(model.cfg, model.weights[family.embedding], tokens)
+    state = family.embed(model.cfg, model.weights[model.cfg.names.embedding], tokens)
     for layer, weights in enumerate(model.blocks):
         arguments = (model.cfg, layer, weights, state, positions, None, None, tokens)
         if checkpointing:

@@ -25,12 +25,12 @@ from deepseek_compress.numerics.types import Factor, Quantized, Statistics
 class Gptaq(Gptq, frozen=True):
     """GPTQ towards the original model's outputs, correcting what earlier layers lost."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "drift"})
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross_covariance"})
     paper: ClassVar[str] = "Li et al. 2025, GPTAQ, arXiv 2504.02692"
     strength: float = Field(0.5, ge=0, le=1)
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
-        """`weight` float32 (rows, columns); needs `statistics.hessian`; without a drift this is GPTQ."""
+        """`weight` float32 (rows, columns); needs `statistics.hessian`; without a cross-covariance this is GPTQ."""
         prepared = self.prepare(statistics)
         assert prepared.factor is not None
         return super().__call__(corrected(weight, prepared, prepared.factor, self.strength), prepared)
@@ -41,11 +41,11 @@ def corrected(weight: Tensor, statistics: Statistics, factor: Factor, strength: 
 
     `factor` is that of the Hessian. Zeros of a 2:4 weight stay zeros (the rest does not make up for it).
     """
-    if statistics.drift is None:
+    if statistics.cross_covariance is None:
         return weight
-    missing = weight @ statistics.drift
-    if statistics.owed is not None:
-        missing = missing + statistics.owed
+    missing = weight @ statistics.cross_covariance
+    if statistics.residual_covariance is not None:
+        missing = missing + statistics.residual_covariance
     moved = divide(missing, factor)
     if pattern.holds(weight):
         moved = moved.masked_fill(weight == 0, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,10 +18,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress import provenance
-from deepseek_compress.blocks import claim
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
 from deepseek_compress.checkpoint.files import read_json, write_json
-from deepseek_compress.costs import Memory, Work
 from deepseek_compress.distillation import report, shrink
 from deepseek_compress.distillation.cache import INDEX, CachedTeacher, is_cache
 from deepseek_compress.distillation.documents import Document, read_documents
@@ -33,10 +32,12 @@ from deepseek_compress.distillation.students import Size, Student, cut
 from deepseek_compress.distillation.teachers import LiveTeacher, Teacher
 from deepseek_compress.distillation.trainer import Schedule, Trainer, masks_of
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import ModelConfig, family_of
+from deepseek_compress.models import Architecture, ModelConfig
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.planning.costs import Memory, Work
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.resumable import Resumable
 
 WORK = ".dsc_distill"  # in the output directory, while a run is unfinished
 STEPS = 150  # where nothing says how long
@@ -108,12 +109,12 @@ class Distill(Stage, frozen=True):
 
     def problems(self, header: Header) -> list[DscError]:
         """A missing, unknown or misshaped tensor; sizes that do not fit; packed weights, which cannot be trained."""
-        family = family_of(header.config)
-        found = family.problems(header)
+        architecture = Architecture.of(header)
+        found = architecture.problems()
         if found:
             return found
-        cfg = family.parse(header.config)
-        found = shrink.problems(family, cfg, *self.size.of(cfg))
+        cfg = architecture.cfg
+        found = shrink.problems(architecture.family, cfg, *self.size.of(cfg))
         if any(info.encoding == "packed" for info in header.tensors.values()):
             found.append(DscError("distill: the checkpoint has packed weights", "distill before it is quantised"))
         if self.teacher is None and (self.cache is None or not is_cache(Path(self.cache))):
@@ -129,9 +130,9 @@ class Distill(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Teacher, student, its gradients, moments and best weights in float32; BF16 on the disk."""
-        family = family_of(header.config)
-        cfg = family.parse(header.config)
-        plan = shrink.shrink(family, cfg, shrink.any_experts(cfg), *self.size.of(cfg))
+        architecture = Architecture.of(header)
+        cfg = architecture.cfg
+        plan = shrink.shrink(architecture.family, cfg, shrink.any_experts(cfg), *self.size.of(cfg))
         total = sum(math.prod(info.shape) for info in header.tensors.values())
         kept = sum(
             math.prod(header.tensors[origin.name].shape)
@@ -164,7 +165,7 @@ class Distill(Stage, frozen=True):
         """Write the trained student to `context.out`; an interrupted training goes on."""
         work = context.out / WORK
         lesson, student = self._begin(source, context)
-        claim(context.out, work, self._identity(source, lesson, context.seed))
+        self._identity(source, lesson, context.seed).claim(context.out, work)
         names = [name for name in student.model.weights if _is_linear(student.model, name)]
         masks = masks_of(student.model.weights, names)
         trainer = self._trainer(lesson, student, masks, context.seed)
@@ -227,7 +228,7 @@ class Distill(Stage, frozen=True):
     def _record(self, source: Checkpoint, teacher: Checkpoint, words: Path, context: Context) -> None:
         """The teacher's words into `words`, after those that are there."""
         tokenizer = load_tokenizer(teacher.path)
-        documents = self._documents(source, family_of(teacher.config).parse(teacher.config), context)
+        documents = self._documents(source, Architecture.of(teacher).cfg, context)
         record_model(teacher, tokenizer, documents, self.kept, self.temperature, words, context.seed, context.progress)
         index = read_json(words / INDEX)
         context.tell(f"{words}: {index['form']} words of {index['tokens']} tokens, {index['bytes_a_token']} bytes each")
@@ -298,17 +299,10 @@ class Distill(Stage, frozen=True):
             context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
         return int(read_json(kept)["steps"])
 
-    def _identity(self, source: Checkpoint, lesson: _Lesson, seed: int) -> dict[str, Any]:
+    def _identity(self, source: Checkpoint, lesson: _Lesson, seed: int) -> Resumable:
         """Everything that the bytes follow from; a resume is refused if one of them differs."""
-        return {
-            "knobs": self.model_dump(mode="json"),
-            "model": provenance.fingerprint(source),
-            "teacher": lesson.fingerprint,
-            "text": text_digest(lesson.documents),
-            "seed": seed,
-            "versions": provenance.versions(),
-            "threads": torch.get_num_threads(),
-        }
+        identity = Resumable.of(source, self.model_dump(mode="json"), text_digest(lesson.documents), seed=seed)
+        return replace(identity, teacher=lesson.fingerprint, threads=torch.get_num_threads())
 
     def _write(
         self, source: Checkpoint, student: Student, facts: dict[str, Any], card: str, context: Context

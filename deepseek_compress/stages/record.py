@@ -10,14 +10,14 @@ from pydantic import Field
 
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import read_json
-from deepseek_compress.costs import Memory, Work
 from deepseek_compress.distillation.cache import INDEX, bytes_a_token
 from deepseek_compress.distillation.documents import Document, read_documents
 from deepseek_compress.distillation.record import PIECE, Kept, record_model, record_server
 from deepseek_compress.distillation.server import Server
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
+from deepseek_compress.planning.costs import Memory, Work
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 
 
@@ -35,7 +35,7 @@ class Record(Stage, frozen=True):
 
     def problems(self, header: Header) -> list[DscError]:
         """A missing, unknown or misshaped tensor; what a server cannot say."""
-        found = family_of(header.config).problems(header) if self.server is None else []
+        found = Architecture.of(header).problems() if self.server is None else []
         if self.server is not None and self.temperature != 1:
             found.append(DscError("record.temperature: servers give temperature 1", "leave it out"))
         if self.server is not None and self.kept.form not in ("auto", "top_k"):
@@ -45,7 +45,7 @@ class Record(Stage, frozen=True):
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """The teacher in float32; what is kept of each token, where the recipe says how many."""
         sizes = [math.prod(info.shape) for info in header.tensors.values()]
-        cfg = family_of(header.config).parse(header.config)
+        cfg = Architecture.of(header).cfg
         tokens = self.tokens or (self.documents or 0) * self.length
         form = self.kept.settings(cfg.vocab_size, 1.0, 0).form
         size = tokens * bytes_a_token(self.kept.count, cfg.vocab_size, form)

@@ -167,10 +167,10 @@ def test_a_student_learns_without_its_teacher(tiny_llama: Path, tiny_v3: Path, t
     assert min(found["kl"] for found in validation) < 0.95 * validation[0]["kl"]
     assert Model.load(tmp_path / "out").cfg.num_hidden_layers == 1
     hot = stage.model_copy(update={"temperature": 4.0})
-    with pytest.raises(DscError, match="recorded at temperature 1, distill.temperature is 4"):
+    with pytest.raises(DscError, match=r"recorded at temperature 1, distill\.temperature is 4"):
         hot.run(open_checkpoint(student), replace(made, out=tmp_path / "hot"))
+    inside = build(Distill, {**knobs, "loss": "hidden_states"}, "distill")
     with pytest.raises(DscError, match="no hidden states"):
-        inside = build(Distill, {**knobs, "loss": "hidden_states"}, "distill")
         inside.run(open_checkpoint(student), replace(made, out=tmp_path / "inside"))
     index = json.loads((said.path / "teacher.json").read_text())
     (said.path / "teacher.json").write_text(json.dumps({**index, "tokenizer": "another"}))
@@ -256,7 +256,7 @@ def test_a_server_is_recorded(server: str, tiny_llama: Path, text: Path, tmp_pat
 def test_what_a_server_cannot_give_is_told(server: str, text: Path, tiny_llama: Path) -> None:
     with pytest.raises(DscError, match=r"/completions: HTTP 400 .*too long"):
         Server(server, 4, 512).words([Document([1] * 401, 0)], 0)
-    with pytest.raises(DscError, match="says token [0-9]+, the tokenizer here has 3"):
+    with pytest.raises(DscError, match=r"says token [0-9]+, the tokenizer here has 3"):
         Server(server, 4, 3).words([Document([1, 2, 3], 0)], 0)
     with pytest.raises(DscError, match="give the address of a running server"):
         Server("http://127.0.0.1:1/v1", 4, 512)

@@ -141,7 +141,7 @@ def test_in_the_mean_over_draws_only_the_teacher_is_least(name: str) -> None:
 
 
 def test_draws_have_the_mass_of_their_tokens() -> None:
-    """Of 22 of 500 tokens, 4,000 draws, evenly spread: certain ones in each, the others as often as p_i / tau says, n in all."""
+    """22 of 500 tokens, 4,000 even draws: certain ones in each, the others as often as p_i / tau says."""
     log_probs = functional.log_softmax(2.5 * torch.randn(1, 500, generator=torch.Generator().manual_seed(3)), -1)
     draws = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     found = words.sampled(log_probs.expand(4000, -1), 22, draws)
