@@ -78,15 +78,17 @@ class Objective:
             for rows in _pieces(len(h), self.vocabulary):
                 each = self._each(self._logits(model, h[rows]), said.target(rows), batch.labels[rows])
                 part = (each * batch.weights[rows].to(each.device)).sum() / weight
-                part.backward()  # type: ignore[no-untyped-call]
+                if part.requires_grad:
+                    part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
-            roots, gradients = ([seen.final], [h.grad]) if seen.final.requires_grad else ([], [])
+            roots, gradients = ([seen.final], [h.grad]) if h.grad is not None else ([], [])
             if self.inside and said.view is not None:
                 inside = inside_loss(self.losses, seen, said.view, batch, self.pairs, projections)
                 inside = inside * (float(batch.weights.sum()) / weight)
                 loss += float(inside.detach())
                 roots, gradients = [*roots, inside], [*gradients, None]
-            torch.autograd.backward(roots, gradients)
+            if roots:
+                torch.autograd.backward(roots, gradients)
         return loss
 
     @torch.no_grad()

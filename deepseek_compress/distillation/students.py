@@ -40,6 +40,7 @@ class Student(NamedTuple):
     """A model to train, what differs in its config.json, and where its blocks come from."""
 
     model: Model
+    weights: dict[str, Tensor]  # of the model
     config: dict[str, Any]
     facts: dict[str, Any]
     pairs: list[Pair]
@@ -56,7 +57,7 @@ def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Do
         measure = importance.influence if size.layers_by == "influence" else importance.loss_without
         scores = measure(model, _shown(documents, size.layers_by))
     plan = shrink(model.family, model.cfg, use, experts, layers, scores)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, origin in plan.tensors.items():
         tensor = model.weights[origin.name] if origin.rows is None else model.weights[origin.name][origin.rows]
         weights[name] = tensor.clone() if shared else tensor
@@ -64,7 +65,7 @@ def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Do
     facts: dict[str, Any] = {"layers_kept": plan.layers} if layers is not None else {}
     if plan.experts:
         facts["experts_kept"] = {str(layer): kept for layer, kept in plan.experts.items()}
-    return Student(Model(model.family, cfg, weights), plan.config, facts, _pairs(plan))
+    return Student(Model(model.family, cfg, weights), weights, plan.config, facts, _pairs(plan))
 
 
 def _shown(documents: Sequence[Document], by: str) -> list[Batch]:

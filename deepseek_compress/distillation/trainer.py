@@ -29,9 +29,11 @@ from deepseek_compress.distillation.documents import (
     steps_for,
 )  # fmt: skip
 from deepseek_compress.distillation.objective import Objective
+from deepseek_compress.distillation.rounding import Straight
 from deepseek_compress.distillation.teachers import Teacher
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Role
+from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics import pattern
 
@@ -77,7 +79,7 @@ class State:
 
     step: int
     weights: dict[str, Tensor]
-    projections: dict[str, Tensor]
+    projections: dict[str, Tensor]  # and what else is learned beside the weights: scales of packed ones
     optimizer: dict[str, Any]
     losses: list[float] = field(default_factory=list)
     validations: list[Measured] = field(default_factory=list)
@@ -101,10 +103,13 @@ class Trainer:
         schedule: Schedule,
         masks: Mapping[str, Tensor] | None = None,
         projections: Mapping[str, Tensor] | None = None,
+        straight: Straight | None = None,  # how packed weights are rounded on the way
+        scheme: InputScheme | None = None,  # how inputs of linears are
     ) -> None:
         self.student, self.teacher, self.documents = student, teacher, documents
         self.objective, self.schedule = objective, schedule
         self.masks, self._projections = masks or {}, projections or {}
+        self.straight, self.scheme = straight, scheme
         self._lengths = [len(document.ids) for document in documents]
         self._trained_on = len(documents) - schedule.held_back
 
@@ -133,26 +138,31 @@ class Trainer:
     def run(self, progress: Progress, state: State | None = None, save: Callable[[State], None] | None = None) -> State:
         """Train from `state`, or from the beginning. `save` is offered the state after every step."""
         state, steps = state or self.begin(), self.schedule.steps
-        learner = Model(self.student.family, self.student.cfg, state.weights)
         leaves = [t for t in (*state.weights.values(), *state.projections.values()) if t.requires_grad]
         optimizer = self._optimizer(leaves, state)
         order = batches(self._lengths[: self._trained_on], self.schedule.batch_tokens, self.schedule.seed)
         began, tokens = time.monotonic(), 0
         for numbers in itertools.islice(order, state.step, steps):
-            if self._settled(learner, state):
+            if self._settled(state):
                 break
-            self._step(learner, state, numbers, optimizer, leaves)
+            self._step(state, numbers, optimizer, leaves)
             tokens += sum(self._lengths[number] for number in numbers)
             rate = tokens / (time.monotonic() - began)
             progress(state.step, steps, f"loss {state.losses[-1]:.4f}, {rate:.0f} tok/s")
             if save is not None:
                 save(state)
         else:
-            self._settled(learner, state)
+            self._settled(state)
+        trained = {**self.student.weights, **state.projections}
         with torch.no_grad():
             for name, tensor in {**state.weights, **(state.best or {})}.items():
-                self.student.weights[name].copy_(tensor)
+                trained[name].copy_(tensor)
         return state
+
+    def learner(self, state: State) -> Model:
+        """The student as the next step computes with it."""
+        weights = state.weights if self.straight is None else self.straight.present(state.weights, state.projections)
+        return Model(self.student.family, self.student.cfg, weights, self.scheme)
 
     def begin(self) -> State:
         """The state before the first step."""
@@ -194,7 +204,6 @@ class Trainer:
 
     def _step(
         self,
-        learner: Model,
         state: State,
         numbers: Sequence[int],
         optimizer: torch.optim.Optimizer,
@@ -210,7 +219,7 @@ class Trainer:
         loss = 0.0
         for part in parts:
             said = self.objective.said(self.teacher, part)
-            loss += self.objective.backward(learner, part, said, state.projections, weight)
+            loss += self.objective.backward(self.learner(state), part, said, state.projections, weight)
         if not math.isfinite(loss):
             what = f"distill: the loss is {loss} at step {state.step + 1} of {schedule.steps}"
             raise DscError(what, f"lower distill.learning_rate ({schedule.learning_rate:g})")
@@ -227,16 +236,18 @@ class Trainer:
         state.losses.append(loss)
         state.optimizer = optimizer.state_dict()
 
-    def _settled(self, learner: Model, state: State) -> bool:
+    def _settled(self, state: State) -> bool:
         """Validate where it is time to; whether the training has come to its end by it."""
         if not self.schedule.held_back:
             return False
         seen = {measured.step for measured in state.validations}
         due = state.step % max(1, self.schedule.steps // VALIDATIONS) == 0 or state.step == self.schedule.steps
         if due and state.step not in seen:
-            found = self.measure(learner, state.step, state.projections)
+            with torch.no_grad():
+                found = self.measure(self.learner(state), state.step, state.projections)
             if all(found.loss < before.loss for before in state.validations):
-                state.best = {n: t.detach().clone() for n, t in state.weights.items() if t.requires_grad}
+                both = {**state.weights, **state.projections}
+                state.best = {name: tensor.detach().clone() for name, tensor in both.items() if tensor.requires_grad}
             state.validations.append(found)
         best = min(range(len(state.validations)), key=lambda i: state.validations[i].loss)
         since = len(state.validations) - 1 - best

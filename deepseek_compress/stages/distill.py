@@ -28,13 +28,16 @@ from deepseek_compress.distillation.losses import Loss, losses_of
 from deepseek_compress.distillation.objective import PIECE, Objective
 from deepseek_compress.distillation.record import Kept, record_model, text_digest
 from deepseek_compress.distillation.resume import Keeper
+from deepseek_compress.distillation.rounding import Straight, straight_inputs
 from deepseek_compress.distillation.students import Size, Student, cut
 from deepseek_compress.distillation.teachers import LiveTeacher, Teacher
 from deepseek_compress.distillation.trainer import Schedule, Trainer, masks_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, ModelConfig
+from deepseek_compress.models.activations import InputScheme, input_scheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.numerics.types import Quantized
 from deepseek_compress.planning.costs import Memory, Work
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.resumable import Resumable
@@ -42,6 +45,7 @@ from deepseek_compress.stages.resumable import Resumable
 WORK = ".dsc_distill"  # in the output directory, while a run is unfinished
 STEPS = 150  # where nothing says how long
 HELD_BACK = 32  # documents at most
+CUT_RATE, WHOLE_RATE = 1e-4, 2e-5  # of AdamW, see reports/LOG.md
 TRIED = 2  # steps that tell how many there are in some minutes
 
 
@@ -73,7 +77,7 @@ class Distill(Stage, frozen=True):
     minutes: float | None = Field(None, gt=0)  # instead of steps; they become steps before the first one
     batch_tokens: int = Field(2048, gt=0)  # of a step, padding included
     accumulate: int = Field(1, gt=0)  # parts of a step, whose gradients add up
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float | None = Field(None, gt=0)  # None: 1e-4 for a student that was cut, 2e-5 near its teacher
     loss: dict[str, Any] = Field({"forward_kl": {}}, validate_default=True)  # of `losses`, each with its share
     temperature: float = Field(1.0, gt=0)
     prompt_weight: float = Field(0.1, ge=0)  # of a prompt's position in the loss; an answer's is 1
@@ -108,15 +112,18 @@ class Distill(Stage, frozen=True):
         return losses_of(self.loss)
 
     def problems(self, header: Header) -> list[DscError]:
-        """A missing, unknown or misshaped tensor; sizes that do not fit; packed weights, which cannot be trained."""
+        """A missing, unknown or misshaped tensor; sizes that do not fit, or those of packed weights, which stay."""
         architecture = Architecture.of(header)
         found = architecture.problems()
         if found:
             return found
         cfg = architecture.cfg
         found = shrink.problems(architecture.family, cfg, *self.size.of(cfg))
-        if any(info.encoding == "packed" for info in header.tensors.values()):
-            found.append(DscError("distill: the checkpoint has packed weights", "distill before it is quantised"))
+        packed = any(info.encoding == "packed" for info in header.tensors.values())
+        if packed and self.size.of(cfg) != (None, None):
+            found.append(DscError("distill: packed weights cannot be made fewer", "cut before the model is quantised"))
+        if packed and self.precision == "bfloat16":
+            found.append(DscError("distill.precision: bfloat16 cannot hold what packed weights learn", "set mixed"))
         if self.teacher is None and (self.cache is None or not is_cache(Path(self.cache))):
             found.append(DscError("distill: no teacher", "name a finished recording: cache"))
         inside = [name for name, loss in zip(self.loss, self.losses, strict=True) if isinstance(loss, INSIDE)]
@@ -168,18 +175,29 @@ class Distill(Stage, frozen=True):
         self._identity(source, lesson, context.seed).claim(context.out, work)
         names = [name for name in student.model.weights if _is_linear(student.model, name)]
         masks = masks_of(student.model.weights, names)
-        trainer = self._trainer(lesson, student, masks, context.seed)
+        packed = {name: part for name in names if (part := source.read_quantized(name)) is not None}
+        straight = Straight(packed) if packed else None
+        if straight is not None:
+            near = lesson.model.weights if lesson.model is not None else {}
+            student.weights.update(straight.starts(near))
+        scheme = straight_inputs(input_scheme(source.activations))
+        trainer = self._trainer(lesson, student, masks, straight, scheme, context.seed)
         trainer.over(self._steps(trainer, work, context))
         facts: dict[str, Any] = {**student.facts, "masked": len(masks), "steps": trainer.schedule.steps}
-        card = ""
+        keeper = Keeper(work)
+        state = keeper.load()
         if trainer.schedule.steps:
-            keeper = Keeper(work)
-            state = trainer.run(context.progress, keeper.load(), keeper.save)
+            state = trainer.run(context.progress, state, keeper.save)
             facts |= report.facts(state)
-            card = report.card(state)
             for line in report.told(state, trainer.schedule):
                 context.tell(line)
-        notes = self._write(source, student, facts, card, context)
+        state = state or trainer.begin()
+        stored = (
+            {}
+            if straight is None
+            else {name: straight.stored(name, student.model.weights[name], state.projections) for name in packed}
+        )
+        notes = self._write(source, student, stored, facts, report.card(state), context)
         shutil.rmtree(work, ignore_errors=True)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
@@ -262,11 +280,20 @@ class Distill(Stage, frozen=True):
         low = self.precision == "bfloat16"
         return Model.load(checkpoint, dtype=torch.bfloat16 if low else torch.float32)
 
-    def _trainer(self, lesson: _Lesson, student: Student, masks: Mapping[str, torch.Tensor], seed: int) -> Trainer:
+    def _trainer(
+        self,
+        lesson: _Lesson,
+        student: Student,
+        masks: Mapping[str, torch.Tensor],
+        straight: Straight | None,
+        scheme: InputScheme | None,
+        seed: int,
+    ) -> Trainer:
         """A training of one step; `_steps` says how many there are."""
         count = len(lesson.documents)
         held = min(HELD_BACK, math.ceil(self.validation * count), count - 1)
         extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
+        extra |= {} if straight is None else straight.scales()
         mixed = self.precision == "mixed"
         objective = Objective(
             self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing
@@ -275,7 +302,7 @@ class Distill(Stage, frozen=True):
             steps=1,
             batch_tokens=self.batch_tokens,
             accumulate=self.accumulate,
-            learning_rate=self.learning_rate,
+            learning_rate=self.learning_rate or (CUT_RATE if student.config else WHOLE_RATE),
             optimizer=self.optimizer,
             freeze=self.freeze,
             prompt_weight=self.prompt_weight,
@@ -283,7 +310,9 @@ class Distill(Stage, frozen=True):
             patience=self.patience,
             seed=seed,
         )
-        return Trainer(student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra)
+        return Trainer(
+            student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra, straight, scheme
+        )
 
     def _steps(self, trainer: Trainer, work: Path, context: Context) -> int:
         """How many steps there are; minutes become steps once, before the first."""
@@ -305,14 +334,25 @@ class Distill(Stage, frozen=True):
         return replace(identity, teacher=lesson.fingerprint, threads=torch.get_num_threads())
 
     def _write(
-        self, source: Checkpoint, student: Student, facts: dict[str, Any], card: str, context: Context
+        self,
+        source: Checkpoint,
+        student: Student,
+        stored: Mapping[str, Quantized],
+        facts: dict[str, Any],
+        card: str,
+        context: Context,
     ) -> list[str]:
         model, teacher = student.model, self._teacher_path(context)
         total = sum(2 * weight.numel() for weight in model.weights.values())
         inputs = {} if teacher is None or is_cache(teacher) else {"teacher": teacher / "config.json"}
         dropped = {"num_nextn_predict_layers": 0} if source.config.get("num_nextn_predict_layers") else {}
-        with CheckpointWriter(context.out, source, expected_bytes=total) as writer:
+        ignore = source.config["quantization_config"]["ignore"] if stored else []
+        size = 0 if stored else total
+        with CheckpointWriter(context.out, source, expected_bytes=size, activations=source.activations) as writer:
             for name, weight in model.weights.items():
+                if name in stored:
+                    writer.add(name, stored[name])
+                    continue
                 bias = weight.dim() == 1 and not name.endswith(".weight")  # routers balance in float32
                 writer.add(name, weight.float() if bias else weight.to(torch.bfloat16))
             manifest = provenance.build_manifest(
@@ -324,7 +364,7 @@ class Distill(Stage, frozen=True):
                 inputs=inputs,
                 extra={"facts": facts},
             )
-            return writer.finish({**dropped, **student.config}, manifest, [], card)
+            return writer.finish({**dropped, **student.config}, manifest, ignore, card)
 
 
 def _check_tokenizers(student: str, teacher: str, sizes: tuple[int, int]) -> None:
