@@ -81,14 +81,15 @@ class Objective:
                 if part.requires_grad:
                     part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
-            roots, gradients = ([seen.final], [h.grad]) if h.grad is not None else ([], [])
+            ends: list[tuple[Tensor, Tensor | None]] = [] if h.grad is None else [(seen.final, h.grad)]
             if self.inside and said.view is not None:
                 inside = inside_loss(self.losses, seen, said.view, batch, self.pairs, projections)
                 inside = inside * (float(batch.weights.sum()) / weight)
                 loss += float(inside.detach())
-                roots, gradients = [*roots, inside], [*gradients, None]
-            if roots:
-                torch.autograd.backward(roots, gradients)
+                ends.append((inside, None))
+            ends = [end for end in ends if end[0].requires_grad]
+            if ends:
+                torch.autograd.backward(*zip(*ends, strict=True))
         return loss
 
     @torch.no_grad()

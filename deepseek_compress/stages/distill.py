@@ -7,6 +7,7 @@ Weights are held in memory: this is for models that fit; `plan` tells the memory
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ from deepseek_compress.stages.resumable import Resumable
 
 WORK = ".dsc_distill"  # in the output directory, while a run is unfinished
 STEPS = 150  # where nothing says how long
-HELD_BACK = 32  # documents at most
+HELD_BACK = 2  # steps' worth of tokens at most
 CUT_RATE, WHOLE_RATE = 1e-4, 2e-5  # of AdamW, see reports/LOG.md
 TRIED = 2  # steps that tell how many there are in some minutes
 
@@ -85,7 +86,7 @@ class Distill(Stage, frozen=True):
     precision: Literal["float32", "mixed", "bfloat16"] = "float32"  # mixed: products in BF16; bfloat16: all of it
     checkpointing: bool = False  # compute blocks again on the way back instead of keeping what they computed
     freeze: tuple[str, ...] = ()  # shell patterns of tensors that stay
-    validation: float = Field(0.05, ge=0, lt=1)  # share of the documents that are held back from training, 32 at most
+    validation: float = Field(0.05, ge=0, lt=1)  # share of the documents that are held back, few at most
     patience: int | None = Field(None, gt=0)  # validations without gain that end a training
 
     @field_validator("loss", mode="before")
@@ -291,7 +292,9 @@ class Distill(Stage, frozen=True):
     ) -> Trainer:
         """A training of one step; `_steps` says how many there are."""
         count = len(lesson.documents)
-        held = min(HELD_BACK, math.ceil(self.validation * count), count - 1)
+        lengths = [len(document.ids) for document in lesson.documents]
+        few = sum(total <= HELD_BACK * self.batch_tokens for total in itertools.accumulate(reversed(lengths)))
+        held = min(max(1, few), math.ceil(self.validation * count), count - 1)
         extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
         extra |= {} if straight is None else straight.scales()
         mixed = self.precision == "mixed"
@@ -302,7 +305,7 @@ class Distill(Stage, frozen=True):
             steps=1,
             batch_tokens=self.batch_tokens,
             accumulate=self.accumulate,
-            learning_rate=self.learning_rate or (CUT_RATE if student.config else WHOLE_RATE),
+            learning_rate=self.learning_rate or (CUT_RATE if student.facts else WHOLE_RATE),
             optimizer=self.optimizer,
             freeze=self.freeze,
             prompt_weight=self.prompt_weight,
