@@ -89,7 +89,7 @@ class Objective:
                 ends.append((inside, None))
             ends = [end for end in ends if end[0].requires_grad]
             if ends:
-                torch.autograd.backward(*zip(*ends, strict=True))
+                torch.autograd.backward([end[0] for end in ends], [end[1] for end in ends])
         return loss
 
     @torch.no_grad()
