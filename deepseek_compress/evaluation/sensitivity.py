@@ -203,6 +203,8 @@ def _joint_loss(search: Search, _: None) -> float:
 
 def _losses(search: Search, layer: int) -> list[list[float]]:
     """A task: the losses of the groups of one block."""
+    if not any(search.choices[place].options != (None,) for place in search.at(layer)):
+        return [[0.0] * len(search.choices[place].options) for place in search.at(layer)]
     block = search.architecture.blocks[layer]
     tensors = block.resident()
     statistics = statistics_of(search, block, tensors)
@@ -266,7 +268,7 @@ def statistics_of(search: Search, block: Block, tensors: Tensors) -> dict[str, S
     with search.open("fitting", block.layer) as source:
         for batch in range(len(batches)):
             block.run(watched, batches.read(source, batch), batches.ids(batch))
-    found = {key: total.statistics() for key, total in sums.items()}
+    found = {key: total.statistics(block.prefix + key) for key, total in sums.items()}
     return {key: s if s.tokens >= search.min_tokens else Statistics(s.tokens) for key, s in found.items()}
 
 
