@@ -246,7 +246,8 @@ def test_minutes_become_steps_once_and_a_loss_that_is_no_number_ends_it(
     assert facts["steps"] == 4
     assert len(asked) == 1
     assert lines[0] == "4 steps of 30.0 s in 2 minutes (recipe: distill.minutes)"
-    wild = build(Distill, {"steps": 5, "documents": 12, "batch_tokens": 300, "learning_rate": 1e38, "layers": 1}, "distill")
+    knobs = {"steps": 5, "documents": 12, "batch_tokens": 300, "learning_rate": 1e38, "layers": 1}
+    wild = build(Distill, knobs, "distill")
     with pytest.raises(
         DscError, match=r"the loss is (nan|inf) at step \d of 5; lower distill.learning_rate \(1e\+38\)"
     ):
