@@ -1,11 +1,11 @@
 """How much each layer and each routed expert matters, measured on calibration text.
 
     influence   of a layer: mean over tokens of 1 - cos(h, h'), h what enters it and h' what leaves it
-                (ShortGPT, Men et al. 2024, arXiv 2403.03853, section 3.2)
+                (ShortGPT, Men et al. 2024, arXiv 2403.03853)
     loss        of a layer: KL(model || model without it), nats a token (Kim et al. 2024, Shortened LLaMA, arXiv
                 2402.02834); a layer whose output hardly turns can still decide what the next one does
     activation  of an expert: mean over the tokens routed to it of gate weight x norm of its output
-                (REAP, Lasby et al. 2025, arXiv 2510.13999, equation 9)
+                (REAP, Lasby et al. 2025, arXiv 2510.13999)
     frequency   of an expert: how many tokens the router sends to it
 
 All of it belongs to the text: measure on what the student is for.

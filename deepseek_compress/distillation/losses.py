@@ -89,7 +89,7 @@ class ReverseKl(Divergence, frozen=True):
 class JensenShannon(Divergence, frozen=True):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q."""
 
-    paper: ClassVar[str] = "Agarwal et al. 2024, GKD, arXiv 2306.13649, equation 1"
+    paper: ClassVar[str] = "Agarwal et al. 2024, GKD, arXiv 2306.13649"
     beta: float = Field(default=0.5, gt=0, lt=1)
 
     def terms(self, at: Entries) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from deepseek_compress.distillation.students import Size, Student
 from deepseek_compress.distillation.trainer import Schedule, State
 
-WARN_KL = 0.5  # nats a token from the teacher: SmolLM2 answers in broken sentences from there on
+WARN_KL = 0.5  # nats a token from the teacher, above which a result comes with a warning
 SHOWN_LOSSES = 200
 
 

@@ -47,6 +47,7 @@ WORK = ".dsc_distill"  # in the output directory, while a run is unfinished
 STEPS = 150  # where nothing says how long
 HELD_BACK = 2  # steps' worth of tokens at most
 CUT_RATE, WHOLE_RATE = 1e-4, 2e-5  # of AdamW, see reports/LOG.md
+FASTEST = 10_000  # tokens that a training reads in a second, at most
 TRIED = 2  # steps that tell how many there are in some minutes
 
 
@@ -255,7 +256,8 @@ class Distill(Stage, frozen=True):
     def _documents(self, source: Checkpoint, cfg: ModelConfig, context: Context) -> list[Document]:
         tokenizer = load_tokenizer(source.path)
         wanted = self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
-        tokens = None if self.minutes else round(wanted / (1 - self.validation))
+        wanted = int(60 * self.minutes * FASTEST) if self.minutes else wanted
+        tokens = round(wanted / (1 - self.validation))
         documents = read_documents(context.text.sources, tokenizer, self.length, self.documents, tokens)
         largest = max(max(document.ids) for document in documents)
         if largest >= cfg.vocab_size:

@@ -204,6 +204,7 @@ def test_frozen_tensors_stay_and_a_training_without_gain_ends(tiny_llama: Path, 
     assert state.step == 4
     assert [found.step for found in state.validations] == [0, 2, 4]
     assert max(found.kl for found in state.validations) < 1e-9
+    assert all(torch.equal(before[name], tensor) for name, tensor in hopeless.student.weights.items())
 
 
 @pytest.mark.parametrize("knobs", [{"optimizer": "adafactor"}, {"precision": "bfloat16"}, {"precision": "mixed"}])
