@@ -53,6 +53,6 @@ def told(state: State, schedule: Schedule) -> Iterator[str]:
     change = f"KL {first.kl:.4f} -> {best.kl:.4f}, perplexity {first.perplexity:.2f} -> {best.perplexity:.2f}"
     yield f"on {schedule.held_back} texts held back: {change}"
     if best.step < state.step:
-        yield f"the weights after step {best.step} of {state.step} are the result: those after it did worse"
+        yield f"the weights after step {best.step} of {state.step} are the result: those after it did no better"
     if best.kl > WARN_KL:
         yield f"warning: KL {best.kl:.2f} is far from the teacher (above {WARN_KL}); train longer, or keep more"
