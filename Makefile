@@ -33,8 +33,10 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	@set -e; for name in $(or $(BENCH),$(BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
-bench-gpu: .venv/.installed-dev
-	@set -e; for name in $(or $(BENCH),$(GPU_BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
+# From a bare checkout too: a Python with torch, and nvcc, are all it needs.
+bench-gpu:
+	@set -e; for name in $(or $(BENCH),$(GPU_BENCHES)); do \
+	  $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.$$name $(ARGS); done
 
 clean:
 	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
