@@ -33,6 +33,10 @@ Calibration = Annotated[
     list[str] | None,
     typer.Option("--calibration", metavar="FILE[=SHARE]", help="Calibration text of yours; repeatable."),
 ]
+TrainingText = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", "--data", metavar="FILE[=SHARE]", help="Training text of yours; repeatable."),
+]
 Statistics = Annotated[
     str | None,
     typer.Option("--statistics", metavar="DIR", help="What `dsc calibrate` collected, instead of calibration text."),

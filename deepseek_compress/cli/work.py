@@ -113,7 +113,45 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
     return command
 
 
-distill = _compressing("distill", "distill", "Train a smaller student from a teacher.")
+def distill(
+    teacher: o.Model,
+    out: o.Out,
+    student: Annotated[
+        str | None, typer.Option("--student", metavar="DIR", help="To train. [default: TEACHER, made smaller]")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="DIR", help="What the teacher says, recorded there once.")
+    ] = None,
+    calibration: o.TrainingText = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Train so many steps.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Train on so many tokens.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Train about as long.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Cut texts to it.")] = None,
+    recipe: o.RecipeOption = "distill",
+    settings: o.Settings = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    memory: o.Memory = None,
+    json: o.Json = False,
+) -> None:
+    """Train a smaller student from a teacher."""
+    recorded = cache is not None and (Path(cache) / "teacher.json").is_file()
+    values: dict[str, Any] = {
+        **_calibration(calibration, None, None, None, seed),
+        "distill.cache": cache,
+        "distill.length": length,
+        "distill.steps": steps,
+        "distill.tokens": tokens,
+        "distill.minutes": minutes,
+    }
+    if student is not None:
+        values["distill.keep"] = 1.0
+        if not recorded:  # else the teacher need not be there
+            values |= {"distill.teacher": "teacher", "inputs": {"teacher": teacher}}
+    wanted = _recipe(recipe, student or teacher, settings, values, kind="distill")
+    _one_stage(wanted, out, _options(device, memory), json, teacher)
+
+
 prune = _compressing("compress", "sparse24", "Make two of every four weights zero.")
 calibrate = _compressing(
     "calibrate",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -65,6 +67,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return int(self._fast.get_vocab_size())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its tokens and their ids: equal for tokenizers whose models can be compared."""
+        tokens = sorted(self._fast.get_vocab().items(), key=lambda item: (item[1], item[0]))
+        return hashlib.sha256(json.dumps(tokens).encode("utf-8")).hexdigest()
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:

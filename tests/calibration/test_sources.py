@@ -61,6 +61,25 @@ def test_forms_mixed_in_one_table_leave_nulls(tmp_path: Path) -> None:
     assert texts(lines(tmp_path / "a.jsonl", *rows)) == texts(file)
 
 
+def test_chat_and_instruction_sets_as_others_publish_them(tmp_path: Path) -> None:
+    """ShareGPT and Alpaca, as lines and as a table; a turn without text is told."""
+    turns = [("system", "s"), ("human", "hi"), ("gpt", "ho"), ("human", "more"), ("gpt", "no")]
+    rows = [
+        {"conversations": [{"from": who, "value": said} for who, said in turns]},
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "la"},
+    ]
+    keys = ("conversations", "instruction", "input", "output")
+    file = parquet(tmp_path / "a.parquet", {key: [row.get(key) for row in rows] for key in keys})
+    for source in (lines(tmp_path / "a.jsonl", *rows), file):
+        assert texts(source) == ["s|hi|ho|more|no", "Add.\n\n1 2|3", "Sing.|la"]
+        chat = next(iter(read_samples(source)))
+        assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    (problem,) = problems(lines(tmp_path / "b.jsonl", {"conversations": [{"from": "human"}]}))
+    assert "message 1 has no text as from and value" in problem
+    assert "has the columns input" in problems(parquet(tmp_path / "c.parquet", {"input": ["x"]}))[0]
+
+
 def test_bad_rows_of_a_table(tmp_path: Path) -> None:
     none = [{"role": "user", "content": None}]
     file = parquet(tmp_path / "a.parquet", {"text": ["x", None, None], "messages": [None, none, None]})
