@@ -29,7 +29,7 @@ from nano.publish import unfused
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 CONTEXT, ROWS = 256, 8  # tokens a row, rows a step
-RATE, WARM_UP, DECAY = 2e-3, 100, 0.8  # learning rate; steps it rises; share of the run over which it falls
+RATE, WARM_UP, DECAY = 3e-3, 100, 0.3  # learning rate; steps it rises; share of the run over which it falls
 WEIGHT_DECAY, GAMMA = 0.1, 2e-3  # of AdamW; step of the balancing bias
 TEST_EVERY, TEST_ROWS, SAVE_EVERY = 100, 16, 120.0
 
