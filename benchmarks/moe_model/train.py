@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 6e6]
 
-An ordinary training run, so that its weights are what training leaves and nothing is arranged for a quantizer: AdamW,
-warm-up and linear decay to zero, experts balanced by the router's bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+An ordinary training run, so that its weights are what training leaves and nothing is arranged for a quantizer: Muon
+(AdamW for embedding, head, router and norms), warm-up, plateau and linear decay to zero, experts balanced by the router's bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 Everything follows from `--seed`. Saves its state every `SAVE_EVERY` seconds and goes on from it when it is started
 again; at the end, or with `--publish` from the state saved last, writes the checkpoint in BF16 with the log beside it.
 """
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from benchmarks.moe_model import text
 from nano import model as nano
+from nano.optimizer import optimizers
 from nano.publish import unfused
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-CONTEXT, ROWS = 256, 8  # tokens a row, rows a step
-RATE, WARM_UP, DECAY = 3e-3, 100, 0.3  # learning rate; steps it rises; share of the run over which it falls
-WEIGHT_DECAY, GAMMA = 0.1, 2e-3  # of AdamW; step of the balancing bias
-TEST_EVERY, TEST_ROWS, SAVE_EVERY = 100, 16, 120.0
+CONTEXT, ROWS = 256, 12  # tokens a row, rows a step
+RATE, WARM_UP, DECAY = 4e-3, 40, 0.3  # learning rate; steps it rises; share of the run over which it falls
+WEIGHT_DECAY, GAMMA = 0.1, 4e-3  # step of the balancing bias
+TEST_EVERY, TEST_ROWS, SAVE_EVERY = 50, 8, 240.0
 
 
 def arguments() -> argparse.Namespace:
@@ -74,16 +75,6 @@ def test(model: nn.Module, held: dict[str, np.ndarray]) -> dict[str, float]:
     return found
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; norms do not decay."""
-    learnt = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in learnt if weight.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [weight for weight in learnt if weight.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
-
-
 def train(options: argparse.Namespace) -> None:
     """The run: learn, test, save, publish."""
     out = options.out
@@ -96,47 +87,49 @@ def train(options: argparse.Namespace) -> None:
     tokens = text.stream(learnt, out / "tokenizer.json", options.seed)
     held = {kind: text.stream(rest, out / "tokenizer.json", options.seed) for kind, (_, rest) in parts.items()}
     model = nano.build(torch.device("cpu"), options.seed, CHECKPOINT / "config.json")
-    optimizer = optimizer_of(model)
+    steppers = optimizers(model, "muon", RATE, WEIGHT_DECAY, 0.0)
     steps = int(options.tokens / (CONTEXT * ROWS))
     state: dict[str, Any] = {"step": 0, "seconds": 0.0}
     if (out / "state.pt").exists():
         saved = torch.load(out / "state.pt")
         state = saved["state"]
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for part, kept in zip(steppers, saved["optimizers"], strict=True):
+            part.load_state_dict(kept)
     if options.publish:
         publish(model, out)
         return
     if state["step"] == 0:
         sizes = {"parameters": sum(p.numel() for p in model.parameters()), "unique_tokens": len(tokens)}
         log(out, {"event": "start", **sizes, "steps": steps, "tokens_a_step": CONTEXT * ROWS, "seed": options.seed})
-    learn(options, model, optimizer, state, steps, tokens, held)
+    learn(options, model, steppers, state, steps, tokens, held)
     publish(model, out)
 
 
 def learn(
-    options: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], steps: int,
-    tokens: np.ndarray, held: dict[str, np.ndarray],
+    options: argparse.Namespace, model: nn.Module, steppers: list[torch.optim.Optimizer], state: dict[str, Any],
+    steps: int, tokens: np.ndarray, held: dict[str, np.ndarray],
 ) -> None:  # fmt: skip
     """The steps that are left of the run."""
     began, saved = time.time() - state["seconds"], time.time()
     for step in range(state["step"], steps):
         share = share_of_rate(step, steps)
-        for group in optimizer.param_groups:
+        for group in (group for part in steppers for group in part.param_groups):
             group["lr"] = RATE * share
         loss = loss_of(model, rows_of(tokens, step, options.seed))
         nano.balance(model, torch.ones(CONTEXT * ROWS), GAMMA * share)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for part in steppers:
+            part.step()
+            part.zero_grad(set_to_none=True)
         state.update(step=step + 1, seconds=time.time() - began)
         if (step + 1) % TEST_EVERY == 0 or step + 1 in (10, steps):
             values = {"loss": round(float(loss.detach()), 4), "gradient_norm": round(float(norm), 3), **test(model, held)}
             behind = {"step": step + 1, "tokens": (step + 1) * CONTEXT * ROWS, "seconds": round(state["seconds"], 1)}
             log(options.out, {**behind, **values})
         if time.time() - saved > SAVE_EVERY or step + 1 == steps:
-            content = {"state": state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            content = {"state": state, "model": model.state_dict(), "optimizers": [part.state_dict() for part in steppers]}
             torch.save(content, options.out / "state.pt.tmp")
             os.replace(options.out / "state.pt.tmp", options.out / "state.pt")
             saved = time.time()
