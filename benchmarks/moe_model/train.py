@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 6e6]
 
 An ordinary training run, so that its weights are what training leaves and nothing is arranged for a quantizer: Muon
-(AdamW for embedding, head, router and norms), warm-up, plateau and linear decay to zero, experts balanced by the router's bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-Everything follows from `--seed`. Saves its state every `SAVE_EVERY` seconds and goes on from it when it is started
-again; at the end, or with `--publish` from the state saved last, writes the checkpoint in BF16 with the log beside it.
+(AdamW for embedding, head, router and norms), warm-up, plateau and linear decay to zero, experts balanced by the
+router's bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Everything follows from `--seed` and `--tokens`, which
+decide when the decay begins. Saves its state every `SAVE_EVERY` seconds and goes on from it when it is started again;
+at the end, or with `--publish` from the state saved last, writes the checkpoint in BF16 with the log beside it.
 """
 
 from __future__ import annotations
@@ -125,11 +126,12 @@ def learn(
             part.zero_grad(set_to_none=True)
         state.update(step=step + 1, seconds=time.time() - began)
         if (step + 1) % TEST_EVERY == 0 or step + 1 in (10, steps):
-            values = {"loss": round(float(loss.detach()), 4), "gradient_norm": round(float(norm), 3), **test(model, held)}
             behind = {"step": step + 1, "tokens": (step + 1) * CONTEXT * ROWS, "seconds": round(state["seconds"], 1)}
-            log(options.out, {**behind, **values})
+            values = {"loss": round(float(loss.detach()), 4), "gradient_norm": round(float(norm), 3)}
+            log(options.out, {**behind, **values, **test(model, held)})
         if time.time() - saved > SAVE_EVERY or step + 1 == steps:
-            content = {"state": state, "model": model.state_dict(), "optimizers": [part.state_dict() for part in steppers]}
+            content = {"state": state, "model": model.state_dict()}
+            content["optimizers"] = [part.state_dict() for part in steppers]
             torch.save(content, options.out / "state.pt.tmp")
             os.replace(options.out / "state.pt.tmp", options.out / "state.pt")
             saved = time.time()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.blocks.job import Solved
+from deepseek_compress.blocks.output_hessian import OutputHessians
 from deepseek_compress.blocks.selection import Selection
 from deepseek_compress.models import Family, Linear
 from deepseek_compress.numerics.magnitude import Magnitude
@@ -28,6 +29,7 @@ class LinearChange:
     sparsity: Sparsifier | None
     weights: WeightQuantizer | None
     min_tokens: int
+    outputs: OutputHessians | None = None  # where `weights` needs them and there was text
 
     @property
     def needs(self) -> frozenset[str]:
@@ -49,8 +51,8 @@ class LinearChange:
         quantizers = [self.quantizer(layer, linear, fallback) for linear, _ in group]
         prepared = {its: its.prepare(statistics) for its in dict.fromkeys(quantizers) if its is not None}
         stored = [
-            weight.to(torch.bfloat16) if its is None else its(weight, prepared[its])
-            for weight, its in zip(values, quantizers, strict=True)
+            weight.to(torch.bfloat16) if its is None else its(weight, self._of(layer, linear, prepared[its]))
+            for (linear, _), weight, its in zip(group, values, quantizers, strict=True)
         ]
         methods = [
             "+".join(type(part).__name__.lower() for part in (sparsity, its) if part is not None) for its in quantizers
@@ -60,6 +62,11 @@ class LinearChange:
             Solved(new, {"method": method, **facts, **measure(weight, new, statistics)})
             for (_, weight), new, method in zip(group, stored, methods, strict=True)
         ]
+
+    def _of(self, layer: int, linear: Linear, statistics: Statistics) -> Statistics:
+        """`statistics` with what belongs to the outputs of one linear."""
+        found = None if self.outputs is None else self.outputs.read(layer, linear)
+        return statistics._replace(output_hessian=found)
 
     def quantizer(self, layer: int, linear: Linear, fallback: bool) -> WeightQuantizer | None:
         """How a linear that changes is quantised; `fallback`: without the statistics that takes."""

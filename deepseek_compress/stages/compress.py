@@ -22,6 +22,7 @@ from deepseek_compress.blocks import (
     claim,
     clean,
     migration,
+    output_hessian,
     ranges,
     rotation,
     run_blocks,
@@ -46,6 +47,7 @@ from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
+from deepseek_compress.numerics.yaqa import Yaqa
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
@@ -182,6 +184,9 @@ class Compress(Stage, frozen=True):
             job = rotation.rotate(job, self.rotation)
         if (moving := self._moving(cfg)) is not None:
             job = migration.migrate(job, tokens, moving, context.progress)
+        if isinstance(self.weights, Yaqa) and tokens is not None:
+            outputs = output_hessian.collect(job, tokens[: self.weights.output_samples], context.progress)
+            job = replace(job, change=replace(change, outputs=outputs))
         scheme, told = self._input_scheme(job, tokens, context)
         job, decisions = replace(job, scheme=scheme), decisions + told
         activations = self._told_scheme(scheme.inputs if scheme else {})
