@@ -84,7 +84,7 @@ def made(row: Row, subject: Case, scratch: Path) -> Path:
         return subject.model
     out = scratch / "-".join([subject.name, row.recipe, *row.settings]).replace("=", "-")
     if not (out / "config.json").exists():
-        command = [DSC, "quantize", str(subject.model), "-o", str(out), "-r", row.recipe]
+        command = [*DSC, "quantize", str(subject.model), "-o", str(out), "-r", row.recipe]
         command += ["--calibration", str(subject.calibration), "--samples", str(SAMPLES), "--length", str(LENGTH)]
         command += [] if row.recipe == "w8a8" else ["--group-size", str(GROUP)]  # w8a8: one scale a row
         command += [part for setting in row.settings for part in ("--set", setting)]
