@@ -30,6 +30,7 @@ class Accumulator:
         self._abssum: Tensor | None = None
         self._drift: Tensor | None = None
         self._owed: Tensor | None = None
+        self._half = Accumulator(self.needs - {"half"}) if "half" in self.needs else None
 
     def add(self, x: Tensor, split: Split | None = None) -> None:
         """Take in x (..., columns); of a `split` batch the compressed model's rows, and how the original's differ."""
@@ -41,13 +42,21 @@ class Accumulator:
             stream = () if split.stream is None else (split.stream[partners] - split.stream[~theirs],)
             parts = [(x[~theirs], x[partners] - x[~theirs], *stream)]
         for part in parts:
-            flat = [torch.split(tensor.reshape(-1, tensor.shape[-1]).float(), ROWS) for tensor in part]
-            for chunk in zip(*flat, strict=True):
-                self._rows(chunk[0])
-                if len(chunk) > 1:
-                    self._drift = _more(self._drift, chunk[1].T @ chunk[0])
-                if len(chunk) > 2:
-                    self._owed = _more(self._owed, chunk[2].T @ chunk[0])
+            flat = [tensor.reshape(-1, tensor.shape[-1]).float() for tensor in part]
+            if self._half is not None:
+                middle = len(flat[0]) // 2
+                self._half._take([tensor[:middle] for tensor in flat])
+                flat = [tensor[middle:] for tensor in flat]
+            self._take(flat)
+
+    def _take(self, part: Sequence[Tensor]) -> None:
+        """Take in x (tokens, columns) and, where they are there, what belongs to `drift` and `owed`."""
+        for chunk in zip(*(torch.split(tensor, ROWS) for tensor in part), strict=True):
+            self._rows(chunk[0])
+            if len(chunk) > 1:
+                self._drift = _more(self._drift, chunk[1].T @ chunk[0])
+            if len(chunk) > 2:
+                self._owed = _more(self._owed, chunk[2].T @ chunk[0])
 
     def merge(self, saved: Statistics) -> None:
         """Take in what was summed before."""
@@ -72,7 +81,17 @@ class Accumulator:
         """The sums so far."""
         mean = None if self._abssum is None else self._abssum / max(1, self.tokens)
         hessian = None if self._hessian is None else mirror(self._hessian)
-        return Statistics(self.tokens, hessian, self._absmax, mean, self._drift, self._owed)
+        found = Statistics(self.tokens, hessian, self._absmax, mean, self._drift, self._owed)
+        return found if self._half is None else _together(found, self._half.statistics())
+
+
+def _together(rest: Statistics, half: Statistics) -> Statistics:
+    """The sums over both halves of the tokens, with the first half's beside them."""
+    if half.hessian is None or rest.hessian is None:
+        return rest if half.hessian is None else half
+    both = {name: getattr(rest, name) for name in ("hessian", "drift", "owed")}
+    both = {name: None if part is None else part + getattr(half, name) for name, part in both.items()}
+    return rest._replace(tokens=rest.tokens + half.tokens, half=half, **both)
 
 
 def _more(total: Tensor | None, part: Tensor) -> Tensor:

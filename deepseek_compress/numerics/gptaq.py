@@ -6,34 +6,55 @@ second term into each column's update; moving the target first and then running 
 solved exactly. A linear whose output is added to the residual stream can also make up for what the stream itself has
 lost, h* - h: its target is W X* + h* - h, which adds `(h* - h) X^T H^-1` to W'. That is not in the paper.
 
-`strength` below 1 moves the target part of the way: what some thousand tokens say is partly their own noise.
+`strength` below 1 moves the target part of the way: what some thousand tokens say is partly their own noise. Without
+one it is found for each linear by cross-validation: a correction C of the target from one half of the tokens lowers the
+other half's error by `2 s tr(C M^T) - s^2 tr(C H C^T)`, M the correlation `(W (X* - X) + h* - h) X^T` of that half, so
+the best s is a ratio of two sums over both halves. So is the damping of H, the one of `DAMPINGS` that lowers it most.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from deepseek_compress.numerics import pattern
 from deepseek_compress.numerics.gptq import Gptq
-from deepseek_compress.numerics.hessian import divide
+from deepseek_compress.numerics.hessian import divide, factorize
 from deepseek_compress.numerics.types import Factor, Quantized, Statistics
+
+DAMPINGS = (0.05, 0.5)  # shares of the mean of the diagonal that are tried besides the solver's own
 
 
 class Gptaq(Gptq, frozen=True):
     """GPTQ towards the original model's outputs, correcting what earlier layers lost."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "drift"})
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "drift", "half"})
     paper: ClassVar[str] = "Li et al. 2025, GPTAQ, arXiv 2504.02692"
-    strength: float = Field(0.5, ge=0, le=1)
+    strength: float | None = Field(None, ge=0, le=1)  # null: by cross-validation
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
         """`weight` float32 (rows, columns); needs `statistics.hessian`; without a drift this is GPTQ."""
         prepared = self.prepare(statistics)
         assert prepared.factor is not None
-        return super().__call__(corrected(weight, prepared, prepared.factor, self.strength), prepared)
+        if statistics.drift is None:
+            return super().__call__(weight, prepared)
+        factor, strength = prepared.factor, self.strength
+        if strength is None:
+            damping, strength = validated(weight, statistics, self.damping)
+            if damping != self.damping:
+                assert statistics.hessian is not None
+                factor = factorize(statistics.hessian, factor.order, damping)
+        return super().__call__(corrected(weight, statistics, factor, strength), prepared)
+
+
+def missing(weight: Tensor, statistics: Statistics) -> Tensor:
+    """M (rows, columns): what the outputs lack, times the inputs, summed over the tokens."""
+    assert statistics.drift is not None
+    found = weight @ statistics.drift
+    return found if statistics.owed is None else found + statistics.owed
 
 
 def corrected(weight: Tensor, statistics: Statistics, factor: Factor, strength: float) -> Tensor:
@@ -43,10 +64,30 @@ def corrected(weight: Tensor, statistics: Statistics, factor: Factor, strength: 
     """
     if statistics.drift is None:
         return weight
-    missing = weight @ statistics.drift
-    if statistics.owed is not None:
-        missing = missing + statistics.owed
-    moved = divide(missing, factor)
+    moved = divide(missing(weight, statistics), factor)
     if pattern.holds(weight):
         moved = moved.masked_fill(weight == 0, 0)
     return weight + strength * moved
+
+
+def validated(weight: Tensor, statistics: Statistics, damping: float) -> tuple[float, float]:
+    """(damping, strength) of the correction that lowers held-back tokens' error most; without halves (damping, 0).
+
+    Each half of the tokens judges the correction that the other gives.
+    """
+    half, whole = statistics.half, statistics.hessian
+    if half is None or half.hessian is None or half.drift is None or whole is None:
+        return damping, 0.0
+    first = (half.hessian, missing(weight, half))
+    second = (whole - first[0], missing(weight, statistics) - first[1])
+    best = (0.0, damping, 0.0)  # what is gained, damping, strength
+    order = torch.arange(len(whole), device=whole.device)
+    for tried in (damping, *(d for d in DAMPINGS if d > damping)):
+        gained = energy = 0.0
+        for (h, m), (other_h, other_m) in ((first, second), (second, first)):
+            c = divide(m, factorize(h, order, tried))
+            gained += float((c * other_m).sum(dtype=torch.float64))
+            energy += float(((c @ other_h) * c).sum(dtype=torch.float64))
+        strength = min(1.0, max(0.0, gained / energy)) if energy > 0 else 0.0
+        best = max(best, (2 * strength * gained - strength**2 * energy, tried, strength))
+    return best[1], best[2]

@@ -56,6 +56,7 @@ class Statistics(NamedTuple):
     drift: Tensor | None = None  # float32 (columns, columns): sum of (x_original - x) x^T, x from the compressed model
     owed: Tensor | None = None  # float32 (rows, columns): sum of (h_original - h) x^T, h what the output is added to
     output_hessian: Tensor | None = None  # float32 (parts, n, n), parts * n rows: mean of g g^T, see `yaqa`
+    half: Statistics | None = None  # the same sums over one half of the tokens alone, for a look at held-back ones
     factor: Factor | None = None
 
 
