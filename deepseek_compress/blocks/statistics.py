@@ -91,6 +91,11 @@ def _together(rest: Statistics, half: Statistics) -> Statistics:
         return rest if half.hessian is None else half
     both = {name: getattr(rest, name) for name in ("hessian", "drift", "owed")}
     both = {name: None if part is None else part + getattr(half, name) for name, part in both.items()}
+    if rest.input_absmax is not None and half.input_absmax is not None:
+        both["input_absmax"] = torch.maximum(rest.input_absmax, half.input_absmax)
+    if rest.input_absmean is not None and half.input_absmean is not None:
+        sums = rest.input_absmean * rest.tokens + half.input_absmean * half.tokens
+        both["input_absmean"] = sums / (rest.tokens + half.tokens)
     return rest._replace(tokens=rest.tokens + half.tokens, half=half, **both)
 
 
