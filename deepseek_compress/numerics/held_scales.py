@@ -1,10 +1,10 @@
 """SmoothQuant's scales, moved only where held-back tokens gain by it.
 
-SmoothQuant has one strength alpha for a whole model, and what it gives one layer it takes from another: where no channel
-stands out, moving scales makes weights harder to round for nothing. Here alpha is chosen for each place, 0 (nothing
-moves) among the candidates: a few rows of every weight that reads the channels are rounded by GPTQ with the Hessian of
-one half of the tokens, and the other half gives the error, `tr((W - Q) H (W - Q)^T)`; then the halves change roles. A
-place moves only for a gain of more than `LEAST`: that much is noise, and an unmoved model computes the same on any text.
+SmoothQuant has one strength alpha for a whole model, and what it gives one layer it takes from another: where no
+channel stands out, moving scales makes weights harder to round for nothing. Here alpha is chosen for each place, 0
+(nothing moves) among the candidates: some rows of every weight that reads the channels are rounded by GPTQ with the
+Hessian of one half of the tokens, and the other half gives the error, `tr((W - Q) H (W - Q)^T)`; then the halves change
+roles. A place moves only for a gain of more than `LEAST`: below that it is noise.
 """
 
 from __future__ import annotations
