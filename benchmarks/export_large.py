@@ -49,7 +49,7 @@ import sys
 from pathlib import Path
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.export.verify import OnnxModel
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 import numpy as np, onnx
 path, source = map(Path, sys.argv[1:])
 onnx.checker.check_model(str(path))

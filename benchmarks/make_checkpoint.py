@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT
-from deepseek_compress.models import Role, family_of
+from deepseek_compress.models import Role
+from deepseek_compress.models.families.table import family_of
 
 POOL = 4096  # rows
 STD = 0.02

@@ -29,8 +29,8 @@ from benchmarks.common import DATA, present
 from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
 from deepseek_compress.export.onnx import export_onnx
 from deepseek_compress.export.verify import OnnxModel
-from deepseek_compress.models import family_of
 from deepseek_compress.models.cache import KvCache
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics import WEIGHTS

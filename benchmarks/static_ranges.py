@@ -24,12 +24,13 @@ import torch
 from benchmarks.accuracy import original
 from benchmarks.cases import LENGTH, SAMPLES, WINDOWS, Case, case
 from benchmarks.common import present
-from deepseek_compress.blocks import Job, migration, ranges
-from deepseek_compress.blocks.change import LinearChange
-from deepseek_compress.blocks.selection import CHANGEABLE, select
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.compress import moved_scales, ranges
+from deepseek_compress.compress.job import Job
+from deepseek_compress.compress.selection import CHANGEABLE, select
+from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.evaluation.divergence import measure as divergence
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics.activations import Dynamic, Static
@@ -44,21 +45,18 @@ STATIC = [(name, True) for name in ESTIMATORS] + [("minmax", False), ("mse", Fal
 
 def moved(subject: Case, samples: int, work: Path) -> tuple[Job, torch.Tensor]:
     """The model with SmoothQuant's scales moved, and the tokens."""
-    source = open_checkpoint(subject.model)
-    family = family_of(source.config)
-    cfg = family.parse(source.config)
+    architecture = Architecture.of(open_checkpoint(subject.model))
     weights = Rtn(num_bits=8, symmetric=True)
-    roles = frozenset(CHANGEABLE)
-    change = LinearChange(family, select(family, cfg, roles, weights, ()), None, weights, 64)
+    solver = LinearSolver(select(architecture, frozenset(CHANGEABLE), weights), None, weights, 64)
     tokens = torch.from_numpy(np.load(subject.ids(SAMPLES)))[:samples]
-    job = Job(source, family, cfg, change, work)
-    return migration.migrate(job, tokens, SmoothQuant(alpha=0.5), lambda done, total, note: None), tokens
+    job = Job(architecture, solver, work)
+    return moved_scales.migrate(job, tokens, SmoothQuant(alpha=0.5), lambda done, total, note: None), tokens
 
 
 def rounded(job: Job) -> dict[str, torch.Tensor]:
     """Every tensor of the model, the linears of its blocks in 8 bits."""
-    changed = {name for layer in range(job.cfg.num_hidden_layers) for name in job.changed(layer)}
-    found = {name: job.source.read(name) for name in job.family.tensors(job.cfg)}
+    changed = {name for block in job.architecture.blocks for name in job.changed(block)}
+    found = {name: job.source.read(name) for name in job.architecture.tensors}
     for name in changed:
         weight = found[name]
         found[name] = Rtn(num_bits=8, group_size=weight.shape[1], symmetric=True)(weight, Statistics()).dequantize()
@@ -72,7 +70,7 @@ def rows(subject: Case, samples: int, scratch: Path) -> list[dict[str, Any]]:
     weights, lines = rounded(job), []
 
     def judge(label: str, scheme: InputScheme | None, seconds: float | None = None) -> None:
-        found = divergence(Model(job.family, job.cfg, weights, scheme), texts, trace)
+        found = divergence(Model(job.architecture.family, job.cfg, weights, scheme), texts, trace)
         kl, top = round(found.kl_divergence or 0.0, 5), round(found.top1_agreement or 0.0, 4)
         line = {"KL": kl, "perplexity": round(found.perplexity, 3), "top-1": top, "CPU s": seconds}
         lines.append({"model": subject.name, "inputs": label, **line})
@@ -82,7 +80,7 @@ def rows(subject: Case, samples: int, scratch: Path) -> list[dict[str, Any]]:
     judge("dynamic, a scale a token", InputScheme(Dynamic()))
     for name, symmetric in STATIC:
         static = Static.model_validate({"estimator": name, "symmetric": symmetric})
-        here = Job(job.source, job.family, job.cfg, job.change, scratch / f"{name}-{symmetric}")
+        here = Job(job.architecture, job.solver, scratch / f"{name}-{symmetric}")
         began = time.process_time()
         found = ranges.find(here, tokens, static, frozenset(CHANGEABLE), lambda done, total, note: None)
         seconds = round(time.process_time() - began, 1)

@@ -39,9 +39,10 @@ COLUMNS = ("what", "seconds", "TFLOP", "floor s", "times floor")
 
 def inside(times: Path, arguments: list[str]) -> None:
     """`dsc` in this process: each phase noted in `times`, and the output of the last block computed too."""
-    from deepseek_compress import blocks, cli
-    from deepseek_compress.blocks import calibrated
-    from deepseek_compress.blocks.spool import Spool
+    from deepseek_compress import cli
+    from deepseek_compress.compress import convert
+    from deepseek_compress.streaming import forward
+    from deepseek_compress.streaming.hidden_store import HiddenStore
 
     noted: dict[str, float] = {}
 
@@ -58,21 +59,21 @@ def inside(times: Path, arguments: list[str]) -> None:
         return wrapper
 
     for name, phase in PHASES.items():
-        setattr(calibrated, name, timed(phase, getattr(calibrated, name)))
-    block, signature = blocks.calibrated_block, inspect.signature(blocks.calibrated_block)
+        setattr(forward, name, timed(phase, getattr(forward, name)))
+    block, signature = convert.run_block, inspect.signature(convert.run_block)
 
     def with_output(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        job, hidden = bound.arguments["job"], bound.arguments["hidden"]
+        job, hidden = bound.arguments["run"], bound.arguments["hidden"]
         assert bound.arguments["following"] is None, "one block: nobody asks for its output"
-        with Spool(job.work / "following.tmp", hidden.rows, hidden.row_shape) as output:
+        with HiddenStore(job.work / "following.tmp", hidden.rows, hidden.row_shape) as output:
             bound.arguments["following"] = output
             facts = block(*bound.args, **bound.kwargs)
             output.rename(job.work / "output.f32")
             output.remove()
         return facts
 
-    blocks.calibrated_block = timed("block", with_output)
+    convert.run_block = timed("block", with_output)
     sys.argv = ["dsc", *arguments]
     cli.main()
 

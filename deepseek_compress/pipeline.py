@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_compress import machine, provenance, workspace
-from deepseek_compress.blocks import candidates
 from deepseek_compress.calibration.settings import Select
 from deepseek_compress.calibration.sources import files_of
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
 from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.checkpoint.reader import MANIFEST
 from deepseek_compress.console import StageProgress, duration, size
-from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.errors import DscError, Problems, raise_problems
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.resolve import resolve_model
+from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
+from deepseek_compress.stages.text import choice_cost
 
 REPORTS = ("report.json", "report.md", "report.html")
 
@@ -91,7 +91,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
                 raise DscError(f"{recipe.name}: no model", "name one: `model:` in the recipe, or --model")
             paths[name] = resolve_model(model)
             header = open_checkpoint(paths[name]).header
-            raise_problems(family_of(header.config).problems(header))
+            raise_problems(Architecture.of(header).problems())
             headers[name] = header
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe, paths.get("model"))
@@ -173,11 +173,7 @@ def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict
 
 def _with_choice(forecast: Forecast, source: Header, select: Select, length: int) -> Forecast:
     """What a stage needs when its text is chosen from a pool before."""
-    family = family_of(source.config)
-    cfg = family.parse(source.config)
-    if select.balance and cfg.moe is None:
-        raise DscError("calibration.select.balance: the model has no experts", "leave it out")
-    memory, work, tasks = candidates.cost(family, cfg, select.pool, length)
+    memory, work, tasks = choice_cost(source, select, length)
     return replace(
         forecast,
         memory=Memory(*map(max, memory, forecast.memory or memory)),

@@ -7,7 +7,7 @@ from typing import Any
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.inspect import summarize, verify_hashes
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.resolve import resolve_model
 
 
@@ -17,7 +17,7 @@ def survey(model: str, verify: bool = True, sparsity: bool = False) -> dict[str,
     problems: list[DscError] = []
     family = None
     try:
-        family = family_of(checkpoint.config)
+        family = Architecture.of(checkpoint).family
         problems += family.problems(checkpoint.header)
     except DscError as error:  # an unknown family still has tensors to show
         problems.append(error)

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepseek_compress.checkpoint import Header
 from deepseek_compress.checkpoint.formats.fp8 import encode_fp8_block
+from deepseek_compress.models import Architecture
 from deepseek_compress.tasks import mixture, write_tokenizer
 
 # No test of ours times anything, and none fails because the machine is busy.
@@ -67,6 +69,11 @@ LLAMA_CONFIG: dict[str, Any] = {
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 64},
 }  # fmt: skip
+
+
+def shape_of(config: dict[str, Any]) -> Architecture:
+    """A model of which only the configuration is known."""
+    return Architecture.of(Header(Path(), config, {}))
 
 
 @pytest.fixture(scope="session")

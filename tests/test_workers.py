@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_compress.blocks import Job, run_blocks
-from deepseek_compress.blocks.change import LinearChange
-from deepseek_compress.blocks.selection import CHANGEABLE, select
 from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
+from deepseek_compress.compress.convert import convert
+from deepseek_compress.compress.job import Job
+from deepseek_compress.compress.selection import CHANGEABLE, select
+from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.errors import DscError, Problems
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.workers import Pool, open_pool
 
@@ -72,11 +73,10 @@ def test_a_task_that_always_kills_its_worker_is_one_line(tmp_path: Path) -> None
 
 def job_of(model: Path, out: Path, method: str) -> Job:
     source = open_checkpoint(model)
-    family = family_of(source.config)
-    cfg = family.parse(source.config)
+    architecture = Architecture.of(source)
     weights = WEIGHTS[method].model_validate(METHODS[method])
-    chosen = select(family, cfg, frozenset(CHANGEABLE), weights)
-    return Job(source, family, cfg, LinearChange(family, chosen, None, weights, 4), out / ".dsc_blocks")
+    chosen = select(architecture, frozenset(CHANGEABLE), weights)
+    return Job(architecture, LinearSolver(chosen, None, weights, 4), out / ".dsc_blocks")
 
 
 def compress(
@@ -88,14 +88,14 @@ def compress(
 ) -> dict[str, bytes]:
     job = job_of(model, out, method)
     with CheckpointWriter(out, job.source, resume=True) as writer, pool_of(job) as pool:
-        run_blocks(job, writer, pool, FEW if job.change.needs else None, progress)
+        convert(job, writer, pool, FEW if job.solver.needs else None, progress)
         writer.finish({}, {}, [])
     return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()}
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepseek_compress.blocks.data_free.SMALLEST", 100_000)
+    monkeypatch.setattr("deepseek_compress.compress.data_free.SMALLEST", 100_000)
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -13,8 +13,8 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.recipe import Recipe
 
 if TYPE_CHECKING:
-    from deepseek_compress.costs import Rates
     from deepseek_compress.pipeline import Plan
+    from deepseek_compress.planning.costs import Rates
 
 
 def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> None:

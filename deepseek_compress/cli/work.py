@@ -46,7 +46,7 @@ def plan(
     """Show what a recipe would do to a model: stages, tensors, bytes, time, and every problem at once."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     from deepseek_compress import pipeline
-    from deepseek_compress.rates import rates
+    from deepseek_compress.planning.rates import rates
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray))
     given = o.typed(context, "recipe", "measure", "json")

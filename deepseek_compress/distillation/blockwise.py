@@ -7,16 +7,17 @@ For block l with the changed model's stream h as input and the original's h* bes
 so a block also makes up for what those before it lost. Each token counts by its error relative to its size, as the norm
 of the next block sees it: plain squares would be those of the few tokens whose states are by far the largest. This is
 the block-wise training of EfficientQAT (Chen et al. 2024, arXiv 2407.11062, section 3.2), of scales and norms alone:
-codes and zero points stay. It needs neither the logits nor the other blocks: both streams lie in spools, what is found
-of a block is kept in the work directory, and an interrupted run goes on at the block where it stopped. Within a block a
-weight is there only while it is multiplied, forward and again backward, so that a block of many experts is never in
-memory either.
+codes and zero points stay. It needs neither the logits nor the other blocks: both streams lie in hidden stores, what is
+found of a block is kept in the work directory, and an interrupted run goes on at the block where it stopped. Within a
+block a weight is there only while it is multiplied, forward and again backward, so that a block of many experts is
+never in memory either.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,20 +27,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deepseek_compress import machine
-from deepseek_compress.blocks.calibrated import BATCH_TOKENS, Batches, embed_into, row_shape
-from deepseek_compress.blocks.spool import HELD, Spool
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import read_json, write_arrays, write_json
-from deepseek_compress.costs import Work
+from deepseek_compress.checkpoint.files import write_arrays
 from deepseek_compress.distillation.recovery import BETAS, Norm, by_scale, moved, rate
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import Role, family_of
-from deepseek_compress.models.weights import StreamedWeights, Weights
+from deepseek_compress.models import Architecture, Block, Role
+from deepseek_compress.models.weights import Weights
 from deepseek_compress.numerics.grid import STORED
 from deepseek_compress.numerics.types import Quantized
+from deepseek_compress.planning.costs import Work
+from deepseek_compress.streaming.batches import BATCH_TOKENS
+from deepseek_compress.streaming.hidden_store import HELD, HiddenStore
+from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 
-Progress = Callable[[int, int, str], None]
 _Weight = tuple[Tensor, Quantized | None]  # float32 (rows, columns), and where it is packed that
 
 
@@ -48,7 +48,7 @@ class Models(NamedTuple):
 
     changed: Checkpoint
     original: Checkpoint
-    work: Path  # spools, and what is found of each block
+    work: Path  # hidden stores, and what is found of each block
 
     def found(self, layer: int) -> Path:
         """Scales and norms of block `layer` by their names in the checkpoint."""
@@ -78,61 +78,65 @@ class Found(Mapping[str, Quantized | Tensor]):
 
 def recover_blocks(
     models: Models, tokens: Tensor, *, passes: int, learning_rate: float, seed: int, progress: Progress
-) -> list[dict[str, float]]:
+) -> list[Facts]:
     """Train every block on tokens int64 (samples, length); what is found lies in `models.found(layer)`.
 
     Returns for each block the relative squared error of its output for a token of one batch, before and after. The
     same arguments give the same bits. Raises DscError where the two do not embed text alike.
     """
-    family = family_of(models.changed.config)
-    cfg, batches = family.parse(models.changed.config), Batches(tokens)
-    models.work.mkdir(parents=True, exist_ok=True)
-    machine.settle()
-    total = cfg.num_hidden_layers
-    first = next((layer for layer in range(total) if not _facts(models, layer).is_file()), total)
-    if first == 0:
-        _embed(models, tokens)
-    for layer in range(first, total):
-        progress(layer, total, f"scales of block {layer}")
-        sides = ("ours", "theirs")
-        before = [Spool(_spooled(models, side, layer), tokens.numel(), row_shape(family, cfg), True) for side in sides]
-        after = [Spool(models.work / f"{side}.tmp", tokens.numel(), row_shape(family, cfg)) for side in sides]
-        order = torch.Generator().manual_seed(seed * 10_007 + layer)
-        block = _Block(models, layer, batches)
-        facts = block.train(before, after, passes, learning_rate, order)
-        for side, old, new in zip(sides, before, after, strict=True):
-            new.rename(_spooled(models, side, layer + 1))
-            new.close()
-            old.close()
-        block.save(models.found(layer))
-        write_json(_facts(models, layer), facts)
-        for old in before:
-            old.remove()
-    progress(total, total, "blocks done")
-    return [read_json(_facts(models, layer)) for layer in range(total)]
+    streams = (Stream(Architecture.of(models.changed), "ours"), Stream(Architecture.of(models.original), "theirs"))
+    loop = Loop(streams, tokens, models.work, "block", "scales of block", last=True)
+    seen: list[Tensor] = []
+
+    def begin(stream: Stream, store: HiddenStore) -> None:
+        loop.embed(stream, store)
+        seen.append(store.read(0, tokens.shape[1]).clone())
+        if len(seen) > 1 and not torch.allclose(seen[0], seen[1], rtol=0.02, atol=1e-3 * float(seen[1].abs().max())):
+            what = f"{models.changed.path}: embeds text otherwise than {models.original.path}"
+            raise DscError(f"{what}, so no hidden state compares", "leave by_block out, or the rotation")
+
+    return loop.run(_Recover(models, passes, learning_rate, seed), progress, begin=begin)
+
+
+@dataclass(frozen=True)
+class _Recover:
+    """Trains each block of the first stream towards the second's."""
+
+    models: Models
+    passes: int
+    learning_rate: float
+    seed: int
+
+    def visit(self, at: Visit) -> Facts:
+        """{"before", "after"}: relative squared errors."""
+        order = torch.Generator().manual_seed(self.seed * 10_007 + at.layer)
+        trained = _Block(self.models, at)
+        facts = trained.train(self.passes, self.learning_rate, order)
+        trained.save(self.models.found(at.layer))
+        return facts
 
 
 def cost(header: Header, tokens: int, length: int, passes: int) -> tuple[int, Work]:
     """Bytes and work for `tokens` of text in samples of `length`: one block's codes that every token uses, what is
     trained of it, a weight and its gradient, and what a batch leaves for the backward pass."""
-    family = family_of(header.config)
-    cfg = family.parse(header.config)
+    architecture = Architecture.of(header)
+    cfg = architecture.cfg
     share = 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts
     batch = max(length, BATCH_TOKENS)
     most, products, touched = 2 * cfg.vocab_size * cfg.hidden_size, 0.0, 0.0
-    for layer in range(cfg.num_hidden_layers):
-        sizes = {linear: linear.rows * linear.columns for linear in family.linears(cfg, layer)}
+    for block in architecture.blocks:
+        sizes = {linear: linear.rows * linear.columns for linear in block.linears}
         active = {linear: share if linear.expert is not None else 1.0 for linear in sizes}
         codes = sum(size for linear, size in sizes.items() if linear.expert is None)
-        groups = sum(_groups(header, f"{family.prefix(layer)}.{linear.name}.weight") for linear in sizes)
+        groups = sum(_groups(header, f"{block.prefix}{linear.name}.weight") for linear in sizes)
         kept = 20 * cfg.hidden_size + sum(2 * (x.rows + x.columns) * part for x, part in active.items())
         scores = batch * cfg.num_attention_heads * length
         most = max(most, int(codes + 24 * groups + 16 * max(sizes.values()) + 4 * batch * kept + 12 * scores))
         products += 2.2 * sum(size * active[linear] for linear, size in sizes.items())
         touched += 8 * kept + 40 * cfg.num_attention_heads * length
     runs = 2 + 3 * passes  # the original and the trained block once, and a pass forward and backward
-    spools = 4 * min(HELD, 4 * tokens * cfg.hidden_size)
-    return most + spools, Work(products * runs * tokens, touched * runs * tokens)
+    stores = 4 * min(HELD, 4 * tokens * cfg.hidden_size)
+    return most + stores, Work(products * runs * tokens, touched * runs * tokens)
 
 
 def _groups(header: Header, name: str) -> int:
@@ -140,42 +144,15 @@ def _groups(header: Header, name: str) -> int:
     return 0 if place is None else math.prod(place.shape)
 
 
-def _facts(models: Models, layer: int) -> Path:
-    return models.work / f"block-{layer:05d}.json"
-
-
-def _spooled(models: Models, side: str, layer: int) -> Path:
-    return models.work / f"{side}-{layer:05d}.f32"
-
-
-def _embed(models: Models, tokens: Tensor) -> None:
-    """Both inputs of the first block."""
-    family = family_of(models.changed.config)
-    cfg, seen = family.parse(models.changed.config), []
-    for side, source in (("ours", models.changed), ("theirs", models.original)):
-        spool = Spool(models.work / f"{side}.tmp", tokens.numel(), row_shape(family, cfg))
-        embed_into(spool, source, family, family.parse(source.config), tokens)
-        seen.append(spool.read(0, tokens.shape[1]).clone())
-        spool.rename(_spooled(models, side, 0))
-        spool.close()
-    if not torch.allclose(seen[0], seen[1], rtol=0.02, atol=1e-3 * float(seen[1].abs().max())):
-        what = f"{models.changed.path}: embeds text otherwise than {models.original.path}, so no hidden state compares"
-        raise DscError(what, "leave by_block out, or the rotation")
-
-
 class _Block:
     """One block of both models and what is trained of it."""
 
-    def __init__(self, models: Models, layer: int, batches: Batches) -> None:
-        self.models, self.layer, self.batches = models, layer, batches
-        source = models.changed
-        self.family = family_of(source.config)
-        self.cfg = self.family.parse(source.config)
-        self.prefix = self.family.prefix(layer) + "."
-        names = [self.prefix + name for name in self.family.block_tensors(self.cfg, layer)]
-        apart = {
-            f"{linear.name}.weight" for linear in self.family.linears(self.cfg, layer) if linear.expert is not None
-        }
+    def __init__(self, models: Models, at: Visit) -> None:
+        self.models, self.at, self.batches = models, at, at.batches
+        self.block, self.original = at.blocks
+        source, self.prefix = models.changed, self.block.prefix
+        names = [self.prefix + name for name in self.block.tensors]
+        apart = {f"{linear.name}.weight" for linear in self.block.linears if linear.expert is not None}
         self.scales: dict[str, Tensor] = {}
         self.held: dict[str, Quantized] = {}  # what every token uses; an expert is read when it is used
         for name in names:
@@ -184,21 +161,19 @@ class _Block:
                 if name.removeprefix(self.prefix) not in apart:
                     self.held[name] = packed
         self.changes = {name: torch.zeros_like(scale).requires_grad_() for name, scale in self.scales.items()}
-        self.norms = {name: Norm(source.read(name)) for name in names if self.family.role(name) is Role.NORM}
+        self.norms = {name: Norm(source.read(name)) for name in names if self.block.family.role(name) is Role.NORM}
 
-    def train(
-        self, before: list[Spool], after: list[Spool], passes: int, learning_rate: float, order: torch.Generator
-    ) -> dict[str, float]:
-        """Fill `after` (ours, theirs) with what the trained and the original block make of `before`."""
-        original = StreamedWeights(self.models.original, self.prefix)
-        self._advance(original, before[1], after[1])
+    def train(self, passes: int, learning_rate: float, order: torch.Generator) -> Facts:
+        """Fill the outputs with what the trained and the original block make of their inputs."""
+        before, after = self.at.before, self.at.after
+        self._advance(self.original, self.original.weights(), before[1], after[1])
         leaves = [*self.changes.values(), *(norm.change for norm in self.norms.values())]
         adam = torch.optim.Adam(leaves, lr=learning_rate, betas=BETAS)
         steps = [i for _ in range(passes) for i in torch.randperm(len(self.batches), generator=order).tolist()]
         weights, first = _Trained(self), math.nan
         for step, batch in enumerate(steps):
             target = self.batches.read(after[1], batch)
-            error = self._run(weights, before[0], batch) - target
+            error = self._run(self.block, weights, before[0], batch) - target
             error.backward(error.detach() / _size(target))  # type: ignore[no-untyped-call]
             first = _relative(error.detach(), target) if step == 0 else first
             for group in adam.param_groups:
@@ -207,7 +182,7 @@ class _Block:
             adam.zero_grad()
             for norm in self.norms.values():
                 norm.refresh()
-        self._advance(weights, before[0], after[0])
+        self._advance(self.block, weights, before[0], after[0])
         target = self.batches.read(after[1], steps[0])
         return {"before": first, "after": _relative(self.batches.read(after[0], steps[0]) - target, target)}
 
@@ -222,14 +197,13 @@ class _Block:
         found = self.held.get(name) or self.models.changed.read_quantized(name)
         return found and found._replace(scale=moved(self.scales[name], self.changes[name]))
 
-    def _run(self, weights: Weights, hidden: Spool, batch: int) -> Tensor:
-        x, ids, places = (self.batches.read(hidden, batch), self.batches.ids(batch), self.batches.positions(batch))
-        return self.family.run_block(self.cfg, self.layer, weights, x, places, tokens=ids)
+    def _run(self, block: Block, weights: Weights, hidden: HiddenStore, batch: int) -> Tensor:
+        return block.run(weights, self.batches.read(hidden, batch), self.batches.ids(batch))
 
     @torch.no_grad()
-    def _advance(self, weights: Weights, before: Spool, after: Spool) -> None:
+    def _advance(self, block: Block, weights: Weights, before: HiddenStore, after: HiddenStore) -> None:
         for batch in range(len(self.batches)):
-            self.batches.write(after, batch, self._run(weights, before, batch))
+            self.batches.write(after, batch, self._run(block, weights, before, batch))
 
 
 def _size(target: Tensor) -> Tensor:

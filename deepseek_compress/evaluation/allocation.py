@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deepseek_compress.blocks.overrides import Scheme, said
-from deepseek_compress.blocks.stored import packed, stored16
-from deepseek_compress.blocks.units import Unit
 from deepseek_compress.checkpoint import Header
+from deepseek_compress.compress.fused_groups import FusedGroup
+from deepseek_compress.compress.layout import packed, stored16
+from deepseek_compress.compress.overrides import Scheme, said
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.sensitivity import Choice
 from deepseek_compress.numerics import MIGRATION, WEIGHTS, WeightQuantizer
@@ -69,19 +69,21 @@ class Sizes(NamedTuple):
         return f"{(bits + self.rest) / 8 / (1 << 30):.4g} GiB"
 
 
-def choices(units: Sequence[Unit], weights: WeightQuantizer, options: Sequence[Scheme], size: int) -> list[Choice]:
-    """What each unit may become; `size`: of groups where neither option nor `weights` says. What fits none is kept."""
+def choices(
+    groups: Sequence[FusedGroup], weights: WeightQuantizer, options: Sequence[Scheme], size: int
+) -> list[Choice]:
+    """What each group may become; `size`: of groups where neither option nor `weights` says. What fits none is kept."""
     found = []
-    for unit in units:
+    for group in groups:
         fitting: list[WeightQuantizer | None] = []
         for option in options:
             quantizer = option.applied(weights)
             if quantizer is not None:
                 quantizer = quantizer.model_copy(update={"group_size": quantizer.group_size or size})
-                if any(linear.columns % (quantizer.group_size or size) for linear in unit.linears):
+                if any(linear.columns % (quantizer.group_size or size) for linear in group.linears):
                     continue
             fitting.append(quantizer)
-        found.append(Choice(unit, tuple(dict.fromkeys(fitting)) or (None,)))
+        found.append(Choice(group, tuple(dict.fromkeys(fitting)) or (None,)))
     return found
 
 
@@ -90,12 +92,12 @@ def sizes(header: Header, found: Sequence[Choice]) -> Sizes:
     plain = {name: stored16(info) for name, info in header.tensors.items()}
     options, taken = [], set()
     for choice in found:
-        names = [name + ".weight" for name in choice.unit.names]
+        names = [name + ".weight" for name in choice.group.names]
         taken |= set(names)
         options.append([8 * sum(_bytes(plain, name, quantizer) for name in names) for quantizer in choice.options])
     rest = sum(info.bytes for name, info in plain.items() if name not in taken)
     entries = sum((PARTS if name in taken else 1) * (len(name) + ENTRY) for name in plain)
-    return Sizes(options, 8 * (rest + entries), sum(choice.unit.weights for choice in found))
+    return Sizes(options, 8 * (rest + entries), sum(choice.group.weights for choice in found))
 
 
 def _bytes(plain: Mapping[str, Any], name: str, quantizer: WeightQuantizer | None) -> int:
@@ -128,9 +130,9 @@ def recipe(
     migration: Migration | None = None,
 ) -> str:
     """The recipe, YAML text: the scheme of most weights in `weights`, one override for each of the others."""
-    groups: dict[WeightQuantizer | None, list[Unit]] = {}
+    groups: dict[WeightQuantizer | None, list[FusedGroup]] = {}
     for choice, option in zip(found, chosen, strict=True):
-        groups.setdefault(choice.options[option], []).append(choice.unit)
+        groups.setdefault(choice.options[option], []).append(choice.group)
     ordered = sorted(groups, key=lambda q: -sum(unit.weights for unit in groups[q]))
     base = next((quantizer for quantizer in ordered if quantizer is not None), weights)
     method = next(name for name, kind in WEIGHTS.items() if type(weights) is kind)
@@ -173,12 +175,12 @@ def table(
     """[{"unit", "role", "weights", "chosen", "options": [{"scheme", "bits_per_weight", "kl"}]}]."""
     return [
         {
-            "unit": choice.unit.label,
-            "role": str(choice.unit.linears[0].role),
-            "weights": choice.unit.weights,
+            "unit": choice.group.label,
+            "role": str(choice.group.linears[0].role),
+            "weights": choice.group.weights,
             "chosen": option,
             "options": [
-                {"scheme": said(quantizer), "bits_per_weight": bits / choice.unit.weights, "kl": loss}
+                {"scheme": said(quantizer), "bits_per_weight": bits / choice.group.weights, "kl": loss}
                 for quantizer, bits, loss in zip(choice.options, size, loss_of, strict=True)
             ],
         }

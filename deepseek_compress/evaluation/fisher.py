@@ -13,95 +13,108 @@ the third order, which 2 bits have, and what a change does to the choice of expe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deepseek_compress.blocks.spool import Spool
-from deepseek_compress.checkpoint.files import read_json, write_json
-from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.evaluation import sensitivity
-from deepseek_compress.evaluation.sensitivity import (
-    Choice,
-    Search,
-    forward,
-    quantized,
-    read_block,
-    run_original,
-    statistics_of,
-)
+from deepseek_compress.evaluation.sensitivity import Choice, Search, quantized, run_original, statistics_of
 from deepseek_compress.models import ModelConfig
-from deepseek_compress.models.weights import ResidentWeights, StreamedWeights
+from deepseek_compress.models.weights import ResidentWeights
+from deepseek_compress.planning.costs import Memory, Work, total
+from deepseek_compress.streaming.hidden_store import HiddenStore
+from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 from deepseek_compress.workers import Pool
 
 
-def estimate(search: Search, pool: Pool, progress: Callable[[int, int, str], None]) -> list[list[float]]:
+def estimate(search: Search, pool: Pool, progress: Progress) -> list[list[float]]:
     """The loss of each choice at each of its options, nats a position; goes on where an interrupted run stopped."""
-    layers = search.cfg.num_hidden_layers
-    run_original(search, pool, lambda layer: progress(layer, 3 * layers, "the original"))
-    found: list[list[float]] = [[] for _ in search.choices]
-    for layer in range(layers, -1, -1):
-        progress(layers + 2 * (layers - layer), 3 * layers, "gradients")
-        file = search.work / f"fisher-{layer:05d}.json"
-        if not file.is_file():
-            (losses,) = pool.run(_block if layer < layers else _top, [layer])
-            write_json(file, {"losses": losses})
-        for place, loss in zip(search.at(layer), read_json(file)["losses"], strict=True):
-            found[place] = loss
-    return found
+    layers = len(search.architecture.blocks)
+    run_original(search, pool, progress)
+    stream = Stream(search.architecture, "gradient")
+    loop = Loop((stream,), search.judging, search.work, "fisher", "gradients", backward=True, last=True, shared=True)
+    blocks = loop.run(
+        _Backward(pool),
+        lambda done, _, note: progress(layers + 2 * done, 3 * layers, note),
+        begin=lambda _, store: _first(pool, store),
+    )
+    found: dict[int, list[float]] = {}
+    for layer, facts in enumerate(blocks):
+        found |= dict(zip(search.at(layer), facts["losses"], strict=True))
+    return [found[place] for place in range(len(search.choices))]
+
+
+def _first(pool: Pool, store: HiddenStore) -> None:
+    list(pool.run(_top, [store.path]))
+
+
+class _Backward:
+    """Runs each block backward in a task."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def visit(self, at: Visit) -> Facts:
+        (losses,) = self.pool.run(_block, [(at.layer, at.before[0].path, at.after[0].path)])
+        return {"losses": losses}
 
 
 def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int) -> tuple[Memory, Work, int]:
     """As `sensitivity.cost`: forward and back once; a task holds a block, its gradients and every option of it."""
-    once = tuple(Choice(choice.unit, choice.options[:1]) for choice in choices)
+    once = tuple(Choice(choice.group, choice.options[:1]) for choice in choices)
     memory, work, spools = sensitivity.cost(cfg, once, judging, fitting)
     blocks: dict[int, int] = {}
     for choice in choices:
-        taken = choice.unit.weights * (len(choice.options) + 1)
-        blocks[choice.unit.layer] = blocks.get(choice.unit.layer, 0) + taken
-    weights = sum(choice.unit.weights for choice in choices)
+        taken = choice.group.weights * (len(choice.options) + 1)
+        blocks[choice.group.block.layer] = blocks.get(choice.group.block.layer, 0) + taken
+    weights = sum(choice.group.weights for choice in choices)
     back = Work(4.0 * judging * weights, 0.0, 0.0)
     return Memory(0, 0, memory.task + 4 * max(blocks.values())), total([work, back]), 2 * spools
 
 
-def _top(search: Search, layers: int) -> list[list[float]]:
-    """A task: the gradient of log p(y) by what leaves the last block, y drawn; into the spool of that place."""
-    family, cfg = search.family, search.cfg
-    top = StreamedWeights(search.source, "")
-    head = search.source.read(family.embedding if cfg.tie_word_embeddings else family.head)
+def _top(search: Search, into: Path) -> None:
+    """A task: the gradient of log p(y) by what leaves the last block, y drawn."""
+    architecture, layers = search.architecture, len(search.architecture.blocks)
+    head, top = architecture.source.read(architecture.head), architecture.top()
     draw = torch.Generator().manual_seed(0)
 
     def gradient(window: int, hidden: Tensor, after: Tensor) -> Tensor:
-        scores = functional.linear(family.final_hidden(cfg, top, hidden), head).log_softmax(-1)[0]
+        scores = functional.linear(architecture.final_hidden(top, hidden), head).log_softmax(-1)[0]
         drawn = torch.multinomial(scores.detach().exp(), 1, generator=draw)
         return torch.autograd.grad(scores.gather(1, drawn).sum(), hidden)[0]
 
-    _backward(search, layers, gradient)
-    return []
+    _backward(search, layers, search.work / f"judging-{layers:05d}.f32", into, gradient)
 
 
-def _block(search: Search, layer: int) -> list[list[float]]:
-    """A task: the losses of a block's units, and the gradient by its input."""
-    block = read_block(search, layer)
-    statistics = statistics_of(search, layer, block)
+def _block(search: Search, task: tuple[int, Path, Path]) -> list[list[float]]:
+    """A task: the losses of a block's groups, and the gradient by its input."""
+    layer, above, into = task
+    here = search.architecture.blocks[layer]
+    block = here.resident()
+    statistics = statistics_of(search, here, block)
     choices = [search.choices[place] for place in search.at(layer)]
     moved = [
         [
-            {name: new - block[name] for name, new in quantized(search, choice.unit, option, block, statistics).items()}
+            {
+                name: new - block[name]
+                for name, new in quantized(search, choice.group, option, block, statistics).items()
+            }
             for option in choice.options
             if option is not None
+            for found in [quantized(search, choice.group, option, block, statistics)]
         ]
         for choice in choices
     ]
     del statistics
-    wanted = {f"{linear.name}.weight": block[f"{linear.name}.weight"] for c in choices for linear in c.unit.linears}
+    wanted = {f"{linear.name}.weight": block[f"{linear.name}.weight"] for c in choices for linear in c.group.linears}
     leaves = {name: weight.requires_grad_() for name, weight in wanted.items()}
     squares = [[0.0] * len(options) for options in moved]
 
     def gradient(window: int, hidden: Tensor, after: Tensor) -> Tensor:
         tokens = search.judging[window : window + 1]
-        out = forward(search, layer, ResidentWeights({**block, **leaves}), hidden, tokens)
+        out = here.run(ResidentWeights({**block, **leaves}), hidden, tokens)
         found = torch.autograd.grad(out, [hidden, *leaves.values()], after, allow_unused=True)
         by_name = {name: part for name, part in zip(leaves, found[1:], strict=True) if part is not None}
         for sums, options in zip(squares, moved, strict=True):
@@ -110,7 +123,7 @@ def _block(search: Search, layer: int) -> list[list[float]]:
                 sums[number] += moved_by**2
         return found[0]
 
-    _backward(search, layer, gradient)
+    _backward(search, layer, above, into, gradient)
     found = []
     for choice, sums in zip(choices, squares, strict=True):
         each = iter(sums)
@@ -118,20 +131,19 @@ def _block(search: Search, layer: int) -> list[list[float]]:
     return found
 
 
-def _backward(search: Search, layer: int, gradient: Callable[[int, Tensor, Tensor], Tensor]) -> None:
-    """`gradient(window, hidden, after)` of each window into the spool of `layer`: by `hidden`, which enters the block.
+def _backward(
+    search: Search, layer: int, above: Path, into: Path, gradient: Callable[[int, Tensor, Tensor], Tensor]
+) -> None:
+    """`gradient(window, hidden, after)` of each window into the store `into`: by `hidden`, which enters the block.
 
-    hidden (1, length, ...); after: the same by what leaves the block, which the top does not read.
+    hidden (1, length, ...); after: the same by what leaves the block, from the store `above`.
     """
     windows, length = search.judging.shape
-    top = layer == search.cfg.num_hidden_layers
-    path, states = search.spool("gradient", layer), search.spool("judging", layer)
-    above = states if top else search.spool("gradient", layer + 1)
-    temporary = Spool(path.with_suffix(".tmp"), search.judging.numel(), search.row_shape, held=0)
-    with search.open(states, search.judging) as before, search.open(above, search.judging) as after, temporary as into:
+    shape = search.architecture.row_shape
+    opened = (HiddenStore(path, search.judging.numel(), shape, existing=True, held=0) for path in (above, into))
+    with search.open("judging", layer) as before, next(opened) as after, next(opened) as result:
         for window in range(windows):
-            hidden, given = (spool.read(window * length, length).unsqueeze(0) for spool in (before, after))
+            hidden, given = (store.read(window * length, length).unsqueeze(0) for store in (before, after))
             with torch.enable_grad():
                 found = gradient(window, hidden.requires_grad_(), given)
-            into.write(window * length, found[0])
-        into.rename(path)
+            result.write(window * length, found[0])

@@ -14,15 +14,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deepseek_compress import machine, provenance
-from deepseek_compress.blocks.summary import coverage
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
+from deepseek_compress.compress.summary import coverage
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.evaluation import divergence, efficiency, reasoning, summary
 from deepseek_compress.evaluation.about import about
 from deepseek_compress.evaluation.divergence import Sample, Trace
 from deepseek_compress.evaluation.reasoning import Prompts
 from deepseek_compress.evaluation.statistics import Bootstrap
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.cache import cache_bytes, cache_problems, kv_rounding
 from deepseek_compress.models.resolve import name_of
 from deepseek_compress.models.runtime import Model
@@ -163,7 +163,7 @@ def _cache_problems(
     """Models whose cache cannot be stored as asked for."""
     for name, checkpoint in checkpoints.items():
         if kv_cache is not None and name != reference:
-            yield from cache_problems(family_of(checkpoint.config).parse(checkpoint.config), kv_cache)
+            yield from cache_problems(Architecture.of(checkpoint).cfg, kv_cache)
 
 
 def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": _lineage(checkpoint)}
     rounding = (run.settings.kv_cache if folder is None else None) or kv_rounding(checkpoint.kv_cache)
     row |= {"about": about(checkpoint, rounding), "relative": {}, "families": None, "error_by_layer": None}
-    size = cache_bytes(family_of(checkpoint.config).parse(checkpoint.config), rounding)
+    size = cache_bytes(Architecture.of(checkpoint).cfg, rounding)
     row["kv_cache_bytes_per_token"] = None if size is None else size.stored
     row["expert_coverage"] = coverage(checkpoint.path)
     if run.task.prompts or run.task.samples:

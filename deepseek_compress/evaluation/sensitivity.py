@@ -16,36 +16,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from deepseek_compress.blocks.calibrated import Batches, embed_into, row_shape
-from deepseek_compress.blocks.change import LinearChange
-from deepseek_compress.blocks.forecast import HESSIANS
-from deepseek_compress.blocks.job import by_input
-from deepseek_compress.blocks.selection import Selection
-from deepseek_compress.blocks.spool import Spool
-from deepseek_compress.blocks.statistics import Accumulator
-from deepseek_compress.blocks.units import Unit
-from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import read_json, write_json
-from deepseek_compress.costs import Memory, Work, total
-from deepseek_compress.models import Family, ModelConfig
-from deepseek_compress.models.weights import ObservingWeights, ResidentWeights, StreamedWeights, Weights
+from deepseek_compress.compress.collect import Accumulator
+from deepseek_compress.compress.forecast import HESSIANS
+from deepseek_compress.compress.fused_groups import FusedGroup
+from deepseek_compress.compress.job import by_input
+from deepseek_compress.compress.selection import Selection
+from deepseek_compress.compress.solver import LinearSolver
+from deepseek_compress.models import Architecture, Block, ModelConfig
+from deepseek_compress.models.weights import ObservingWeights, ResidentWeights
 from deepseek_compress.numerics.types import Quantized, Statistics, WeightQuantizer
+from deepseek_compress.planning.costs import Memory, Work, total
+from deepseek_compress.streaming import head
+from deepseek_compress.streaming.batches import Batches
+from deepseek_compress.streaming.head import HeadInput
+from deepseek_compress.streaming.hidden_store import HiddenStore
+from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 from deepseek_compress.workers import Pool
 
-CHUNK_ELEMENTS = 1 << 22  # rows x vocabulary at a time
 Tensors = Mapping[str, Tensor]  # of a block, by local name, float32
 
 
 class Choice(NamedTuple):
-    """A unit and what it may become: a quantiser with its group size, or None: it stays as it is."""
+    """A group and what it may become: a quantiser with its group size, or None: it stays as it is."""
 
-    unit: Unit
+    group: FusedGroup
     options: tuple[WeightQuantizer | None, ...]
 
 
@@ -53,9 +52,7 @@ class Choice(NamedTuple):
 class Search:
     """What is measured: plain values, so that any process can do a part of it."""
 
-    source: Checkpoint
-    family: Family
-    cfg: ModelConfig
+    architecture: Architecture
     choices: tuple[Choice, ...]
     needs: frozenset[str]  # statistics that the quantisers take
     min_tokens: int  # a linear whose input fewer tokens reach is solved without statistics
@@ -65,46 +62,42 @@ class Search:
 
     def at(self, layer: int) -> list[int]:
         """The choices of a block, by their places."""
-        return [place for place, choice in enumerate(self.choices) if choice.unit.layer == layer]
-
-    def spool(self, text: str, layer: int) -> Path:
-        """Where the inputs of block `layer` lie; the last are what leaves the last block."""
-        return self.work / f"{text}-{layer:05d}.f32"
+        return [place for place, choice in enumerate(self.choices) if choice.group.block.layer == layer]
 
     @property
     def texts(self) -> dict[str, Tensor]:
         """The windows that run through the original."""
         return {"judging": self.judging, **({"fitting": self.fitting} if self.needs else {})}
 
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Of what blocks hand on for a token."""
-        return row_shape(self.family, self.cfg)
+    def loop(self, text: str, note: str = "block") -> Loop:
+        """The loop over a text ("judging", "fitting", "joint") whose stores, all of them, other processes read."""
+        tokens = self.texts.get(text, self.judging)
+        stream = Stream(self.architecture, text)
+        return Loop((stream,), tokens, self.work, text, note, last=True, keep=True, shared=True)
 
-    def open(self, path: Path, tokens: Tensor) -> Spool:
-        """A spool that was written for `tokens`."""
-        return Spool(path, tokens.numel(), self.row_shape, existing=True, held=0)
-
-    def read(self, path: Path) -> list[Tensor]:
-        """The whole of a spool of the judging windows: batches of (n, length, ...)."""
-        batches = Batches(self.judging)
-        with self.open(path, self.judging) as spool:
-            return [batches.read(spool, batch) for batch in range(len(batches))]
+    def open(self, text: str, place: int) -> HiddenStore:
+        """The states of a text before block `place`."""
+        path = self.work / f"{text}-{place:05d}.f32"
+        tokens = self.texts.get(text, self.judging)
+        return HiddenStore(path, tokens.numel(), self.architecture.row_shape, existing=True, held=0)
 
 
-def measure(search: Search, pool: Pool, progress: Callable[[int, int, str], None]) -> list[list[float]]:
+def measure(search: Search, pool: Pool, progress: Progress) -> list[list[float]]:
     """The loss of each choice at each of its options, nats a position; goes on where an interrupted run stopped."""
-    layers = search.cfg.num_hidden_layers
-    run_original(search, pool, lambda layer: progress(layer, 3 * layers, "the original"))
-    files = {layer: search.work / f"losses-{layer:05d}.json" for layer in range(layers)}
-    open_ = [layer for layer, file in files.items() if not file.is_file()]
-    for done, (layer, losses) in enumerate(zip(open_, pool.run(_losses, open_), strict=True), 1):
-        write_json(files[layer], {"losses": losses})
-        progress(layers + 2 * (layers - len(open_) + done), 3 * layers, "one unit at a time")
+    layers = len(search.architecture.blocks)
+    run_original(search, pool, progress)
+    tasks = [layer for layer in range(layers) if not _losses_file(search, layer).is_file()]
+    for done, (layer, losses) in enumerate(zip(tasks, pool.run(_losses, tasks), strict=True), 1):
+        write_json(_losses_file(search, layer), {"losses": losses})
+        progress(layers + 2 * (layers - len(tasks) + done), 3 * layers, "one group at a time")
     found: dict[int, list[float]] = {}
-    for layer, file in files.items():
-        found |= dict(zip(search.at(layer), read_json(file)["losses"], strict=True))
+    for layer in range(layers):
+        found |= dict(zip(search.at(layer), read_json(_losses_file(search, layer))["losses"], strict=True))
     return [found[place] for place in range(len(search.choices))]
+
+
+def _losses_file(search: Search, layer: int) -> Path:
+    return search.work / f"losses-{layer:05d}.json"
 
 
 def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int) -> tuple[Memory, Work, int]:
@@ -115,17 +108,17 @@ def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int
     """
     layers: dict[int, list[Choice]] = {}
     for choice in choices:
-        layers.setdefault(choice.unit.layer, []).append(choice)
+        layers.setdefault(choice.group.block.layer, []).append(choice)
     counts = [sum(len(choice.options) for choice in layers.get(n, ())) for n in range(cfg.num_hidden_layers)]
     task, work = 0, []
     for layer, found in layers.items():
-        linears = [linear for choice in found for linear in choice.unit.linears]
-        weights = sum(choice.unit.weights for choice in found)
+        linears = [linear for choice in found for linear in choice.group.linears]
+        weights = sum(choice.group.weights for choice in found)
         inputs = [group[0].columns for group in by_input(linears)] if fitting else []
-        held = weights + max(choice.unit.weights for choice in found) + sum(n * n for n in inputs)
+        held = weights + max(choice.group.weights for choice in found) + sum(n * n for n in inputs)
         held += HESSIANS * max((n * n for n in inputs), default=0)
         held += (counts[layer] + 1) * judging * cfg.hidden_size + cfg.vocab_size * cfg.hidden_size
-        task = max(task, 4 * held + 4 * CHUNK_ELEMENTS * 4)
+        task = max(task, 4 * held + 48 * head.LOGITS)
         work.append(_work(cfg, found, sum(counts[: layer + 1]), judging, fitting, sum(n * n for n in inputs)))
     logits = 2.0 * sum(counts) * judging * cfg.vocab_size * cfg.hidden_size
     spools = 4 * (judging + fitting) * (cfg.num_hidden_layers + 1) * cfg.hidden_size
@@ -137,93 +130,130 @@ def _work(
 ) -> Work:
     """Of one block: once for all text, again for statistics, and once for each of the `variants` that reach it."""
     routed = 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts
-    active = sum(c.unit.weights * (routed if c.unit.linears[0].expert is not None else 1.0) for c in found)
+    active = sum(c.group.weights * (routed if c.group.linears[0].expert is not None else 1.0) for c in found)
     tokens = judging * (variants + 1) + 2 * fitting
-    solved = sum(c.unit.weights * sum(option is not None for option in c.options) for c in found)
+    solved = sum(c.group.weights * sum(option is not None for option in c.options) for c in found)
     return Work(2.0 * active * tokens + 1.1 * hessians * fitting, 120.0 * cfg.hidden_size * tokens, solved)
 
 
-def run_original(search: Search, pool: Pool, progress: Callable[[int], None]) -> None:
-    """The input of each block, and what leaves the last, into spools; those that are there already stay."""
-    search.work.mkdir(parents=True, exist_ok=True)
-    for layer in range(-1, search.cfg.num_hidden_layers):
-        progress(max(0, layer))
-        for text in search.texts:
-            if not search.spool(text, layer + 1).is_file():
-                list(pool.run(_original, [(text, layer)]))
+def run_original(search: Search, pool: Pool, progress: Progress) -> None:
+    """Store the input of each block, and the output of the last, for each text; what is there already stays."""
+    layers = len(search.architecture.blocks)
+    for text in search.texts:
+        search.loop(text).run(
+            _InTasks(pool, _original, text), lambda done, _, note: progress(done, 3 * layers, "the original")
+        )
 
 
 def joint(search: Search, chosen: Sequence[int], pool: Pool) -> float:
-    """The loss with every unit stored as its option of `chosen` says."""
-    for layer in range(search.cfg.num_hidden_layers):
-        list(pool.run(_joint, [(layer, tuple(chosen))]))
+    """The loss with every group stored as its option of `chosen` says."""
+    for left in search.work.glob("joint-*"):  # of an interrupted run, perhaps with another target
+        left.unlink()
+    search.loop("joint").run(_InTasks(pool, _joint, tuple(chosen)))
     (loss,) = pool.run(_joint_loss, [None])
     return loss
 
 
-def _original(search: Search, task: tuple[str, int]) -> None:
-    """A task: one block (-1: the embedding) for all windows of a text, from spool to spool."""
-    text, layer = task
-    if layer >= 0:
-        _advance_spool(search, layer, read_block(search, layer), search.spool(text, layer), text)
-        return
-    tokens, path = search.texts[text], search.spool(text, 0)
-    with Spool(path.with_suffix(".tmp"), tokens.numel(), search.row_shape, held=0) as spool:
-        embed_into(spool, search.source, search.family, search.cfg, tokens)
-        spool.rename(path)
+@dataclass(frozen=True)
+class _InTasks:
+    """Visits each block in a task of the pool: `function(search, (layer, what, path before, path after))`."""
+
+    pool: Pool
+    function: Callable[[Search, tuple[int, Any, Path, Path]], None]
+    what: Any
+
+    def visit(self, at: Visit) -> Facts:
+        list(self.pool.run(self.function, [(at.layer, self.what, at.before[0].path, at.after[0].path)]))
+        return {}
 
 
-def _losses(search: Search, layer: int) -> list[list[float]]:
-    """A task: the losses of the units of one block."""
-    block = read_block(search, layer)
-    statistics = statistics_of(search, layer, block)
-    before = search.read(search.spool("judging", layer))
-    places, variants = [], []
-    for place in search.at(layer):
-        unit, options = search.choices[place]
-        for option, quantizer in enumerate(options):
-            if quantizer is not None:
-                changed = {**block, **quantized(search, unit, quantizer, block, statistics)}
-                variants.append(_run(search, layer, changed, before))
-                places.append((place, option))
-    del statistics, before
-    for later in range(layer + 1, search.cfg.num_hidden_layers):
-        block = read_block(search, later)
-        for number, states in enumerate(variants):
-            variants[number] = _run(search, later, block, states)
-    losses = dict(zip(places, _divergences(search, variants), strict=True))
-    return [[losses.get((p, o), 0.0) for o in range(len(search.choices[p].options))] for p in search.at(layer)]
+def _original(search: Search, task: tuple[int, str, Path, Path]) -> None:
+    """A task: one block for all windows of a text, from store to store."""
+    layer, text, before, after = task
+    block = search.architecture.blocks[layer]
+    _advance(search, block, block.resident(), search.texts[text], before, after)
 
 
-def _joint(search: Search, task: tuple[int, Sequence[int]]) -> None:
-    """A task: block `layer` with all its units as they were chosen, from spool to spool."""
-    layer, chosen = task
-    block = read_block(search, layer)
-    statistics = statistics_of(search, layer, block)
-    changed = dict(block)
+def _joint(search: Search, task: tuple[int, Sequence[int], Path, Path]) -> None:
+    """A task: a block with all its groups as they were chosen, from store to store."""
+    layer, chosen, before, after = task
+    block = search.architecture.blocks[layer]
+    tensors = block.resident()
+    statistics, changed = statistics_of(search, block, tensors), dict(tensors)
     for place in search.at(layer):
         quantizer = search.choices[place].options[chosen[place]]
         if quantizer is not None:
-            changed |= quantized(search, search.choices[place].unit, quantizer, block, statistics)
-    _advance_spool(search, layer, changed, search.spool("joint" if layer else "judging", layer), "joint")
+            changed |= quantized(search, search.choices[place].group, quantizer, tensors, statistics)
+    _advance(search, block, changed, search.judging, before, after)
+
+
+def _advance(search: Search, block: Block, tensors: Tensors, tokens: Tensor, before: Path, after: Path) -> None:
+    """Run a block for all rows of a store, into another."""
+    batches, weights, shape = Batches(tokens), ResidentWeights(tensors), search.architecture.row_shape
+    stores = (HiddenStore(path, tokens.numel(), shape, existing=True, held=0) for path in (before, after))
+    with next(stores) as source, next(stores) as target:
+        for batch in range(len(batches)):
+            batches.write(target, batch, block.run(weights, batches.read(source, batch), batches.ids(batch)))
 
 
 def _joint_loss(search: Search, _: None) -> float:
-    states = search.read(search.spool("joint", search.cfg.num_hidden_layers))
-    return _divergences(search, [states])[0]
+    with search.open("joint", len(search.architecture.blocks)) as states:
+        return _divergences(search, [states])[0]
 
 
-def read_block(search: Search, layer: int) -> dict[str, Tensor]:
-    """All tensors of a block, floats in float32."""
-    prefix = search.family.prefix(layer) + "."
-    return {name: search.source.read(prefix + name) for name in search.family.block_tensors(search.cfg, layer)}
+def _losses(search: Search, layer: int) -> list[list[float]]:
+    """A task: the losses of the groups of one block."""
+    block = search.architecture.blocks[layer]
+    tensors = block.resident()
+    statistics = statistics_of(search, block, tensors)
+    batches, places, variants = Batches(search.judging), [], []
+    with search.open("judging", layer) as before:
+        for place in search.at(layer):
+            group, options = search.choices[place]
+            for option, quantizer in enumerate(options):
+                if quantizer is not None:
+                    changed = {**tensors, **quantized(search, group, quantizer, tensors, statistics)}
+                    variants.append(_in_memory(search, block, changed, batches, before))
+                    places.append((place, option))
+    del statistics, tensors
+    streams = tuple(Stream(search.architecture) for _ in variants)
+    last = _Last(variants)
+    Loop(streams, search.judging, None, last=True, first=layer + 1).run(last, given=tuple(variants))
+    losses = dict(zip(places, _divergences(search, last.states), strict=True))
+    return [[losses.get((p, o), 0.0) for o in range(len(search.choices[p].options))] for p in search.at(layer)]
 
 
-def statistics_of(search: Search, layer: int, block: Tensors) -> dict[str, Statistics]:
+class _Last:
+    """Runs every variant through a block that is read once, and remembers what leaves the last."""
+
+    def __init__(self, states: Sequence[HiddenStore]) -> None:
+        self.states = states
+
+    def visit(self, at: Visit) -> Facts:
+        block = at.blocks[0]
+        weights = ResidentWeights(block.resident())
+        for before, after in zip(at.before, at.after, strict=True):
+            for batch in range(len(at.batches)):
+                out = block.run(weights, at.batches.read(before, batch), at.batches.ids(batch))
+                at.batches.write(after, batch, out)
+        self.states = at.after
+        return {}
+
+
+def _in_memory(search: Search, block: Block, tensors: Tensors, batches: Batches, before: HiddenStore) -> HiddenStore:
+    """What a block gives for the judging windows."""
+    after = HiddenStore(None, search.judging.numel(), search.architecture.row_shape)
+    weights = ResidentWeights(tensors)
+    for batch in range(len(batches)):
+        batches.write(after, batch, block.run(weights, batches.read(before, batch), batches.ids(batch)))
+    return after
+
+
+def statistics_of(search: Search, block: Block, tensors: Tensors) -> dict[str, Statistics]:
     """What the inputs of the block look like in the original, by `Linear.input`; none where none is needed."""
     if not search.needs:
         return {}
-    wanted = [linear for place in search.at(layer) for linear in search.choices[place].unit.linears]
+    wanted = [linear for place in search.at(block.layer) for linear in search.choices[place].group.linears]
     first = {group[0].name: group[0].input for group in by_input(wanted)}
     sums = {source: Accumulator(search.needs) for source in first.values()}
 
@@ -231,72 +261,46 @@ def statistics_of(search: Search, layer: int, block: Tensors) -> dict[str, Stati
         if name in first:
             sums[first[name]].add(x)
 
-    watched = ObservingWeights(ResidentWeights(block), look)
+    watched = ObservingWeights(ResidentWeights(tensors), look)
     batches = Batches(search.fitting)
-    with search.open(search.spool("fitting", layer), search.fitting) as source:
+    with search.open("fitting", block.layer) as source:
         for batch in range(len(batches)):
-            forward(search, layer, watched, batches.read(source, batch), batches.ids(batch))
+            block.run(watched, batches.read(source, batch), batches.ids(batch))
     found = {key: total.statistics() for key, total in sums.items()}
     return {key: s if s.tokens >= search.min_tokens else Statistics(s.tokens) for key, s in found.items()}
 
 
 def quantized(
-    search: Search, unit: Unit, quantizer: WeightQuantizer, block: Tensors, statistics: Mapping[str, Statistics]
+    search: Search,
+    group: FusedGroup,
+    quantizer: WeightQuantizer,
+    tensors: Tensors,
+    statistics: Mapping[str, Statistics],
 ) -> dict[str, Tensor]:
-    """The weights of a unit as they would be loaded, by local name."""
-    own = dict.fromkeys(unit.names, quantizer)
-    change = LinearChange(search.family, Selection(frozenset(), None, own=own), None, quantizer, search.min_tokens)
+    """The weights of a group as they would be loaded, by local name."""
+    own = dict.fromkeys(group.names, quantizer)
+    solver = LinearSolver(Selection(frozenset(), None, own=own), None, quantizer, search.min_tokens)
     found: dict[str, Tensor] = {}
-    for group in by_input(unit.linears):
-        pairs = [(linear, block[linear.name + ".weight"]) for linear in group]
-        solved = change.solve(unit.layer, pairs, statistics.get(group[0].input, Statistics()))
-        for linear, new in zip(group, solved, strict=True):
+    for linears in by_input(group.linears):
+        pairs = [(linear, tensors[linear.name + ".weight"]) for linear in linears]
+        solved = solver.solve(group.block, pairs, statistics.get(linears[0].input, Statistics()))
+        for linear, new in zip(linears, solved, strict=True):
             assert isinstance(new.stored, Quantized)
             found[linear.name + ".weight"] = new.stored.dequantize()
     return found
 
 
-def forward(search: Search, layer: int, weights: Weights, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Block `layer` for the states `hidden` (n, length, ...) of `tokens` (n, length)."""
-    positions = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
-    return search.family.run_block(search.cfg, layer, weights, hidden, positions, tokens=tokens)
-
-
-def _run(search: Search, layer: int, block: Tensors, states: Sequence[Tensor]) -> list[Tensor]:
-    """Block `layer` for the judging windows, batch by batch."""
-    batches, weights = Batches(search.judging), ResidentWeights(block)
-    return [forward(search, layer, weights, hidden, batches.ids(i)) for i, hidden in enumerate(states)]
-
-
-def _advance_spool(search: Search, layer: int, block: Tensors, source: Path, text: str) -> None:
-    """Block `layer` for all rows of the spool `source`, into that of the next block's input: whole, or not at all."""
-    tokens = search.texts.get(text, search.judging)
-    batches, weights, path = Batches(tokens), ResidentWeights(block), search.spool(text, layer + 1)
-    temporary = Spool(path.with_suffix(".tmp"), tokens.numel(), search.row_shape, held=0)
-    with search.open(source, tokens) as before, temporary as after:
-        for batch in range(len(batches)):
-            hidden = forward(search, layer, weights, batches.read(before, batch), batches.ids(batch))
-            batches.write(after, batch, hidden)
-        after.rename(path)
-
-
-def _divergences(search: Search, variants: Sequence[Sequence[Tensor]]) -> list[float]:
+def _divergences(search: Search, variants: Sequence[HiddenStore]) -> list[float]:
     """The mean KL of each variant from the original, from what leaves its last block, batch by batch."""
-    family, cfg = search.family, search.cfg
-    top = StreamedWeights(search.source, "")
-    head = search.source.read(family.embedding if cfg.tie_word_embeddings else family.head)
-    sums = [0.0] * len(variants)
-    step = max(1, CHUNK_ELEMENTS // len(head))
-    for batch, states in enumerate(search.read(search.spool("judging", cfg.num_hidden_layers))):
-        theirs, *ours = (
-            family.final_hidden(cfg, top, hidden).flatten(0, 1)
-            for hidden in (states, *(variant[batch] for variant in variants))
-        )
-        for start in range(0, len(theirs), step):
-            rows = slice(start, start + step)
-            expected = functional.linear(theirs[rows], head).log_softmax(-1)
-            shares = expected.exp()
-            for number, hidden in enumerate(ours):
-                scores = functional.linear(hidden[rows], head).log_softmax(-1)
-                sums[number] += float((shares * (expected - scores)).sum(dtype=torch.float64))
+    architecture, batches = search.architecture, Batches(search.judging)
+    weight, sums = architecture.source.read(architecture.head), [0.0] * len(variants)
+    with search.open("judging", len(architecture.blocks)) as original:
+        for batch in range(len(batches)):
+            rows = [
+                architecture.final_hidden(architecture.top(), batches.read(store, batch)).flatten(0, 1)
+                for store in (original, *variants)
+            ]
+            models = [HeadInput.of(x, weight) for x in rows]
+            found = head.scores(models, batches.ids(batch).flatten())  # which token follows has no say in the KL
+            sums = [before + float(kl) for before, kl in zip(sums, found.kl[1:].sum(1), strict=True)]
     return [total / search.judging.numel() for total in sums]

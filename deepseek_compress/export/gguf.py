@@ -33,7 +33,7 @@ from deepseek_compress.checkpoint.formats.packed import bits_of
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export.graph import Array
 from deepseek_compress.export.vocabulary import Vocabulary, read_vocabulary
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import IGNORED
 from deepseek_compress.models.rope import frequencies, yarn_mscale
@@ -61,7 +61,7 @@ def export_gguf(source: Checkpoint, path: Path) -> dict[str, Any]:
     raise_problems(problems(source.header))
     import gguf
 
-    cfg = family_of(source.config).parse(source.config)
+    cfg = Architecture.of(source).cfg
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, cfg.model_type)
     parts = list(_parts(source.header, cfg))
@@ -100,7 +100,7 @@ def problems(header: Header) -> list[DscError]:
         import gguf  # noqa: F401
     except ImportError:
         found.append(DscError("gguf is not installed", "pip install 'deepseek-compress[gguf]'"))
-    cfg = family_of(header.config).parse(header.config)
+    cfg = Architecture.of(header).cfg
     if cfg.model_type not in ARCHITECTURES:
         fix = "export compressed-tensors and serve with vLLM, or export onnx"
         return [*found, DscError(f"{cfg.model_type}: GGUF is written for {' and '.join(ARCHITECTURES)} only", fix)]

@@ -28,12 +28,13 @@ def route(build: Build, moe: Moe, stem: str, x: str) -> str:
     """x (tokens, hidden) -> float32 (tokens, experts): what each expert's output is multiplied with, mostly zeros."""
     g = build.graph
     wide = g.op("Cast", x, to=TensorProto.FLOAT)
-    weight = g.weight(f"{stem}.gate.weight", to_numpy(build.checkpoint.read(f"{stem}.gate.weight")))
+    router = f"{stem}.{moe.names.router}"
+    weight = g.weight(router, to_numpy(build.checkpoint.read(router)))
     logits = g.op("Gemm", wide, weight, transB=1)
     scores = g.op("Softmax", logits, axis=-1) if moe.scoring == "softmax" else g.op("Sigmoid", logits)
     choice = scores
     if moe.method == "noaux_tc":
-        name = f"{stem}.gate.e_score_correction_bias"
+        name = f"{stem}.{moe.names.bias}"
         choice = g.op("Add", scores, g.weight(name, to_numpy(build.checkpoint.read(name))))
     if moe.method != "greedy" and moe.groups > 1:
         choice = _close_groups(build, moe, choice)
@@ -64,8 +65,8 @@ def _all_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> str:
     """Every expert sees every token, three batched products in all; the shares make the sum right."""
     g = build.graph
     every = g.op("Unsqueeze", x, g.ints(0))
-    gate, up = (expert_linear(build, f"{stem}.experts", moe.experts, f"{p}_proj", every) for p in ("gate", "up"))
-    y = expert_linear(build, f"{stem}.experts", moe.experts, "down_proj", gated(build, gate, up))
+    gate, up = (expert_linear(build, stem, moe.experts, name, every) for name in (moe.names.gate, moe.names.up))
+    y = expert_linear(build, stem, moe.experts, moe.names.down, gated(build, gate, up))
     share = g.op("Unsqueeze", g.op("Transpose", g.op("Cast", shares, to=g.elem_type), perm=[1, 0]), g.ints(2))
     return g.op("ReduceSum", g.op("Mul", y, share), g.ints(0), keepdims=0)
 
@@ -78,7 +79,7 @@ def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> s
     for expert in range(moe.experts):
         share = g.op("Gather", by_expert, g.constant(np.array(expert, np.int64)))
         rows = g.op("Reshape", g.op("NonZero", share), g.ints(-1))
-        y = swiglu(build, f"{stem}.experts.{expert}", g.op("Gather", x, rows))
+        y = swiglu(build, f"{stem}.{expert}", g.op("Gather", x, rows))
         column = g.ints(-1, 1)
         y = g.op("Mul", y, g.op("Reshape", g.op("Gather", share, rows), column))
         out = g.op("ScatterND", out, g.op("Reshape", rows, column), y, reduction="add")
@@ -88,5 +89,5 @@ def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> s
 def moe_part(build: Build, moe: Moe, stem: str, x: str) -> str:
     """Routed and shared experts: x (tokens, hidden) -> (tokens, hidden), without the residual."""
     shares = route(build, moe, stem, x)
-    y = (_routed_experts if build.contrib else _all_experts)(build, moe, stem, x, shares)
-    return build.graph.op("Add", y, swiglu(build, f"{stem}.shared_experts", x)) if moe.shared else y
+    y = (_routed_experts if build.contrib else _all_experts)(build, moe, f"{stem}.{moe.names.experts}", x, shares)
+    return build.graph.op("Add", y, swiglu(build, f"{stem}.{moe.names.shared}", x)) if moe.shared else y

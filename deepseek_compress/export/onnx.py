@@ -28,6 +28,7 @@ import torch
 from onnx import TensorProto
 
 from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.graph import CONTRIB, Graph
 from deepseek_compress.export.lowering import (
@@ -42,7 +43,7 @@ from deepseek_compress.export.lowering import (
 )
 from deepseek_compress.export.moe import moe_part
 from deepseek_compress.export.pieces import grouped_attention, latent_attention, rms_norm, swiglu
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.activations import input_scheme
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.numerics import WEIGHTS
@@ -50,8 +51,6 @@ from deepseek_compress.numerics.activations import SMALLEST, Dynamic, InputGrid
 from deepseek_compress.numerics.grid import fit_group_size
 from deepseek_compress.numerics.types import Quantized, Statistics
 
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
 ROWS_AT_ONCE = 4096  # of a table that is rounded
 
 
@@ -74,13 +73,14 @@ def export_onnx(
     vocabulary), which is what serving needs of a prompt.
     Raises `DscError` for a family or a layer that has no emitter here.
     """
-    cfg = family_of(checkpoint.config).parse(checkpoint.config)
+    architecture = Architecture.of(checkpoint)
+    cfg = architecture.cfg
     check_supported(cfg)
     if lowering not in LOWERINGS:
         raise DscError(f"unknown lowering {lowering!r}", f"use one of {', '.join(LOWERINGS)}")
     if embedding_bits not in (8, 16) or (embedding_bits == 8 and lowering != "matmulnbits"):
         raise DscError(f"embedding of {embedding_bits} bits with {lowering}", "use 16, or 8 with target onnxruntime")
-    bits, rounded, inputs = rounded_inputs(checkpoint, cfg)
+    bits, rounded, inputs = rounded_inputs(architecture)
     with Graph(path, dtype) as graph:
         build = Build(
             graph,
@@ -103,11 +103,12 @@ def export_onnx(
         return {"bytes": graph.bytes, "nodes": graph.count, "tensors": graph.tensors}
 
 
-def rounded_inputs(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[int, frozenset[str], Mapping[str, InputGrid]]:
+def rounded_inputs(architecture: Architecture) -> tuple[int, frozenset[str], Mapping[str, InputGrid]]:
     """Bits of the activations, the linears (by checkpoint name) whose inputs are rounded to them, and static grids.
 
     Raises `DscError` for a scheme that no lowering computes.
     """
+    checkpoint = architecture.source
     scheme = input_scheme(checkpoint.activations)
     if scheme is None:
         return 8, frozenset(), {}
@@ -116,14 +117,7 @@ def rounded_inputs(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[int, froze
     if not isinstance(scheme.quantize, Dynamic) or not scheme.quantize.symmetric:
         what = f"activations {checkpoint.activations} have no ONNX form here"
         raise DscError(what, "use dynamic: {symmetric: true}, or static")
-    family = family_of(checkpoint.config)
-    names = (
-        f"{family.prefix(layer)}.{linear.name}"
-        for layer in range(cfg.num_hidden_layers)
-        for linear in family.linears(cfg, layer)
-        if linear.role in scheme.roles
-    )
-    return scheme.quantize.num_bits, frozenset(names), {}
+    return scheme.quantize.num_bits, frozenset(name for name, _ in architecture.linears(scheme.roles)), {}
 
 
 def check_supported(cfg: ModelConfig) -> None:
@@ -150,7 +144,7 @@ def emit_model(build: Build) -> None:
         x = g.op("Reshape", x, g.op("Concat", lengths, g.ints(cfg.hidden_size), axis=0))
         x = g.op("Gather", x, g.constant(np.array(-1, np.int64)), axis=1)
         lengths = g.op("Concat", g.op("Slice", lengths, g.ints(0), g.ints(1)), g.ints(1), axis=0)
-    logits = head(build, rms_norm(build, "model.norm", x, cfg.rms_norm_eps))
+    logits = head(build, rms_norm(build, module_of(cfg.names.norm)[0], x, cfg.rms_norm_eps))
     logits = g.op("Cast", logits, to=TensorProto.FLOAT)
     shape = g.op("Concat", lengths, g.ints(cfg.vocab_size), axis=0)
     logits = g.op("Reshape", logits, shape, named="logits")
@@ -159,34 +153,35 @@ def emit_model(build: Build) -> None:
 
 def emit_block(build: Build, layer: int, x: str) -> str:
     """One decoder block: x (tokens, hidden) -> (tokens, hidden)."""
-    g, cfg, stem = build.graph, build.cfg, f"model.layers.{layer}"
-    y = rms_norm(build, f"{stem}.input_layernorm", x, cfg.rms_norm_eps)
-    with g.scope(f"{stem}.self_attn"):
+    g, cfg, names = build.graph, build.cfg, build.cfg.names
+    stem = names.block.format(layer)
+    y = rms_norm(build, f"{stem}.{names.attention_norm}", x, cfg.rms_norm_eps)
+    with g.scope(f"{stem}.{names.attention}"):
         if cfg.mla is not None:
-            y = latent_attention(build, cfg.mla, layer, f"{stem}.self_attn", y)
+            y = latent_attention(build, cfg.mla, layer, stem, y)
         else:
-            y = grouped_attention(build, layer, f"{stem}.self_attn", y)
+            y = grouped_attention(build, layer, stem, y)
     x = g.op("Add", x, y)
-    y = rms_norm(build, f"{stem}.post_attention_layernorm", x, cfg.rms_norm_eps)
-    with g.scope(f"{stem}.mlp"):
+    y = rms_norm(build, f"{stem}.{names.ffn_norm}", x, cfg.rms_norm_eps)
+    with g.scope(f"{stem}.{names.ffn.mlp}"):
         if cfg.moe is not None and cfg.is_moe(layer):
-            y = moe_part(build, cfg.moe, f"{stem}.mlp", y)
+            y = moe_part(build, cfg.moe, stem, y)
         else:
-            y = swiglu(build, f"{stem}.mlp", y)
+            y = swiglu(build, f"{stem}.{names.ffn.mlp}", y)
     return g.op("Add", x, y)
 
 
 def embed(build: Build) -> str:
     """(B, S) tokens -> (B S, hidden)."""
-    g = build.graph
+    g, name = build.graph, module_of(build.cfg.names.embedding)[0]
     if build.embedding_bits == 8:
-        table, scale, zero = nbits_weight(build, f"{EMBEDDING}.weight", _rounded_table(build, EMBEDDING))
+        table, scale, zero = nbits_weight(build, f"{name}.weight", _rounded_table(build, name))
         flat = g.op("Reshape", table, g.ints(0, -1))
         size = fit_group_size(build.cfg.hidden_size, None)
         knobs: dict[str, Any] = {"bits": 8, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
         x = g.op("GatherBlockQuantized", flat, "input_ids", scale, zero, domain=CONTRIB, **knobs)
     else:
-        weight = float_weight(build, Weight(EMBEDDING, (EMBEDDING,)), cast=False)
+        weight = float_weight(build, Weight(name, (name,)), cast=False)
         x = g.op("Gather", weight, "input_ids", axis=0)
         x = x if g.type_of(weight) == g.elem_type else g.op("Cast", x, to=g.elem_type)
     return g.op("Reshape", x, g.ints(-1, build.cfg.hidden_size))
@@ -194,15 +189,16 @@ def embed(build: Build) -> str:
 
 def head(build: Build, x: str) -> str:
     """(tokens, hidden) -> (tokens, vocabulary). A tied head is the embedding table, stored once."""
-    name = EMBEDDING if build.cfg.tie_word_embeddings else HEAD
+    tied, names = build.cfg.tie_word_embeddings, build.cfg.names
+    name = module_of(names.embedding if tied else names.head)[0]
     if build.embedding_bits == 8:
         return nbits_product(build, x, f"{name}.weight", _rounded_table(build, name))
     weight = Weight(name, (name,))
     if _in_integers(build) and not is_quantized(build, weight):
         return _rounded_head(build, x, weight)
-    if name == EMBEDDING:
+    if tied:
         return build.graph.op("Gemm", x, float_weight(build, weight), transB=1)
-    return linear(build, HEAD, x)
+    return linear(build, name, x)
 
 
 def _in_integers(build: Build) -> bool:

@@ -61,8 +61,9 @@ def rms_norm(build: Build, name: str, x: str, eps: float) -> str:
 
 def swiglu(build: Build, stem: str, x: str) -> str:
     """down(silu(gate(x)) * up(x))."""
-    product = gated(build, linear(build, f"{stem}.gate_proj", x), linear(build, f"{stem}.up_proj", x))
-    return linear(build, f"{stem}.down_proj", product)
+    names = build.cfg.names.ffn
+    product = gated(build, linear(build, f"{stem}.{names.gate}", x), linear(build, f"{stem}.{names.up}", x))
+    return linear(build, f"{stem}.{names.down}", product)
 
 
 def gated(build: Build, gate: str, up: str) -> str:
@@ -166,9 +167,11 @@ def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: t
 
 def _queries(build: Build, mla: Mla, stem: str, x: str) -> str:
     if mla.q_lora_rank is None:
-        return linear(build, f"{stem}.q_proj", x)
-    latent = rms_norm(build, f"{stem}.q_a_layernorm", linear(build, f"{stem}.q_a_proj", x), LATENT_EPS)
-    return linear(build, f"{stem}.q_b_proj", latent)
+        return linear(build, f"{stem}.{build.cfg.names.q}", x)
+    latent = rms_norm(
+        build, f"{stem}.{build.cfg.names.q_a_norm}", linear(build, f"{stem}.{build.cfg.names.q_a}", x), LATENT_EPS
+    )
+    return linear(build, f"{stem}.{build.cfg.names.q_b}", latent)
 
 
 def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> str:
@@ -180,15 +183,15 @@ def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> s
     q_rope = rotate(build, q_rope)
     q_nope, q_rope = (g.op("Mul", g.op("Transpose", part, perm=[0, 2, 1, 3]), scale) for part in (q_nope, q_rope))
 
-    kv = linear(build, f"{stem}.kv_a_proj_with_mqa", x)
+    kv = linear(build, f"{stem}.{build.cfg.names.kv_a}", x)
     latent, k_rope = g.ops("Split", kv, g.ints(mla.kv_lora_rank, mla.rope), count=2, axis=-1)
-    latent = rms_norm(build, f"{stem}.kv_a_layernorm", latent, LATENT_EPS)
+    latent = rms_norm(build, f"{stem}.{build.cfg.names.kv_a_norm}", latent, LATENT_EPS)
     latent = _unflatten(build, latent, _steps(build), mla.kv_lora_rank)
     k_rope = g.op("Squeeze", rotate(build, _unflatten(build, k_rope, _steps(build), 1, mla.rope)), g.ints(2))
     latent = _remember(build, layer, "latent", latent, 1, (mla.kv_lora_rank,))  # (B, T, kv_lora_rank)
     k_rope = _remember(build, layer, "rope", k_rope, 1, (mla.rope,))  # (B, T, rope)
 
-    expanded = linear(build, f"{stem}.kv_b_proj", g.op("Reshape", latent, g.ints(-1, mla.kv_lora_rank)))
+    expanded = linear(build, f"{stem}.{build.cfg.names.kv_b}", g.op("Reshape", latent, g.ints(-1, mla.kv_lora_rank)))
     expanded = _unflatten(build, expanded, _seen(build), heads, mla.nope + mla.value)
     k_nope, v = g.ops("Split", expanded, g.ints(mla.nope, mla.value), count=2, axis=-1)
     if build.attention8:  # one scale for both parts of a token
@@ -204,17 +207,18 @@ def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> s
     v = _real(build, g.op("Transpose", v, perm=[0, 2, 1, 3]))
     out = attention_product(build, _shares(build, scores), v, shares=True)
     out = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), g.ints(-1, heads * mla.value))
-    return linear(build, f"{stem}.o_proj", out)
+    return linear(build, f"{stem}.{build.cfg.names.o}", out)
 
 
 def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     """Grouped-query attention: x (B S, hidden) -> (B S, hidden). Queries that share a key head become rows of it."""
     g, cfg = build.graph, build.cfg
     heads, shared, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    parts = [(linear(build, f"{stem}.{part}_proj", x), n) for part, n in (("q", heads), ("k", shared), ("v", shared))]
+    counts = ((cfg.names.q, heads), (cfg.names.k, shared), (cfg.names.v, shared))
+    parts = [(linear(build, f"{stem}.{name}", x), count) for name, count in counts]
     if build.contrib and not build.attention8:
         q, k, v = (_unflatten(build, part, _steps(build), count * dim) for part, count in parts)
-        return linear(build, f"{stem}.o_proj", _attention_node(build, layer, q, k, v))
+        return linear(build, f"{stem}.{build.cfg.names.o}", _attention_node(build, layer, q, k, v))
     q, k, v = (_unflatten(build, part, _steps(build), count, dim) for part, count in parts)
     q = g.op("Mul", rotate(build, q), g.scalar(softmax_scale(cfg.rope, dim)))
     q, k, v = (g.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, rotate(build, k), v))
@@ -231,7 +235,7 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
         shares = g.op("Reshape", shares, g.op("Concat", g.ints(0, shared, -1), seen, axis=0))
     out = attention_product(build, shares, _real(build, v), shares=True)
     out = g.op("Reshape", out, g.ints(0, heads, -1, dim)) if shared != heads else out
-    return linear(build, f"{stem}.o_proj", _merge_heads(build, out, heads * dim))
+    return linear(build, f"{stem}.{build.cfg.names.o}", _merge_heads(build, out, heads * dim))
 
 
 def _attention_node(build: Build, layer: int, q: str, k: str, v: str) -> str:

@@ -1,33 +1,8 @@
-"""The models that are understood, one file a family."""
+"""The models that are understood: `Architecture` is one of them on this disk, block by block."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-from deepseek_compress.errors import DscError
+from deepseek_compress.models.architecture import Architecture, Block
 from deepseek_compress.models.config import Linear, ModelConfig, Role
-from deepseek_compress.models.deepseek_v2 import DeepseekV2
-from deepseek_compress.models.deepseek_v3 import DeepseekV3
-from deepseek_compress.models.deepseek_v4 import DeepseekV4
-from deepseek_compress.models.deepseek_v32 import DeepseekV32
+from deepseek_compress.models.families.table import FAMILIES
 from deepseek_compress.models.family import Family
-from deepseek_compress.models.llama import Llama
-from deepseek_compress.models.qwen2 import Qwen2
 
-FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, Llama, Qwen2)
-}
-
-
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family that `model_type` of a config.json names. Raises DscError with the supported ones."""
-    name = config.get("model_type")
-    if name not in FAMILIES:
-        raise DscError(
-            f"config.json: model_type {name!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[name]()
-
-
-__all__ = ["FAMILIES", "Family", "Linear", "ModelConfig", "Role", "family_of"]
+__all__ = ["FAMILIES", "Architecture", "Block", "Family", "Linear", "ModelConfig", "Role"]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deepseek_compress.errors import DscError
-from deepseek_compress.models.config import ModelConfig, Role
-from deepseek_compress.models.family import Family
+from deepseek_compress.models.architecture import Block
+from deepseek_compress.models.config import Role
 from deepseek_compress.models.weights import QuantizedInputs, Weights
 from deepseek_compress.numerics import ACTIVATIONS
 from deepseek_compress.numerics.activations import Dynamic, InputGrid
@@ -32,17 +32,16 @@ class InputScheme(NamedTuple):
     attention: bool = False  # whether the products of attention are in 8 bits too
     inputs: Mapping[str, InputGrid] = {}  # module by checkpoint name -> its grid
 
-    def roundings(self, family: Family, cfg: ModelConfig, layer: int) -> Mapping[str, Rounding]:
-        """How the input of each linear of block `layer` is rounded, by the linear's name in the block."""
-        names = [linear.name for linear in family.linears(cfg, layer) if linear.role in self.roles]
+    def roundings(self, block: Block) -> Mapping[str, Rounding]:
+        """Give how the input of each linear of a block is rounded, by the linear's name in the block."""
+        names = [linear.name for linear in block.linears if linear.role in self.roles]
         if self.quantize is not None:
             return dict.fromkeys(names, self.quantize)
-        prefix = family.prefix(layer)
-        return {name: self.inputs[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in self.inputs}
+        return {name: self.inputs[block.prefix + name] for name in names if block.prefix + name in self.inputs}
 
-    def applied(self, family: Family, cfg: ModelConfig, layer: int, weights: Weights) -> Weights:
-        """`weights` of block `layer`, with the inputs of its linears rounded."""
-        return QuantizedInputs(weights, self.roundings(family, cfg, layer))
+    def applied(self, block: Block, weights: Weights) -> Weights:
+        """`weights` of a block, with the inputs of its linears rounded."""
+        return QuantizedInputs(weights, self.roundings(block))
 
 
 def input_scheme(manifest: Mapping[str, Any] | None) -> InputScheme | None:

@@ -105,6 +105,32 @@ class FfnNames(NamedTuple):
 FFN_NAMES = FfnNames()
 
 
+class Names(NamedTuple):
+    """What a family calls its tensors: those outside blocks by their whole name, modules of a block within it."""
+
+    block: str = "model.layers.{}"
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    norm: str = "model.norm.weight"
+    attention_norm: str = "input_layernorm"
+    ffn_norm: str = "post_attention_layernorm"
+    attention: str = "self_attn"  # what the modules of attention are under
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    q_a: str = "self_attn.q_a_proj"  # latent attention: down and up again
+    q_a_norm: str = "self_attn.q_a_layernorm"
+    q_b: str = "self_attn.q_b_proj"
+    kv_a: str = "self_attn.kv_a_proj_with_mqa"
+    kv_a_norm: str = "self_attn.kv_a_layernorm"
+    kv_b: str = "self_attn.kv_b_proj"
+    ffn: FfnNames = FFN_NAMES
+
+
+NAMES = Names()
+
+
 @dataclass(frozen=True)
 class Moe:
     """Mixture of experts and its router."""
@@ -174,6 +200,7 @@ class ModelConfig:
     streams: HyperConnections | None = None
     compressed: Compressed | None = None
     eos_token_ids: tuple[int, ...] = ()
+    names: Names = NAMES
 
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` routes its tokens to experts."""

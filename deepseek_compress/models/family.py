@@ -17,28 +17,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepseek_compress.checkpoint import Header
+from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import moe as moe_module
 from deepseek_compress.models.cache import KvCache
-from deepseek_compress.models.config import Fields, Linear, ModelConfig, Role, parse_rope
+from deepseek_compress.models.config import NAMES, FfnNames, Fields, Linear, ModelConfig, Names, Role, parse_rope
 from deepseek_compress.models.layers import grouped_attention, rms_norm, swiglu
 from deepseek_compress.models.weights import Weights
 
 Shape = tuple[int, ...]
 
-# First match wins. Names are those of the checkpoint; block-local names match too.
-ROLES: tuple[tuple[str, Role], ...] = (
-    (r"(^|\.)(enorm|hnorm|eh_proj|shared_head)\b|^mtp\.", Role.MTP),
-    (r"embed_tokens\.", Role.EMBEDDING),
-    (r"^lm_head\.", Role.HEAD),
-    (r"norm\.(weight|bias)$", Role.NORM),
-    (r"\.indexer\.", Role.INDEXER),
-    (r"mlp\.gate\.", Role.ROUTER),
-    (r"mlp\.shared_experts\.", Role.SHARED_EXPERT),
-    (r"mlp\.experts\.", Role.EXPERT),
-    (r"mlp\.", Role.MLP),
-    (r"self_attn\.", Role.ATTENTION),
-)
+MTP = re.compile(r"(^|\.)(enorm|hnorm|eh_proj|shared_head)\b|^mtp\.")
+NORM = re.compile(r"norm\.(weight|bias)$")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old exports stored; never read
 
 
@@ -47,9 +37,7 @@ class Family:
 
     model_type: ClassVar[str] = "llama"
     qkv_bias: ClassVar[bool] = False
-    embedding: ClassVar[str] = "model.embed_tokens.weight"
-    head: ClassVar[str] = "lm_head.weight"
-    norm: ClassVar[str] = "model.norm.weight"
+    names: ClassVar[Names] = NAMES
     cached: ClassVar[bool] = True  # generation may keep what it knows of earlier tokens
 
     # -- what the checkpoint says ------------------------------------------------------------------------------------
@@ -83,16 +71,34 @@ class Family:
             mlp_bias=fields.flag("mlp_bias"),
             max_position_embeddings=fields.whole("max_position_embeddings", 0),
             eos_token_ids=fields.eos(),
+            names=self.names,
         )
 
     def prefix(self, layer: int) -> str:
         """Name of block `layer`, without the last dot."""
-        return f"model.layers.{layer}"
+        return self.names.block.format(layer)
 
     def role(self, name: str) -> Role:
         """What a tensor is for; `name` as in the checkpoint or local to a block."""
-        for pattern, role in ROLES:
-            if re.search(pattern, name):
+        names = self.names
+        parts: tuple[tuple[str, Role], ...] = (  # the first that is in the name decides
+            (module_of(names.embedding)[0].rpartition(".")[2] + ".", Role.EMBEDDING),
+            (module_of(names.head)[0] + ".", Role.HEAD),
+            (names.attention_norm + ".", Role.NORM),
+            (names.ffn_norm + ".", Role.NORM),
+            (".indexer.", Role.INDEXER),
+            (module_of(names.ffn.router)[0] + ".", Role.ROUTER),
+            (names.ffn.shared + ".", Role.SHARED_EXPERT),
+            (names.ffn.experts + ".", Role.EXPERT),
+            (names.ffn.mlp + ".", Role.MLP),
+            (names.attention + ".", Role.ATTENTION),
+        )
+        if MTP.search(name):
+            return Role.MTP
+        if name == names.norm or NORM.search(name):
+            return Role.NORM
+        for part, role in parts:
+            if part in name:
                 return role
         raise DscError(f"{name}: not a tensor of {self.model_type}", "check that config.json belongs to these shards")
 
@@ -100,13 +106,13 @@ class Family:
 
     def tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
         """Every logical tensor a complete checkpoint has, by name, with its shape."""
-        found: dict[str, Shape] = {self.embedding: (cfg.vocab_size, cfg.hidden_size)}
+        found: dict[str, Shape] = {self.names.embedding: (cfg.vocab_size, cfg.hidden_size)}
         for layer in range(cfg.num_hidden_layers):
             for name, shape in self.block_tensors(cfg, layer).items():
                 found[f"{self.prefix(layer)}.{name}"] = shape
-        found[self.norm] = (cfg.hidden_size,)
+        found[self.names.norm] = (cfg.hidden_size,)
         if not cfg.tie_word_embeddings:
-            found[self.head] = (cfg.vocab_size, cfg.hidden_size)
+            found[self.names.head] = (cfg.vocab_size, cfg.hidden_size)
         return {**found, **self.mtp_tensors(cfg)}
 
     def mtp_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
@@ -115,13 +121,13 @@ class Family:
 
     def block_tensors(self, cfg: ModelConfig, layer: int) -> dict[str, Shape]:
         """Tensors of one block, by their name within it."""
-        found: dict[str, Shape] = {"input_layernorm.weight": (cfg.hidden_size,)}
+        found: dict[str, Shape] = {f"{self.names.attention_norm}.weight": (cfg.hidden_size,)}
         found |= self.attention_norms(cfg)
         for linear in self.linears(cfg, layer):
             found[linear.name + ".weight"] = (linear.rows, linear.columns)
             if self.has_bias(cfg, linear.name):
                 found[linear.name + ".bias"] = (linear.rows,)
-        found["post_attention_layernorm.weight"] = (cfg.hidden_size,)
+        found[f"{self.names.ffn_norm}.weight"] = (cfg.hidden_size,)
         return found
 
     def attention_norms(self, cfg: ModelConfig) -> dict[str, Shape]:
@@ -130,24 +136,25 @@ class Family:
 
     def has_bias(self, cfg: ModelConfig, name: str) -> bool:
         """Whether the linear `name` of a block has a bias."""
-        if name.startswith("self_attn."):
-            return cfg.o_bias if name.endswith(".o_proj") else cfg.qkv_bias
+        if name.startswith(self.names.attention + "."):
+            return cfg.o_bias if name == self.names.o else cfg.qkv_bias
         return cfg.mlp_bias
 
     def linears(self, cfg: ModelConfig, layer: int) -> list[Linear]:
         """The linears of a block in the order in which they run; not the router, which is never changed."""
         return [
             *self.attention_linears(cfg, layer),
-            *mlp_linears("mlp", Role.MLP, cfg.hidden_size, cfg.intermediate_size),
+            *mlp_linears(self.names.ffn, self.names.ffn.mlp, Role.MLP, cfg.hidden_size, cfg.intermediate_size),
         ]
 
     def attention_linears(self, cfg: ModelConfig, layer: int) -> list[Linear]:
         """The linears of the attention, in order."""
         hidden, dim = cfg.hidden_size, cfg.head_dim
         kv = cfg.num_key_value_heads * dim
-        sizes = {"q_proj": cfg.num_attention_heads * dim, "k_proj": kv, "v_proj": kv}
-        found = [attention_linear(name, rows, hidden, "self_attn.in", "qkv") for name, rows in sizes.items()]
-        return [*found, attention_linear("o_proj", hidden, cfg.num_attention_heads * dim)]
+        names, source = self.names, f"{self.names.attention}.in"
+        sizes = {names.q: cfg.num_attention_heads * dim, names.k: kv, names.v: kv}
+        found = [attention_linear(name, rows, hidden, source, "qkv") for name, rows in sizes.items()]
+        return [*found, attention_linear(names.o, hidden, cfg.num_attention_heads * dim)]
 
     def problems(self, header: Header) -> list[DscError]:
         """Every missing, unknown and misshaped tensor of a checkpoint."""
@@ -156,7 +163,7 @@ class Family:
         given = {name: info for name, info in header.tensors.items() if not IGNORED.search(name)}
         if not any(name in given for name in mtp):
             expected = {name: shape for name, shape in expected.items() if name not in mtp}
-        optional = {self.head} if cfg.tie_word_embeddings else set()
+        optional = {self.names.head} if cfg.tie_word_embeddings else set()
         return [*_missing(expected, given), *_unknown(given, expected, optional), *_misshaped(expected, given)]
 
     # -- how a block runs --------------------------------------------------------------------------------------------
@@ -167,7 +174,7 @@ class Family:
 
     def final_hidden(self, cfg: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
         """What the last block gives -> the input of the head (B, T, hidden_size). `weights` has checkpoint names."""
-        return rms_norm(hidden, weights[self.norm], cfg.rms_norm_eps)
+        return rms_norm(hidden, weights[self.names.norm], cfg.rms_norm_eps)
 
     attention = staticmethod(grouped_attention)  # normed x (B, T, hidden_size) -> what it adds, the same shape
 
@@ -182,12 +189,12 @@ class Family:
         cache: KvCache | None = None,
     ) -> Tensor:
         """hidden -> hidden with what attention adds."""
-        x = rms_norm(hidden, weights["input_layernorm.weight"], cfg.rms_norm_eps)
+        x = rms_norm(hidden, weights[f"{self.names.attention_norm}.weight"], cfg.rms_norm_eps)
         return hidden + self.attention(cfg, layer, weights, x, positions, mask, cache)
 
     def ffn_input(self, cfg: ModelConfig, layer: int, weights: Weights, hidden: Tensor) -> Tensor:
         """hidden after attention -> input of the MLP or the experts (B, T, hidden_size)."""
-        return rms_norm(hidden, weights["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+        return rms_norm(hidden, weights[f"{self.names.ffn_norm}.weight"], cfg.rms_norm_eps)
 
     def ffn_output(self, cfg: ModelConfig, layer: int, weights: Weights, hidden: Tensor, added: Tensor) -> Tensor:
         """hidden after attention, and what the MLP or the experts add -> hidden of the next block."""
@@ -214,23 +221,22 @@ class Family:
         if cfg.moe is not None and cfg.is_moe(layer):
             added = moe_module.moe_part(cfg.moe, weights, x, tokens)
         else:
-            added = swiglu(weights, "mlp", x)
+            added = swiglu(weights, self.names.ffn.mlp, x, names=self.names.ffn)
         return self.ffn_output(cfg, layer, weights, hidden, added)
 
 
 def attention_linear(name: str, rows: int, columns: int, source: str = "", fused: str | None = None) -> Linear:
     """A linear of the attention; without `source` it has its input for itself."""
-    name = f"self_attn.{name}"
     return Linear(name, Role.ATTENTION, rows, columns, source or name, fused)
 
 
-def mlp_linears(name: str, role: Role, hidden: int, intermediate: int, fused: str = "gate_up") -> list[Linear]:
+def mlp_linears(names: FfnNames, name: str, role: Role, hidden: int, intermediate: int) -> list[Linear]:
     """gate, up and down of one MLP or expert."""
     source, shared = f"{name}.in", "experts" if role is Role.EXPERT else None
     return [
-        Linear(f"{name}.gate_proj", role, intermediate, hidden, source, shared or fused),
-        Linear(f"{name}.up_proj", role, intermediate, hidden, source, shared or fused),
-        Linear(f"{name}.down_proj", role, hidden, intermediate, f"{name}.down_proj", shared),
+        Linear(f"{name}.{names.gate}", role, intermediate, hidden, source, shared or "gate_up"),
+        Linear(f"{name}.{names.up}", role, intermediate, hidden, source, shared or "gate_up"),
+        Linear(f"{name}.{names.down}", role, hidden, intermediate, f"{name}.{names.down}", shared),
     ]
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_compress.models.architecture import Block
 from deepseek_compress.models.config import ModelConfig
-from deepseek_compress.models.family import Family
 
 
 class Fold(NamedTuple):
@@ -27,26 +27,25 @@ class Fold(NamedTuple):
     rows: Tensor | None = None  # int64 (columns,): row of the producer that makes each column; None: in order
 
 
-def folds(family: Family, cfg: ModelConfig, layer: int) -> list[Fold]:
-    """Every place of block `layer`, in the order in which its channels are made."""
+def folds(block: Block) -> list[Fold]:
+    """List every place of a block, in the order in which its channels are made."""
+    cfg, names = block.cfg, block.cfg.names
     if cfg.compressed is not None:
         return []
     readers: dict[str, tuple[str, ...]] = {}
-    for linear in family.linears(cfg, layer):
+    for linear in block.linears:
         readers[linear.input] = (*readers.get(linear.input, ()), linear.name)
-    attention = "self_attn."
-    found = [Fold("input_layernorm", readers[attention + "in"])]
+    source = f"{names.attention}.in"
+    found = [Fold(names.attention_norm, readers[source])]
     if cfg.mla is not None:
         if cfg.mla.q_lora_rank is not None:
-            found.append(Fold(attention + "q_a_layernorm", readers[attention + "q_b_proj"]))
-        found.append(Fold(attention + "kv_a_layernorm", readers[attention + "kv_b_proj"]))
-    values = attention + ("v_proj" if cfg.mla is None else "kv_b_proj")
-    found.append(Fold(values, (attention + "o_proj",), rows=_value_rows(cfg)))
-    moe = cfg.moe if cfg.is_moe(layer) else None
-    normed = [names for source, names in readers.items() if source.endswith(".in") and source != attention + "in"]
-    router = moe.names.router.removesuffix(".weight") if moe else None
-    found.append(Fold("post_attention_layernorm", tuple(name for names in normed for name in names), router))
-    found += [Fold(names[1], readers[names[1].replace("up_proj", "down_proj")]) for names in normed]
+            found.append(Fold(names.q_a_norm, readers[names.q_b]))
+        found.append(Fold(names.kv_a_norm, readers[names.kv_b]))
+    found.append(Fold(names.v if cfg.mla is None else names.kv_b, (names.o,), rows=_value_rows(cfg)))
+    normed = {key: read for key, read in readers.items() if key.endswith(".in") and key != source}
+    router = block.moe.names.router.removesuffix(".weight") if block.moe else None
+    found.append(Fold(names.ffn_norm, tuple(name for read in normed.values() for name in read), router))
+    found += [Fold(read[1], readers[f"{key.removesuffix('.in')}.{names.ffn.down}"]) for key, read in normed.items()]
     return found
 
 

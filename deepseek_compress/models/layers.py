@@ -113,14 +113,14 @@ def grouped_attention(
 ) -> Tensor:
     """Grouped-query attention of Llama and Qwen2: x (B, T, hidden) -> (B, T, hidden)."""
     batch, new, _ = x.shape
-    heads, kv_heads, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    q = weights.linear("self_attn.q_proj", x).view(batch, new, heads, dim).transpose(1, 2)
-    k = weights.linear("self_attn.k_proj", x).view(batch, new, kv_heads, dim).transpose(1, 2)
-    v = weights.linear("self_attn.v_proj", x).view(batch, new, kv_heads, dim).transpose(1, 2)
+    heads, kv_heads, dim, names = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.names
+    q = weights.linear(names.q, x).view(batch, new, heads, dim).transpose(1, 2)
+    k = weights.linear(names.k, x).view(batch, new, kv_heads, dim).transpose(1, 2)
+    v = weights.linear(names.v, x).view(batch, new, kv_heads, dim).transpose(1, 2)
     cos, sin = cos_sin(cfg.rope, positions)
     q, k = rotate(cfg.rope, q, cos, sin), rotate(cfg.rope, k, cos, sin)
     if cache is not None:
         k, v = cache.update(layer, *cache.rounded(layer, positions, k, v))
     int8 = cache is not None and cache.int8
     out = attend([(q, k)], v, softmax_scale(cfg.rope, dim), mask, int8=int8)
-    return weights.linear("self_attn.o_proj", out.transpose(1, 2).reshape(batch, new, heads * dim))
+    return weights.linear(names.o, out.transpose(1, 2).reshape(batch, new, heads * dim))

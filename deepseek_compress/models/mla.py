@@ -35,15 +35,15 @@ def latent_attention(
         raise ValueError(f"{cfg.model_type} has no latent attention")
     batch, new, _ = x.shape
     q_latent, q = _queries(cfg, mla, weights, x)
-    kv = weights.linear("self_attn.kv_a_proj_with_mqa", x)
+    kv = weights.linear(cfg.names.kv_a, x)
     latent, k_rope = torch.split(kv, [mla.kv_lora_rank, mla.rope], dim=-1)
-    latent = rms_norm(latent, weights["self_attn.kv_a_layernorm.weight"], LATENT_EPS)
+    latent = rms_norm(latent, weights[f"{cfg.names.kv_a_norm}.weight"], LATENT_EPS)
     cos, sin = cos_sin(cfg.rope, positions)
     k_rope = rotate(cfg.rope, k_rope.unsqueeze(1), cos, sin)
     if cache is not None:
         k_rope, rounded = cache.rounded(layer, positions, k_rope, latent.unsqueeze(1))
         latent = rounded.squeeze(1)
-    heads = weights.linear("self_attn.kv_b_proj", latent).view(batch, new, -1, mla.nope + mla.value).transpose(1, 2)
+    heads = weights.linear(cfg.names.kv_b, latent).view(batch, new, -1, mla.nope + mla.value).transpose(1, 2)
     k_nope, v = torch.split(heads, [mla.nope, mla.value], dim=-1)
     q_nope, q_rope = torch.split(q, [mla.nope, mla.rope], dim=-1)
     q_rope = rotate(cfg.rope, q_rope, cos, sin)
@@ -59,18 +59,18 @@ def latent_attention(
     int8 = cache is not None and cache.int8
     pairs = [(q_nope, k_nope), (q_rope, k_rope)]
     out = attend(pairs, v, softmax_scale(cfg.rope, mla.nope + mla.rope), mask, int8=int8)
-    return weights.linear("self_attn.o_proj", out.transpose(1, 2).reshape(batch, new, -1))
+    return weights.linear(cfg.names.o, out.transpose(1, 2).reshape(batch, new, -1))
 
 
 def _queries(cfg: ModelConfig, mla: Mla, weights: Weights, x: Tensor) -> tuple[Tensor | None, Tensor]:
     """The query latent, where there is one, and the queries (B, H, T, nope + rope)."""
     latent = None
     if mla.q_lora_rank is None:
-        q = weights.linear("self_attn.q_proj", x)
+        q = weights.linear(cfg.names.q, x)
     else:
-        latent = weights.linear("self_attn.q_a_proj", x)
-        latent = rms_norm(latent, weights["self_attn.q_a_layernorm.weight"], LATENT_EPS)
-        q = weights.linear("self_attn.q_b_proj", latent)
+        latent = weights.linear(cfg.names.q_a, x)
+        latent = rms_norm(latent, weights[f"{cfg.names.q_a_norm}.weight"], LATENT_EPS)
+        q = weights.linear(cfg.names.q_b, latent)
     return latent, q.view(x.shape[0], x.shape[1], cfg.num_attention_heads, -1).transpose(1, 2)
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
+from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
 from deepseek_compress.errors import DscError, raise_problems
-from deepseek_compress.models import family_of
 from deepseek_compress.models.activations import InputScheme, input_scheme
+from deepseek_compress.models.architecture import Architecture
 from deepseek_compress.models.cache import KvCache, cache_problems, kv_rounding
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import Family
@@ -45,10 +45,10 @@ class Model:
             raise DscError(what, "leave attention out of the activations")
         self.weights = weights
         self.top = ResidentWeights(weights)
-        layers = range(cfg.num_hidden_layers)
-        self.blocks: list[Weights] = [ResidentWeights(weights, family.prefix(layer) + ".") for layer in layers]
+        blocks = Architecture(Header(Path(), {}, {}), family, cfg).blocks  # of weights that lie on no disk
+        self.blocks: list[Weights] = [ResidentWeights(weights, block.prefix) for block in blocks]
         if scheme is not None:
-            self.blocks = [scheme.applied(family, cfg, layer, self.blocks[layer]) for layer in layers]
+            self.blocks = [scheme.applied(*pair) for pair in zip(blocks, self.blocks, strict=True)]
 
     @classmethod
     def load(
@@ -63,14 +63,12 @@ class Model:
         Raises Problems with every missing, unknown or misshaped tensor.
         """
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
-        family = family_of(checkpoint.config)
-        raise_problems(family.problems(checkpoint.header))
-        cfg = family.parse(checkpoint.config)
-        mtp = family.mtp_tensors(cfg)
-        names = [name for name in family.tensors(cfg) if name not in mtp]
+        architecture = Architecture.of(checkpoint)
+        raise_problems(architecture.problems())
+        names = [name for name in architecture.tensors if name not in architecture.mtp]
         weights = {name: checkpoint.read(name, dtype=dtype) for name in names}
         kv_cache = kv_cache or kv_rounding(checkpoint.kv_cache)
-        return cls(family, cfg, weights, input_scheme(checkpoint.activations), kv_cache)
+        return cls(architecture.family, architecture.cfg, weights, input_scheme(checkpoint.activations), kv_cache)
 
     def cache(self, capacity: int | None) -> KvCache:
         """An empty cache for `capacity` tokens, which stores them as the model's scheme says."""
@@ -99,8 +97,8 @@ class Model:
     @property
     def head(self) -> Tensor:
         """(vocab, hidden): the output embedding."""
-        family = self.family
-        return self.weights[family.embedding if self.cfg.tie_word_embeddings else family.head]
+        names = self.cfg.names
+        return self.weights[names.embedding if self.cfg.tie_word_embeddings else names.head]
 
     def hidden_states(
         self, tokens: Tensor, cache: KvCache | None = None, left_padding: Tensor | None = None
@@ -109,7 +107,7 @@ class Model:
         batch, new = tokens.shape
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + new, device=tokens.device).expand(batch, new)
-        hidden = self.family.embed(self.cfg, self.weights[self.family.embedding], tokens)
+        hidden = self.family.embed(self.cfg, self.weights[self.cfg.names.embedding], tokens)
         mask = None
         if cache is None and (self.int8 or self.kv_cache is not None):
             cache = self.cache(None)  # attention reads what a cache would give back

@@ -31,15 +31,15 @@ DAMPINGS = (0.05, 0.5)  # shares of the mean of the diagonal that are tried besi
 class Gptaq(Gptq, frozen=True):
     """GPTQ towards the original model's outputs, correcting what earlier layers lost."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "drift", "half"})
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross_covariance", "half"})
     paper: ClassVar[str] = "Li et al. 2025, GPTAQ, arXiv 2504.02692"
     strength: float | None = Field(None, ge=0, le=1)  # null: by cross-validation
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
-        """`weight` float32 (rows, columns); needs `statistics.hessian`; without a drift this is GPTQ."""
+        """`weight` float32 (rows, columns); needs `statistics.hessian`; without a cross-covariance this is GPTQ."""
         prepared = self.prepare(statistics)
         assert prepared.factor is not None
-        if statistics.drift is None:
+        if statistics.cross_covariance is None:
             return super().__call__(weight, prepared)
         factor, strength = prepared.factor, self.strength
         if strength is None:
@@ -52,9 +52,9 @@ class Gptaq(Gptq, frozen=True):
 
 def missing(weight: Tensor, statistics: Statistics) -> Tensor:
     """M (rows, columns): what the outputs lack, times the inputs, summed over the tokens."""
-    assert statistics.drift is not None
-    found = weight @ statistics.drift
-    return found if statistics.owed is None else found + statistics.owed
+    assert statistics.cross_covariance is not None
+    found = weight @ statistics.cross_covariance
+    return found if statistics.residual_covariance is None else found + statistics.residual_covariance
 
 
 def corrected(weight: Tensor, statistics: Statistics, factor: Factor, strength: float) -> Tensor:
@@ -62,7 +62,7 @@ def corrected(weight: Tensor, statistics: Statistics, factor: Factor, strength: 
 
     `factor` is that of the Hessian. Zeros of a 2:4 weight stay zeros (the rest does not make up for it).
     """
-    if statistics.drift is None:
+    if statistics.cross_covariance is None:
         return weight
     moved = divide(missing(weight, statistics), factor)
     if pattern.holds(weight):
@@ -76,7 +76,7 @@ def validated(weight: Tensor, statistics: Statistics, damping: float) -> tuple[f
     Each half of the tokens judges the correction that the other gives.
     """
     half, whole = statistics.half, statistics.hessian
-    if half is None or half.hessian is None or half.drift is None or whole is None:
+    if half is None or half.hessian is None or half.cross_covariance is None or whole is None:
         return damping, 0.0
     first = (half.hessian, missing(weight, half))
     second = (whole - first[0], missing(weight, statistics) - first[1])

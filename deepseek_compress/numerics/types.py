@@ -53,8 +53,9 @@ class Statistics(NamedTuple):
     hessian: Tensor | None = None  # float32 (columns, columns): sum over tokens of x x^T, not yet divided by tokens
     input_absmax: Tensor | None = None  # float32 (columns,): largest |x| per channel
     input_absmean: Tensor | None = None  # float32 (columns,): mean |x| per channel
-    drift: Tensor | None = None  # float32 (columns, columns): sum of (x_original - x) x^T, x from the compressed model
-    owed: Tensor | None = None  # float32 (rows, columns): sum of (h_original - h) x^T, h what the output is added to
+    # Of a second model's states x*, h* (h: what the linear's output is added to):
+    cross_covariance: Tensor | None = None  # float32 (columns, columns): sum of (x* - x) x^T
+    residual_covariance: Tensor | None = None  # float32 (rows, columns): sum of (h* - h) x^T
     output_hessian: Tensor | None = None  # float32 (parts, n, n), parts * n rows: mean of g g^T, see `yaqa`
     half: Statistics | None = None  # the same sums over one half of the tokens alone, for a look at held-back ones
     factor: Factor | None = None

@@ -14,21 +14,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from deepseek_compress import provenance
-from deepseek_compress.blocks import claim, selection
-from deepseek_compress.blocks.overrides import Scheme, said
-from deepseek_compress.blocks.units import units
-from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_file, write_json
-from deepseek_compress.costs import Work
+from deepseek_compress.compress import selection
+from deepseek_compress.compress.fused_groups import fused_groups
+from deepseek_compress.compress.overrides import Scheme, said
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation import allocation, fisher, sensitivity
 from deepseek_compress.evaluation.allocation import Sizes, Target
 from deepseek_compress.evaluation.sensitivity import Choice, Search
-from deepseek_compress.models import Family, ModelConfig, Role, family_of
+from deepseek_compress.models import Architecture, Role
 from deepseek_compress.numerics import MIGRATION, WEIGHTS, WeightQuantizer
 from deepseek_compress.numerics.migration import Migration
+from deepseek_compress.planning.costs import Work
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
+from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.text import calibration_text
 from deepseek_compress.workers import open_pool
 
@@ -62,15 +62,14 @@ class Allocate(Stage, frozen=True):
 
     def problems(self, header: Header) -> list[DscError]:
         """Weights that are packed already, options that fit nothing, a target that none of them reaches."""
-        family = family_of(header.config)
-        found = family.problems(header)
+        architecture = Architecture.of(header)
+        found = architecture.problems()
         if found:
             return found
-        cfg, roles = family.parse(header.config), _roles(header)
-        found = selection.problems(family, cfg, header, roles, self._open_size(), None)
+        found = selection.problems(architecture, _roles(header), self._open_size(), None)
         if found:
             return found
-        choices = self._choices(family, cfg, header)
+        choices = self._choices(architecture)
         sizes, target = allocation.sizes(header, choices), Target.parse(self.target)
         least = sum(min(options) for options in sizes.options)
         return [allocation.too_small(sizes, target)] if least > sizes.budget(target) else []
@@ -81,12 +80,11 @@ class Allocate(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """What the tasks compute and hold; the inputs of all blocks lie on disk while it runs."""
-        family = family_of(header.config)
-        cfg = family.parse(header.config)
-        choices = tuple(self._choices(family, cfg, header))
+        architecture = Architecture.of(header)
+        choices = tuple(self._choices(architecture))
         fitted = samples * length if self.weights.needs else 0
         cost = {"kl": sensitivity.cost, "fisher": fisher.cost}[self.method]
-        memory, tasks, disk = cost(cfg, choices, self.windows * length, fitted)
+        memory, tasks, disk = cost(architecture.cfg, choices, self.windows * length, fitted)
         read = sum(info.bytes for info in header.tensors.values())
         return Forecast(header, len(choices), disk, memory, Work(), tasks, read)
 
@@ -117,31 +115,25 @@ class Allocate(Stage, frozen=True):
 
     def _search(self, source: Checkpoint, context: Context) -> tuple[Search, dict[str, Any]]:
         """What to measure on which text, and what the manifest says of the text."""
-        family = family_of(source.config)
-        cfg = family.parse(source.config)
-        choices = tuple(self._choices(family, cfg, source.header))
+        architecture = Architecture.of(source)
+        choices = tuple(self._choices(architecture))
         fitted = context.text.samples if self.weights.needs else 0
         work = context.out / WORK
         text = calibration_text(source, context, work, samples=fitted + self.windows)
         fitting, judging = text.tokens[:fitted], text.tokens[fitted:]
-        identity = {
-            "knobs": self.model_dump(mode="json", exclude={"target", "migration"}),  # no loss follows from them
-            "model": provenance.fingerprint(source),
-            "calibration": digest_of(text.tokens),
-            "versions": provenance.versions(),
-        }
-        claim(context.out, work, identity)
-        return Search(source, family, cfg, choices, self.weights.needs, MIN_TOKENS, judging, fitting, work), text.facts
+        knobs = self.model_dump(mode="json", exclude={"target", "migration"})  # no loss follows from them
+        Resumable.of(source, knobs, text.tokens).claim(context.out, work)
+        return Search(architecture, choices, self.weights.needs, MIN_TOKENS, judging, fitting, work), text.facts
 
     def _open_size(self) -> WeightQuantizer:
         """The quantiser whose group size is still to be chosen, unless it is given."""
         return self.weights.model_copy(update={"num_bits": 4})  # 8 symmetric bits alone would mean one scale a row
 
-    def _choices(self, family: Family, cfg: ModelConfig, header: Header) -> list[Choice]:
-        roles = _roles(header)
-        size = selection.select(family, cfg, roles, self._open_size()).group_size
+    def _choices(self, architecture: Architecture) -> list[Choice]:
+        roles = _roles(architecture.header)
+        size = selection.select(architecture, roles, self._open_size()).group_size
         assert size is not None
-        return allocation.choices(units(family, cfg, roles), self.weights, self.options, size)
+        return allocation.choices(fused_groups(architecture, roles), self.weights, self.options, size)
 
     def _facts(
         self,
@@ -155,7 +147,7 @@ class Allocate(Stage, frozen=True):
         shares: dict[str, int] = {}
         for choice, option in zip(choices, chosen, strict=True):
             scheme = said(choice.options[option])
-            shares[scheme] = shares.get(scheme, 0) + choice.unit.weights
+            shares[scheme] = shares.get(scheme, 0) + choice.group.weights
         return {
             "asked": self.target,
             "bits_per_weight": taken / sizes.weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator
 from deepseek_compress import machine
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.costs import Memory, Rates, Work, useful
 from deepseek_compress.errors import DscError
+from deepseek_compress.planning.costs import Memory, Rates, Work, useful
 from deepseek_compress.registry import pick
 
 
@@ -55,6 +55,11 @@ class Context:
     outputs: Mapping[str, Path] = field(default_factory=dict)  # name -> path of earlier outputs; "model" is the input
     progress: Callable[[int, int, str], None] = _silent  # (done, total, note)
     tell: Callable[[str], None] = print  # one line: what was decided, and from where
+
+    def tell_all(self, lines: Iterable[str]) -> None:
+        """Tell each of `lines`."""
+        for line in lines:
+            self.tell(line)
 
     @property
     def text(self) -> Calibration:

@@ -15,19 +15,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from deepseek_compress import provenance
-from deepseek_compress.blocks import claim, clean, run_text
-from deepseek_compress.blocks.observe import expected, observing
-from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_json
 from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
-from deepseek_compress.models import family_of
+from deepseek_compress.compress.collection import expected, observing
+from deepseek_compress.compress.convert import clean, convert_with_text
+from deepseek_compress.models import Architecture
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import tokenizer_hash
-from deepseek_compress.stages.text import Text, calibration_text
+from deepseek_compress.stages.text import calibration_text
 from deepseek_compress.workers import open_pool
 
 FILE = "calibration.json"
@@ -51,27 +49,21 @@ class Calibrate(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
-        family = family_of(header.config)
-        size, memory, work, tasks = expected(family, family.parse(header.config), self.fields, samples, length)
+        size, memory, work, tasks = expected(Architecture.of(header), self.fields, samples, length)
         read = sum(info.bytes for info in header.tensors.values())
         return Forecast(header, bytes=size, memory=memory, work=work, tasks=tasks, read=read)
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the statistics and `calibration.json`."""
-        family = family_of(source.config)
-        cfg = family.parse(source.config)
-        work = context.out / WORK
+        architecture, work = Architecture.of(source), context.out / WORK
         text = calibration_text(source, context, work)
-        claim(context.out, work, self._identity(source, text))
+        Resumable.of(source, self.model_dump(mode="json"), text.tokens).claim(context.out, work)
         forecast = self.forecast(source.header, *text.tokens.shape)
         workers, memory = forecast.workers(context.workers, context.memory), forecast.memory
-        job = observing(source, family, cfg, self.fields, work)
-        layers = range(cfg.num_hidden_layers)
-        prefixes = [family.prefix(layer) + "." for layer in layers]
-        names = [[prefixes[layer] + name for name in family.block_tensors(cfg, layer)] for layer in layers]
-        writer = StatisticsWriter(context.out, names)
+        job = observing(architecture, self.fields, work)
+        writer = StatisticsWriter(context.out, [[b.prefix + name for name in b.tensors] for b in architecture.blocks])
         with open_pool(job, workers, context.ray, memory.task if memory else 0) as pool:
-            done = run_text(job, writer, pool, text.tokens, context.progress)
+            done = convert_with_text(job, writer, pool, text.tokens, context.progress)
         blocks = [_facts(layer, block) for layer, block in enumerate(done.blocks)]
         write_json(context.out / FILE, {"schema": 1, "tokens": text.tokens.numel(), "blocks": blocks})
         saved = {"fields": sorted(self.fields), "files": writer.finish(), "tokenizer": tokenizer_hash(source)}
@@ -87,16 +79,6 @@ class Calibrate(Stage, frozen=True):
         write_json(context.out / "dsc_manifest.json", manifest)
         clean(job)
         return Output("artifact", context.out, _summary(blocks, text.tokens.numel()))
-
-    def _identity(self, source: Checkpoint, text: Text) -> dict[str, Any]:
-        """What the bytes follow from: an unfinished output of anything else is not gone on with."""
-        return {
-            "knobs": self.model_dump(mode="json"),
-            "model": provenance.fingerprint(source),
-            "calibration": [*text.tokens.shape, digest_of(text.tokens)],
-            "versions": provenance.versions(),
-            "threads": torch.get_num_threads(),
-        }
 
 
 def _facts(layer: int, block: dict[str, Any]) -> dict[str, Any]:

@@ -10,35 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.blocks import (
-    Job,
-    claim,
-    clean,
-    migration,
-    output_hessian,
-    ranges,
-    rotation,
-    run_blocks,
-    selection,
-    summary,
-    walk,
-)
-from deepseek_compress.blocks.change import LinearChange
-from deepseek_compress.blocks.forecast import expect
-from deepseek_compress.blocks.overrides import Override, build_all, counted
 from deepseek_compress.calibration.settings import Calibration
-from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.costs import Memory, total
+from deepseek_compress.compress import moved_scales, output_hessian, ranges, rotation, selection, summary
+from deepseek_compress.compress.convert import clean, convert
+from deepseek_compress.compress.forecast import expect
+from deepseek_compress.compress.job import Job
+from deepseek_compress.compress.overrides import Override, build_all, counted
+from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import Family, ModelConfig, Role, family_of
+from deepseek_compress.models import Architecture, ModelConfig, Role
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
@@ -48,9 +36,12 @@ from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
 from deepseek_compress.numerics.yaqa import Yaqa
+from deepseek_compress.planning.costs import Memory, total
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
+from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
+from deepseek_compress.streaming import observe
 from deepseek_compress.workers import open_pool
 
 PARTS = ("rotation", "migration", "sparsity", "weights", "activations", "kv_cache")
@@ -97,14 +88,14 @@ class Compress(Stage, frozen=True):
         """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
         if all(getattr(self, part) is None for part in PARTS):
             return [DscError("compress: nothing to do", f"give one of {', '.join(PARTS)}")]
-        family = family_of(header.config)
-        found = family.problems(header)
+        architecture = Architecture.of(header)
+        found = architecture.problems()
         if found:
             return found
-        cfg, roles = family.parse(header.config), self._changed(header)
-        found = selection.problems(family, cfg, header, roles, self.weights, self.sparsity, self.overrides)
-        found += [] if self.rotation is None else rotation.problems(family, cfg, header, self.mtp == "keep")
-        found += [] if self.migration is None else migration.problems(header)
+        cfg, roles = architecture.cfg, self._changed(header)
+        found = selection.problems(architecture, roles, self.weights, self.sparsity, self.overrides)
+        found += [] if self.rotation is None else rotation.problems(architecture, self.mtp == "keep")
+        found += [] if self.migration is None else moved_scales.problems(header)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
     def reads_text(self, header: Header) -> bool:
@@ -118,10 +109,9 @@ class Compress(Stage, frozen=True):
 
     def _needs(self, header: Header) -> frozenset[str]:
         """What has to be known of inputs; "text" where that alone serves."""
-        family = family_of(header.config)
-        cfg = family.parse(header.config)
-        moving = self._moving(cfg)
-        needs = self._change(family, cfg, header).needs | (moving.needs if moving else set())
+        architecture = Architecture.of(header)
+        moving = self._moving(architecture.cfg)
+        needs = self._solver(architecture).needs | (moving.needs if moving else set())
         own = isinstance(self.activations, Static) or (
             self.rotation is not None and needs
         )  # no statistics of others fit
@@ -129,15 +119,19 @@ class Compress(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
-        family = family_of(header.config)
-        cfg = family.parse(header.config)
-        header = header if self.rotation is None else rotation.rotated_header(family, cfg, header)
-        change = self._change(family, cfg, header)
-        expected = expect(family, cfg, header, change, samples if change.needs else 0, length)
-        moving = self._moving(cfg)
+        architecture = Architecture.of(header)
+        if self.rotation is not None:
+            header = rotation.rotated_header(architecture)
+            architecture = Architecture.of(header)
+        solver = self._solver(architecture)
+        expected = expect(architecture, solver, samples if solver.needs else 0, length)
+        moving = self._moving(architecture.cfg)
         looked_at = min(samples, (moving and moving.samples) or samples)
-        before = walk.cost(family, cfg, header, looked_at, length) if moving else walk.NOTHING
-        looked = self._range_cost(family, cfg, header, samples, length)
+        before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
+        looked = self._range_cost(architecture, samples, length)
+        if isinstance(self.weights, Yaqa) and samples:
+            back = output_hessian.cost(architecture, min(samples, self.weights.output_samples), length)
+            looked = observe.Cost(max(looked.memory, back.memory), total((looked.work, back.work)))
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
         alone = max(memory.alone, before.memory, looked.memory, turned)
         task = max(memory.task, turned if memory.task else 0)
@@ -156,53 +150,63 @@ class Compress(Stage, frozen=True):
         """`migration`, where the family has a place for scales."""
         return None if cfg.compressed is not None else self.migration
 
-    def _range_cost(self, family: Family, cfg: ModelConfig, header: Header, samples: int, length: int) -> walk.Cost:
+    def _range_cost(self, architecture: Architecture, samples: int, length: int) -> observe.Cost:
         """Of the run that finds the grids of static activations."""
         if not isinstance(self.activations, Static):
-            return walk.NOTHING
-        found = walk.cost(family, cfg, header, samples, length)
-        return found._replace(memory=found.memory + ranges.cost(family, cfg))
+            return observe.NOTHING
+        found = observe.cost(architecture, samples, length)
+        return found._replace(memory=found.memory + ranges.cost(architecture))
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the compressed checkpoint to `context.out`; goes on where an interrupted run stopped."""
-        family = family_of(source.config)
-        cfg = family.parse(source.config)
-        change = self._change(family, cfg, source.header)
-        decisions = self._decisions(source, family, cfg, change)
-        for line in decisions:
-            context.tell(line)
-        work = context.out / WORK
-        needs = self._needs(source.header)
-        saved = saved_statistics(source, context, needs) if needs else None
-        text = calibration_text(source, context, work) if needs and saved is None else None
+        architecture, work = Architecture.of(source), context.out / WORK
+        decisions = self._decisions(architecture)
+        context.tell_all(decisions)
+        text, saved = self._data(source, context, work)
         tokens = None if text is None else text.tokens
         memory, workers = self._share(source, tokens, context)
-        claim(context.out, work, self._identity(source, tokens, saved))
-        before = saved and saved.statistics
-        job = Job(source, family, cfg, change, work, keep_mtp=self.mtp == "keep", statistics=before)
-        if self.rotation is not None:
-            job = rotation.rotate(job, self.rotation)
-        if (moving := self._moving(cfg)) is not None:
-            job = migration.migrate(job, tokens, moving, context.progress)
-        if isinstance(self.weights, Yaqa) and tokens is not None:
-            outputs = output_hessian.collect(job, tokens[: self.weights.output_samples], context.progress)
-            job = replace(job, change=replace(change, outputs=outputs))
-        scheme, told = self._input_scheme(job, tokens, context)
-        job, decisions = replace(job, scheme=scheme), decisions + told
-        activations = self._told_scheme(scheme.inputs if scheme else {})
+        digest = saved.digest if saved else tokens
+        Resumable.of(source, self.model_dump(mode="json"), digest).claim(context.out, work)
+        job, told = self._job(architecture, work, tokens, saved, context)
+        context.tell_all(told)
+        activations = self._told_scheme(job.scheme.inputs if job.scheme else {})
         with (
             CheckpointWriter(context.out, job.source, activations=activations, resume=True) as writer,
             open_pool(job, workers, context.ray, memory.task) as pool,
         ):
-            blocks, hashes = run_blocks(job, writer, pool, tokens if change.needs else None, context.progress)
-            facts = {**summary.summarize(blocks), "decisions": decisions}
-            summary.write(context.out, blocks)
-            manifest = self._manifest(source, context, saved or text, facts, hashes)
-            notes = writer.finish(self._config_changes(source, family, cfg), manifest, _ignore(cfg))
+            done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
+            facts = {**summary.summarize(done.blocks), "decisions": decisions + told}
+            summary.write(context.out, done.blocks)
+            manifest = self._manifest(source, context, saved or text, facts, done.hashes)
+            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg))
         clean(job)
-        for line in notes:
-            context.tell(line)
+        context.tell_all(notes)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
+
+    def _data(self, source: Checkpoint, context: Context, work: Path) -> tuple[Text | None, Saved | None]:
+        """The text, or the statistics that were collected before; neither where nothing needs them."""
+        needs = self._needs(source.header)
+        saved = saved_statistics(source, context, needs) if needs else None
+        return calibration_text(source, context, work) if needs and saved is None else None, saved
+
+    def _job(
+        self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, context: Context
+    ) -> tuple[Job, list[str]]:
+        """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
+        statistics = saved and saved.statistics
+        job = Job(architecture, self._solver(architecture), work, None, self.mtp == "keep", statistics=statistics)
+        if self.rotation is not None:
+            job = rotation.rotate(job, self.rotation)
+        if (moving := self._moving(job.cfg)) is not None:
+            job = moved_scales.migrate(job, tokens, moving, context.progress)
+        if isinstance(self.weights, Yaqa) and tokens is not None:
+            outputs = output_hessian.collect(job, tokens[: self.weights.output_samples], context.progress)
+            job = replace(job, solver=replace(job.solver, outputs=outputs))
+        if isinstance(self.activations, Static) and tokens is not None:
+            found = ranges.find(job, tokens, self.activations, self.roles, context.progress)
+            return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
+        scheme = InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None
+        return replace(job, scheme=scheme), []
 
     def _share(self, source: Checkpoint, tokens: Tensor | None, context: Context) -> tuple[Memory, int]:
         """What is needed, and how many workers that leaves room for."""
@@ -214,23 +218,15 @@ class Compress(Stage, frozen=True):
             context.tell(f"{workers} workers, not {context.workers}: --memory has no room for more")
         return forecast.memory, workers
 
-    def _change(self, family: Family, cfg: ModelConfig, header: Header) -> LinearChange:
-        chosen = selection.select(family, cfg, self._changed(header), self.weights, self.overrides)
-        return LinearChange(family, chosen, self.sparsity, self.weights, self.min_tokens)
+    def _solver(self, architecture: Architecture) -> LinearSolver:
+        roles = self._changed(architecture.header)
+        chosen = selection.select(architecture, roles, self.weights, self.overrides)
+        return LinearSolver(chosen, self.sparsity, self.weights, self.min_tokens)
 
-    def _input_scheme(self, job: Job, tokens: Tensor | None, context: Context) -> tuple[InputScheme | None, list[str]]:
-        """How inputs are rounded, and what there is to say about it; static grids are found on `tokens`."""
-        if isinstance(self.activations, Static) and tokens is not None:
-            found = ranges.find(job, tokens, self.activations, self.roles, context.progress)
-            for line in found.told():
-                context.tell(line)
-            return InputScheme(None, self.roles, inputs=found.inputs), found.told()
-        return InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None, []
-
-    def _decisions(self, source: Checkpoint, family: Family, cfg: ModelConfig, change: LinearChange) -> list[str]:
-        """What was decided, and why, one line each."""
-        lines = []
-        chosen = change.selection
+    def _decisions(self, architecture: Architecture) -> list[str]:
+        """Say what was decided, and why, one line each."""
+        lines, cfg, header = [], architecture.cfg, architecture.header
+        chosen = self._solver(architecture).selection
         if self.weights is not None and self.weights.group_size is None:
             size = "one scale a row" if chosen.group_size is None else f"group_size {chosen.group_size}"
             lines.append(f"{size} (chosen: the largest that fits)")
@@ -239,11 +235,11 @@ class Compress(Stage, frozen=True):
             lines.append(f"no scales moved: {cfg.model_type} mixes its streams before each norm")
         if chosen.left:
             lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
-        if source.header.mxfp4 and not self.requantize and (self.weights or self.sparsity):
+        if header.mxfp4 and not self.requantize and (self.weights or self.sparsity):
             lines.append("routed experts keep their MXFP4 values (requantize: true changes them)")
-        if any(name.startswith("mtp.") for name in source.header.tensors):
+        if any(name.startswith("mtp.") for name in header.tensors):
             lines.append("MTP block left out")
-        if any(name in source.header.tensors for name in family.mtp_tensors(cfg)):
+        if architecture.has_mtp:
             lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
@@ -264,17 +260,6 @@ class Compress(Stage, frozen=True):
             return f"{bits}-bit activations stand in config.json, as compressed-tensors and vLLM read them"
         return f"{bits}-bit activations stand in the manifest, for evaluation and ONNX; servers run with 16-bit ones"
 
-    def _identity(self, source: Checkpoint, tokens: Tensor | None, saved: Saved | None) -> dict[str, Any]:
-        """What the bytes follow from: an unfinished output of anything else is not gone on with."""
-        text = None if tokens is None else [*tokens.shape, digest_of(tokens)]
-        return {
-            "knobs": self.model_dump(mode="json"),
-            "model": provenance.fingerprint(source),
-            "calibration": saved.digest if saved else text,
-            "versions": provenance.versions(),
-            "threads": None if tokens is None else torch.get_num_threads(),
-        }
-
     def _manifest(
         self,
         source: Checkpoint,
@@ -294,11 +279,10 @@ class Compress(Stage, frozen=True):
             extra={**cache, "calibration": text and text.facts, "facts": dict(facts)},
         )
 
-    def _config_changes(self, source: Checkpoint, family: Family, cfg: ModelConfig) -> dict[str, Any]:
+    def _config_changes(self, architecture: Architecture) -> dict[str, Any]:
         """num_nextn_predict_layers is 0 where the MTP block is not there: engines break when it is announced."""
-        there = any(name in source.header.tensors for name in family.mtp_tensors(cfg))
-        stays = there and self.mtp == "keep"
-        return {"num_nextn_predict_layers": 0} if cfg.num_nextn_predict_layers and not stays else {}
+        stays = architecture.has_mtp and self.mtp == "keep"
+        return {"num_nextn_predict_layers": 0} if architecture.cfg.num_nextn_predict_layers and not stays else {}
 
 
 def _ignore(cfg: ModelConfig) -> list[str]:

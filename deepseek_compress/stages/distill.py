@@ -16,7 +16,6 @@ from pydantic import Field
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
-from deepseek_compress.costs import Memory, Work
 from deepseek_compress.distillation import shrink as shrinking
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.traces import (
@@ -29,9 +28,10 @@ from deepseek_compress.distillation.traces import (
 )
 from deepseek_compress.distillation.trainer import Schedule, masks_of, train
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import Family, ModelConfig, family_of
+from deepseek_compress.models import Architecture, Family, ModelConfig
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.planning.costs import Memory, Work
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 
 COUNTED = 256  # documents that show how much each expert is used
@@ -55,11 +55,11 @@ class Distill(Stage, frozen=True):
 
     def problems(self, header: Header) -> list[DscError]:
         """A missing, unknown or misshaped tensor; sizes that do not fit; packed weights, which cannot be trained."""
-        family = family_of(header.config)
-        found = family.problems(header)
+        architecture = Architecture.of(header)
+        found = architecture.problems()
         if found:
             return found
-        found = shrinking.problems(family, family.parse(header.config), self.experts, self.layers)
+        found = shrinking.problems(architecture.family, architecture.cfg, self.experts, self.layers)
         if any(info.encoding == "packed" for info in header.tensors.values()):
             found.append(DscError("distill: the checkpoint has packed weights", "distill before it is quantised"))
         return found
@@ -70,8 +70,8 @@ class Distill(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Teacher, student, its gradients and two moments in float32; BF16 on the disk."""
-        family = family_of(header.config)
-        plan = self._shrink(family, family.parse(header.config), {})
+        architecture = Architecture.of(header)
+        plan = self._shrink(architecture.family, architecture.cfg, {})
         total = sum(math.prod(info.shape) for info in header.tensors.values())
         kept = sum(
             math.prod(header.tensors[origin.name].shape)

@@ -122,6 +122,6 @@ def _collect(check: Callable[[], None]) -> list[DscError]:
 
 def _supported(header: Header) -> None:
     from deepseek_compress.export.onnx import check_supported
-    from deepseek_compress.models import family_of
+    from deepseek_compress.models import Architecture
 
-    check_supported(family_of(header.config).parse(header.config))
+    check_supported(Architecture.of(header).cfg)

@@ -12,22 +12,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.blocks import claim
-from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
-from deepseek_compress.costs import Memory, Work, total
 from deepseek_compress.distillation import blockwise
 from deepseek_compress.distillation.recovery import recover
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Role
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics.types import Quantized
+from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.text import calibration_text
 
 WORK = ".dsc_recover"  # in the output directory, while a run is unfinished
@@ -93,14 +91,14 @@ class Recover(Stage, frozen=True):
             raise DscError(f"{self.reference!r} is no earlier output", f"valid names: {', '.join(context.outputs)}")
         original, work = open_checkpoint(context.outputs[self.reference]), context.out / WORK
         text = calibration_text(source, context, work, self.samples)
-        claim(context.out, work, self._identity(source, original, text.tokens, context.seed))
+        knobs = self.model_dump(mode="json")
+        Resumable.of(source, knobs, text.tokens, original, context.seed).claim(context.out, work)
         facts: dict[str, Any] = {}
         blocks = blockwise.Models(source, original, work)
         if self.by_block is not None:
-            knobs = self.by_block.model_dump()
             progress = context.progress
             facts["blocks"] = blockwise.recover_blocks(
-                blocks, text.tokens, seed=context.seed, progress=progress, **knobs
+                blocks, text.tokens, seed=context.seed, progress=progress, **self.by_block.model_dump()
             )
         trained: Mapping[str, Quantized | Tensor] = blockwise.Found(blocks)
         if self.passes:
@@ -117,7 +115,7 @@ class Recover(Stage, frozen=True):
                 source=source,
                 recipe=context.recipe_text,
                 seed=context.seed,
-                knobs=self.model_dump(mode="json"),
+                knobs=knobs,
                 inputs={"reference": original.path / "config.json"},
                 extra={"calibration": text.facts, "facts": facts},
             )
@@ -155,15 +153,3 @@ class Recover(Stage, frozen=True):
             seed=context.seed,
             progress=context.progress,
         )
-
-    def _identity(self, source: Checkpoint, original: Checkpoint, tokens: Tensor, seed: int) -> dict[str, Any]:
-        """What the bytes follow from: an unfinished output of anything else is not gone on with."""
-        return {
-            "knobs": self.model_dump(mode="json"),
-            "model": provenance.fingerprint(source),
-            "reference": provenance.fingerprint(original),
-            "calibration": [*tokens.shape, digest_of(tokens)],
-            "seed": seed,
-            "versions": provenance.versions(),
-            "threads": torch.get_num_threads(),
-        }

@@ -48,13 +48,13 @@ def saved_problems(source: Checkpoint, wanted: Calibration, needs: frozenset[str
 def _lacking(found: SavedStatistics, needs: frozenset[str]) -> list[DscError]:
     """What a method needs and they do not have."""
     wrong = []
-    if "drift" in needs:
+    if "cross_covariance" in needs:
         what = "the method compares the changed model with the original, which saved statistics cannot"
         wrong.append(DscError(f"{found.path}: {what}", "choose gptq, or calibrate with text"))
     if "text" in needs:
         what = f"{found.path}: rotated inputs and static activations need text, saved statistics have none"
         wrong.append(DscError(what, "leave those out, or calibrate with text"))
-    if missing := sorted(needs - found.fields - {"drift", "half", "text"}):
+    if missing := sorted(needs - found.fields - {"cross_covariance", "half", "text"}):
         what = f"{found.path}: holds {', '.join(sorted(found.fields))}, not {', '.join(missing)}"
         wrong.append(DscError(what, "choose another method, or dsc calibrate --set statistics=hessian"))
     return wrong

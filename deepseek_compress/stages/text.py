@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,17 +10,18 @@ import torch
 from torch import Tensor
 
 from deepseek_compress import machine, provenance
-from deepseek_compress.blocks import candidates
 from deepseek_compress.calibration.selection import Candidates, Quota, by_coverage, by_quality, coverage
 from deepseek_compress.calibration.settings import Calibration, Select
 from deepseek_compress.calibration.tokens import Windows, apportion, digest_of, facts, read_windows
-from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import read_json, write_json
-from deepseek_compress.costs import useful
+from deepseek_compress.compress import score_windows
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.planning.costs import Memory, Work, useful
 from deepseek_compress.stages.base import Context
+from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.workers import open_pool
 
 CHOSEN = "chosen.json"  # in the work directory: an interrupted run does not choose again
@@ -54,8 +56,16 @@ def calibration_text(source: Checkpoint, context: Context, work: Path, samples: 
     return Text(windows.tokens, {**facts(wanted, windows), "selection": found})
 
 
+def choice_cost(source: Header, select: Select, length: int) -> tuple[Memory, Work, Work]:
+    """Memory, work here and in workers of choosing from a pool. Raises DscError where the model cannot choose so."""
+    architecture = Architecture.of(source)
+    if select.balance and architecture.cfg.moe is None:
+        raise DscError("calibration.select.balance: the model has no experts", "leave it out")
+    return score_windows.cost(architecture, select.pool, length)
+
+
 def _check_vocabulary(source: Checkpoint, tokens: Tensor) -> None:
-    largest, size = int(tokens.max()), family_of(source.config).parse(source.config).vocab_size
+    largest, size = int(tokens.max()), Architecture.of(source).cfg.vocab_size
     if largest >= size:
         what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {size}"
         raise DscError(what, "check that tokenizer and model belong together")
@@ -70,18 +80,18 @@ def _choose(
     key, kept = provenance.digest(decided), work / CHOSEN
     if kept.is_file() and (before := read_json(kept)).get("key") == key:
         return dict(before["found"])
-    family = family_of(source.config)
-    cfg = family.parse(source.config)
-    job = candidates.unchanged(source, family, cfg, work)
-    memory = candidates.cost(family, cfg, *pool.tokens.shape)[0]
+    reading = work / f"pool-{key[:16]}"  # of this text, model and machine alone
+    run = PlainRun(Architecture.of(source), reading)
+    memory = score_windows.cost(run.architecture, *pool.tokens.shape)[0]
     size = sum(info.bytes for info in source.header.tensors.values())
     workers = memory.workers(context.workers, useful(machine.cores(), size), context.memory)
-    with open_pool(job, workers, context.ray, memory.task) as workforce:
-        made = candidates.survey(job, pool.tokens, workforce, context.progress)
+    with open_pool(run, workers, context.ray, memory.task) as workforce:
+        made = score_windows.score_windows(run, pool.tokens, workforce, context.progress)
     found = _decide(made, wanted, select, pool)
     for line in _told(found, select):
         context.tell(line)
     write_json(kept, {"key": key, "found": found})
+    shutil.rmtree(reading, ignore_errors=True)
     return found
 
 

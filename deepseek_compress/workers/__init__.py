@@ -178,7 +178,7 @@ class _Processes:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
-_PRELOAD = ("deepseek_compress.blocks",)  # what tasks import
+_PRELOAD = ("deepseek_compress.compress.convert",)  # what tasks import
 _given: list[Any] = []  # in a worker: what its tasks share
 
 

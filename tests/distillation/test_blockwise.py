@@ -29,7 +29,7 @@ PASSES, RATE, SEED = 2, 5e-3, 1
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepseek_compress.blocks.calibrated.BATCH_TOKENS", 64)
+    monkeypatch.setattr("deepseek_compress.streaming.batches.BATCH_TOKENS", 64)
 
 
 def silent(done: int, total: int, note: str) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_compress.blocks.overrides import Scheme
-from deepseek_compress.blocks.selection import CHANGEABLE
-from deepseek_compress.blocks.units import units
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.compress.fused_groups import fused_groups
+from deepseek_compress.compress.overrides import Scheme
+from deepseek_compress.compress.selection import CHANGEABLE
 from deepseek_compress.evaluation import fisher
 from deepseek_compress.evaluation.allocation import choices
 from deepseek_compress.evaluation.sensitivity import Choice, Search, cost, joint, measure
-from deepseek_compress.models import Role, family_of
+from deepseek_compress.models import Architecture, Role
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics import WEIGHTS, Statistics
@@ -31,13 +31,11 @@ OPTIONS = (Scheme(num_bits=2), Scheme(num_bits=4, group_size=64), Scheme(keep=Tr
 
 
 def search_of(path: Path, work: Path, method: str = "rtn", layers: tuple[int, ...] = (0, 2)) -> Search:
-    source = open_checkpoint(path)
-    family = family_of(source.config)
-    cfg = family.parse(source.config)
+    architecture = Architecture.of(open_checkpoint(path))
     weights = WEIGHTS[method].model_validate({})
-    chosen = [unit for unit in units(family, cfg, frozenset(CHANGEABLE) - {Role.INDEXER}) if unit.layer in layers]
-    found = tuple(choices(chosen, weights, OPTIONS, 32))
-    return Search(source, family, cfg, found, weights.needs, 4, JUDGING, FITTING, work)
+    groups = fused_groups(architecture, frozenset(CHANGEABLE) - {Role.INDEXER})
+    found = tuple(choices([group for group in groups if group.block.layer in layers], weights, OPTIONS, 32))
+    return Search(architecture, found, weights.needs, 4, JUDGING, FITTING, work)
 
 
 def no_progress(done: int, total: int, note: str) -> None:
@@ -72,7 +70,7 @@ def replaced(search: Search, model: Model, choice: Choice, quantizer: WeightQuan
     """The weights of a unit after the method alone; few or no tokens: rounded to nearest."""
     found: dict[str, Tensor] = {}
     seen = inputs(model) if search.needs and quantizer is not None else {}
-    for name in choice.unit.names if quantizer is not None else ():
+    for name in choice.group.names if quantizer is not None else ():
         assert quantizer is not None
         x, weight = seen.get(name, torch.empty(0, 1)), model.weights[name + ".weight"]
         if search.needs and len(x) < search.min_tokens:
@@ -88,14 +86,14 @@ def test_losses_are_those_of_the_whole_model_with_one_unit_replaced(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     search = search_of(request.getfixturevalue(name), tmp_path)
-    model = Model.load(search.source)
+    model = Model.load(search.architecture.source)
     with open_pool(search) as pool:
         losses = measure(search, pool, no_progress)
         for choice, found in zip(search.choices, losses, strict=True):
             assert len(found) == len(choice.options)
             for quantizer, loss in zip(choice.options, found, strict=True):
                 expected = slow(model, replaced(search, model, choice, quantizer))
-                assert loss == pytest.approx(expected, rel=2e-3, abs=1e-7), choice.unit.label
+                assert loss == pytest.approx(expected, rel=2e-3, abs=1e-7), choice.group.label
         chosen = [place % len(choice.options) for place, choice in enumerate(search.choices)]
         together: dict[str, Tensor] = {}
         for choice, option in zip(search.choices, chosen, strict=True):
@@ -105,13 +103,13 @@ def test_losses_are_those_of_the_whole_model_with_one_unit_replaced(
 
 def test_statistics_are_those_of_the_original(tiny_v3: Path, tmp_path: Path) -> None:
     search = search_of(tiny_v3, tmp_path, "gptq", layers=(2,))
-    model = Model.load(search.source)
+    model = Model.load(search.architecture.source)
     with open_pool(search) as pool:
         losses = measure(search, pool, no_progress)
     for choice, found in zip(search.choices, losses, strict=True):
         for quantizer, loss in zip(choice.options, found, strict=True):
             expected = slow(model, replaced(search, model, choice, quantizer))
-            assert loss == pytest.approx(expected, rel=0.02, abs=1e-7), choice.unit.label  # sums in another order
+            assert loss == pytest.approx(expected, rel=0.02, abs=1e-7), choice.group.label  # sums in another order
 
 
 def test_two_workers_and_a_run_that_was_stopped_give_the_same(tiny_v2: Path, tmp_path: Path) -> None:
@@ -135,7 +133,7 @@ def test_two_workers_and_a_run_that_was_stopped_give_the_same(tiny_v2: Path, tmp
 
 def test_what_is_planned_grows_with_what_is_done(tiny_v3: Path, tmp_path: Path) -> None:
     search = search_of(tiny_v3, tmp_path)
-    shapes = search.cfg, search.choices
+    shapes = search.architecture.cfg, search.choices
     memory, work, disk = cost(*shapes, judging=1000, fitting=0)
     more, worked, filled = cost(*shapes, judging=2000, fitting=3000)
     assert disk == 4 * 1000 * 128 * 4
@@ -153,7 +151,7 @@ def test_the_estimate_is_that_of_its_formula_on_the_whole_model(
     with open_pool(search) as pool:
         found = fisher.estimate(search, pool, no_progress)
         assert fisher.estimate(search, pool, no_progress) == found
-    model = Model.load(search.source)
+    model = Model.load(search.architecture.source)
     moved = [
         [
             {key: new - model.weights[key] for key, new in replaced(search, model, choice, option).items()}
@@ -173,7 +171,7 @@ def test_the_estimate_is_that_of_its_formula_on_the_whole_model(
                 along = sum(float((move[key] * slope[key]).sum()) for key in move if key in slope)
                 sums[number] += 0.5 * along**2 / JUDGING.numel()
     for mine, theirs, choice in zip(found, expected, search.choices, strict=True):
-        assert mine == pytest.approx(theirs, rel=5e-3, abs=1e-8), choice.unit.label
+        assert mine == pytest.approx(theirs, rel=5e-3, abs=1e-8), choice.group.label
         assert mine[choice.options.index(None)] == 0
 
 
@@ -182,7 +180,7 @@ def test_the_estimate_comes_near_what_is_measured(tiny_llama: Path, tmp_path: Pa
     search = search_of(tiny_llama, tmp_path, layers=(0, 1))
     windows = torch.randint(2, 512, (48, 12), generator=torch.Generator().manual_seed(1))
     bits = tuple(Scheme(num_bits=bits) for bits in (6, 8))
-    found = tuple(choices([choice.unit for choice in search.choices], WEIGHTS["rtn"].model_validate({}), bits, 32))
+    found = tuple(choices([choice.group for choice in search.choices], WEIGHTS["rtn"].model_validate({}), bits, 32))
     search = dataclasses.replace(search, judging=windows, choices=found)
     with open_pool(search) as pool:
         pairs = zip(measure(search, pool, no_progress), fisher.estimate(search, pool, no_progress), strict=True)

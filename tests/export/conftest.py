@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.types import Statistics
 

@@ -20,7 +20,7 @@ from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.gguf import PACKED, bound, export_gguf
 from deepseek_compress.export.vocabulary import CUTS, DEEPSEEK, read_vocabulary
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.types import Statistics

@@ -15,7 +15,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.export.onnx import export_onnx
 from deepseek_compress.export.pieces import row_softmax
 from deepseek_compress.export.verify import OnnxModel, open_session, random_prompts, verify
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
 
 from .conftest import Quantise

@@ -24,17 +24,20 @@ PACKAGE = ROOT / "deepseek_compress"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"catalogue", "doctor", "rates", "survey"},
+    {"catalogue", "doctor", "survey"},
     {"pipeline"},
     {"recipe", "workspace"},
     {"stages"},
-    {"blocks", "distillation", "export", "evaluation", "reports"},
+    {"distillation", "export", "evaluation", "reports"},
+    {"compress"},
+    {"streaming"},
     {"models", "calibration", "tasks"},
+    {"planning"},
     {"checkpoint", "provenance"},
     {"numerics"},
     {"cuda_ops"},
     {"workers"},
-    {"errors", "registry", "console", "costs", "resources", "machine"},
+    {"errors", "registry", "console", "resources", "machine"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {
@@ -107,9 +110,47 @@ def test_stages_never_import_each_other() -> None:
         if path.parent == PACKAGE / "stages" and path.stem not in {"__init__", "base"}:
             for name in imports(path):
                 words = name.split(".")
-                if words[:2] == ["deepseek_compress", "stages"] and words[2] not in {"base", "saved", "text"}:
+                if words[:2] == ["deepseek_compress", "stages"] and words[2] not in {
+                    "base",
+                    "resumable",
+                    "saved",
+                    "text",
+                }:
                     wrong.append(f"{path.name} imports {name}")
     assert wrong == []
+
+
+READS = {"read", "read_raw", "read_quantized", "resident", "weights", "top", "StreamedWeights"}
+MAY_READ = {
+    ("streaming/loop.py", "run"): "the loop",
+    ("compress/rotation.py", "rotated"): "the norms, which are vectors",
+}
+
+
+def test_only_the_loop_goes_through_blocks_and_reads_their_weights() -> None:
+    wrong = []
+    for path in of_package():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and _reads_block_by_block(node):
+                place = (str(path.relative_to(PACKAGE)) if path.is_relative_to(PACKAGE) else path.name, node.name)
+                wrong += [] if place in MAY_READ else [place]
+    assert wrong == []
+
+
+def _reads_block_by_block(function: ast.FunctionDef) -> bool:
+    """Whether a loop over blocks or layers has a call in it that reads tensors."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.For):
+            over, inside = ast.dump(node.iter), node.body
+        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            over, inside = "".join(ast.dump(part.iter) for part in node.generators), [node]
+        else:
+            continue
+        if "'blocks'" in over or "'num_hidden_layers'" in over:
+            calls = [c.func for part in inside for c in ast.walk(part) if isinstance(c, ast.Call)]
+            if any(getattr(call, "attr", getattr(call, "id", "")) in READS for call in calls):
+                return True
+    return False
 
 
 @pytest.mark.parametrize("library", ONLY)

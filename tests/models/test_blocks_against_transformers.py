@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint import open_checkpoint
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.weights import ResidentWeights, StreamedWeights
 from tests.models.reference import relative, state_of, transformers_model
 

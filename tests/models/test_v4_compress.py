@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_compress.blocks import Job, run_blocks
 from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
-from deepseek_compress.models import Role, family_of
+from deepseek_compress.compress.convert import convert
+from deepseek_compress.compress.job import Job
+from deepseek_compress.models import Architecture, Role
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
@@ -33,7 +34,7 @@ def test_experts_keep_their_bytes(method: str, tiny_v4: Path, tmp_path: Path) ->
     done = open_checkpoint(stage.run(source, context).path)
     assert "routed experts keep their MXFP4 values (requantize: true changes them)" in told
     assert done.config["quantization_config"]["format"] == "mixed-precision"
-    family = family_of(done.config)
+    family = Architecture.of(done).family
     for name, info in done.header.tensors.items():
         if family.role(name) is Role.EXPERT:
             assert info.encoding == "mxfp4"
@@ -74,12 +75,11 @@ def test_the_loop_advances_the_streams(tiny_v4: Path, tmp_path: Path) -> None:
     """The hidden state that the last block is calibrated with is that of the finished model."""
     stage = build(Compress, {"weights": {"gptq": {"group_size": 32, "mse": False}}, "requantize": True}, "compress")
     source = open_checkpoint(tiny_v4)
-    family = family_of(source.config)
-    cfg = family.parse(source.config)
+    architecture = Architecture.of(source)
     kept: list[torch.Tensor] = []
 
     with CheckpointWriter(tmp_path / "out", source) as writer:
-        change = stage._change(family, cfg, source.header)
+        solver = stage._solver(architecture)
         work = tmp_path / "out" / ".dsc_blocks"
 
         def look(done: int, total: int, note: str) -> None:
@@ -87,9 +87,9 @@ def test_the_loop_advances_the_streams(tiny_v4: Path, tmp_path: Path) -> None:
                 raw = (work / f"hidden-{done:05d}.f32").read_bytes()
                 kept.append(torch.frombuffer(bytearray(raw), dtype=torch.float32).clone())
 
-        job = Job(source, family, cfg, change, work)
+        job = Job(architecture, solver, work)
         with open_pool(job) as pool:
-            run_blocks(job, writer, pool, TOKENS, look)
+            convert(job, writer, pool, TOKENS, look)
         writer.finish({}, {}, [])
     with torch.no_grad():
         states = Model.load(tmp_path / "out").hidden_states(TOKENS)

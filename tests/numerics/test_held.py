@@ -23,7 +23,7 @@ def paired(noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sums(original: Tensor, seen: Tensor, half: Statistics | None = None) -> Statistics:
-    return Statistics(len(seen), seen.t() @ seen, drift=(original - seen).t() @ seen, half=half)
+    return Statistics(len(seen), seen.t() @ seen, cross_covariance=(original - seen).t() @ seen, half=half)
 
 
 @pytest.mark.parametrize("noise", [0.02, 1.0])

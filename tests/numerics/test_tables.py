@@ -48,7 +48,7 @@ def test_weights_with_defaults(name: str) -> None:
     assert torch.equal(h, h_before), "inputs are not modified"
     assert same(result, WEIGHTS[name]()(weight, given)), "same bits twice"
     assert same(result, method(weight, method.prepare(given))), "prepared or not"
-    if "drift" not in method.needs:  # those aim at another target
+    if "cross_covariance" not in method.needs:  # those aim at another target
         plain = nearest(method, weight)
         assert layer_error(weight, result.dequantize(), h) <= layer_error(weight, plain, h) * 1.0001
 
@@ -68,7 +68,7 @@ def test_weights_of_all_widths(name: str, bits: int, symmetric: bool) -> None:
     assert result.num_bits == bits
     assert result.symmetric == symmetric
     assert not symmetric or bool((result.zero_point == 2 ** (bits - 1)).all())
-    if "drift" not in WEIGHTS[name].needs:
+    if "cross_covariance" not in WEIGHTS[name].needs:
         plain = nearest(method, weight)
         assert layer_error(weight, result.dequantize(), h) <= layer_error(weight, plain, h) * 1.0001
 

@@ -81,7 +81,7 @@ def test_zeros_of_a_sparse_weight_stay() -> None:
 def test_with_gptaq_it_rounds_the_corrected_target() -> None:
     weight, h = correlated(40, 64)
     drift = 0.05 * h @ torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) / 8
-    given = Statistics(1, h, drift=drift, output_hessian=outputs(40))
+    given = Statistics(1, h, cross_covariance=drift, output_hessian=outputs(40))
     found = YaqaGptaq(group_size=32, strength=0.5)(weight, given)
     factor = Gptq(group_size=32).prepare(given).factor
     assert factor is not None

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_compress.blocks.overrides import Scheme
-from deepseek_compress.blocks.selection import CHANGEABLE
-from deepseek_compress.blocks.units import units
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.compress.fused_groups import fused_groups
+from deepseek_compress.compress.overrides import Scheme
+from deepseek_compress.compress.selection import CHANGEABLE
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation import allocation
 from deepseek_compress.evaluation.allocation import Target
-from deepseek_compress.models import Role, family_of
+from deepseek_compress.models import Architecture, Role
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.migration import SmoothQuant
 from deepseek_compress.pipeline import Options, plan, run
 from deepseek_compress.recipe import parse_recipe
-from tests.conftest import V3_CONFIG
+from tests.conftest import V3_CONFIG, shape_of
 
 ROLES = frozenset(CHANGEABLE) - {Role.INDEXER}
 RECIPE = """
@@ -70,16 +70,15 @@ def test_the_recipe_runs_and_its_output_has_the_size_that_was_asked_for(
     run(parse_recipe(f"model: {tiny_v3}\n{text}", "recipe.yaml"), tmp_path / "out", flat=True)
     done = open_checkpoint(tmp_path / "out")
     rows = {row["unit"]: row for row in found["units"]}
-    family = family_of(V3_CONFIG)
     taken = weights = 0
-    for unit in units(family, family.parse(V3_CONFIG), ROLES):
-        row = rows[unit.label]
-        option, size = row["options"][row["chosen"]], sum(done.header.tensors[n + ".weight"].bytes for n in unit.names)
-        assert 8 * size / unit.weights == pytest.approx(option["bits_per_weight"], rel=1e-12)
-        first = done.read_quantized(unit.names[0] + ".weight")
+    for group in fused_groups(shape_of(V3_CONFIG), ROLES):
+        row = rows[group.label]
+        option, size = row["options"][row["chosen"]], sum(done.header.tensors[n + ".weight"].bytes for n in group.names)
+        assert 8 * size / group.weights == pytest.approx(option["bits_per_weight"], rel=1e-12)
+        first = done.read_quantized(group.names[0] + ".weight")
         assert first is not None
         assert option["scheme"].startswith(f"{first.num_bits} bits, group_size {first.group_size}, ")
-        taken, weights = taken + 8 * size, weights + unit.weights
+        taken, weights = taken + 8 * size, weights + group.weights
     assert found["bits_per_weight"] == pytest.approx(taken / weights)
     files = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert files <= found["bytes"] <= 1.2 * files
@@ -103,7 +102,6 @@ def test_two_workers_write_the_same_files(tiny_v3: Path, tmp_path: Path) -> None
 
 @given(st.data())
 def test_the_recipe_says_what_was_chosen(data: st.DataObject) -> None:
-    family = family_of(V3_CONFIG)
     options = [
         Scheme(num_bits=2),
         Scheme(num_bits=5, symmetric=True),
@@ -111,7 +109,7 @@ def test_the_recipe_says_what_was_chosen(data: st.DataObject) -> None:
         Scheme(keep=True),
     ]
     weights = WEIGHTS["gptq"].model_validate({"damping": 0.01})
-    found = allocation.choices(units(family, family.parse(V3_CONFIG), ROLES), weights, options, 32)
+    found = allocation.choices(fused_groups(shape_of(V3_CONFIG), ROLES), weights, options, 32)
     chosen = [data.draw(st.integers(0, len(choice.options) - 1)) for choice in found]
     if all(choice.options[option] is None for choice, option in zip(found, chosen, strict=True)):
         return
@@ -121,24 +119,23 @@ def test_the_recipe_says_what_was_chosen(data: st.DataObject) -> None:
     assert [source.path for source in recipe.calibration.sources] == ["my text: a.jsonl", "no"]
     stage: Any = recipe.steps[0].stage
     assert stage.migration == moved
-    from deepseek_compress.blocks.selection import select
+    from deepseek_compress.compress.selection import select
 
-    picked = select(family, family.parse(V3_CONFIG), ROLES, stage.weights, stage.overrides)
+    picked = select(shape_of(V3_CONFIG), ROLES, stage.weights, stage.overrides)
     for choice, option in zip(found, chosen, strict=True):
-        for name, linear in zip(choice.unit.names, choice.unit.linears, strict=True):
-            kept = not picked.wants(family, choice.unit.layer, linear)
+        for name, linear in zip(choice.group.names, choice.group.linears, strict=True):
+            kept = not picked.wants(choice.group.block, linear)
             expected = choice.options[option]
             assert (None if kept else picked.quantizer(name, linear.columns, stage.weights)) == expected
 
 
 def test_a_unit_that_nothing_fits_is_kept_and_counted(tiny_v3: Path) -> None:
     header = open_checkpoint(tiny_v3).header
-    family = family_of(header.config)
     found = allocation.choices(
-        units(family, family.parse(header.config), ROLES), WEIGHTS["rtn"].model_validate({}), [Scheme(num_bits=4)], 128
+        fused_groups(Architecture.of(header), ROLES), WEIGHTS["rtn"].model_validate({}), [Scheme(num_bits=4)], 128
     )
-    kept = {choice.unit.label: choice for choice in found if choice.options == (None,)}
+    kept = {choice.group.label: choice for choice in found if choice.options == (None,)}
     assert "model.layers.1.mlp.experts" in kept  # 64 columns
     assert "model.layers.0.mlp.gate_proj+up_proj" not in kept
     sizes = allocation.sizes(header, found)
-    assert sizes.taken([0] * len(found)) > 16 * kept["model.layers.1.mlp.experts"].unit.weights
+    assert sizes.taken([0] * len(found)) > 16 * kept["model.layers.1.mlp.experts"].group.weights

@@ -14,16 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek_compress import blocks, pipeline
-from deepseek_compress.blocks import migration, observe
-from deepseek_compress.blocks.job import by_input
-from deepseek_compress.blocks.statistics import Accumulator
-from deepseek_compress.blocks.walk import walked
+from deepseek_compress import pipeline
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.statistics import StatisticsWriter, open_statistics, pack_triangle, unpack_triangle
+from deepseek_compress.compress import collection, convert, moved_scales
+from deepseek_compress.compress.collect import Accumulator
+from deepseek_compress.compress.job import by_input
 from deepseek_compress.errors import DscError, Problems
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture, Block
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics import WEIGHTS
@@ -33,8 +32,9 @@ from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.calibrate import Calibrate
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.stages.text import calibration_text
-from tests.blocks.test_blocks import contents
-from tests.blocks.test_moved_scales import job_of, silent
+from deepseek_compress.streaming.observe import Look, Observer, observe
+from tests.compress.test_blocks import contents
+from tests.compress.test_moved_scales import job_of, silent
 from tests.models.reference import relative
 
 GPTQ = Compress(weights=WEIGHTS["gptq"].model_validate({"group_size": 32}))
@@ -125,20 +125,27 @@ def test_scales_move_by_them_as_by_the_text(saved: Path, tiny_v3: Path, text: Pa
     """And what the moved model sees is what the statistics then say."""
     tokens = calibration_text(open_checkpoint(tiny_v3), context(tmp_path, settings(text)), tmp_path).tokens
     job = job_of(tiny_v3, tmp_path / "text", WEIGHTS["gptq"].model_validate({"group_size": 32}))
-    by_text = migration.find(job, tokens, SmoothQuant(), silent)
+    by_text = moved_scales.find(job, tokens, SmoothQuant(), silent)
     job = replace(job, work=tmp_path / "saved", statistics=open_statistics(saved))
-    moved = migration.migrate(job, None, SmoothQuant(), silent)
-    by_saved = migration.find(job, None, SmoothQuant(), silent)
+    moved = moved_scales.migrate(job, None, SmoothQuant(), silent)
+    by_saved = moved_scales.find(job, None, SmoothQuant(), silent)
     assert by_text.keys() == by_saved.keys()
     for place, scales in by_text.items():
         torch.testing.assert_close(by_saved[place], scales, rtol=1e-3, atol=1e-6)
     seen: dict[tuple[int, str], Accumulator] = {}
-    for layer, run in walked(replace(moved, work=tmp_path / "walk", statistics=None), tokens):
-        run(lambda name, x, layer=layer: seen.setdefault((layer, name), Accumulator(("hessian",))).add(x))
-    for layer in range(job.cfg.num_hidden_layers):
-        for linear in job.family.linears(job.cfg, layer):
-            if (layer, linear.name) in seen:
-                expected, found = seen[layer, linear.name].statistics(), moved.saved(layer, linear)
+
+    class Watching(Observer):
+        def begin(self, block: Block) -> Look:
+            return lambda name, x: seen.setdefault((block.layer, name), Accumulator(("hessian",))).add(x)
+
+        def end(self, block: Block) -> dict[str, Any]:
+            return {}
+
+    observe(moved.architecture, tokens, tmp_path / "walk", "walk", Watching(), silent)
+    for block in job.architecture.blocks:
+        for linear in block.linears:
+            if (block.layer, linear.name) in seen:
+                expected, found = seen[block.layer, linear.name].statistics(), moved.saved(block, linear)
                 assert expected.hessian is not None and found.hessian is not None
                 assert relative(found.hessian, expected.hessian) < 1e-4
 
@@ -172,9 +179,9 @@ def test_workers_and_interruptions_change_no_byte(
     with pytest.raises(DscError, match="no statistics in it"):
         open_statistics(tmp_path / "cut")
     run: list[int] = []
-    calibrated = blocks.calibrated_block
+    running = convert.run_block
     monkeypatch.setattr(
-        blocks, "calibrated_block", lambda job, layer, *rest: (run.append(layer), calibrated(job, layer, *rest))[1]
+        convert, "run_block", lambda job, layer, *rest: (run.append(layer), running(job, layer, *rest))[1]
     )
     assert contents(collect(tiny_v3, text, tmp_path / "cut")) == contents(saved)
     assert run == [1, 2]
@@ -205,11 +212,12 @@ def test_plan_knows_their_size(tiny_v3: Path, saved: Path, text: Path, tmp_path:
 
 def test_a_full_v3_block_is_foreseen(tiny_v3: Path) -> None:
     header = open_checkpoint(tiny_v3).header
-    family = family_of(header.config)
     full = {"hidden_size": 7168, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_hidden_layers": 4}
-    cfg = family.parse({**header.config, **full, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4})
-    whole = observe.expected(family, cfg, ("hessian",), 64, 512)
-    dense = observe.expected(family, replace(cfg, num_hidden_layers=3), ("hessian",), 64, 512)
+    config = {**header.config, **full, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4}
+    whole, dense = (
+        collection.expected(Architecture.of(replace(header, config=its)), ("hessian",), 64, 512)
+        for its in (config, {**config, "num_hidden_layers": 3})
+    )
     experts = 256 * (7168**2 + 2048**2) * 4 / 2
     assert whole[0] - dense[0] == pytest.approx(experts, rel=0.02)
     assert whole[1].task < 3e9  # never together

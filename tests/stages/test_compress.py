@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_compress.blocks.selection import select
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.formats.packed import unpack_weight
+from deepseek_compress.compress.selection import select
 from deepseek_compress.errors import DscError, Problems
-from deepseek_compress.models import family_of
+from deepseek_compress.models import Architecture
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics import SPARSITY, WEIGHTS, pattern
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.tasks import mixture
-from tests.conftest import LLAMA_CONFIG, V2_CONFIG
+from tests.conftest import LLAMA_CONFIG, V2_CONFIG, shape_of
 
 TOKENS = torch.randint(2, 512, (2, 60), generator=torch.Generator().manual_seed(9))
 
@@ -61,12 +61,9 @@ def test_four_bits(name: str, text: Path, tmp_path: Path, request: pytest.Fixtur
     assert knobs.problems(source.header) == []
     output = knobs.run(source, context(tmp_path / "out", text))
     done = open_checkpoint(output.path)
-    family = family_of(done.config)
-    assert family.problems(done.header) == []
-    cfg = family.parse(done.config)
-    changed = {
-        f"{family.prefix(n)}.{x.name}.weight" for n in range(cfg.num_hidden_layers) for x in family.linears(cfg, n)
-    }
+    architecture = Architecture.of(done)
+    assert architecture.problems() == []
+    changed = {f"{block.prefix}{linear.name}.weight" for block in architecture.blocks for linear in block.linears}
     assert {name for name, info in done.header.tensors.items() if info.encoding == "packed"} == changed
     assert done.config["quantization_config"]["format"] == "pack-quantized"
     assert {key: value for key, value in done.config.items() if key != "quantization_config"} == {
@@ -186,8 +183,7 @@ def test_the_group_size_is_chosen_from_the_shapes(tiny_v3: Path, tmp_path: Path,
 
 
 def chosen(config: dict[str, Any]) -> tuple[int | None, set[str]]:
-    family = family_of(config)
-    selection = select(family, family.parse(config), Compress().roles, WEIGHTS["rtn"]())
+    selection = select(shape_of(config), Compress().roles, WEIGHTS["rtn"]())
     return selection.group_size, set(selection.left)
 
 

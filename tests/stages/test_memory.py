@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_compress.blocks.forecast import TEXT, calibrated_cost
-from deepseek_compress.costs import Memory
+from deepseek_compress.compress.forecast import TEXT, calibrated_cost
 from deepseek_compress.machine import resident
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
+from deepseek_compress.planning.costs import Memory
 from tests.conftest import V3_CONFIG, finish_directory, write_shards
 
 WIDE = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.formats.fp8 import encode_fp8_block
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics.activations import InputGrid

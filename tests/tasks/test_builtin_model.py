@@ -10,7 +10,7 @@ import torch
 
 from deepseek_compress import resources, tasks
 from deepseek_compress.checkpoint import open_checkpoint
-from deepseek_compress.models import family_of
+from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.resolve import resolve_model
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer

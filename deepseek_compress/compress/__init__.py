@@ -1,0 +1,1 @@
+"""What is done to a linear and to a model: solver, scheme, transforms, collection, conversion without data."""

@@ -1,0 +1,62 @@
+"""Statistics of every linear's input in the model as it is: a job that changes nothing, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from deepseek_compress.compress.forecast import HESSIANS, TEXT, calibrated_cost
+from deepseek_compress.compress.job import Job, Solved, by_input
+from deepseek_compress.models import Architecture, Block, Linear, Role
+from deepseek_compress.numerics.types import Statistics
+from deepseek_compress.planning.costs import Memory, Work, total
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A solver that changes nothing: every linear is looked at, `needs` says what is collected."""
+
+    needs: frozenset[str]
+    min_tokens: int = 0
+
+    def wants(self, block: Block, linear: Linear) -> bool:
+        """All of them."""
+        return True
+
+    def solve(self, block: Block, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+        """Never called: the job stores the statistics."""
+        raise NotImplementedError
+
+
+def observing(architecture: Architecture, fields: Sequence[str], work: Path) -> Job:
+    """The job that collects `fields` of `Statistics`."""
+    return Job(architecture, Observed(frozenset(fields)), work, observing=True)
+
+
+def expected(
+    architecture: Architecture, fields: Sequence[str], samples: int, length: int
+) -> tuple[int, Memory, Work, Work]:
+    """Bytes on disk, memory, work here and in workers, for `samples` of `length` tokens."""
+    cfg = architecture.cfg
+    size, alone, beside, task, tokens = 0, 2 * cfg.vocab_size * cfg.hidden_size, 0, 0, samples * length
+    works, tasks = [Work()], [Work()]
+    for block in architecture.blocks:
+        cost = calibrated_cost(cfg, block.linears, [], samples, length, False)
+        works.append(cost.work)
+        tasks.append(cost.tasks)
+        alone, beside, task = max(alone, cost.alone), max(beside, cost.beside), max(task, cost.task)
+        held = {True: 0, False: 0}  # experts or not: bytes of the largest Hessians at once
+        for group in by_input(block.linears):
+            n, expert = group[0].columns, group[0].role is Role.EXPERT
+            size += 8 + 8 * n
+            if "hessian" not in fields:
+                continue
+            size += 2 * n * (n + 1)
+            held[expert] = max(held[expert], 4 * HESSIANS * n * n)
+            share = tokens * cfg.moe.top_k / cfg.moe.experts if expert and cfg.moe else tokens
+            (tasks if expert else works).append(Work(1.1 * share * n * n))
+        alone, task = max(alone, held[False]), max(task, held[True])
+    return size, Memory(TEXT + alone, TEXT + beside, task), total(works), total(tasks)

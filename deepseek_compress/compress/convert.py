@@ -1,0 +1,131 @@
+"""Compress a checkpoint block by block: with text through the block loop, without it shard by shard (`data_free`)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deepseek_compress import machine, provenance
+from deepseek_compress.checkpoint import CheckpointWriter
+from deepseek_compress.compress import data_free
+from deepseek_compress.compress.job import Job
+from deepseek_compress.streaming.forward import run_block
+from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit, silent
+from deepseek_compress.workers import Pool
+
+
+class Writer(Protocol):
+    """Where blocks go, one after the other."""
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Tensors of blocks that are safe on the disk."""
+        ...
+
+    def add_raw(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Take what the job stores."""
+        ...
+
+    def keep(self, name: str) -> None:
+        """Take a tensor of the source as it is."""
+        ...
+
+    def flush(self) -> None:
+        """Make what came so far safe."""
+        ...
+
+
+class Done(NamedTuple):
+    """What a run found."""
+
+    blocks: list[Facts]  # {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}
+    hashes: dict[str, str]  # BLAKE3 of the source's files that its manifest does not list
+
+
+@torch.no_grad()
+def convert(
+    job: Job, writer: CheckpointWriter, pool: Pool, tokens: Tensor | None = None, progress: Progress = silent
+) -> Done:
+    """Write every tensor of the source to `writer`, changed where the job wants it.
+
+    pool: who computes tasks; it shares `job`. tokens: int64 (samples, length) of calibration text; None: no block is
+    run. The caller finishes the writer and then calls `clean`.
+    """
+    if tokens is not None:
+        return convert_with_text(job, writer, pool, tokens, progress)
+    job.work.mkdir(parents=True, exist_ok=True)
+    machine.settle()
+    return Done(*data_free.convert(job, writer, pool, progress))
+
+
+@torch.no_grad()
+def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, progress: Progress = silent) -> Done:
+    """`convert` with text: each block is run, and what comes of it goes to `writer`."""
+    if job.paired:
+        tokens = tokens.repeat_interleave(2, dim=0)
+    visitor = _Solve(job, writer, pool)
+    visitor.keep(_around(job, before=True))
+    loop = Loop((Stream(job.architecture),), tokens, job.work, paired=job.paired)
+    blocks = loop.run(visitor, progress, visitor.finished)
+    visitor.keep(_around(job, before=False))
+    files = provenance.unhashed(job.source)
+    return Done(blocks, {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)})
+
+
+def clean(job: Job) -> None:
+    """Remove what only an interrupted run needs."""
+    shutil.rmtree(job.work, ignore_errors=True)
+
+
+@dataclass
+class _Solve:
+    """Changes the linears of each block and writes all of its tensors."""
+
+    job: Job
+    writer: Writer
+    pool: Pool
+    written: frozenset[str] = field(init=False)  # tensors that an interrupted run left in finished shards
+
+    def __post_init__(self) -> None:
+        self.written = self.writer.written
+
+    def visit(self, at: Visit) -> Facts:
+        """Solve a block."""
+        block, changed = at.blocks[0], self.job.changed(at.blocks[0])
+        self.keep([block.prefix + name for name in block.tensors if block.prefix + name not in changed])
+        following = at.after[0] if at.after else None
+        facts = run_block(self.job, at.layer, at.before[0], at.batches, following, self._store, self.pool)
+        self.writer.flush()
+        return facts
+
+    def finished(self, layer: int) -> bool:
+        """Whether all tensors of a block are in finished shards."""
+        block = self.job.architecture.blocks[layer]
+        return {block.prefix + name for name in block.tensors} <= self.written
+
+    def keep(self, names: list[str]) -> None:
+        """Write tensors that do not change, unless an interrupted run did."""
+        for name in names:
+            if name not in self.written:
+                self.writer.keep(name)
+
+    def _store(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        if name not in self.written:
+            self.writer.add_raw(name, parts)
+
+
+def _hash(job: Job, file: Path) -> str:
+    return provenance.hash_file(file)
+
+
+def _around(job: Job, before: bool) -> list[str]:
+    """Tensors of the checkpoint that belong to no block: the embedding before them, the others after."""
+    blocks = tuple(block.prefix for block in job.architecture.blocks)
+    outside = sorted(info.name for info in job.tensors() if not info.name.startswith(blocks))
+    return [name for name in outside if (name == job.architecture.embedding) == before]

@@ -1,0 +1,204 @@
+"""What is done to a model by compression, and to one of its blocks: read, collect, solve, store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint.header import TensorInfo
+from deepseek_compress.checkpoint.ledger import parts_of
+from deepseek_compress.checkpoint.statistics import SavedStatistics, parts_of_statistics
+from deepseek_compress.compress.collect import Accumulator, collect
+from deepseek_compress.models import Architecture, Block, Linear, ModelConfig
+from deepseek_compress.models.activations import InputScheme
+from deepseek_compress.numerics.types import Quantized, Statistics
+from deepseek_compress.streaming.block_run import BlockRun, Part, Store
+from deepseek_compress.streaming.hidden_store import HiddenStore
+
+
+class Solved(NamedTuple):
+    """A linear's new weight as it is stored, and what there is to say about it."""
+
+    stored: Tensor | Quantized
+    facts: Mapping[str, Any]
+
+
+class Solver(Protocol):
+    """What is done to the linears of a block."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Statistics`; without any, no block is run."""
+        ...
+
+    @property
+    def min_tokens(self) -> int:
+        """A linear whose input fewer tokens reached is solved without statistics."""
+        ...
+
+    def wants(self, block: Block, linear: Linear) -> bool:
+        """Whether this linear changes."""
+        ...
+
+    def solve(self, block: Block, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+        """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done to a checkpoint: plain values, so that any process can do a part of it."""
+
+    architecture: Architecture
+    solver: Solver
+    work: Path  # directory for hidden stores, and for what an interrupted run needs to go on
+    scheme: InputScheme | None = None  # how inputs of linears are rounded in the model that comes out
+    keep_mtp: bool = True
+    observing: bool = False  # the statistics are what is stored, and no linear changes
+    statistics: SavedStatistics | None = None  # collected before; then no block is run
+
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint that is compressed."""
+        return self.architecture.source
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """Its configuration."""
+        return self.architecture.cfg
+
+    @property
+    def paired(self) -> bool:
+        """Whether calibration shows every sample twice, once for each model: see `paired_forward`."""
+        return "cross_covariance" in self.solver.needs
+
+    @property
+    def min_tokens(self) -> int:
+        """Experts that fewer tokens reach are reported."""
+        return self.solver.min_tokens
+
+    def begin(self, layer: int, store: Store) -> SolvedBlock:
+        """Take up a block; new weights go to `store`."""
+        return SolvedBlock(self, self.architecture.blocks[layer], store)
+
+    def saved(self, block: Block, linear: Linear) -> Statistics:
+        """The statistics that were collected before for the input of `linear`; none without them."""
+        return Statistics() if self.statistics is None else self.statistics.read(block.prefix + linear.input)
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Those of the source that go into the output."""
+        architecture = self.architecture
+        dropped = set() if self.keep_mtp else set(architecture.mtp)
+        known = set(architecture.tensors) | {architecture.cfg.names.head}
+        for name, info in self.source.header.tensors.items():
+            if name in known and name not in dropped:
+                yield info
+
+    def changed(self, block: Block) -> dict[str, Linear]:
+        """The linears of a block that change, by the name of their weight in the checkpoint."""
+        wanted = (linear for linear in block.linears if self.solver.wants(block, linear))
+        return {f"{block.prefix}{linear.name}.weight": linear for linear in wanted}
+
+
+class SolvedBlock(BlockRun):
+    """One block of a job: its tensors while they are needed, what is new of them, and the facts about its linears."""
+
+    def __init__(self, job: Job, block: Block, store: Store) -> None:
+        super().__init__(block, store, job.scheme)
+        self.job = job
+
+    def wants(self, linear: Linear) -> bool:
+        """Whether the job changes this linear."""
+        return self.job.solver.wants(self.block, linear)
+
+    def acts(self, linears: Sequence[Linear]) -> bool:
+        """Whether one of these linears changes."""
+        return any(self.wants(linear) for linear in linears)
+
+    def load(self, linears: Iterable[Linear]) -> None:
+        """Read weights and biases: exact where the job changes them, otherwise as they will be stored."""
+        for linear in linears:
+            names = (linear.name + ".weight", linear.name + ".bias")
+            self.read(names[0], exact=self.wants(linear))
+            if names[1] in self.block.tensors:
+                self.read(names[1])
+            if self.job.paired:
+                self.original.update({name: self.tensors[name] for name in names if name in self.tensors})
+
+    def outputs(self, part: Part) -> Iterator[tuple[int, Tensor, bool]]:
+        """Solve the linears of a part, then run it; the input of its last linear is kept, so that nothing before it
+        runs again."""
+        self.load(part.linears)
+        last = next((linear for linear in part.linears if linear.name == part.last and self.wants(linear)), None)
+        if last is None:
+            self._solve_in_order(part)
+            for batch in range(part.batches):
+                yield batch, part.forward(lambda weights: weights, batch), False
+        else:
+            with HiddenStore(part.path, part.rows, (last.columns,)) as kept:
+                self._solve_in_order(part, kept)
+                for batch in range(part.batches):
+                    weights = self.unrounded(part.split(batch))
+                    yield batch, weights.linear(part.last, part.get(kept, batch)), True
+                kept.remove()
+        self.free(part.linears)
+
+    def act(self, part: Part) -> None:
+        """Solve the linears of a part."""
+        self.load(part.linears)
+        self._solve_in_order(part)
+        self.free(part.linears)
+
+    def _solve_in_order(self, part: Part, kept: HiddenStore | None = None) -> None:
+        """Solve the linears that change, each with the inputs that those before it give once they are changed."""
+        for group in by_input(part.linears):
+            wanted = [linear for linear in group if self.wants(linear)]
+            if wanted:
+                sums = Accumulator(self.job.solver.needs)
+                names = frozenset(linear.name for linear in group)
+                keep = None if kept is None else lambda batch, x: part.put(kept, batch, x)
+                collect(part, names, sums, keep)
+                if kept is not None and part.last in names:
+                    self.free(linear for linear in part.linears if linear not in group)  # they do not run again
+                self.solve(wanted, sums.statistics())
+
+    def solve(self, group: Sequence[Linear], statistics: Statistics) -> None:
+        """Give linears that share an input their new weights and write them; or only what was seen of that input."""
+        prefix = self.block.prefix
+        if self.job.observing:
+            self.store(prefix + group[0].input, parts_of_statistics(statistics))
+            self.facts += [observed(linear, statistics) for linear in group]
+            return
+        if statistics.tokens < self.job.min_tokens:
+            statistics = Statistics(tokens=statistics.tokens)
+        pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
+        for (linear, _), solved in zip(pairs, self.job.solver.solve(self.block, pairs, statistics), strict=True):
+            name = f"{prefix}{linear.name}.weight"
+            self.store(name, parts_of(name, solved.stored, self.job.scheme is not None))
+            loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()
+            self.tensors[linear.name + ".weight"] = loaded
+            self.facts.append({"name": prefix + linear.name, "role": str(linear.role), **solved.facts})
+
+
+def observed(linear: Linear, statistics: Statistics) -> dict[str, Any]:
+    """What reached a linear: tokens, the largest and the mean magnitude, and how far the largest channel stands out."""
+    facts: dict[str, Any] = {"name": linear.name, "role": str(linear.role), "tokens": statistics.tokens}
+    largest, mean = statistics.input_absmax, statistics.input_absmean
+    if largest is None or mean is None:
+        return {**facts, "absmax": None, "absmean": None, "outlier": None}
+    top, median = float(largest.max()), float(largest.median())
+    return {**facts, "absmax": top, "absmean": float(mean.mean()), "outlier": top / median if median else None}
+
+
+def by_input(linears: Sequence[Linear]) -> Iterator[list[Linear]]:
+    """Linears that share an input, in the order in which they run."""
+    keys = list(dict.fromkeys(linear.input for linear in linears))
+    ordered = sorted(linears, key=lambda linear: keys.index(linear.input))
+    for _, group in groupby(ordered, key=lambda linear: linear.input):
+        yield list(group)

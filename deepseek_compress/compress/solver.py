@@ -1,0 +1,142 @@
+"""Sparsify, then quantise, the linears that share an input, and measure what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.compress.job import Solved
+from deepseek_compress.compress.output_hessian import OutputHessians
+from deepseek_compress.compress.selection import Selection
+from deepseek_compress.models import Block, Linear
+from deepseek_compress.numerics.magnitude import Magnitude
+from deepseek_compress.numerics.rtn import Rtn
+from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
+
+SAMPLED = 64  # rows
+
+
+@dataclass(frozen=True)
+class LinearSolver:
+    """`sparsity`, then `weights`; both see the same statistics. Without those, their data-free stand-ins."""
+
+    selection: Selection
+    sparsity: Sparsifier | None
+    weights: WeightQuantizer | None
+    min_tokens: int
+    outputs: OutputHessians | None = None  # where `weights` needs them and there was text
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the parts need."""
+        return frozenset[str]().union(*(part.needs for part in (self.sparsity, self.weights) if part is not None))
+
+    def wants(self, block: Block, linear: Linear) -> bool:
+        """Whether this linear changes; with activations alone, none does."""
+        return bool(self.sparsity or self.weights) and self.selection.wants(block, linear)
+
+    def solve(self, block: Block, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
+        """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
+        fallback = bool(self.needs) and statistics.hessian is None and statistics.input_absmax is None
+        values, sparsity = [weight for _, weight in group], self._sparsifier(fallback)
+        if sparsity is not None:
+            masked = sparsity.prepare(statistics)
+            values = [sparsity(weight, masked) for weight in values]
+            del masked  # its factor is as large as the Hessian
+        quantizers = [self.quantizer(block, linear, fallback) for linear, _ in group]
+        prepared = {its: its.prepare(statistics) for its in dict.fromkeys(quantizers) if its is not None}
+        stored = [
+            weight.to(torch.bfloat16) if its is None else its(weight, self._of(block, linear, prepared[its]))
+            for (linear, _), weight, its in zip(group, values, quantizers, strict=True)
+        ]
+        methods = [
+            "+".join(type(part).__name__.lower() for part in (sparsity, its) if part is not None) for its in quantizers
+        ]
+        facts = {"tokens": statistics.tokens, "fallback": fallback}
+        return [
+            Solved(new, {"method": method, **facts, **measure(weight, new, statistics)})
+            for (_, weight), new, method in zip(group, stored, methods, strict=True)
+        ]
+
+    def _of(self, block: Block, linear: Linear, statistics: Statistics) -> Statistics:
+        """`statistics` with what belongs to the outputs of one linear."""
+        found = None if self.outputs is None else self.outputs.read(block, linear)
+        return statistics._replace(output_hessian=found)
+
+    def quantizer(self, block: Block, linear: Linear, fallback: bool) -> WeightQuantizer | None:
+        """How a linear that changes is quantised; `fallback`: without the statistics that takes."""
+        if self.weights is None:
+            return None
+        found = self.selection.quantizer(block.prefix + linear.name, linear.columns, self.weights)
+        if fallback and found.needs:
+            return Rtn(num_bits=found.num_bits, group_size=found.group_size, symmetric=found.symmetric)
+        return found
+
+    def _sparsifier(self, fallback: bool) -> Sparsifier | None:
+        if self.sparsity is not None and fallback and self.sparsity.needs:
+            return Magnitude(pattern=self.sparsity.pattern)
+        return self.sparsity
+
+
+def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) -> dict[str, Any]:
+    """What the change cost: relative squared errors of the weight and, with a Hessian, of the linear's output.
+
+    output_error = ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens; None without them. Over SAMPLED rows of
+    a larger weight, drawn once and for all by their number: over all rows it would cost more than finding Q.
+    """
+    energy, lost, zeros = 0.0, 0.0, 0
+    for start in range(0, len(weight), SAMPLED):  # few rows at a time stay in the cache
+        chunk = slice(start, start + SAMPLED)
+        loaded = _loaded(stored, chunk)
+        energy += _squares(weight[chunk])
+        lost += _squares(weight[chunk] - loaded)
+        zeros += loaded.numel() - int(loaded.count_nonzero())
+    return {
+        "weight_error": lost / energy if energy > 0 else 0.0,
+        "output_error": None if statistics.hessian is None else _output_error(weight, stored, statistics.hessian),
+        "zeros": zeros / weight.numel(),
+        "bits": bits(stored),
+        "weights": weight.numel(),
+    }
+
+
+def _output_error(weight: Tensor, stored: Tensor | Quantized, hessian: Tensor) -> float:
+    rows = sampled(len(weight))
+    before = weight[rows]
+    both = torch.cat((before, before - _loaded(stored, rows)))
+    energy, lost = ((both @ hessian) * both).sum(1, dtype=torch.float64).view(2, -1).sum(1).tolist()
+    return float(lost / energy) if energy > 0 else 0.0
+
+
+def sampled(rows: int) -> Tensor:
+    """int64: which of `rows` rows of a weight its output error is taken from."""
+    if rows <= SAMPLED:
+        return torch.arange(rows)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(rows))[:SAMPLED].sort().values
+
+
+def _loaded(stored: Tensor | Quantized, rows: slice | Tensor) -> Tensor:
+    if not isinstance(stored, Quantized):
+        return stored[rows].float()
+    parts = (stored.codes[rows], stored.scale[rows], stored.zero_point[rows])
+    return Quantized(*parts, stored.num_bits, stored.symmetric).dequantize()
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.flatten().dot(x.flatten()))
+
+
+def bits(stored: Tensor | Quantized) -> float:
+    """Bits per weight on disk, scales and zero points included."""
+    if not isinstance(stored, Quantized):
+        return 8.0 * stored.element_size()
+    return packed_bits(stored.num_bits, stored.group_size, stored.symmetric)
+
+
+def packed_bits(num_bits: int, group_size: int, symmetric: bool) -> float:
+    """Bits per weight of a packed linear."""
+    return num_bits + (16 + (0 if symmetric else num_bits)) / group_size

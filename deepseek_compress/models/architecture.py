@@ -1,0 +1,174 @@
+"""This model, on this disk, block by block.
+
+`Architecture.of(checkpoint)` knows what `config.json` says, which tensors belong to which block, and how each runs;
+`.blocks[i]` reads the tensors of one block and runs them. Nothing is held: who iterates decides what stays in memory.
+Of a header alone it knows shapes, which is what planning needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.errors import DscError
+from deepseek_compress.models.cache import KvCache
+from deepseek_compress.models.config import Linear, ModelConfig, Moe, Role
+from deepseek_compress.models.families.table import family_of
+from deepseek_compress.models.family import Family, Shape
+from deepseek_compress.models.weights import StreamedWeights, Weights
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`family` is a table of facts, `cfg` the typed config.json. `checkpoint` is None where only a header is known."""
+
+    header: Header
+    family: Family
+    cfg: ModelConfig
+    checkpoint: Checkpoint | None = None
+
+    @classmethod
+    def of(cls, model: Checkpoint | Header) -> Architecture:
+        """Read the configuration. Raises DscError for one that is not understood."""
+        header = model.header if isinstance(model, Checkpoint) else model
+        family = family_of(header.config)
+        checkpoint = model if isinstance(model, Checkpoint) else None
+        return cls(header, family, family.parse(header.config), checkpoint)
+
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint; raises ValueError where only shapes are known."""
+        if self.checkpoint is None:
+            raise ValueError(f"{self.header.path}: only its header is known")
+        return self.checkpoint
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The decoder blocks in their order."""
+        return tuple(Block(self, layer) for layer in range(self.cfg.num_hidden_layers))
+
+    def problems(self) -> list[DscError]:
+        """List every missing, unknown and misshaped tensor of the checkpoint."""
+        return self.family.problems(self.header)
+
+    @cached_property
+    def tensors(self) -> dict[str, Shape]:
+        """Every tensor of a complete checkpoint with its shape, those of MTP blocks included."""
+        return self.family.tensors(self.cfg)
+
+    @cached_property
+    def mtp(self) -> dict[str, Shape]:
+        """The tensors of multi-token prediction blocks."""
+        return self.family.mtp_tensors(self.cfg)
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the checkpoint holds MTP blocks."""
+        return any(name in self.header.tensors for name in self.mtp)
+
+    @property
+    def embedding(self) -> str:
+        """The tensor that embeds tokens."""
+        return self.cfg.names.embedding
+
+    @property
+    def head(self) -> str:
+        """The tensor that makes logits: the embedding where the two are tied."""
+        return self.embedding if self.cfg.tie_word_embeddings else self.cfg.names.head
+
+    @property
+    def norm(self) -> str:
+        """The last norm's tensor."""
+        return self.cfg.names.norm
+
+    @cached_property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a token's hidden state between blocks: (hidden,), or (streams, hidden)."""
+        probe = self.family.embed(self.cfg, torch.empty(1, self.cfg.hidden_size), torch.zeros(1, 1, dtype=torch.long))
+        return tuple(probe.shape[2:])
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        """tokens (B, T), table (vocab, hidden) -> the first block's input, float32 (B, T, *row_shape)."""
+        return self.family.embed(self.cfg, table, tokens).float()
+
+    def final_hidden(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """The last block's output (B, T, *row_shape) -> the head's input (B, T, hidden)."""
+        return self.family.final_hidden(self.cfg, weights, hidden)
+
+    def top(self) -> Weights:
+        """Tensors outside blocks, by checkpoint name, read at each access."""
+        return StreamedWeights(self.source, "")
+
+    def linears(self, roles: Collection[Role]) -> Iterator[tuple[str, Linear]]:
+        """(name in the checkpoint, linear) of every linear of `roles`, block by block."""
+        for block in self.blocks:
+            for linear in block.linears:
+                if linear.role in roles:
+                    yield block.prefix + linear.name, linear
+
+    def on(self, source: Checkpoint) -> Architecture:
+        """The same model with the tensors of `source`, whose configuration may differ in what a transform changes."""
+        return replace(Architecture.of(source), family=self.family)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Architecture, (self.header, self.family, self.cfg, self.checkpoint)  # without what is cached
+
+
+class Block:
+    """One decoder block: its tensors by local name ("self_attn.o_proj.weight"), and how it runs on given weights."""
+
+    def __init__(self, architecture: Architecture, layer: int) -> None:
+        self.architecture = architecture
+        self.family, self.cfg, self.layer = architecture.family, architecture.cfg, layer
+        self.name = self.family.prefix(layer)  # "model.layers.3"
+        self.prefix = self.name + "."
+
+    @cached_property
+    def linears(self) -> list[Linear]:
+        """The linears a recipe may change, in the order in which they run."""
+        return self.family.linears(self.cfg, self.layer)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Shape]:
+        """All tensors with their shapes, by local name."""
+        return self.family.block_tensors(self.cfg, self.layer)
+
+    @property
+    def moe(self) -> Moe | None:
+        """How it routes; None for a dense block."""
+        return self.cfg.moe if self.cfg.is_moe(self.layer) else None
+
+    def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Read one tensor by its local name, decoded to `dtype`; None: to the type it is stored in."""
+        return self.architecture.source.read(self.prefix + name, dtype)
+
+    def resident(self) -> dict[str, Tensor]:
+        """Read all tensors, floats in float32, by local name."""
+        return {name: self.read(name) for name in self.tensors}
+
+    def weights(self) -> Weights:
+        """Tensors read and decoded at each access, and freed after it."""
+        return StreamedWeights(self.architecture.source, self.prefix)
+
+    def attention_part(self, weights: Weights, hidden: Tensor, positions: Tensor, cache: KvCache | None) -> Tensor:
+        """hidden (B, T, *row_shape) -> hidden with what attention adds."""
+        return self.family.attention_part(self.cfg, self.layer, weights, hidden, positions, None, cache)
+
+    def ffn_input(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """hidden after attention -> the input of the MLP or the experts (B, T, hidden)."""
+        return self.family.ffn_input(self.cfg, self.layer, weights, hidden)
+
+    def ffn_output(self, weights: Weights, hidden: Tensor, added: Tensor) -> Tensor:
+        """hidden after attention, and what the MLP or the experts add -> the block's output."""
+        return self.family.ffn_output(self.cfg, self.layer, weights, hidden, added)
+
+    def run(self, weights: Weights, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The whole block for hidden (B, T, *row_shape) of tokens (B, T), every sample from position 0."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self.family.run_block(self.cfg, self.layer, weights, hidden, positions, tokens=tokens)

@@ -1,0 +1,29 @@
+"""The families by the `model_type` of their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepseek_compress.errors import DscError
+from deepseek_compress.models.families.deepseek_v2 import DeepseekV2
+from deepseek_compress.models.families.deepseek_v3 import DeepseekV3
+from deepseek_compress.models.families.deepseek_v4 import DeepseekV4
+from deepseek_compress.models.families.deepseek_v32 import DeepseekV32
+from deepseek_compress.models.families.llama import Llama
+from deepseek_compress.models.families.qwen2 import Qwen2
+from deepseek_compress.models.family import Family
+
+FAMILIES: dict[str, type[Family]] = {
+    family.model_type: family for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, Llama, Qwen2)
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Find the family that `model_type` of a config.json names. Raises DscError with the supported ones."""
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise DscError(
+            f"config.json: model_type {name!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[name]()

@@ -1,0 +1,1 @@
+"""What a step needs, from shapes alone, and what that means on this machine."""

@@ -1,0 +1,73 @@
+"""What an unfinished output follows from: a run that differs in any of it may not go on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_compress import machine, provenance
+from deepseek_compress.calibration.tokens import digest_of
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.writer import PARTIAL
+from deepseek_compress.errors import DscError
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Identity of an output. None where a thing has no say in its bytes."""
+
+    knobs: Mapping[str, Any]
+    model: str  # fingerprint
+    versions: Mapping[str, str | None]
+    processor: str
+    teacher: str | None = None  # fingerprint of the second model
+    text: Any = None  # digest of tokens, or of statistics
+    seed: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+
+    @classmethod
+    def of(
+        cls,
+        source: Checkpoint,
+        knobs: Mapping[str, Any],
+        text: Tensor | str | None,
+        teacher: Checkpoint | None = None,
+        seed: int | None = None,
+        device: str = "cpu",
+    ) -> Resumable:
+        """Identify a run. text: its tokens, whose sums depend on the number of threads, or a digest of other data."""
+        tokens = isinstance(text, Tensor)
+        return cls(
+            knobs=knobs,
+            model=provenance.fingerprint(source),
+            versions=provenance.versions(),
+            processor=str(machine.describe()["cpu"]),
+            teacher=None if teacher is None else provenance.fingerprint(teacher),
+            text=[*text.shape, digest_of(text)] if isinstance(text, Tensor) else text,
+            seed=seed,
+            threads=torch.get_num_threads() if tokens else None,
+            device=device,
+        )
+
+    def claim(self, out: Path, work: Path) -> None:
+        """Take up `work`. Call before the writer is made. Raises DscError, naming what differs, for another run's."""
+        file = work / "identity.json"
+        here = json.loads(json.dumps(asdict(self)))
+        if file.is_file():
+            there = read_json(file)
+            differing = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
+            if differing:
+                what = f"{out}: holds an unfinished run with other {', '.join(differing)}"
+                raise DscError(what, "give the same again to resume it, or another output directory")
+        elif (out / PARTIAL).is_dir() and any((out / PARTIAL).iterdir()):
+            raise DscError(f"{out}: holds an unfinished output that cannot be resumed", f"remove {out}")
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(file, here)

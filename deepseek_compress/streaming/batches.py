@@ -1,0 +1,46 @@
+"""How the rows of a hidden store are taken: whole samples, about `BATCH_TOKENS` tokens at a time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deepseek_compress.streaming.hidden_store import HiddenStore
+from deepseek_compress.streaming.paired_forward import Split, pairs
+
+BATCH_TOKENS = 2048  # fixed: another batch size has other roundings
+
+
+class Batches:
+    """tokens int64 (samples, length); `paired`: every sample stands there twice, and the two are never parted.
+
+    `together`: batches that run as one, where each of them would read all experts of a block again.
+    """
+
+    def __init__(self, tokens: Tensor, paired: bool = False, together: int = 1) -> None:
+        self.tokens = tokens
+        self.paired = paired
+        self.samples, self.length = tokens.shape
+        self.step = max(1, BATCH_TOKENS // self.length) * together
+        if paired:
+            self.step += self.step % 2
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.step)
+
+    def read(self, store: HiddenStore, batch: int) -> Tensor:
+        """(n, length, *row_shape)."""
+        count = len(self.ids(batch))
+        rows = store.read(batch * self.step * self.length, count * self.length)
+        return rows.view(count, self.length, *store.row_shape)
+
+    def write(self, store: HiddenStore, batch: int, values: Tensor) -> None:
+        """Store (n, length, *row_shape)."""
+        store.write(batch * self.step * self.length, values.reshape(-1, *store.row_shape))
+
+    def ids(self, batch: int) -> Tensor:
+        """Token ids (n, length)."""
+        return self.tokens[batch * self.step : (batch + 1) * self.step]
+
+    def split(self, batch: int) -> Split | None:
+        """Which samples of the batch are the original model's."""
+        return pairs(len(self.ids(batch))) if self.paired else None

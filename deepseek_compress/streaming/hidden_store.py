@@ -1,0 +1,144 @@
+"""Rows of float32: the activations between blocks, which may not fit into memory and then lie on disk.
+
+There they are read and written with `pread` / `pwrite` into fresh buffers, never mapped: the pages of a mapped file
+count as resident.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.errors import DscError
+
+HELD = 128 << 20  # bytes
+_AGAIN = "remove the output and start again"
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DscError(f"{path}: {error.strerror}", "make room; the same command goes on") from None
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")
+
+
+class HiddenStore:
+    """`rows` rows of shape `row_shape`, float32, zeros at first; `existing` takes up a file that was renamed.
+
+    Up to `held` bytes (None: HELD) stay in memory until `rename`; what is larger, and what other processes read
+    (`held` 0), lies in the file from the start. Without a `path` everything stays in memory.
+    """
+
+    def __init__(
+        self, path: Path | None, rows: int, row_shape: tuple[int, ...], existing: bool = False, held: int | None = None
+    ) -> None:
+        self.rows, self.row_shape = rows, row_shape
+        self._width = 4 * math.prod(row_shape)  # bytes of a row
+        self._held: Tensor | None = None
+        self._fd = -1
+        if path is None:
+            self._held = torch.zeros((rows, *row_shape))
+            return
+        self.path = path
+        with _disk(path):
+            self._fd = os.open(path, os.O_RDWR | (0 if existing else os.O_CREAT | os.O_TRUNC), 0o644)
+            size = os.fstat(self._fd).st_size if existing else rows * self._width
+            if size != rows * self._width:
+                raise DscError(f"{path}: {size} bytes, {rows * self._width} expected", _AGAIN)
+            if size <= (HELD if held is None else held):
+                self._held = torch.zeros((rows, *row_shape))
+                if existing:
+                    self._pread(_bytes(self._held), 0)
+            elif not existing:
+                os.ftruncate(self._fd, size)
+
+    def read(self, start: int, count: int) -> Tensor:
+        """Rows [start, start + count): float32 (count, *row_shape), not to be modified."""
+        if self._held is not None:
+            return self._held[start : start + count]
+        out = torch.empty((count, *self.row_shape), dtype=torch.float32)
+        self._pread(_bytes(out), start)
+        return out
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Replace the rows from `start` on by `rows` (n, *row_shape)."""
+        if self._held is not None:
+            self._held[start : start + len(rows)] = rows
+        else:
+            self._pwrite(_bytes(rows.detach().float().contiguous()), start)
+
+    def gather(self, places: list[int]) -> Tensor:
+        """The rows at `places`, float32 (n, *row_shape)."""
+        if self._held is not None:
+            return self._held[places]
+        out = torch.empty((len(places), *self.row_shape), dtype=torch.float32)
+        view = _bytes(out)
+        for i, place in enumerate(places):
+            self._pread(view[i * self._width : (i + 1) * self._width], place)
+        return out
+
+    def add(self, places: list[int], rows: Tensor) -> None:
+        """Add `rows` (n, *row_shape) to those at `places`, which differ from each other."""
+        total = self.gather(places) + rows
+        if self._held is not None:
+            self._held[places] = total
+            return
+        view = _bytes(total)
+        for i, place in enumerate(places):
+            self._pwrite(view[i * self._width : (i + 1) * self._width], place)
+
+    def rename(self, path: Path) -> None:
+        """Make everything written durable, then give the file its final name."""
+        if self._held is not None:
+            self._pwrite(_bytes(self._held), 0)
+        with _disk(path):
+            os.fsync(self._fd)
+            os.replace(self.path, path)
+        self.path = path
+
+    def remove(self) -> None:
+        """Close and delete."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close; the file stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> HiddenStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pread(self, view: memoryview, row: int) -> None:
+        done = 0
+        while done < len(view):
+            got = os.preadv(self._fd, [view[done:]], row * self._width + done)
+            if got == 0:
+                raise DscError(f"{self.path}: ends early", _AGAIN)
+            done += got
+
+    def _pwrite(self, view: memoryview, row: int) -> None:
+        done = 0
+        with _disk(self.path):
+            while done < len(view):
+                done += os.pwritev(self._fd, [view[done:]], row * self._width + done)

@@ -1,0 +1,94 @@
+"""Two models side by side: what the compressed one computes, and next to it what the original would have.
+
+Methods that need `Statistics.cross_covariance` see every sample twice, one after the other: first as the compressed
+model computes it, then as the original does. One forward over both runs each half through its own weights, so their
+inputs to a linear meet where they are summed.
+
+A routed expert of the compressed model gets the tokens that the compressed model's router sends it, since those are the
+ones it will get; next to each stands the same token as the original's stream has it, wherever the original's router
+sends that, so that the target is what the original's expert makes of the original's input. The tokens that the original
+routes there itself are run too, for its own stream alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.models.weights import Weights
+
+
+class Split(NamedTuple):
+    """Which rows of a batch are the original model's."""
+
+    original: Tensor  # bool, one for each row of a batch's first dimension
+    partners: Tensor  # bool, likewise: the original's that stand, in order, next to the compressed model's
+    stream: Tensor | None = None  # (n, length, hidden): what the output of the linear is added to, both halves
+
+
+def pairs(samples: int) -> Split:
+    """The split of a batch of `samples` alternating ones."""
+    original = torch.arange(samples) % 2 == 1
+    return Split(original, original)
+
+
+def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
+    """What an expert is given, for the rows `tokens` (n,) of a spool that routers sent it, and how many pairs that is.
+
+    First each row of the compressed model and, next to it, the same token as the original has it, `length` rows on;
+    then the original's rows that stand next to none.
+    """
+    theirs = tokens // length % 2 == 1
+    ours = tokens[~theirs]
+    partners = ours + length
+    rest = tokens[theirs & ~torch.isin(tokens, partners)]
+    return torch.cat((torch.stack((ours, partners), 1).flatten(), rest)), len(ours)
+
+
+def pairs_first(places: range, pairs: int) -> Split:
+    """The split of these places of what `alongside` gives."""
+    place = torch.arange(places.start, places.stop)
+    odd = place % 2 == 1
+    return Split(odd | (place >= 2 * pairs), odd & (place < 2 * pairs))
+
+
+def rows(chosen: Tensor, x: Tensor) -> Tensor:
+    """`chosen` for each entry of the first dimension of `x`, into which a batch may have been flattened."""
+    return chosen.repeat_interleave(len(x) // len(chosen)) if len(x) > len(chosen) else chosen
+
+
+class PairedWeights:
+    """`changed` for the compressed model's rows, `original` for the others; norms and the like are the same in both."""
+
+    def __init__(self, changed: Weights, original: Weights, split: Split) -> None:
+        self.changed = changed
+        self.original = original
+        self.split = split
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.changed[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.changed
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (n, ..., columns) -> (n, ..., rows)."""
+        theirs = rows(self.split.original, x)
+        ours = self.changed.linear(name, x[~theirs])
+        out = ours.new_empty(len(x), *ours.shape[1:])
+        out[~theirs] = ours
+        out[theirs] = self.original.linear(name, x[theirs])
+        return out
+
+
+def only_changed(quantize: Callable[[Tensor], Tensor], split: Split) -> Callable[[Tensor], Tensor]:
+    """`quantize` for the compressed model's rows; the original's inputs are not rounded."""
+
+    def rounded(x: Tensor) -> Tensor:
+        theirs = rows(split.original, x).view(-1, *[1] * (x.dim() - 1))
+        return torch.where(theirs, x, quantize(x))
+
+    return rounded
