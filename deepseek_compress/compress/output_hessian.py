@@ -142,7 +142,7 @@ class _Watched:
     def linear(self, name: str, x: Tensor) -> Tensor:
         out = self.inner.linear(name, x)
         if out.requires_grad:
-            out.register_hook(lambda gradient: self.seen(name, gradient))
+            out.register_hook(lambda gradient: self.seen(name, gradient))  # type: ignore[no-untyped-call]
         return out
 
 

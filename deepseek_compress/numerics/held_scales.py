@@ -53,7 +53,7 @@ class HeldScales(Migration, frozen=True):
         unmoved = self._error(rows, still, *halves)
         best, lowest = still, (1 - LEAST) * unmoved
         for alpha in self.alphas:
-            scales = SmoothQuant(alpha=alpha).scales(largest, statistics)
+            scales = SmoothQuant.model_validate({"alpha": alpha}).scales(largest, statistics)
             error = self._error(rows, scales, *halves)
             if error < lowest:
                 best, lowest = scales, error
@@ -61,7 +61,8 @@ class HeldScales(Migration, frozen=True):
 
     def _error(self, rows: Tensor, scales: Tensor, first: Tensor, second: Tensor) -> float:
         """Of `rows` (n, columns) rounded with one half's Hessian, on the other half; both ways."""
-        solver = Gptq(num_bits=self.num_bits, group_size=self.group_size, symmetric=self.symmetric)
+        knobs = {"num_bits": self.num_bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        solver = Gptq.model_validate(knobs)
         total = 0.0
         for solving, judging in ((first, second), (second, first)):
             moved = Statistics(hessian=solving / scales[:, None] / scales[None, :])

@@ -194,14 +194,15 @@ class Compress(Stage, frozen=True):
     ) -> tuple[Job, list[str]]:
         """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
         statistics = saved and saved.statistics
-        job = Job(architecture, self._solver(architecture), work, None, self.mtp == "keep", statistics=statistics)
+        solver = self._solver(architecture)
+        job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
         if (moving := self._moving(job.cfg)) is not None:
             job = moved_scales.migrate(job, tokens, moving, context.progress)
         if isinstance(self.weights, Yaqa) and tokens is not None:
             outputs = output_hessian.collect(job, tokens[: self.weights.output_samples], context.progress)
-            job = replace(job, solver=replace(job.solver, outputs=outputs))
+            job = replace(job, solver=replace(solver, outputs=outputs))
         if isinstance(self.activations, Static) and tokens is not None:
             found = ranges.find(job, tokens, self.activations, self.roles, context.progress)
             return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
