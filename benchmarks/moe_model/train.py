@@ -1,6 +1,6 @@
 """Train the benchmark's mixture-of-experts model: DeepSeek-V3's architecture, 4 million parameters, public text.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 6e6]
+    OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 1228800]
 
 An ordinary training run, so that its weights are what training leaves and nothing is arranged for a quantizer: Muon
 (AdamW for embedding, head, router and norms), warm-up, plateau and linear decay to zero, experts balanced by the
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=6e6)
+    parser.add_argument("--tokens", type=float, default=1228800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--publish", action="store_true", help="write the checkpoint of the saved state and end")
     return parser.parse_args()

@@ -34,20 +34,27 @@ class Gptaq(Gptq, frozen=True):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross_covariance", "half"})
     paper: ClassVar[str] = "Li et al. 2025, GPTAQ, arXiv 2504.02692"
     strength: float | None = Field(None, ge=0, le=1)  # null: by cross-validation
+    correction_damping: float | None = Field(None, ge=0)  # as `damping`, of the correction alone; null: with `strength`
+    enough: int | None = Field(None, ge=1)  # tokens a linear needs: text beyond that is left out; null: all is used
+
+    def decided(self, weight: Tensor, statistics: Statistics) -> Gptaq:
+        """Strength and damping of the correction; what is given stays."""
+        if self.strength is not None:
+            return self
+        damping, strength = validated(weight, statistics, self.damping)
+        return self.model_copy(update={"strength": strength, "correction_damping": damping})
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
         """`weight` float32 (rows, columns); needs `statistics.hessian`; without a cross-covariance this is GPTQ."""
-        prepared = self.prepare(statistics)
-        assert prepared.factor is not None
-        if statistics.cross_covariance is None:
+        prepared, knobs = self.prepare(statistics), self.decided(weight, statistics)
+        if not knobs.strength or statistics.cross_covariance is None:
             return super().__call__(weight, prepared)
-        factor, strength = prepared.factor, self.strength
-        if strength is None:
-            damping, strength = validated(weight, statistics, self.damping)
-            if damping != self.damping:
-                assert statistics.hessian is not None
-                factor = factorize(statistics.hessian, factor.order, damping)
-        return super().__call__(corrected(weight, statistics, factor, strength), prepared)
+        assert prepared.factor is not None
+        assert statistics.hessian is not None
+        factor, damping = prepared.factor, knobs.correction_damping
+        if damping is not None and damping != self.damping:
+            factor = factorize(statistics.hessian, factor.order, damping)
+        return super().__call__(corrected(weight, statistics, factor, knobs.strength), prepared)
 
 
 def missing(weight: Tensor, statistics: Statistics) -> Tensor:

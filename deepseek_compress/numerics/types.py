@@ -75,6 +75,10 @@ class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
         """The part of the work that linears with one input share: solve each of them with what this returns."""
         return statistics
 
+    def decided(self, weight: Tensor, statistics: Statistics) -> WeightQuantizer:
+        """Return the method with the knobs that are left to it decided for this `weight`, from what `prepare` gave."""
+        return self
+
     def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
         """`weight` float32 (rows, columns), not modified."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ Each linear is made sparse first and quantised after it with the same statistics
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.activations import Activations, Dynamic, InputGrid, Static
+from deepseek_compress.numerics.gptaq import Gptaq
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
@@ -105,6 +107,8 @@ class Compress(Stage, frozen=True):
     def statistics_problems(self, source: Checkpoint, wanted: Calibration) -> list[DscError]:
         """Fields that are not there, another model, other text."""
         needs = self._needs(source.header)
+        if isinstance(self.weights, Gptaq) and self.weights.strength is None:  # nothing is corrected then
+            needs -= {"cross_covariance"}
         return saved_problems(source, wanted, needs) if needs else []
 
     def _needs(self, header: Header) -> frozenset[str]:
@@ -123,7 +127,7 @@ class Compress(Stage, frozen=True):
         if self.rotation is not None:
             header = rotation.rotated_header(architecture)
             architecture = Architecture.of(header)
-        solver = self._solver(architecture)
+        solver, samples = self._solver(architecture), self._used(samples, max(1, length), architecture.cfg)
         expected = expect(architecture, solver, samples if solver.needs else 0, length)
         moving = self._moving(architecture.cfg)
         looked_at = min(samples, (moving and moving.samples) or samples)
@@ -163,7 +167,8 @@ class Compress(Stage, frozen=True):
         decisions = self._decisions(architecture)
         context.tell_all(decisions)
         text, saved = self._data(source, context, work)
-        tokens = None if text is None else text.tokens
+        tokens, cut = (None, []) if text is None else self._enough(text.tokens, architecture.cfg)
+        context.tell_all(cut)
         memory, workers = self._share(source, tokens, context)
         digest = saved.digest if saved else tokens
         Resumable.of(source, self.model_dump(mode="json"), digest).claim(context.out, work)
@@ -175,7 +180,9 @@ class Compress(Stage, frozen=True):
             open_pool(job, workers, context.ray, memory.task) as pool,
         ):
             done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
-            facts = {**summary.summarize(done.blocks), "decisions": decisions + told}
+            corrected = summary.corrections(done.blocks)
+            context.tell_all(corrected)
+            facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}
             summary.write(context.out, done.blocks)
             manifest = self._manifest(source, context, saved or text, facts, done.hashes)
             notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg))
@@ -188,6 +195,19 @@ class Compress(Stage, frozen=True):
         needs = self._needs(source.header)
         saved = saved_statistics(source, context, needs) if needs else None
         return calibration_text(source, context, work) if needs and saved is None else None, saved
+
+    def _used(self, samples: int, length: int, cfg: ModelConfig) -> int:
+        """How many of the samples of calibration text the method needs."""
+        enough = self.weights.enough if isinstance(self.weights, Gptaq) else None
+        each = 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts  # share of the tokens that reach a linear
+        return samples if enough is None else min(samples, math.ceil(enough / each / length))
+
+    def _enough(self, tokens: Tensor, cfg: ModelConfig) -> tuple[Tensor, list[str]]:
+        """The samples of tokens (samples, length) that are used, and what there is to say about it."""
+        samples, length = tokens.shape
+        count = self._used(samples, length, cfg)
+        line = f"{count} of {samples} samples used, which is enough for each linear (weights.gptaq.enough=null: all)"
+        return tokens[:count], [line] if count < samples else []
 
     def _job(
         self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, context: Context

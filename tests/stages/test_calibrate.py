@@ -240,7 +240,7 @@ def test_what_differs_is_told(saved: Path, tiny_v3: Path, tiny_v3_bf16: Path, te
     assert len(told) == 2
     assert "made with samples 12, now 13; leave samples out" in told[0]
     assert "made with sources text.jsonl (" in told[1]
-    gptaq = Compress(weights=WEIGHTS["gptaq"].model_validate({"group_size": 32}))
+    gptaq = Compress(weights=WEIGHTS["gptaq"].model_validate({"group_size": 32, "strength": 0.5}))
     assert "compares the changed model with the original" in refused(tiny_v3, tmp_path / "c", found, gptaq)[0]
     moved = tmp_path / "model"
     shutil.copytree(tiny_v3, moved)
