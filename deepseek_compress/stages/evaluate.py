@@ -57,6 +57,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         reference = self.reference or (next(iter(models)) if len(models) > 1 else None)
         ablations = {name: _path(context.outputs, name) for name in self.ablations}
         record = evaluate(models, reference, self._settings(context), ablations, context.progress)
+        context.tell_all(record["notes"])
         record["artifacts"] = artifacts(context.outputs)
         record["name"] = title(context.recipe_text, list(models), reference)
         record["recipe"] = context.recipe_text
