@@ -170,6 +170,8 @@ def evaluate(
     settings: o.Settings = None,
     seed: o.Seed = None,
     device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = None,
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
@@ -190,7 +192,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device), progress)
+        page = pipeline.run_report(wanted, out, _options(device, memory, workers), progress)
     show.report(page, json)
 
 

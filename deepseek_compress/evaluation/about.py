@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deepseek_compress.checkpoint import Checkpoint, TensorInfo
+from deepseek_compress.models import Architecture, Role
 from deepseek_compress.numerics.kv_cache import KvRounding
 
 PROBES = 3  # matrices read to tell whether the weights are 2:4 sparse
@@ -40,9 +41,10 @@ def about(checkpoint: Checkpoint, kv_cache: KvRounding | None = None) -> str:
 
 
 def _linears(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """The matrices inside blocks, routers apart."""
-    tensors = checkpoint.header.tensors.values()
-    return [t for t in tensors if ".layers." in t.name and len(t.shape) == 2 and ".gate." not in t.name]
+    """The matrices of blocks that a recipe may change."""
+    tensors = checkpoint.header.tensors
+    names = (name + ".weight" for name, _ in Architecture.of(checkpoint).linears(frozenset(Role)))
+    return [tensors[name] for name in names if name in tensors]
 
 
 def _encoding(info: TensorInfo, checkpoint: Checkpoint) -> str:

@@ -17,7 +17,7 @@ Left out: nothing is sampled and no position is skipped; padding is at the right
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from deepseek_compress.errors import DscError
+from deepseek_compress.streaming.head import HeadInput, scores
 
 if TYPE_CHECKING:
     from deepseek_compress.models.runtime import Model
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 BATCH_TOKENS = 4096  # tokens in a forward pass: bounds the hidden states of all blocks
-CHUNK_ELEMENTS = 1 << 22  # rows x vocabulary in one float64 tensor: 32 MB
 LAYER_TOKENS = 4096  # the error by layer needs every block's output; this many tokens tell it well
 
 
@@ -139,7 +138,7 @@ def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace
 
     Disk: 4 bytes x predicted tokens x hidden size, and the blocks' outputs for the first `LAYER_TOKENS` tokens.
     """
-    _check(model, samples, None)
+    check(samples, len(model.head))
     trace = Trace(folder, model.head, batches(samples), (model.cfg.num_hidden_layers, model.cfg.hidden_size))
     nll, seen = [0.0] * len(samples), 0
     for number, chosen in enumerate(trace.batches):
@@ -151,8 +150,7 @@ def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace
             np.save(folder / f"blocks-{number}.npy", np.stack([_numpy(state[batch.valid]) for state in states[1:]]))
             trace.layered = number + 1
         seen += int(batch.valid.sum())
-        for rows in _chunks(hidden, model.head):
-            _add_surprise(nll, _log_probabilities(hidden[rows], model.head), batch, rows)
+        _add(nll, batch.owner, scores([HeadInput.of(hidden, model.head)], batch.following).nll[0].tolist())
     counts = [sample.predicted for sample in samples]
     return trace, Divergence(counts, nll, [0.0] * len(samples), counts)
 
@@ -163,7 +161,7 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
 
     Raises `DscError` where reference and model have different vocabularies, or a sample predicts nothing.
     """
-    _check(model, samples, trace)
+    check(samples, len(model.head), len(trace.head) if trace else None)
     nll, kl, agreed = [0.0] * len(samples), [0.0] * len(samples), [0] * len(samples)
     layers = _LayerError(model, trace)
     for number, chosen in enumerate(trace.batches if trace else batches(samples)):
@@ -171,14 +169,11 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
         states = model.hidden_states(batch.tokens)
         layers.add(number, states, batch.valid)
         hidden = _head_input(model, states[-1], batch)
-        other = trace.final(number) if trace else None
-        for rows in _chunks(hidden, model.head):
-            scores = _log_probabilities(hidden[rows], model.head)
-            _add_surprise(nll, scores, batch, rows)
-            if trace is not None and other is not None:
-                expected = _log_probabilities(other[rows], trace.head)
-                _add(kl, batch.owner[rows], _kl(expected, scores).tolist())
-                _add(agreed, batch.owner[rows], (expected.argmax(1) == scores.argmax(1)).tolist())
+        heads = [HeadInput.of(trace.final(number), trace.head)] if trace else []
+        found = scores([*heads, HeadInput.of(hidden, model.head)], batch.following)
+        _add(nll, batch.owner, found.nll[-1].tolist())
+        _add(kl, batch.owner, found.kl[-1].tolist())
+        _add(agreed, batch.owner, (found.best[0] == found.best[-1]).long().tolist())
     counts = [sample.predicted for sample in samples]
     return Divergence(counts, nll, kl, agreed, layers.result()) if trace else Divergence(counts, nll)
 
@@ -209,6 +204,16 @@ def _head_input(model: Model, hidden: Tensor, batch: _Batch) -> Tensor:
     return model.family.final_hidden(model.cfg, model.top, hidden)[:, :-1][batch.predicting]
 
 
+def layered(samples: Sequence[Sample]) -> set[int]:
+    """The samples whose hidden states are compared after every block: about `LAYER_TOKENS` tokens."""
+    found: set[int] = set()
+    for chosen in batches(samples):
+        found |= set(chosen)
+        if sum(len(samples[index].tokens) for index in found) >= LAYER_TOKENS:
+            break
+    return found
+
+
 class _LayerError:
     """Sums of squares of the difference and of the reference, per block."""
 
@@ -234,39 +239,18 @@ class _LayerError:
         return errors
 
 
-def _check(model: Model, samples: Sequence[Sample], trace: Trace | None) -> None:
+def check(samples: Sequence[Sample], vocabulary: int, reference: int | None = None) -> None:
+    """Raise `DscError` for a sample that predicts nothing, a token that is unknown, and another vocabulary."""
     if not samples or any(sample.start < 1 or sample.predicted < 1 for sample in samples):
         raise DscError("a sample without a predicted token", "give samples of at least 2 tokens")
     highest = max(max(sample.tokens) for sample in samples)
-    if highest >= model.head.shape[0]:
+    if highest >= vocabulary:
+        raise DscError(f"token {highest} in a vocabulary of {vocabulary}", "tokenizer and model do not belong together")
+    if reference is not None and reference != vocabulary:
         raise DscError(
-            f"token {highest} in a vocabulary of {model.head.shape[0]}", "tokenizer and model do not belong together"
-        )
-    if trace is not None and trace.head.shape[0] != model.head.shape[0]:
-        raise DscError(
-            f"vocabularies of {trace.head.shape[0]} (reference) and {model.head.shape[0]} tokens",
+            f"vocabularies of {reference} (reference) and {vocabulary} tokens",
             "choose a reference with the same tokenizer",
         )
-
-
-def _log_probabilities(hidden: Tensor, head: Tensor) -> Tensor:
-    """(rows, hidden) -> float64 (rows, vocabulary)."""
-    return functional.linear(hidden.to(head.dtype), head).float().double().log_softmax(1)
-
-
-def _kl(expected: Tensor, scores: Tensor) -> Tensor:
-    """KL per row, both (rows, vocabulary) log-probabilities. 0 log 0 is 0."""
-    return functional.kl_div(scores, expected, reduction="none", log_target=True).sum(1)
-
-
-def _chunks(hidden: Tensor, head: Tensor) -> Iterable[slice]:
-    step = max(1, CHUNK_ELEMENTS // head.shape[0])
-    return (slice(start, start + step) for start in range(0, len(hidden), step))
-
-
-def _add_surprise(nll: list[float], scores: Tensor, batch: _Batch, rows: slice) -> None:
-    """Add -log q of the token that follows; `scores` (rows, vocabulary) are log-probabilities."""
-    _add(nll, batch.owner[rows], (-scores.gather(1, batch.following[rows, None])[:, 0]).tolist())
 
 
 def _add(sums: list[Number], owners: Sequence[int], values: Sequence[Number]) -> None:

@@ -18,11 +18,12 @@ from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.checkpoint.files import hash_file
 from deepseek_compress.compress.summary import coverage
 from deepseek_compress.errors import DscError, Problems, raise_problems
-from deepseek_compress.evaluation import divergence, efficiency, reasoning, summary
+from deepseek_compress.evaluation import divergence, efficiency, reasoning, streamed, summary
 from deepseek_compress.evaluation.about import about
-from deepseek_compress.evaluation.divergence import Sample, Trace
+from deepseek_compress.evaluation.divergence import Divergence, Sample, Trace
 from deepseek_compress.evaluation.reasoning import Prompts
 from deepseek_compress.evaluation.statistics import Bootstrap
+from deepseek_compress.evaluation.streamed import NO_LIMITS, Limits, Subject
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.cache import cache_bytes, cache_problems, kv_rounding
 from deepseek_compress.models.resolve import name_of
@@ -35,6 +36,8 @@ SCHEMA = 1
 METRICS = (*summary.REASONING, *summary.FIDELITY, *efficiency.UNKNOWN)
 Progress = Callable[[int, int, str], None]
 
+OTHER_TOKENIZER = "{} has another tokenizer than the reference: perplexity and KL are unknown."
+TEACHER_FORCED = "Run block by block over given text (teacher-forced): nothing was generated; no exact match, no speed."
 SOLUTIONS = 400  # fidelity is a mean over tokens: these hold some 15,000, and each model predicts them all
 
 
@@ -50,6 +53,8 @@ class Settings:
     efficiency: bool = True
     seed: int = 0  # of the resampling
     kv_cache: KvRounding | None = None  # of every model but the reference, instead of what its manifest says
+    streamed: bool | None = None  # block by block; None: where a model does not fit into memory
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class _Run:
     notes: list[str]
     progress: Progress
     total: int
+    streamed: Mapping[str, Divergence] | None = None  # of each model, where none is held in memory
     trace: Trace | None = None
     reference: Sequence[Verdict] | None = None
     done: int = 0
@@ -85,10 +91,12 @@ def evaluate(
     settings: Settings = Settings(),
     ablations: Mapping[str, Path] | None = None,
     progress: Progress = lambda done, total, note: None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """The record of `models` (name -> directory, in the order of the pipeline) and of `ablations` beside them.
 
-    `reference` is a name of `models`, or None: then nothing is compared. Raises `Problems` before anything is computed.
+    `reference` is a name of `models`, or None: then nothing is compared. `work`: a directory from which an interrupted
+    streamed evaluation goes on. Raises `Problems` before anything is computed.
     """
     everything = {**models, **(ablations or {})}
     if reference is not None and reference not in models:
@@ -102,6 +110,9 @@ def evaluate(
     run = _Run(settings, tokenizer, task, notes, progress, len(everything))
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="dsc-evaluate-") as folder:
+        if _is_streamed(settings, checkpoints):
+            ordered = dict(sorted(checkpoints.items(), key=lambda item: item[0] != first))
+            run.streamed = _streamed(run, ordered, reference, work or Path(folder))
         for name in sorted(everything, key=lambda name: name != first):  # the reference first; sorting is stable
             rows[name] = _row(run, name, checkpoints[name], Path(folder) if name == reference else None)
             run.done += 1
@@ -174,10 +185,44 @@ def _seen_before(text: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]
     for name, checkpoint in checkpoints.items():
         calibration = (checkpoint.manifest or {}).get("calibration") or {}
         if any(here in (source.get("files") or {}).values() for source in calibration.get("sources") or []):
-            notes.append(
-                f"{name} was calibrated on {text.name}: expect worse on text it never saw."
-            )
+            notes.append(f"{name} was calibrated on {text.name}: expect worse on text it never saw.")
     return notes
+
+
+def _is_streamed(settings: Settings, checkpoints: Mapping[str, Checkpoint]) -> bool:
+    if settings.streamed is not None:
+        return settings.streamed
+    return not all(streamed.fits(checkpoint.header, settings.limits.memory) for checkpoint in checkpoints.values())
+
+
+def _streamed(
+    run: _Run, checkpoints: Mapping[str, Checkpoint], reference: str | None, work: Path
+) -> dict[str, Divergence]:
+    """Perplexity and KL of every model with the tokenizer of the first, none of them in memory."""
+    run.notes.append(TEACHER_FORCED)
+    chosen = {}
+    for name, checkpoint in checkpoints.items():
+        if _same_tokenizer(run.tokenizer, checkpoint):
+            chosen[name] = Subject(checkpoint, _rounding(run, name == reference, checkpoint))
+        else:
+            run.notes.append(OTHER_TOKENIZER.format(name))
+    if not run.task.samples:
+        return {}
+    parts = 100 * run.total
+    found = streamed.measure(
+        chosen,
+        run.task.samples,
+        work,
+        run.settings.limits,
+        lambda done, of, note: run.progress(parts * done // of, parts, note),
+    )
+    alone = {name: Divergence(its.tokens, its.nll) for name, its in found.items()}
+    return found if reference is not None else alone
+
+
+def _rounding(run: _Run, is_reference: bool, checkpoint: Checkpoint) -> KvRounding | None:
+    """How keys and values of a model are rounded."""
+    return (None if is_reference else run.settings.kv_cache) or kv_rounding(checkpoint.kv_cache)
 
 
 def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> dict[str, Any]:
@@ -185,11 +230,14 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
     run.step(f"{name}: reading")
     row: dict[str, Any] = {"name": name, "path": name_of(checkpoint.path), **efficiency.sizes(checkpoint)}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": _lineage(checkpoint)}
-    rounding = (run.settings.kv_cache if folder is None else None) or kv_rounding(checkpoint.kv_cache)
+    rounding = _rounding(run, folder is not None, checkpoint)
     row |= {"about": about(checkpoint, rounding), "relative": {}, "families": None, "error_by_layer": None}
     size = cache_bytes(Architecture.of(checkpoint).cfg, rounding)
     row["kv_cache_bytes_per_token"] = None if size is None else size.stored
     row["expert_coverage"] = coverage(checkpoint.path)
+    if run.streamed is not None:
+        _report(run, row, run.streamed.get(name), folder is not None)
+        return row
     if run.task.prompts or run.task.samples:
         model = Model.load(checkpoint, kv_cache=rounding)
         _fidelity(run, row, model, checkpoint, folder)
@@ -203,8 +251,8 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
 
 
 def _fidelity(run: _Run, row: dict[str, Any], model: Model, checkpoint: Checkpoint, folder: Path | None) -> None:
-    draws, samples = run.task.sample_draws, run.task.samples
-    if draws is None:
+    samples = run.task.samples
+    if not samples:
         return
     run.step(f"{row['name']}: next-token distribution", 0.05)
     if folder is not None:
@@ -212,13 +260,21 @@ def _fidelity(run: _Run, row: dict[str, Any], model: Model, checkpoint: Checkpoi
     elif _same_tokenizer(run.tokenizer, checkpoint):
         found = divergence.measure(model, samples, run.trace)
     else:
-        run.notes.append(f"{row['name']} has another tokenizer than the reference: perplexity and KL are unknown.")
+        run.notes.append(OTHER_TOKENIZER.format(row["name"]))
+        return
+    _report(run, row, found, folder is not None)
+
+
+def _report(run: _Run, row: dict[str, Any], found: Divergence | None, is_reference: bool) -> None:
+    """Put what was measured into the row."""
+    draws = run.task.sample_draws
+    if found is None or draws is None:
         return
     metrics, intervals = summary.fidelity(found, draws)
     row["metrics"] |= metrics
-    row["intervals"] |= {"perplexity": intervals["perplexity"]} if folder is not None else intervals
+    row["intervals"] |= {"perplexity": intervals["perplexity"]} if is_reference else intervals
     row["error_by_layer"] = found.error_by_layer
-    if folder is None and run.trace is not None and found.error_by_layer is None:
+    if not is_reference and found.kl is not None and found.error_by_layer is None:
         run.notes.append(f"{row['name']} has blocks of another number or width than the reference: no error by layer.")
 
 
@@ -259,7 +315,7 @@ def _lineage(checkpoint: Checkpoint) -> list[Any]:
 
 def _suite(run: _Run) -> dict[str, Any] | None:
     prompts = run.task.prompts
-    if prompts is None:
+    if prompts is None or run.streamed is not None:
         return None
     names = [problem.family for problem in prompts.problems]
     counts = {family: names.count(family) for family in dict.fromkeys(names)}
@@ -278,4 +334,6 @@ def _text(run: _Run) -> dict[str, Any] | None:
     source = "the reference solutions of the problems" if run.settings.text is None else run.settings.text.name
     predicted = sum(sample.predicted for sample in run.task.samples)
     length = None if run.settings.text is None else run.settings.length
-    return {"source": source, "windows": len(run.task.samples), "length": length, "tokens": predicted}
+    mode = "in memory" if run.streamed is None else "teacher-forced, streamed"
+    found = {"source": source, "windows": len(run.task.samples), "length": length, "tokens": predicted}
+    return {**found, "mode": mode}

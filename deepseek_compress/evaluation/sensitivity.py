@@ -203,6 +203,8 @@ def _joint_loss(search: Search, _: None) -> float:
 
 def _losses(search: Search, layer: int) -> list[list[float]]:
     """A task: the losses of the groups of one block."""
+    if not any(search.choices[place].options != (None,) for place in search.at(layer)):
+        return [[0.0] * len(search.choices[place].options) for place in search.at(layer)]
     block = search.architecture.blocks[layer]
     tensors = block.resident()
     statistics = statistics_of(search, block, tensors)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.reasoning import SUITES
 from deepseek_compress.numerics.kv_cache import KvRounding
-from deepseek_compress.stages.base import Context, Output, Stage
+from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.resumable import Resumable
+
+WORK = ".dsc_evaluate"  # in the output directory, while a streamed run is unfinished
 
 
 class Evaluate(Stage, frozen=True, extra="forbid"):
@@ -35,6 +39,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
     length: int = Field(512, gt=1)
     efficiency: bool = True
     kv_cache: KvRounding | None = None  # how keys and values of all but the reference are stored; None: by manifest
+    streamed: bool | None = None  # block by block, nothing generated; None: where a model does not fit into memory
 
     @field_validator("suite")
     @classmethod
@@ -48,21 +53,34 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         named = [*self.models, *self.ablations, *([self.reference] if self.reference else [])]
         return tuple(dict.fromkeys(named))
 
+    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
+        """For a reference of the same shapes beside the model; where both fit into memory that is not foreseen."""
+        from deepseek_compress.evaluation import streamed
+
+        windows, tokens = (self.windows, self.length) if self.text else (400, 64)
+        if self.streamed is False or (self.streamed is None and streamed.fits(header, None)):
+            return Forecast(header)
+        memory, work, tasks = streamed.cost(header, windows, tokens)
+        read = 2 * sum(info.bytes for info in header.tensors.values())
+        return Forecast(header, bytes=16 * windows * tokens * 4, memory=memory, work=work, tasks=tasks, read=read)
+
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write report.json, report.md and report.html into the stage's directory."""
         from deepseek_compress.evaluation.record import evaluate
         from deepseek_compress.reports import write
 
-        models = self._models(context.outputs)
+        models, work = self._models(context.outputs), context.out / WORK
         reference = self.reference or (next(iter(models)) if len(models) > 1 else None)
         ablations = {name: _path(context.outputs, name) for name in self.ablations}
-        record = evaluate(models, reference, self._settings(context), ablations, context.progress)
+        self._claim(source, {**models, **ablations}, context, work)
+        record = evaluate(models, reference, self._settings(context), ablations, context.progress, work)
         context.tell_all(record["notes"])
         record["artifacts"] = artifacts(context.outputs)
         record["name"] = title(context.recipe_text, list(models), reference)
         record["recipe"] = context.recipe_text
         path = context.out / "report.json"
         write(record, path)
+        shutil.rmtree(work, ignore_errors=True)
         return Output("report", path, {"report": str(path), "models": len(models)})
 
     def _models(self, outputs: Mapping[str, Path]) -> dict[str, Path]:
@@ -72,8 +90,18 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             names.insert(0, self.reference)
         return {name: _path(outputs, name) for name in names if name not in self.ablations}
 
+    def _claim(self, source: Checkpoint, models: Mapping[str, Path], context: Context, work: Path) -> None:
+        """Take up the work directory of the same evaluation."""
+        from deepseek_compress import provenance
+
+        prints = {name: provenance.fingerprint(open_checkpoint(path)) for name, path in models.items()}
+        text = None if self.text is None else provenance.hash_file(self.text)
+        knobs = {**self.model_dump(mode="json"), "models": prints}
+        Resumable.of(source, knobs, text, seed=context.seed).claim(context.out, work)
+
     def _settings(self, context: Context) -> Any:
         from deepseek_compress.evaluation.record import Settings
+        from deepseek_compress.evaluation.streamed import Limits
 
         problems = (0 if self.text else 1000) if self.asked is None else self.asked
         return Settings(
@@ -85,6 +113,8 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             efficiency=self.efficiency,
             seed=context.seed,
             kv_cache=self.kv_cache,
+            streamed=self.streamed,
+            limits=Limits(context.memory, context.workers),
         )
 
 

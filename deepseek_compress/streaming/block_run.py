@@ -88,13 +88,14 @@ class PlainRun:
     work: Path
     scheme: InputScheme | None = None  # how inputs of linears are rounded
     kv_cache: KvRounding | None = None  # how attention finds keys and values
+    exact: bool = False  # weights with their full precision, not as a 16-bit output would store them
     paired: bool = False
     min_tokens: int = 0
 
     def begin(self, layer: int, store: Store) -> BlockRun:
         """Take up a block."""
         int8 = self.scheme is not None and self.scheme.attention
-        return BlockRun(self.architecture.blocks[layer], store, self.scheme, self.kv_cache, int8)
+        return BlockRun(self.architecture.blocks[layer], store, self.scheme, self.kv_cache, int8, self.exact)
 
 
 class BlockRun:
@@ -107,13 +108,14 @@ class BlockRun:
         scheme: InputScheme | None = None,
         kv_cache: KvRounding | None = None,
         int8: bool = False,
+        exact: bool = False,
     ) -> None:
         self.block, self.store = block, store
         self.tensors: dict[str, Tensor] = {}  # with the values that the output will load
         self.original: dict[str, Tensor] = {}  # the linears among them as they were, in a paired run
         self.facts: list[dict[str, Any]] = []
         self._roundings = {} if scheme is None else scheme.roundings(block)
-        self._cache = (kv_cache, int8)
+        self._cache, self._exact = (kv_cache, int8), exact
 
     def weights(self, watch: Watch = lambda weights: weights, split: Split | None = None) -> Weights:
         """The tensors as the finished model would use them; `watch` sees the inputs as the linears do.
@@ -155,7 +157,7 @@ class BlockRun:
     def read(self, name: str, exact: bool = False) -> None:
         """Read one tensor into memory."""
         # What stays 16-bit is written in BF16 where the source has FP8, and the next block must see that value
-        tensor = self.block.read(name, torch.float32 if exact else None)
+        tensor = self.block.read(name, torch.float32 if exact or self._exact else None)
         self.tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
 
     def free(self, linears: Iterable[Linear]) -> None:

@@ -23,10 +23,13 @@ LOGITS = 1 << 22  # numbers of a piece of the logits
 WEIGHTS = 1 << 26  # numbers of the part of a head that is float32 at a time: 256 MB
 
 
+Rows = Callable[[int, int], Tensor]  # (start, count) -> float32 (count, hidden)
+
+
 class HeadInput(NamedTuple):
     """What enters a head, `rows(start, count)` float32 (count, hidden), and the head (vocabulary, hidden)."""
 
-    rows: Callable[[int, int], Tensor]
+    rows: Rows
     head: Tensor
 
     @classmethod

@@ -88,7 +88,7 @@ def test_text_windows_decide_fidelity_and_problems_may_be_left_out(
     settings = Settings(suite=None, text=text, windows=3, length=16, efficiency=False)
     found = evaluate({"a": tiny_v3, "b": tiny_v2}, "a", settings)
     assert found["suite"] is None
-    assert found["text"] == {"source": "some.txt", "windows": 3, "length": 16, "tokens": 45}
+    assert found["text"] == {"source": "some.txt", "windows": 3, "length": 16, "tokens": 45, "mode": "in memory"}
     assert found["models"][1]["metrics"]["exact_match"] is None
     assert found["models"][1]["metrics"]["kl_divergence"] > 0
     with pytest.raises(DscError, match="windows of 16, 4000 are asked for"):

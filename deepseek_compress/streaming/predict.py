@@ -1,0 +1,110 @@
+"""What models say about a text, position by position, when none of them need fit into memory.
+
+All models advance together over the same tokens, block by block, expert by expert; what enters their heads lies in
+stores, and `head` makes logits of it piece by piece. A teacher's words for a student come from the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deepseek_compress.streaming.batches import Batches
+from deepseek_compress.streaming.block_run import PlainRun
+from deepseek_compress.streaming.forward import run_block
+from deepseek_compress.streaming.head import HeadInput
+from deepseek_compress.streaming.hidden_store import HiddenStore
+from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
+from deepseek_compress.workers import Pool
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Runs = Sequence[PlainRun]
+
+
+@contextmanager
+def predictions(
+    runs: Runs, tokens: Tensor, work: Path, pool: Pool, progress: Progress, compared: Tensor | None = None
+) -> Iterator[tuple[list[HeadInput], list[Facts]]]:
+    """Run models of one depth over tokens int64 (samples, length), padded at the right: inputs of their heads, facts.
+
+    `pool` shares `runs`. Facts of a block: {"errors": [||h - h'|| / ||h|| of each model, h of the first]} over the
+    rows where `compared`, bool (samples, length), is true; null for a model of another width. An interrupted run goes
+    on from `work`.
+    """
+    streams = tuple(Stream(run.architecture, f"states-{number}") for number, run in enumerate(runs))
+    loop = Loop(streams, tokens, work, "predict", last=True)
+    facts = loop.run(_Together(runs, pool, compared), progress)
+    with ExitStack() as stack, torch.no_grad():
+        found = []
+        for run, stream in zip(runs, streams, strict=True):
+            states = stack.enter_context(loop.output(stream))
+            path = work / f"{stream.name}-final.tmp"
+            final = stack.enter_context(HiddenStore(path, states.rows, (run.architecture.cfg.hidden_size,)))
+            _finish(run, states, final, Batches(tokens))
+            architecture = run.architecture
+            found.append(HeadInput(final.read, architecture.source.read(architecture.head, dtype=None)))
+        yield found, facts
+
+
+def _finish(run: PlainRun, states: HiddenStore, final: HiddenStore, batches: Batches) -> None:
+    """Fill `final` with what enters the head."""
+    architecture, top = run.architecture, run.architecture.top()
+    for batch in range(len(batches)):
+        batches.write(final, batch, architecture.final_hidden(top, batches.read(states, batch)))
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Runs each block of every model as it is."""
+
+    runs: Runs
+    pool: Pool
+    compared: Tensor | None
+
+    @torch.no_grad()
+    def visit(self, at: Visit) -> Facts:
+        """{"errors": [...]}."""
+        for number, (run, before, after) in enumerate(zip(self.runs, at.before, at.after, strict=True)):
+            mine = _One(self.pool, number)
+            run_block(run, at.layer, before, at.batches, after, lambda name, parts: None, mine)
+        return {"errors": [self._error(at, number) for number in range(len(self.runs))]}
+
+    def _error(self, at: Visit, number: int) -> float | None:
+        first, other = at.after[0], at.after[number]
+        if self.compared is None or first.row_shape != other.row_shape:
+            return None
+        apart = whole = 0.0
+        for batch in range(len(at.batches)):
+            rows = self.compared[batch * at.batches.step : (batch + 1) * at.batches.step]
+            expected = at.batches.read(first, batch)[rows].double()
+            apart += float((at.batches.read(other, batch)[rows].double() - expected).square().sum())
+            whole += float(expected.square().sum())
+        return (apart / whole) ** 0.5 if whole else None
+
+
+@dataclass(frozen=True)
+class _One:
+    """A pool that shares several runs, as that of one of them."""
+
+    pool: Pool
+    number: int
+
+    @property
+    def count(self) -> int:
+        return self.pool.count
+
+    def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        return self.pool.run(_with, [(self.number, function, task) for task in tasks])
+
+
+def _with(runs: Runs, what: tuple[int, Callable[[Any, Task], Result], Task]) -> Result:
+    """Runs in a worker."""
+    number, function, task = what
+    return function(runs[number], task)
