@@ -1,6 +1,6 @@
 """Train the benchmark's mixture-of-experts model: DeepSeek-V3's architecture, 4 million parameters, public text.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 1228800]
+    OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 768000]
 
 An ordinary training run, so that its weights are what training leaves and nothing is arranged for a quantizer: Muon
 (AdamW for embedding, head, router and norms), warm-up, plateau and linear decay to zero, experts balanced by the
@@ -31,7 +31,7 @@ from nano.publish import unfused
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 CONTEXT, ROWS = 256, 12  # tokens a row, rows a step
-RATE, WARM_UP, DECAY = 4e-3, 40, 0.3  # learning rate; steps it rises; share of the run over which it falls
+RATE, WARM_UP, DECAY = 4e-3, 40, 0.128  # learning rate; steps it rises; share of the run over which it falls
 WEIGHT_DECAY, GAMMA = 0.1, 4e-3  # step of the balancing bias
 TEST_EVERY, TEST_ROWS, SAVE_EVERY = 50, 8, 240.0
 
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=1228800)
+    parser.add_argument("--tokens", type=float, default=768000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--publish", action="store_true", help="write the checkpoint of the saved state and end")
     return parser.parse_args()
