@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.compress.job import Solved
-from deepseek_compress.compress.output_hessian import OutputHessians
 from deepseek_compress.compress.selection import Selection
 from deepseek_compress.models import Block, Linear
 from deepseek_compress.numerics.gptaq import Gptaq
@@ -29,7 +28,6 @@ class LinearSolver:
     sparsity: Sparsifier | None
     weights: WeightQuantizer | None
     min_tokens: int
-    outputs: OutputHessians | None = None  # where `weights` needs them and there was text
 
     @property
     def needs(self) -> frozenset[str]:
@@ -52,10 +50,8 @@ class LinearSolver:
         prepared = {its: its.prepare(statistics) for its in dict.fromkeys(quantizers) if its is not None}
         decided = [its and its.decided(weight, prepared[its]) for weight, its in zip(values, quantizers, strict=True)]
         stored = [
-            weight.to(torch.bfloat16)
-            if its is None or final is None
-            else final(weight, self._of(block, linear, prepared[its]))
-            for (linear, _), weight, its, final in zip(group, values, quantizers, decided, strict=True)
+            weight.to(torch.bfloat16) if its is None or final is None else final(weight, prepared[its])
+            for weight, its, final in zip(values, quantizers, decided, strict=True)
         ]
         methods = [
             "+".join(type(part).__name__.lower() for part in (sparsity, its) if part is not None) for its in quantizers
@@ -65,11 +61,6 @@ class LinearSolver:
             Solved(new, {"method": method, **facts, **_told(its), **measure(weight, new, statistics)})
             for (_, weight), new, method, its in zip(group, stored, methods, decided, strict=True)
         ]
-
-    def _of(self, block: Block, linear: Linear, statistics: Statistics) -> Statistics:
-        """`statistics` with what belongs to the outputs of one linear."""
-        found = None if self.outputs is None else self.outputs.read(block, linear)
-        return statistics._replace(output_hessian=found)
 
     def quantizer(self, block: Block, linear: Linear, fallback: bool) -> WeightQuantizer | None:
         """How a linear that changes is quantised; `fallback`: without the statistics that takes."""

@@ -21,7 +21,6 @@ from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.sparsegpt import SparseGpt
 from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
-from deepseek_compress.numerics.yaqa import Yaqa, YaqaGptaq
 
 WEIGHTS: dict[str, type[WeightQuantizer]] = {
     "rtn": Rtn,
@@ -29,8 +28,6 @@ WEIGHTS: dict[str, type[WeightQuantizer]] = {
     "awq": Awq,
     "gptq": Gptq,
     "gptaq": Gptaq,
-    "yaqa": Yaqa,
-    "yaqa_gptaq": YaqaGptaq,
     "quantease": QuantEase,
     "learned": Learned,
     "modelopt_max": ModelOptMax,

@@ -56,7 +56,6 @@ class Statistics(NamedTuple):
     # Of a second model's states x*, h* (h: what the linear's output is added to):
     cross_covariance: Tensor | None = None  # float32 (columns, columns): sum of (x* - x) x^T
     residual_covariance: Tensor | None = None  # float32 (rows, columns): sum of (h* - h) x^T
-    output_hessian: Tensor | None = None  # float32 (parts, n, n), parts * n rows: mean of g g^T, see `yaqa`
     half: Statistics | None = None  # the same sums over one half of the tokens alone, for a look at held-back ones
     factor: Factor | None = None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.compress import moved_scales, output_hessian, ranges, rotation, selection, summary
+from deepseek_compress.compress import moved_scales, ranges, rotation, selection, summary
 from deepseek_compress.compress.convert import clean, convert
 from deepseek_compress.compress.forecast import expect
 from deepseek_compress.compress.job import Job
@@ -37,7 +37,6 @@ from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
-from deepseek_compress.numerics.yaqa import Yaqa
 from deepseek_compress.planning.costs import Memory, total
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
 from deepseek_compress.stages.resumable import Resumable
@@ -133,9 +132,6 @@ class Compress(Stage, frozen=True):
         looked_at = min(samples, (moving and moving.samples) or samples)
         before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
         looked = self._range_cost(architecture, samples, length)
-        if isinstance(self.weights, Yaqa) and samples:
-            back = output_hessian.cost(architecture, min(samples, self.weights.output_samples), length)
-            looked = observe.Cost(max(looked.memory, back.memory), total((looked.work, back.work)))
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
         alone = max(memory.alone, before.memory, looked.memory, turned)
         task = max(memory.task, turned if memory.task else 0)
@@ -214,15 +210,11 @@ class Compress(Stage, frozen=True):
     ) -> tuple[Job, list[str]]:
         """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
         statistics = saved and saved.statistics
-        solver = self._solver(architecture)
-        job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics)
+        job = Job(architecture, self._solver(architecture), work, None, self.mtp == "keep", statistics=statistics)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
         if (moving := self._moving(job.cfg)) is not None:
             job = moved_scales.migrate(job, tokens, moving, context.progress)
-        if isinstance(self.weights, Yaqa) and tokens is not None:
-            outputs = output_hessian.collect(job, tokens[: self.weights.output_samples], context.progress)
-            job = replace(job, solver=replace(solver, outputs=outputs))
         if isinstance(self.activations, Static) and tokens is not None:
             found = ranges.find(job, tokens, self.activations, self.roles, context.progress)
             return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
