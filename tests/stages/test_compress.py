@@ -227,6 +227,20 @@ def test_forecast_is_what_happens(tiny_v3: Path, tmp_path: Path, text: Path) -> 
     assert forecast.tensors == sum(info.encoding == "packed" for info in done.header.tensors.values())
 
 
+def test_only_as_much_text_is_used_as_is_enough(tiny_llama: Path, tiny_v3: Path, tmp_path: Path, text: Path) -> None:
+    weights = {"gptaq": {"group_size": 32, "enough": 96}}
+    some = stage(weights=weights).run(open_checkpoint(tiny_llama), context(tmp_path / "some", text))
+    lines = some.facts["decisions"]
+    assert any(line.startswith("2 of 12 samples used") for line in lines)
+    assert any("linears corrected towards the original's outputs" in line for line in lines)
+    layers = json.loads((some.path / "dsc_layers.json").read_text())["blocks"]
+    assert {linear["tokens"] for block in layers for linear in block["linears"]} == {2 * 64}
+    assert all(0 <= linear["strength"] <= 1 for block in layers for linear in block["linears"])
+    # two of eight experts get a token: four times the text
+    spread = stage(weights=weights).run(open_checkpoint(tiny_v3), context(tmp_path / "spread", text))
+    assert any(line.startswith("6 of 12 samples used") for line in spread.facts["decisions"])
+
+
 def test_too_little_text_is_one_line(tiny_v3: Path, tmp_path: Path, text: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("anna has 2 3 apples .")
