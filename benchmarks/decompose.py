@@ -1,6 +1,6 @@
 """Where the KL of a 4-bit mixture of experts comes from: its parts alone, changed choices of experts, few tokens.
 
-    python -m benchmarks.decompose [--case moe] [--recipe w4a16] [--set KNOB=VALUE ...]
+    python -m benchmarks.decompose [--case moe] [--recipe w4a16] [--windows N] [--set KNOB=VALUE ...]
 
 Compresses the model of a case of the accuracy benchmark and puts the changed weights into the original one group at a
 time; the KL is taken on the tuning windows of both texts. Second-order costs of independent errors add up; what the
@@ -146,6 +146,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", default="moe")
     parser.add_argument("--recipe", default="w4a16")
+    parser.add_argument("--windows", type=int, default=80, help="of each text, the first ones")
     parser.add_argument("--set", nargs="*", default=[], dest="knobs")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,10 +154,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         compress(subject, options.recipe, options.knobs, out)
-        windows = {kind: torch.tensor(subject.judging_windows(kind, "tuning")) for kind in subject.texts}
+        windows = {
+            kind: torch.tensor(subject.judging_windows(kind, "tuning")[: options.windows]) for kind in subject.texts
+        }
         table, changed = judged(Model.load(subject.model), Model.load(out), windows)
         errors = by_tokens(out)
-    facts = {"case": options.case, "recipe": " ".join([options.recipe, *options.knobs]), "judged_on": "tuning windows"}
+    facts = {
+        "case": options.case,
+        "recipe": " ".join([options.recipe, *options.knobs]),
+        "windows": options.windows,
+        "judged_on": "tuning windows",
+    }
     present("decompose", COLUMNS, table, {**facts, "tokens_with_other_experts": changed, "experts": errors})
     return 0
 

@@ -105,10 +105,13 @@ class Compress(Stage, frozen=True):
 
     def statistics_problems(self, source: Checkpoint, wanted: Calibration) -> list[DscError]:
         """Fields that are not there, another model, other text."""
-        needs = self._needs(source.header)
-        if isinstance(self.weights, Gptaq) and self.weights.strength is None:  # nothing is corrected then
-            needs -= {"cross_covariance"}
+        needs = self._needs_saved(source.header)
         return saved_problems(source, wanted, needs) if needs else []
+
+    def _needs_saved(self, header: Header) -> frozenset[str]:
+        """Likewise of saved statistics: GPTAQ that decides its strength then corrects nothing."""
+        decides = isinstance(self.weights, Gptaq) and self.weights.strength is None
+        return self._needs(header) - ({"cross_covariance"} if decides else set())
 
     def _needs(self, header: Header) -> frozenset[str]:
         """What has to be known of inputs; "text" where that alone serves."""
@@ -189,7 +192,7 @@ class Compress(Stage, frozen=True):
     def _data(self, source: Checkpoint, context: Context, work: Path) -> tuple[Text | None, Saved | None]:
         """The text, or the statistics that were collected before; neither where nothing needs them."""
         needs = self._needs(source.header)
-        saved = saved_statistics(source, context, needs) if needs else None
+        saved = saved_statistics(source, context, self._needs_saved(source.header)) if needs else None
         return calibration_text(source, context, work) if needs and saved is None else None, saved
 
     def _used(self, samples: int, length: int, cfg: ModelConfig) -> int:
