@@ -223,13 +223,18 @@ def zero_is_a_step(group: torch.Tensor) -> bool:
     return bool((offset - offset.round()).abs() < 0.02)
 
 
-@functools.cache
 def original(case: Case, kind: str = "like", use: str = "judging") -> tuple[list[Sample], Trace]:
     """The judging windows of a text and what the original model says to them: run once for all rows."""
-    windows = [Sample(tokens, 1) for tokens in case.judging_windows(kind, use)]
+    return _original(case.name, kind, use)
+
+
+@functools.cache
+def _original(name: str, kind: str, use: str) -> tuple[list[Sample], Trace]:
+    subject = case(name)
+    windows = [Sample(tokens, 1) for tokens in subject.judging_windows(kind, use)]
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    return windows, record(Model.load(case.model), windows, folder)[0]
+    return windows, record(Model.load(subject.model), windows, folder)[0]
 
 
 def judge(path: Path, case: Case, use: str) -> dict[str, Any]:
