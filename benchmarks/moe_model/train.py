@@ -1,6 +1,6 @@
 """Train the benchmark's mixture-of-experts model: DeepSeek-V3's architecture, 4 million parameters, public text.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 768000]
+    OMP_NUM_THREADS=1 python -m benchmarks.moe_model.train --out runs/moe [--tokens 6e6] [--until STEP]
 
 An ordinary training run, so that its weights are what training leaves and nothing is arranged for a quantizer: Muon
 (AdamW for embedding, head, router and norms), warm-up, plateau and linear decay to zero, experts balanced by the
@@ -31,7 +31,7 @@ from nano.publish import unfused
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 CONTEXT, ROWS = 256, 12  # tokens a row, rows a step
-RATE, WARM_UP, DECAY = 4e-3, 40, 0.128  # learning rate; steps it rises; share of the run over which it falls
+RATE, WARM_UP, DECAY = 4e-3, 40, 0.3  # learning rate; steps it rises; share of the run over which it falls
 WEIGHT_DECAY, GAMMA = 0.1, 4e-3  # step of the balancing bias
 TEST_EVERY, TEST_ROWS, SAVE_EVERY = 50, 8, 240.0
 
@@ -40,7 +40,8 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=768000)
+    parser.add_argument("--tokens", type=float, default=6e6)
+    parser.add_argument("--until", type=int, default=0, help="end after this step (0: all) and publish what is there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--publish", action="store_true", help="write the checkpoint of the saved state and end")
     return parser.parse_args()
@@ -113,7 +114,7 @@ def learn(
 ) -> None:  # fmt: skip
     """The steps that are left of the run."""
     began, saved = time.time() - state["seconds"], time.time()
-    for step in range(state["step"], steps):
+    for step in range(state["step"], min(steps, options.until or steps)):
         share = share_of_rate(step, steps)
         for group in (group for part in steppers for group in part.param_groups):
             group["lr"] = RATE * share
@@ -129,7 +130,7 @@ def learn(
             behind = {"step": step + 1, "tokens": (step + 1) * CONTEXT * ROWS, "seconds": round(state["seconds"], 1)}
             values = {"loss": round(float(loss.detach()), 4), "gradient_norm": round(float(norm), 3)}
             log(options.out, {**behind, **values, **test(model, held)})
-        if time.time() - saved > SAVE_EVERY or step + 1 == steps:
+        if time.time() - saved > SAVE_EVERY or step + 1 == (options.until or steps):
             content = {"state": state, "model": model.state_dict()}
             content["optimizers"] = [part.state_dict() for part in steppers]
             torch.save(content, options.out / "state.pt.tmp")
