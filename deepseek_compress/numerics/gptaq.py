@@ -36,6 +36,11 @@ class Gptaq(Gptq, frozen=True):
     strength: float | None = Field(None, ge=0, le=1)  # null: by cross-validation
     correction_damping: float | None = Field(None, ge=0)  # as `damping`, of the correction alone; null: with `strength`
     enough: int | None = Field(None, ge=1)  # tokens a linear needs: text beyond that is left out; null: all is used
+    largest: int | None = Field(None, ge=1)  # weights of a model: a larger one is not corrected; null: any is
+
+    def uncorrected(self) -> Gptq:
+        """GPTQ with the same knobs: without a second model beside it, at half the time and a third of the memory."""
+        return Gptq.model_validate(self.model_dump(include=set(Gptq.model_fields)))
 
     def decided(self, weight: Tensor, statistics: Statistics) -> Gptaq:
         """Strength and damping of the correction; what is given stays."""

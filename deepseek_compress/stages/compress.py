@@ -129,7 +129,7 @@ class Compress(Stage, frozen=True):
         if self.rotation is not None:
             header = rotation.rotated_header(architecture)
             architecture = Architecture.of(header)
-        solver, samples = self._solver(architecture), self._used(samples, max(1, length), architecture.cfg)
+        solver, samples = self._solver(architecture), self._used(samples, max(1, length), architecture)
         expected = expect(architecture, solver, samples if solver.needs else 0, length)
         moving = self._moving(architecture.cfg)
         looked_at = min(samples, (moving and moving.samples) or samples)
@@ -166,7 +166,7 @@ class Compress(Stage, frozen=True):
         decisions = self._decisions(architecture)
         context.tell_all(decisions)
         text, saved = self._data(source, context, work)
-        tokens, cut = (None, []) if text is None else self._enough(text.tokens, architecture.cfg)
+        tokens, cut = (None, []) if text is None else self._enough(text.tokens, architecture)
         context.tell_all(cut)
         memory, workers = self._share(source, tokens, context)
         digest = saved.digest if saved else tokens
@@ -195,16 +195,17 @@ class Compress(Stage, frozen=True):
         saved = saved_statistics(source, context, self._needs_saved(source.header)) if needs else None
         return calibration_text(source, context, work) if needs and saved is None else None, saved
 
-    def _used(self, samples: int, length: int, cfg: ModelConfig) -> int:
+    def _used(self, samples: int, length: int, architecture: Architecture) -> int:
         """How many of the samples of calibration text the method needs."""
-        enough = self.weights.enough if isinstance(self.weights, Gptaq) else None
-        each = 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts  # share of the tokens that reach a linear
+        weights, moe = self._solver(architecture).weights, architecture.cfg.moe
+        enough = weights.enough if isinstance(weights, Gptaq) else None
+        each = 1.0 if moe is None else moe.top_k / moe.experts  # share of the tokens that reach a linear
         return samples if enough is None else min(samples, math.ceil(enough / each / length))
 
-    def _enough(self, tokens: Tensor, cfg: ModelConfig) -> tuple[Tensor, list[str]]:
+    def _enough(self, tokens: Tensor, architecture: Architecture) -> tuple[Tensor, list[str]]:
         """The samples of tokens (samples, length) that are used, and what there is to say about it."""
         samples, length = tokens.shape
-        count = self._used(samples, length, cfg)
+        count = self._used(samples, length, architecture)
         line = f"{count} of {samples} samples used, which is enough for each linear (weights.gptaq.enough=null: all)"
         return tokens[:count], [line] if count < samples else []
 
@@ -236,13 +237,20 @@ class Compress(Stage, frozen=True):
 
     def _solver(self, architecture: Architecture) -> LinearSolver:
         roles = self._changed(architecture.header)
-        chosen = selection.select(architecture, roles, self.weights, self.overrides)
-        return LinearSolver(chosen, self.sparsity, self.weights, self.min_tokens)
+        weights = self.weights
+        if isinstance(weights, Gptaq) and _too_large(weights, architecture.header):
+            weights = weights.uncorrected()
+        chosen = selection.select(architecture, roles, weights, self.overrides)
+        return LinearSolver(chosen, self.sparsity, weights, self.min_tokens)
 
     def _decisions(self, architecture: Architecture) -> list[str]:
         """Say what was decided, and why, one line each."""
         lines, cfg, header = [], architecture.cfg, architecture.header
         chosen = self._solver(architecture).selection
+        if isinstance(self.weights, Gptaq) and _too_large(self.weights, architecture.header):
+            lines.append(
+                f"gptq: no correction of more than {self.weights.largest} weights (weights.gptaq.largest=null)"
+            )
         if self.weights is not None and self.weights.group_size is None:
             size = "one scale a row" if chosen.group_size is None else f"group_size {chosen.group_size}"
             lines.append(f"{size} (chosen: the largest that fits)")
@@ -299,6 +307,11 @@ class Compress(Stage, frozen=True):
         """num_nextn_predict_layers is 0 where the MTP block is not there: engines break when it is announced."""
         stays = architecture.has_mtp and self.mtp == "keep"
         return {"num_nextn_predict_layers": 0} if architecture.cfg.num_nextn_predict_layers and not stays else {}
+
+
+def _too_large(weights: Gptaq, header: Header) -> bool:
+    """Whether a model has more weights than are corrected."""
+    return weights.largest is not None and sum(info.elements for info in header.tensors.values()) > weights.largest
 
 
 def _ignore(cfg: ModelConfig) -> list[str]:

@@ -241,6 +241,17 @@ def test_only_as_much_text_is_used_as_is_enough(tiny_llama: Path, tiny_v3: Path,
     assert any(line.startswith("6 of 12 samples used") for line in spread.facts["decisions"])
 
 
+def test_a_model_that_is_too_large_is_not_corrected(tiny_llama: Path, tmp_path: Path, text: Path) -> None:
+    source = open_checkpoint(tiny_llama)
+    knobs = stage(weights={"gptaq": {"group_size": 32, "largest": 1000, "enough": 96, "damping": 0.02}})
+    plain = stage(weights={"gptq": {"group_size": 32, "damping": 0.02}})
+    made = [one.run(source, context(tmp_path / name, text)) for name, one in (("gptaq", knobs), ("gptq", plain))]
+    assert any(line.startswith("gptq: no correction of more than 1000") for line in made[0].facts["decisions"])
+    left, right = (open_checkpoint(output.path) for output in made)
+    assert all(torch.equal(left.read(name), right.read(name)) for name in left.header.tensors)
+    assert knobs.forecast(source.header, 12, 64).memory == plain.forecast(source.header, 12, 64).memory
+
+
 def test_too_little_text_is_one_line(tiny_v3: Path, tmp_path: Path, text: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("anna has 2 3 apples .")
