@@ -230,7 +230,7 @@ def _recipe(
 def _names(model: str, reference: str | None) -> tuple[str, str]:
     """What a report calls the model and the reference: the last part of each path."""
     first, second = (_label(name) for name in (model, reference or "reference"))
-    return first, second if second != first else f"{second}-reference"
+    return first, second if second not in (first, "model") else f"{second}-reference"
 
 
 def _label(model: str) -> str:

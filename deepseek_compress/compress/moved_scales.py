@@ -119,7 +119,7 @@ class _Sums(Observer):
         for fold, sums in self.served:
             if sums.tokens:
                 kept = [self.method.kept(block.read(f"{name}.weight")) for name in fold.linears]
-                scales = _of_producer(fold, self.method.scales(kept, sums.statistics()))
+                scales = _of_producer(fold, self.method.scales(kept, sums.statistics(block.prefix + fold.linears[0])))
                 found[block.prefix + fold.producer] = _movable(self.job, block, fold, scales)
         write_arrays(_file(self.job, block), found)
         return {}

@@ -268,7 +268,7 @@ def statistics_of(search: Search, block: Block, tensors: Tensors) -> dict[str, S
     with search.open("fitting", block.layer) as source:
         for batch in range(len(batches)):
             block.run(watched, batches.read(source, batch), batches.ids(batch))
-    found = {key: total.statistics() for key, total in sums.items()}
+    found = {key: total.statistics(block.prefix + key) for key, total in sums.items()}
     return {key: s if s.tokens >= search.min_tokens else Statistics(s.tokens) for key, s in found.items()}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deepseek_compress import machine
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.onnx import empty_past
 from deepseek_compress.models.cache import KvCache
@@ -99,6 +100,10 @@ def open_session(path: Path, threads: int = 0, accuracy_level: int = 0) -> Any:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not machine.exact_integer_products():
+        # onnxruntime's u8 x s8 products saturate at 16 bits there; its other mode (x64quantprecision) breaks weights in
+        # blocks (1.31). So Q and DQ are computed as they stand.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

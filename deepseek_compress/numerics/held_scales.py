@@ -44,7 +44,7 @@ class HeldScales(Migration, frozen=True):
     def scales(self, weights: Sequence[Tensor], statistics: Statistics) -> Tensor:
         """Needs `statistics.hessian`, `input_absmax` and `half`; ones where nothing should move."""
         assert statistics.hessian is not None, "needs the Hessian"
-        still = torch.ones(weights[0].shape[1])
+        still = weights[0].new_ones(weights[0].shape[1])
         if statistics.half is None or statistics.half.hessian is None:
             return still
         first = statistics.half.hessian
