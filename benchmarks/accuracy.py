@@ -45,7 +45,6 @@ from deepseek_compress.evaluation.divergence import measure as divergence
 from deepseek_compress.evaluation.statistics import Bootstrap
 from deepseek_compress.models.runtime import Model
 
-GROUP = 64  # of the cases that other benchmarks take from here
 DISK = 6 << 30  # bytes that must be free: checkpoints of one row, packed and decoded, with room
 DEFAULT_BAR, DEFAULT_SHARE, BEST_BAR, BEST_SHARE = {"smollm2": 0.8}, 0.6, 0.65, 1.0
 PACKAGES = {
