@@ -9,6 +9,7 @@ Each linear is made sparse first and quantised after it with the same statistics
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from deepseek_compress.streaming import observe
 from deepseek_compress.workers import open_pool
 
 PARTS = ("rotation", "migration", "sparsity", "weights", "activations", "kv_cache")
+EVERY_TOKEN = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
 KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
 
@@ -61,6 +63,7 @@ class Compress(Stage, frozen=True):
     activations: Annotated[SerializeAsAny[Activations] | None, picked(ACTIVATIONS, "activations")] = None
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
+    every_token_bits: int | None = Field(None, ge=2, le=8)  # of what every token of a mixture of experts goes through
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
     requantize: bool = False  # change experts that are published in MXFP4 too: few bits to gain, accuracy to lose
@@ -94,7 +97,7 @@ class Compress(Stage, frozen=True):
         if found:
             return found
         cfg, roles = architecture.cfg, self._changed(header)
-        found = selection.problems(architecture, roles, self.weights, self.sparsity, self.overrides)
+        found = selection.problems(architecture, roles, self.weights, self.sparsity, self._overrides(architecture))
         found += [] if self.rotation is None else rotation.problems(architecture, self.mtp == "keep")
         found += [] if self.migration is None else moved_scales.problems(header)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
@@ -240,8 +243,17 @@ class Compress(Stage, frozen=True):
         weights = self.weights
         if isinstance(weights, Gptaq) and _too_large(weights, architecture.header):
             weights = weights.uncorrected()
-        chosen = selection.select(architecture, roles, weights, self.overrides)
+        chosen = selection.select(architecture, roles, weights, self._overrides(architecture))
         return LinearSolver(chosen, self.sparsity, weights, self.min_tokens)
+
+    def _overrides(self, architecture: Architecture) -> tuple[Override, ...]:
+        """Those of the recipe, after the one for what every token goes through: symmetric, as servers read 8 bits."""
+        if self.every_token_bits is None or self.weights is None or architecture.cfg.moe is None:
+            return self.overrides
+        roles = self._changed(architecture.header) & EVERY_TOKEN
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in architecture.linears(roles))
+        own = [Override(modules=tuple(names), num_bits=self.every_token_bits, symmetric=True)] if names else []
+        return (*own, *self.overrides)
 
     def _decisions(self, architecture: Architecture) -> list[str]:
         """Say what was decided, and why, one line each."""

@@ -11,6 +11,7 @@ import torch
 
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.formats.packed import unpack_weight
+from deepseek_compress.compress.overrides import build_all
 from deepseek_compress.compress.selection import select
 from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.models import Architecture
@@ -239,6 +240,19 @@ def test_only_as_much_text_is_used_as_is_enough(tiny_llama: Path, tiny_v3: Path,
     # two of eight experts get a token: four times the text
     spread = stage(weights=weights).run(open_checkpoint(tiny_v3), context(tmp_path / "spread", text))
     assert any(line.startswith("6 of 12 samples used") for line in spread.facts["decisions"])
+
+
+def test_what_every_token_goes_through_may_have_other_bits(tiny_v3: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    knobs = stage(weights={"rtn": {"group_size": 32}}, every_token_bits=8)
+    knobs = knobs.model_copy(update={"overrides": build_all([{"modules": "*.0.self_attn.o_proj", "keep": True}])})
+    for source, others in ((tiny_v3, 8), (tiny_llama, 4)):
+        out = knobs.run(open_checkpoint(source), Context("out", tmp_path / source.name, "stages: []\n", 0, {})).path
+        layers = json.loads((out / "dsc_layers.json").read_text())["blocks"]
+        bits = {linear["name"]: round(linear["bits"]) for block in layers for linear in block["linears"]}
+        assert "model.layers.0.self_attn.o_proj" not in bits, "an override of the recipe has the last word"
+        assert {found for name, found in bits.items() if ".experts." not in name} == {others if others == 8 else 5}
+        assert {found for name, found in bits.items() if ".experts." in name} == ({5} if others == 8 else set())
+        assert Architecture.of(open_checkpoint(out)).problems() == []
 
 
 def test_a_model_that_is_too_large_is_not_corrected(tiny_llama: Path, tmp_path: Path, text: Path) -> None:
