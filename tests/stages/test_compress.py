@@ -244,7 +244,9 @@ def test_only_as_much_text_is_used_as_is_enough(tiny_llama: Path, tiny_v3: Path,
 
 def test_what_every_token_goes_through_may_have_other_bits(tiny_v3: Path, tiny_llama: Path, tmp_path: Path) -> None:
     knobs = stage(weights={"rtn": {"group_size": 32}}, every_token_bits=8)
-    knobs = knobs.model_copy(update={"overrides": build_all([{"modules": "*.0.self_attn.o_proj", "keep": True}])})
+    knobs = knobs.model_copy(
+        update={"overrides": tuple(build_all([{"modules": "*.0.self_attn.o_proj", "keep": True}]))}
+    )
     for source, others in ((tiny_v3, 8), (tiny_llama, 4)):
         out = knobs.run(open_checkpoint(source), Context("out", tmp_path / source.name, "stages: []\n", 0, {})).path
         layers = json.loads((out / "dsc_layers.json").read_text())["blocks"]
