@@ -290,7 +290,8 @@ class Compress(Stage, frozen=True):
         assert self.activations is not None
         bits, symmetric = self.activations.num_bits, self.activations.symmetric
         weights = self.weights
-        served = weights is not None and weights.symmetric and not self.overrides
+        mixed = bool(self.overrides) or (self.every_token_bits is not None and cfg.moe is not None)
+        served = weights is not None and weights.symmetric and not mixed
         anywhere = symmetric and isinstance(self.activations, Dynamic)
         if served and (anywhere or (channels and cfg.moe is None)):
             return f"{bits}-bit activations stand in config.json, as compressed-tensors and vLLM read them"
