@@ -51,6 +51,13 @@ def line(text: str, style: str = "") -> None:
     out().print(Text(text, style=style), soft_wrap=True)
 
 
+def stream(text: str, quiet: bool = False) -> None:
+    """A stretch of a result as it comes, without a line's end; `quiet`: dimmed where there is a terminal."""
+    dim = quiet and sys.stdout.isatty()
+    sys.stdout.write(f"\033[2m{text}\033[0m" if dim else text)
+    sys.stdout.flush()
+
+
 def note(text: str) -> None:
     """One line beside the result: what was decided, and from where."""
     err().print(Text(text, style="quiet"), soft_wrap=True)

@@ -161,7 +161,7 @@ class CheckpointWriter:
         self._add_input_grids(config)
         files = self._name_shards()
         self._write_index(files)
-        for file in self._copied():
+        for file in copied_files(self.source.path):
             with disk_errors(self.out / file.name):
                 shutil.copyfile(file, self.out / file.name)
         written = {name: {"bytes": shard.bytes, "blake3": shard.blake3} for name, shard in files.items()}
@@ -306,11 +306,12 @@ class CheckpointWriter:
         total = sum(stored.bytes for stored in self._stored().values())
         write_json(self.out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    def _copied(self) -> list[Path]:
-        """Files of the source that go along byte for byte; never code, never out of its directory."""
-        files = [file for file in sorted(self.source.path.iterdir()) if file.is_file()]
-        wanted = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)]
-        return [file for file in wanted if file.suffix != ".py" and inside(self.source.path, file)]
+
+def copied_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint that go along byte for byte; never code, never out of its directory."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    wanted = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)]
+    return [file for file in wanted if file.suffix != ".py" and inside(folder, file)]
 
 
 def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from deepseek_compress import __version__, console
-from deepseek_compress.cli import look, work
+from deepseek_compress.cli import look, speak, work
 from deepseek_compress.errors import DscError, Problems
 
 STOPPED = "stopped; the same command goes on"
@@ -82,7 +82,7 @@ def _options(
     pass
 
 
-_RUN, _STAGE, _LOOK = "A whole recipe", "One stage", "Look"
+_RUN, _STAGE, _ANSWER, _LOOK = "A whole recipe", "One stage", "Answer", "Look"
 for name, function, panel in (
     ("plan", work.plan, _RUN),
     ("run", work.run, _RUN),
@@ -93,6 +93,8 @@ for name, function, panel in (
     ("allocate", work.allocate, _STAGE),
     ("export", work.export, _STAGE),
     ("evaluate", work.evaluate, _STAGE),
+    ("chat", speak.chat, _ANSWER),
+    ("generate", speak.generate, _ANSWER),
     ("compare", look.compare, _LOOK),
     ("inspect", look.inspect, _LOOK),
     ("doctor", look.doctor, _LOOK),

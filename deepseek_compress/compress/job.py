@@ -174,7 +174,8 @@ class SolvedBlock(BlockRun):
         """Give linears that share an input their new weights and write them; or only what was seen of that input."""
         prefix = self.block.prefix
         if self.job.observing:
-            self.store(prefix + group[0].input, parts_of_statistics(statistics))
+            parts = parts_of_statistics(statistics)
+            self.store(prefix + group[0].input, {suffix: part.cpu() for suffix, part in parts.items()})
             self.facts += [observed(linear, statistics) for linear in group]
             return
         if statistics.tokens < self.job.min_tokens:
@@ -186,7 +187,8 @@ class SolvedBlock(BlockRun):
             raise DscError(f"{prefix}{group[0].name}: {error.what}", error.fix) from None
         for (linear, _), solved in zip(pairs, found, strict=True):
             name = f"{prefix}{linear.name}.weight"
-            self.store(name, parts_of(name, solved.stored, self.job.scheme is not None))
+            parts = parts_of(name, solved.stored, self.job.scheme is not None)
+            self.store(name, {suffix: part.cpu() for suffix, part in parts.items()})
             loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()
             self.tensors[linear.name + ".weight"] = loaded
             self.facts.append({"name": prefix + linear.name, "role": str(linear.role), **solved.facts})

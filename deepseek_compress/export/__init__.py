@@ -1,8 +1,12 @@
-"""Writing a checkpoint in a form that others run. Here: the defaults, without importing anything heavy."""
+"""Writing a checkpoint in a form that others run. Here: the table of targets, without importing anything heavy."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from deepseek_compress.export.target import Target
 
 
 class Range(NamedTuple):
@@ -17,5 +21,30 @@ BATCH = Range(1, 1, 8)
 NEW = Range(1, 1, 512)  # tokens of a call
 PAST = Range(0, 128, 1024)  # tokens in the cache
 COMPUTE_CAPABILITIES = ("sm89", "sm120")
-NAMES = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "compressed-tensors", "bf16", "triton", "gguf")
-GRAPHS = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton")  # targets that write an ONNX file
+
+
+class Entry(NamedTuple):
+    """Where a target lives (module of `targets`, class) and what it writes, in one line."""
+
+    module: str
+    name: str
+    summary: str
+
+
+TARGETS: dict[str, Entry] = {
+    "onnx": Entry("onnx", "Onnx", "model.onnx, standard operators only, for any run-time that knows opset 21"),
+    "onnxruntime": Entry("onnxruntime", "OnnxRuntime", "model.onnx with MatMulNBits, for onnxruntime"),
+    "genai": Entry("genai", "Genai", "a folder that onnxruntime-genai opens: graph, genai_config.json, tokenizer"),
+    "tensorrt-rtx": Entry("tensorrt", "TensorRtRtx", "model.engine of TensorRT-RTX, built without a GPU"),
+    "tensorrt": Entry("tensorrt", "TensorRt", "model.engine of TensorRT, for the GPU that builds it"),
+    "compressed-tensors": Entry("checkpoints", "CompressedTensors", "the packed checkpoint, for vLLM and transformers"),
+    "bf16": Entry("checkpoints", "Bf16", "the checkpoint as plain BF16, for all that load safetensors"),
+    "gguf": Entry("gguf", "Gguf", "model.gguf, for llama.cpp and what is built on it"),
+}
+
+
+def load(name: str) -> type[Target]:
+    """The class of a target; `name` is a key of `TARGETS`."""
+    entry = TARGETS[name]
+    found: type[Target] = getattr(import_module(f"{__name__}.targets.{entry.module}"), entry.name)
+    return found

@@ -74,7 +74,7 @@ def _all_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> str:
 def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> str:
     """Each expert sees the tokens that chose it. For run-times that know NonZero."""
     g = build.graph
-    out = g.op("Mul", x, g.scalar(0))
+    out = g.op("Cast", g.op("Mul", x, g.scalar(0)), to=TensorProto.FLOAT)  # onnxruntime adds rows of FP32 alone
     by_expert = g.op("Cast", g.op("Transpose", shares, perm=[1, 0]), to=g.elem_type)  # (experts, tokens)
     for expert in range(moe.experts):
         share = g.op("Gather", by_expert, g.constant(np.array(expert, np.int64)))
@@ -82,8 +82,9 @@ def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> s
         y = swiglu(build, f"{stem}.{expert}", g.op("Gather", x, rows))
         column = g.ints(-1, 1)
         y = g.op("Mul", y, g.op("Reshape", g.op("Gather", share, rows), column))
+        y = g.op("Cast", y, to=TensorProto.FLOAT)
         out = g.op("ScatterND", out, g.op("Reshape", rows, column), y, reduction="add")
-    return out
+    return g.op("Cast", out, to=g.elem_type)
 
 
 def moe_part(build: Build, moe: Moe, stem: str, x: str) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,30 @@ from deepseek_compress.export.moe import moe_part
 from deepseek_compress.export.pieces import grouped_attention, latent_attention, rms_norm, swiglu
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.activations import input_scheme
-from deepseek_compress.models.config import ModelConfig
+from deepseek_compress.models.config import Mla, ModelConfig, Moe, Rope
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.activations import SMALLEST, Dynamic, InputGrid
 from deepseek_compress.numerics.grid import fit_group_size
 from deepseek_compress.numerics.types import Quantized, Statistics
 
+SCORES, METHODS = ("softmax", "sigmoid"), ("greedy", "group_limited_greedy", "noaux_tc")
+READ = {  # fields of a configuration that the emitters, or the runtime's functions they call, compute with
+    ModelConfig: frozenset(
+        "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim rms_norm_eps rope tie_word_embeddings qkv_bias o_bias mlp_bias max_position_embeddings "
+        "num_nextn_predict_layers mla moe eos_token_ids names".split()
+    ),
+    Rope: frozenset(
+        "theta dim kind factor original_length beta_fast beta_slow mscale mscale_all_dim attention_factor truncate "
+        "low_freq_factor high_freq_factor interleaved".split()
+    ),
+    Mla: frozenset("q_lora_rank kv_lora_rank nope rope value".split()),
+    Moe: frozenset(
+        "experts shared top_k intermediate first_dense layer_freq groups top_groups method scoring normalize "
+        "scaling names".split()
+    ),
+}
+WORDS = dict.fromkeys(("indexer", "compressed"), "sparse attention") | {"streams": "hyper-connections"}
 ROWS_AT_ONCE = 4096  # of a table that is rounded
 
 
@@ -121,13 +140,19 @@ def rounded_inputs(architecture: Architecture) -> tuple[int, frozenset[str], Map
 
 
 def check_supported(cfg: ModelConfig) -> None:
-    """Raise `DscError` for models whose blocks have no emitter."""
-    if cfg.indexer is not None or cfg.compressed is not None or cfg.streams is not None:
-        raise DscError(
-            f"{cfg.model_type}: sparse attention has no ONNX form here", "export compressed-tensors and serve with vLLM"
-        )
-    if cfg.moe is not None and (cfg.moe.scoring not in ("softmax", "sigmoid") or cfg.moe.swiglu_limit is not None):
-        raise DscError(f"{cfg.model_type}: this router has no ONNX form here", "export compressed-tensors instead")
+    """Raise `DscError` unless every feature of the configuration is one that the emitters know.
+
+    What they read is listed (`READ`); any other field must have the value that means it is not used.
+    """
+    fix = "export compressed-tensors and serve with vLLM"
+    for part in (cfg, cfg.rope, cfg.mla, cfg.moe):
+        for field in () if part is None else fields(part):
+            value, unused = getattr(part, field.name), field.default
+            if field.name not in READ[type(part)] and value != unused:
+                what = WORDS.get(field.name, f"{field.name} {value!r}")
+                raise DscError(f"{cfg.model_type}: {what} has no ONNX form here", fix)
+    if cfg.moe is not None and (cfg.moe.scoring not in SCORES or cfg.moe.method not in METHODS):
+        raise DscError(f"{cfg.model_type}: this router has no ONNX form here", fix)
 
 
 def emit_model(build: Build) -> None:
@@ -168,14 +193,19 @@ def emit_block(build: Build, layer: int, x: str) -> str:
             y = moe_part(build, cfg.moe, stem, y)
         else:
             y = swiglu(build, f"{stem}.{names.ffn.mlp}", y)
-    return g.op("Add", x, y)
+    return g.op("Add", x, y, named=hidden_name(layer + 1))
+
+
+def hidden_name(layer: int) -> str:
+    """What the graph calls the input of block `layer`; one more is what the last block gives."""
+    return f"hidden/{layer}"
 
 
 def embed(build: Build) -> str:
     """(B, S) tokens -> (B S, hidden)."""
     g, name = build.graph, module_of(build.cfg.names.embedding)[0]
     if build.embedding_bits == 8:
-        table, scale, zero = nbits_weight(build, f"{name}.weight", _rounded_table(build, name))
+        table, scale, zero = nbits_weight(build, f"{name}.weight", rounded_table(build.checkpoint, name))
         flat = g.op("Reshape", table, g.ints(0, -1))
         size = fit_group_size(build.cfg.hidden_size, None)
         knobs: dict[str, Any] = {"bits": 8, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
@@ -184,7 +214,7 @@ def embed(build: Build) -> str:
         weight = float_weight(build, Weight(name, (name,)), cast=False)
         x = g.op("Gather", weight, "input_ids", axis=0)
         x = x if g.type_of(weight) == g.elem_type else g.op("Cast", x, to=g.elem_type)
-    return g.op("Reshape", x, g.ints(-1, build.cfg.hidden_size))
+    return g.op("Reshape", x, g.ints(-1, build.cfg.hidden_size), named=hidden_name(0))
 
 
 def head(build: Build, x: str) -> str:
@@ -192,7 +222,7 @@ def head(build: Build, x: str) -> str:
     tied, names = build.cfg.tie_word_embeddings, build.cfg.names
     name = module_of(names.embedding if tied else names.head)[0]
     if build.embedding_bits == 8:
-        return nbits_product(build, x, f"{name}.weight", _rounded_table(build, name))
+        return nbits_product(build, x, f"{name}.weight", rounded_table(build.checkpoint, name))
     weight = Weight(name, (name,))
     if _in_integers(build) and not is_quantized(build, weight):
         return _rounded_head(build, x, weight)
@@ -227,11 +257,11 @@ def _rounded_head(build: Build, x: str, weight: Weight) -> str:
         )  # fmt: skip
 
 
-def _rounded_table(build: Build, name: str) -> Quantized:
+def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
     """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet."""
     quantize = WEIGHTS["rtn"](num_bits=8, group_size=None)
-    plain = build.checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
-    table = build.checkpoint.read(f"{name}.weight", None if plain else torch.float32)
+    plain = checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
+    table = checkpoint.read(f"{name}.weight", None if plain else torch.float32)
     starts = range(0, len(table), ROWS_AT_ONCE)
     parts = [quantize(table[start : start + ROWS_AT_ONCE].float(), Statistics()) for start in starts]
     return Quantized(
@@ -240,19 +270,3 @@ def _rounded_table(build: Build, name: str) -> Quantized:
         torch.cat([part.zero_point for part in parts]),
         num_bits=8,
     )
-
-
-def empty_past(cfg: ModelConfig, batch: int, dtype: Any = np.float32) -> dict[str, Any]:
-    """The cache inputs before the first token: arrays whose past length is 0."""
-    if cfg.mla is not None:
-        shapes: dict[str, tuple[int, ...]] = {
-            "latent": (batch, 0, cfg.mla.kv_lora_rank),
-            "rope": (batch, 0, cfg.mla.rope),
-        }
-    else:
-        shapes = dict.fromkeys(("key", "value"), (batch, cfg.num_key_value_heads, 0, cfg.head_dim))
-    return {
-        f"past.{layer}.{part}": np.zeros(shape, dtype)
-        for layer in range(cfg.num_hidden_layers)
-        for part, shape in shapes.items()
-    }

@@ -1,156 +1,291 @@
-"""Run an exported ONNX file in onnxruntime beside the runtime it was made from: same logits, same greedy tokens.
+"""Run an exported ONNX file in onnxruntime beside the runtime it was made from, on text where there is some.
 
-`BOUNDS` states how far logits may be apart (the largest |difference| at a position over the largest |logit| of the
-runtime there) and the share of positions that must keep to it. It isn't all of them, because two steps of such a model
-are not continuous: a router whose k-th and (k+1)-th experts are close, and an activation that lies near half an 8-bit
-step. A difference of one FP16 rounding there becomes a whole step, which then moves others: FP16 graphs with 8-bit
-activations are as far from the runtime as 8-bit activations themselves are from FP32. The worst position is always
-reported.
+Two questions, since rounding is not continuous (see `rounding`). p is the runtime without 8-bit activations, its tables
+rounded as the file rounds them; KL is in nats a position.
 
-onnxruntime's optimiser would replace DequantizeLinear + MatMul by 8-bit activations of its own; here it may not.
+1. Is the graph the model? The file without its rounding of activations must give p: the mean of KL(p || graph) at most
+   `EXACT`, without the worst hundredth of the positions, where a router's k-th and (k+1)-th experts may tie, and the
+   same greedy tokens wherever p's lead is clear.
+2. Does it round as it should? The file as written, and the runtime that rounds the same inputs in the same way, must be
+   about as far from p: the median of KL(p || file) within `ROUNDED` of that of KL(p || runtime with rounding). The
+   median, since where rounding turns a router to another expert one position outweighs all others.
+
+Where either fails, the block whose output differs most is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
-from deepseek_compress import machine
-from deepseek_compress.errors import DscError
-from deepseek_compress.export.onnx import empty_past
+from deepseek_compress.checkpoint import Checkpoint
+from deepseek_compress.checkpoint.header import module_of
+from deepseek_compress.export.onnx import hidden_name, rounded_table
+from deepseek_compress.export.rounding import in_blocks, rounded_rows, without_rounding
+from deepseek_compress.generation.backends.graph import GraphModel, Ints
+from deepseek_compress.generation.backends.onnx import OnnxRunner, open_session
 from deepseek_compress.models.cache import KvCache
+from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.weights import QuantizedInputs
+from deepseek_compress.numerics.grid import fit_group_size
 
-BOUNDS = {  # (float type of the graph, 8-bit activations): (bound, share of positions)
-    ("float32", False): (1e-4, 0.99),
-    ("float32", True): (0.05, 0.95),
-    ("float16", False): (0.02, 0.95),
-    ("float16", True): (0.1, 0.9),
-}
+EXACT = {"float32": 1e-6, "float16": 2e-3}  # nats a token, by the float type of the graph
+CLEAR = {"float32": 1e-4, "float16": 2e-2}  # a lead over the largest |logit| beyond which a greedy token must be equal
+ROUNDED = (0.25, 2.0)  # KL of the file over KL of the runtime, both with rounding
+SHARE = 0.99  # of the positions, the best ones; and of the clear tokens
 DECODED = 32
+CHUNK = 1 << 22  # elements of a float64 tensor
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Call = tuple[Ints, Ints]  # tokens and mask of a call, (B, S)
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How an ONNX file compares with the runtime."""
 
-    bound: float  # stated
-    share: float  # stated
-    worst: float  # largest relative difference at any position
-    within: float  # share of positions within the bound
+    positions: int
+    bound: float  # of `kl`
+    kl: float  # mean, of the graph without rounding
+    worst: float  # largest |difference| of logits at any position over the largest |logit| there, without rounding
     decoded: int  # greedy tokens whose lead was clear enough to be judged
     agreed: int  # and those that were the same
-    positions: int
+    rounded_kl: float | None  # median, of the file as it is; None where it rounds no activations
+    expected_kl: float | None  # median, of the runtime that rounds likewise
+    differs: str | None = None  # where, if it does not hold
+
+    @property
+    def exact(self) -> bool:
+        """Whether the graph is the model."""
+        return self.kl <= self.bound and self.agreed >= SHARE * self.decoded
 
     @property
     def holds(self) -> bool:
         """Whether the file may be called equal to the runtime."""
-        return self.within >= self.share and self.agreed >= self.share * self.decoded
+        if self.rounded_kl is None or self.expected_kl is None:
+            return self.exact
+        low, high = (factor * self.expected_kl for factor in ROUNDED)
+        return self.exact and low - self.bound <= self.rounded_kl <= high + self.bound
 
     def facts(self) -> dict[str, Any]:
         """For a report."""
         return {**self.__dict__, "holds": self.holds}
 
+    def __str__(self) -> str:
+        text = f"KL {self.kl:.2g} from the runtime (bound {self.bound:g}), {self.agreed} of {self.decoded} clear tokens"
+        if self.rounded_kl is None:
+            return f"{text} equal, {self.positions} positions"
+        return (
+            f"{text} equal without 8-bit activations; with them KL {self.rounded_kl:.2g} (median), the runtime's "
+            f"{self.expected_kl:.2g}, {self.positions} positions"
+        )
 
-class OnnxModel:
+
+class OnnxModel(GraphModel):
     """An exported file in onnxruntime, with the cache carried along."""
 
-    def __init__(self, path: Path, cfg: Any, threads: int = 0) -> None:
-        self.session = open_session(path, threads=threads)
-        self.cfg = cfg
-        self.names = [output.name for output in self.session.get_outputs()]
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        first = next(i for i in self.session.get_inputs() if i.name.startswith("past."))
-        self.dtype = kinds[first.type]
-        self.past: dict[str, Any] = {}
-        self.mask: Ints = np.zeros((0, 0), np.int64)
-
-    def start(self, batch: int) -> None:
-        """Forget everything."""
-        self.past = empty_past(self.cfg, batch, self.dtype)
-        self.mask = np.zeros((batch, 0), np.int64)
-
-    def step(self, tokens: Ints, mask: Ints | None = None) -> Floats:
-        """tokens (B, S) after those seen so far -> logits (B, S, vocabulary). `mask` (B, S): 0 marks padding."""
-        new = np.ones_like(tokens) if mask is None else mask
-        self.mask = np.concatenate([self.mask, new], axis=1)
-        positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -tokens.shape[1] :]
-        feed = {"input_ids": tokens, "attention_mask": self.mask, "position_ids": positions, **self.past}
-        logits, *present = self.session.run(self.names, feed)
-        self.past = {n.replace("present", "past"): v for n, v in zip(self.names[1:], present, strict=True)}
-        result: Floats = logits
-        return result
+    def __init__(self, file: Path | bytes, threads: int = 0, folder: Path | None = None) -> None:
+        super().__init__(OnnxRunner(file, threads or torch.get_num_threads(), folder))
 
 
-def open_session(path: Path, threads: int = 0, accuracy_level: int = 0) -> Any:
-    """An onnxruntime session on the CPU that computes what the graph says."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise DscError("onnxruntime is not installed", "pip install onnxruntime-gpu") from None
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not machine.exact_integer_products():
-        # onnxruntime's u8 x s8 products saturate at 16 bits there; its other mode (x64quantprecision) breaks weights in
-        # blocks (1.31). So Q and DQ are computed as they stand.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+class Tables(NamedTuple):
+    """What a file computes with instead of the checkpoint's embedding and head; None: those."""
+
+    embedding: Tensor | None = None
+    head: Tensor | None = None
+
+
+class Rounded(Model):
+    """The runtime with the tables of a file, and with the inputs that it rounds; none are without `inputs`."""
+
+    def __init__(self, model: Model, tables: Tables, inputs: Mapping[str, Any] | None) -> None:
+        weights = dict(model.weights)
+        if tables.embedding is not None:
+            weights[model.cfg.names.embedding] = tables.embedding
+        super().__init__(model.family, model.cfg, weights)
+        self.rounded_head = tables.head
+        self.rounds_head = (inputs or {}).get(_modules(model.cfg)[1])
+        self.int8 = model.int8 and inputs is not None
+        for layer, block in enumerate(model.blocks):
+            prefix = f"{model.cfg.names.block.format(layer)}."
+            found = {
+                name.removeprefix(prefix): each for name, each in (inputs or {}).items() if name.startswith(prefix)
+            }
+            if inputs is not None and isinstance(block, QuantizedInputs):
+                found = {**block.roundings, **found}  # what MatMulNBits rounds, it rounds in its own way
+            self.blocks[layer] = QuantizedInputs(self.blocks[layer], found)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KvCache | None = None,
+        left_padding: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """As the runtime's."""
+        hidden = self.hidden_states(tokens, cache, left_padding)[-1]
+        hidden = self.family.final_hidden(self.cfg, self.top, hidden[:, -1:] if last_only else hidden)
+        hidden = self.rounds_head(hidden) if self.rounds_head else hidden
+        return functional.linear(hidden, self.head if self.rounded_head is None else self.rounded_head)
 
 
 def verify(
     path: Path,
-    model: Model,
+    source: Checkpoint,
     prompts: Sequence[Sequence[int]],
     *,
+    model: Model | None = None,
     dtype: str = "float32",
-    rounded: bool = False,
     decoded: int = DECODED,
 ) -> Agreement:
-    """Prefill `prompts` as one batch, padded at the left, then decode the runtime's greedy tokens in both.
+    """Prefill `prompts` as one batch, padded at the left, then decode the runtime's greedy tokens in all of them.
 
-    `dtype` is the float type of the graph; `rounded`: whether activations are 8-bit.
+    `dtype` is the float type of the graph; `model`: of `source`, where it is loaded already.
     """
-    bound, share = BOUNDS[(dtype, rounded)]
-    onnx_model = OnnxModel(path, model.cfg)
-    onnx_model.start(len(prompts))
+    model = model or Model.load(source)
+    graph = onnx.load(str(path), load_external_data=False)
+    plain = without_rounding(graph)
+    blocks, tables = in_blocks(graph), _tables(graph, source, model.cfg)
+    exact, rounded = Rounded(model, tables, None), Rounded(model, tables, blocks)
+    calls, want = _generate(exact, prompts, decoded)
+    file = path if plain is None else plain.SerializeToString()
+    have, mask = _replay(OnnxModel(file, folder=path.parent), calls)
+    want = [logits[:, -got.shape[1] :] for logits, got in zip(want, have, strict=True)]
+    steps = _clear(want[1:], have[1:], CLEAR[dtype])
+    p, q = _joined(want, mask), _joined(have, mask)
+    each = _kl(p, q)
+    kl, other, expected = float(each[: max(1, int(SHARE * len(each)))].mean()), None, None
+    if plain is not None:
+        files, _ = _replay(OnnxModel(path), calls)
+        both = (_kl(p, _joined(found, mask)) for found in (files, _runtime(rounded, calls, have)))
+        other, expected = (float(found.median()) for found in both)
+    worst = float((np.abs(p - q).max(1) / np.maximum(np.abs(p).max(1), 1e-30)).max())
+    found = Agreement(len(p), EXACT[dtype], kl, worst, *steps, other, expected)
+    if found.holds:
+        return found
+    where = _differs(
+        graph if plain is None or found.exact else plain, path, exact, rounded if found.exact else exact, calls[0]
+    )
+    return replace(found, differs=where)
+
+
+def _modules(cfg: ModelConfig) -> tuple[str, str]:
+    """Names of embedding and head in a graph; of a tied head, the embedding's."""
+    names = cfg.names
+    return module_of(names.embedding)[0], module_of(names.embedding if cfg.tie_word_embeddings else names.head)[0]
+
+
+def _tables(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> Tables:
+    """Embedding and head as the file rounds them: 8 bits in the file, or a head that becomes 8 bits at load."""
+    nodes, modules = graph.graph.node, _modules(cfg)
+    if any(node.op_type == "GatherBlockQuantized" for node in nodes):
+        return Tables(*(rounded_table(source, name).dequantize() for name in modules))
+    made = any(node.op_type == "MatMulNBits" and node.name.startswith(f"{modules[1]}/") for node in nodes)
+    if not made or source.header.tensors[f"{modules[1]}.weight"].encoding == "packed":
+        return Tables()
+    table = source.read(f"{modules[1]}.weight", dtype=torch.float32)
+    return Tables(head=rounded_rows(table, fit_group_size(table.shape[1], None)))
+
+
+def _generate(model: Model, prompts: Sequence[Sequence[int]], decoded: int) -> tuple[list[Call], list[Floats]]:
+    """The calls: the prompts, then a greedy token each; and the model's logits after each call."""
     tokens, mask = left_padded(prompts)
-    capacity = tokens.shape[1] + decoded
-    cache = KvCache(model.cfg.num_hidden_layers, capacity, int8=model.int8)  # the graph's is not rounded either
     padding = torch.from_numpy((mask == 0).sum(1))
-    errors: list[NDArray[np.float64]] = []
-    judged = agreed = 0
-    for step in range(decoded + 1):
+    cache = KvCache(model.cfg.num_hidden_layers, tokens.shape[1] + decoded)
+    calls, logits = [], []
+    for _ in range(decoded + 1):
+        calls.append((tokens, mask))
         with torch.no_grad():
-            want = model.forward(torch.from_numpy(tokens), cache, padding).numpy()
-        have = onnx_model.step(tokens, mask)
-        want, judged_mask = want[:, -have.shape[1] :], mask[:, -have.shape[1] :]  # some files give the last logits only
-        largest = np.abs(want).max(-1)
-        error = np.abs(want.astype(np.float64) - have).max(-1) / np.maximum(largest, 1e-30)
-        errors.append(error[judged_mask.astype(bool)])
-        last = np.sort(want[:, -1], axis=-1)
-        clear = last[:, -1] - last[:, -2] > 2 * bound * largest[:, -1]
-        same = want[:, -1].argmax(-1) == have[:, -1].argmax(-1)
-        if step:  # the first is the prefill's
-            judged, agreed = judged + int(clear.sum()), agreed + int((clear & same).sum())
-        tokens = want[:, -1].argmax(-1)[:, None].astype(np.int64)
+            logits.append(model.forward(torch.from_numpy(tokens), cache, padding).numpy())
+        tokens = logits[-1][:, -1].argmax(-1)[:, None].astype(np.int64)
         mask = np.ones_like(tokens)
-    every = np.concatenate([e.reshape(-1) for e in errors])
-    return Agreement(bound, share, float(every.max()), float((every <= bound).mean()), judged, agreed, every.size)
+    return calls, logits
 
 
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+def _replay(model: OnnxModel, calls: Sequence[Call]) -> tuple[list[Floats], list[Ints]]:
+    """The file's logits for each call, which may be of its last token alone, and their masks."""
+    model.start(len(calls[0][0]))
+    logits = [model.step(tokens, mask) for tokens, mask in calls]
+    return logits, [mask[:, -got.shape[1] :] for (_, mask), got in zip(calls, logits, strict=True)]
+
+
+def _runtime(model: Model, calls: Sequence[Call], like: Sequence[Floats]) -> list[Floats]:
+    cache = KvCache(model.cfg.num_hidden_layers, sum(tokens.shape[1] for tokens, _ in calls), int8=model.int8)
+    padding = torch.from_numpy((calls[0][1] == 0).sum(1))
+    with torch.no_grad():
+        every = [model.forward(torch.from_numpy(tokens), cache, padding).numpy() for tokens, _ in calls]
+    return [logits[:, -got.shape[1] :] for logits, got in zip(every, like, strict=True)]
+
+
+def _clear(want: Sequence[Floats], have: Sequence[Floats], bound: float) -> tuple[int, int]:
+    """How many decoded tokens have a clear lead in the runtime, and how many of those are the file's too."""
+    judged = agreed = 0
+    for left, right in zip(want, have, strict=True):
+        best = np.sort(left[:, -1], axis=-1)
+        clear = best[:, -1] - best[:, -2] > 2 * bound * np.abs(left[:, -1]).max(-1)
+        same = left[:, -1].argmax(-1) == right[:, -1].argmax(-1)
+        judged, agreed = judged + int(clear.sum()), agreed + int((clear & same).sum())
+    return judged, agreed
+
+
+def _joined(logits: Sequence[Floats], masks: Sequence[Ints]) -> Floats:
+    """(positions, vocabulary) of what is no padding."""
+    return np.concatenate([found[mask.astype(bool)] for found, mask in zip(logits, masks, strict=True)])
+
+
+def _kl(p: Floats, q: Floats) -> Tensor:
+    """KL(p || q) of each position in nats, rising; NaN counts as infinitely far."""
+    rows = max(1, CHUNK // p.shape[1])
+    values = []
+    for start in range(0, len(p), rows):
+        a, b = (torch.from_numpy(x[start : start + rows]).double().log_softmax(1) for x in (p, q))
+        values.append(functional.kl_div(b, a, reduction="none", log_target=True).sum(1))
+    return torch.cat(values).nan_to_num(nan=float("inf")).clamp(min=0).sort().values
+
+
+def _differs(graph: onnx.ModelProto, path: Path, exact: Model, model: Model, call: Call) -> str:
+    """The part of the model after which file and runtime differ most more than before it.
+
+    `exact`: what both are compared with where `model` rounds; there the file's distance counts over the model's.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    names = [hidden_name(layer) for layer in range(model.cfg.num_hidden_layers + 1)]
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    tokens, mask = call
+    session = open_session(copy.SerializeToString(), torch.get_num_threads(), path.parent)
+    runner = OnnxModel(path)
+    runner.start(len(tokens))
+    feed = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+    files = session.run(names, {**feed, **runner.past})
+    padding, real = torch.from_numpy((mask == 0).sum(1)), mask.astype(bool).reshape(-1)
+    with torch.no_grad():
+        want, other = (m.hidden_states(torch.from_numpy(tokens), None, padding) for m in (exact, model))
+    errors = [0.0]
+    for left, right, file in zip(want, other, files, strict=True):
+        flat = [x.reshape(-1, x.shape[-1])[real] for x in (left.numpy(), right.numpy(), np.asarray(file, np.float32))]
+        own = np.linalg.norm(flat[1] - flat[0]) if model is not exact else 0.0
+        errors.append(abs(float(np.linalg.norm(flat[2] - flat[0]) - own)) / max(float(np.linalg.norm(flat[0])), 1e-30))
+    rises = [after - before for before, after in pairwise(errors)]
+    worst = int(np.argmax(rises))
+    if max(errors) < 1e-2 and model is exact:
+        return f"the head (before it {errors[-1]:.1e} relative)"
+    place = "the embedding" if worst == 0 else model.cfg.names.block.format(worst - 1)
+    return f"{place} ({errors[worst + 1]:.1e} relative after it, {errors[worst]:.1e} before)"
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> Call:
     """Token ids and mask, both int64 (B, longest), padding (id 0, mask 0) at the left."""
     width = max(len(prompt) for prompt in prompts)
     tokens = np.zeros((len(prompts), width), np.int64)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from deepseek_compress.errors import DscError
+
+TEMPLATE_SECONDS = 10.0  # a chat template is a program of the checkpoint's
 
 
 class Tokenizer:
@@ -80,7 +86,8 @@ class Tokenizer:
             return "\n".join(message["content"] for message in messages)
         template = self._transformers.apply_chat_template
         try:
-            return str(template(messages, tokenize=False, add_generation_prompt=answer_next))
+            with _at_most(TEMPLATE_SECONDS):
+                return str(template(messages, tokenize=False, add_generation_prompt=answer_next))
         except Exception as error:  # a program of the checkpoint's, which raises whatever it likes
             what = f"the chat template of {self.path} refuses: {' '.join(str(error).split())[:200]}"
             raise DscError(what, "give other roles or another order") from None
@@ -99,6 +106,25 @@ class Tokenizer:
         except ValueError as error:
             raise DscError(f"{file}: not valid JSON ({error})", "download the file again") from None
         return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside after so long, where the system has the timer: a template may loop."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not finished after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -246,7 +246,8 @@ def _mistakes(
     document: Document, place: tuple[str | int, ...], component: type[Stage], kind: str, knobs: dict[str, Any]
 ) -> Iterator[DscError]:
     """Of each knob by itself, since `pick` in a validator ends the search at the first; with none, what is missing."""
-    for given in ({}, *({key: value} for key, value in knobs.items())):
+    tag = {key: value for key, value in knobs.items() if key == component.tag}
+    for given in ({}, *({**tag, key: value} for key, value in knobs.items())):
         try:
             component.model_validate(given)
         except ValidationError as error:

@@ -97,7 +97,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         prints = {name: provenance.fingerprint(open_checkpoint(path)) for name, path in models.items()}
         text = None if self.text is None else provenance.hash_file(self.text)
         knobs = {**self.model_dump(mode="json"), "models": prints}
-        Resumable.of(source, knobs, text, seed=context.seed).claim(context.out, work)
+        Resumable.of(source, knobs, text, seed=context.seed, device=context.device).claim(context.out, work)
 
     def _settings(self, context: Context) -> Any:
         from deepseek_compress.evaluation.record import Settings
@@ -114,7 +114,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             seed=context.seed,
             kv_cache=self.kv_cache,
             streamed=self.streamed,
-            limits=Limits(context.memory, context.workers),
+            limits=Limits(context.memory, context.workers, context.device),
         )
 
 
@@ -150,8 +150,8 @@ def _note(facts: Mapping[str, Any]) -> str:
     if found:
         subject = "its ONNX logits" if facts.get("onnx_bytes") else "logits"
         parts.append(
-            f"{subject} within {found['bound']:g} (relative) of the runtime's at {100 * found['within']:.1f} % of "
-            f"{found['positions']} positions, {found['agreed']} of {found['decoded']} clear greedy tokens equal"
+            f"{subject} at KL {found['kl']:.1g} from the runtime's over {found['positions']} positions, "
+            f"{found['agreed']} of {found['decoded']} clear greedy tokens equal"
         )
     return "; ".join([*parts, *([facts["sparsity"]] if facts.get("sparsity") else [])])
 

@@ -24,7 +24,7 @@ def test_it_writes_the_report_of_every_checkpoint(tiny_v3: Path, tiny_v2: Path, 
     engine.mkdir(parents=True)
     (engine / "model.engine").write_bytes(b"x" * 100)
     (engine / "model.onnx").write_bytes(b"x" * 1000)
-    agreement = {"bound": 0.02, "within": 0.995, "positions": 200, "agreed": 64, "decoded": 64}
+    agreement = {"kl": 3e-7, "positions": 200, "agreed": 64, "decoded": 64}
     facts = {"target": "tensorrt-rtx", "status": "built, not run", "onnx_bytes": 1000, "verification": agreement}
     (engine / "dsc_run.json").write_text(json.dumps({"facts": facts}))
     stage = Evaluate.model_validate({"problems": 2, "efficiency": False, "reference": "teacher"})
@@ -39,7 +39,7 @@ def test_it_writes_the_report_of_every_checkpoint(tiny_v3: Path, tiny_v2: Path, 
     assert record["artifacts"] == [
         {"name": "engine", "target": "tensorrt-rtx", "path": str(engine / "model.engine"), "bytes": 100,
          "status": "built, not run", "verification": agreement,
-         "note": "its ONNX logits within 0.02 (relative) of the runtime's at 99.5 % of 200 positions, "
+         "note": "its ONNX logits at KL 3e-07 from the runtime's over 200 positions, "
                  "64 of 64 clear greedy tokens equal"}
     ]  # fmt: skip
     assert {path.name for path in output.path.parent.iterdir()} == {"report.json", "report.md", "report.html"}

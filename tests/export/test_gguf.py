@@ -189,7 +189,7 @@ def test_the_first_token_is_the_tokenizers(tmp_path: Path) -> None:
 def test_the_target_and_what_it_refuses(
     tmp_path: Path, tiny_v3: Path, tiny_llama: Path, quantised: Quantise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, told = Export(target="gguf"), list[str]()
+    stage, told = Export.model_validate({"target": "gguf"}), list[str]()
     source = with_bpe(quantised(tiny_llama, "w8a8"), tmp_path / "in")
     context = Context(name="export", out=tmp_path / "out", recipe_text="", seed=0, tell=told.append)
     assert not stage.problems(source.header)

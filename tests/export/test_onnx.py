@@ -30,8 +30,10 @@ def test_float32_equals_the_runtime(tmp_path: Path, request: pytest.FixtureReque
     source = open_checkpoint(request.getfixturevalue(family))
     export_onnx(source, tmp_path / "model.onnx", lowering)
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
-    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS)
-    assert found.worst < 1e-5  # far inside the stated bound: no step of these models is near a tie
+    found = verify(tmp_path / "model.onnx", source, PROMPTS)
+    assert found.worst < 1e-5  # no step of these models is near a tie
+    assert found.kl < 1e-3 * found.bound
+    assert found.rounded_kl is None
     assert found.agreed == found.decoded > 80
 
 
@@ -43,10 +45,10 @@ def test_quantised_equals_the_runtime(
 ) -> None:
     source = open_checkpoint(quantised(request.getfixturevalue(family), scheme))
     export_onnx(source, tmp_path / "model.onnx", lowering, accuracy_level=0)
-    rounded = scheme != "w4a16"
-    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS, rounded=rounded, decoded=8)
+    found = verify(tmp_path / "model.onnx", source, PROMPTS, decoded=8)
     assert found.holds, found
-    assert rounded or found.worst < 1e-5
+    assert found.worst < 1e-5, "without its rounding of activations"
+    assert (found.rounded_kl is None) == (scheme == "w4a16")
 
 
 @pytest.mark.parametrize("lowering", ["standard", "tensorrt", "matmulnbits"])
@@ -57,12 +59,13 @@ def test_8_bit_attention_equals_the_runtime(
     """TensorRT has signed integers alone: 127 shares there, 255 in the runtime."""
     source = open_checkpoint(quantised(request.getfixturevalue(family), "w4a8-attention"))
     export_onnx(source, tmp_path / "model.onnx", lowering, accuracy_level=0)
-    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS, rounded=True, decoded=8)
+    found = verify(tmp_path / "model.onnx", source, PROMPTS, decoded=8)
     assert found.holds, found
+    assert found.worst < 1e-5
     without = Model.load(source)
     without.int8 = False
-    other = verify(tmp_path / "model.onnx", without, PROMPTS, rounded=True, decoded=8)
-    assert lowering == "tensorrt" or found.within > other.within or found.worst < other.worst
+    other = verify(tmp_path / "model.onnx", source, PROMPTS, model=without, decoded=8)
+    assert other.expected_kl != found.expected_kl
     kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node]
     assert kinds.count("QuantizeLinear") >= 4 * without.cfg.num_hidden_layers
 
@@ -71,7 +74,7 @@ def test_8_bit_attention_equals_the_runtime(
 def test_float16_keeps_its_bound(tmp_path: Path, tiny_v3: Path, quantised: Quantise, scheme: str) -> None:
     source = open_checkpoint(quantised(tiny_v3, scheme))
     export_onnx(source, tmp_path / "model.onnx", "tensorrt", dtype="float16")
-    found = verify(tmp_path / "model.onnx", Model.load(source), PROMPTS, dtype="float16", rounded=scheme == "w4a8")
+    found = verify(tmp_path / "model.onnx", source, PROMPTS, dtype="float16")
     assert found.holds, found
 
 
@@ -98,9 +101,8 @@ def test_every_tensor_of_the_checkpoint_is_there_by_name(
 
 def test_a_prefix_may_come_in_pieces(tmp_path: Path, tiny_v3: Path) -> None:
     source = open_checkpoint(tiny_v3)
-    cfg = family_of(source.config).parse(source.config)
     export_onnx(source, tmp_path / "model.onnx")
-    model = OnnxModel(tmp_path / "model.onnx", cfg)
+    model = OnnxModel(tmp_path / "model.onnx")
     tokens = np.array(random_prompts(512, [12] * 2), np.int64)
     model.start(2)
     whole = model.step(tokens)
@@ -121,8 +123,9 @@ def test_an_8_bit_embedding(tmp_path: Path, request: pytest.FixtureRequest, quan
     source = open_checkpoint(quantised(request.getfixturevalue(family), "w4a16"))
     path = tmp_path / "model.onnx"
     small = export_onnx(source, path, "matmulnbits", embedding_bits=8, accuracy_level=0)["bytes"]
-    found = verify(path, Model.load(source), PROMPTS, rounded=True, decoded=8)
-    assert found.within == 1.0
+    found = verify(path, source, PROMPTS, decoded=8)
+    assert found.worst < 1e-5, "the runtime has the same 8-bit tables"
+    assert found.rounded_kl is None
     assert small < export_onnx(source, tmp_path / "large.onnx", "matmulnbits")["bytes"]
 
 
@@ -136,7 +139,10 @@ def test_the_head_at_level_4_is_rounded_at_load(
     levels = zip(files, (4, 0), strict=True)
     sizes = [export_onnx(source, file, "matmulnbits", accuracy_level=level)["bytes"] for file, level in levels]
     assert sizes[0] < sizes[1] + 5000  # nodes, no tensor
-    assert verify(files[0], Model.load(source), PROMPTS, rounded=True, decoded=8).within == 1.0
+    found = verify(files[0], source, PROMPTS, decoded=8)
+    assert found.holds, found
+    assert found.worst < 1e-5, "at level 0, beside a runtime with the same 8-bit head"
+    assert (found.rounded_kl or 0) > 100 * found.kl
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "folded.onnx")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -151,14 +157,41 @@ def test_the_head_at_level_4_is_rounded_at_load(
     assert np.array_equal(tensors[node.input[1]], np.rint(weight / scale).astype(int) + 128)
 
 
-def test_a_wrong_file_is_found(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "place"), [("model.layers.1.mlp.down_proj.weight", "model.layers.1"), ("lm_head.weight", "the head")]
+)
+def test_a_wrong_file_is_found_and_the_place_named(tmp_path: Path, tiny_llama: Path, name: str, place: str) -> None:
     source = open_checkpoint(tiny_llama)
     path = tmp_path / "model.onnx"
     export_onnx(source, path)
     model = Model.load(source)
-    name = "model.layers.1.mlp.down_proj.weight"
-    model = Model(model.family, model.cfg, {**model.weights, name: model.weights[name] * 1.1})
-    assert not verify(path, model, PROMPTS, decoded=2).holds
+    model = Model(model.family, model.cfg, {**model.weights, name: model.weights[name] * 1.05})
+    found = verify(path, source, PROMPTS, model=model, decoded=2)
+    assert not found.holds
+    assert str(found.differs).startswith(place)
+
+
+@pytest.mark.parametrize("wrong", [127.0, 12.0])
+def test_a_wrong_rounding_is_found(tmp_path: Path, tiny_qwen2: Path, quantised: Quantise, wrong: float) -> None:
+    """Steps ten times too large, or so small that nothing is rounded: the graph is exact, its rounding is not."""
+    source = open_checkpoint(quantised(tiny_qwen2, "w4a8"))
+    path = tmp_path / "model.onnx"
+    export_onnx(source, path, "standard")
+    model = onnx.load(str(path), load_external_data=False)
+    tops = [
+        t
+        for t in model.graph.initializer
+        if t.name.startswith("constant/float32[]") and numpy_helper.to_array(t) == 127
+    ]
+    assert tops
+    value = np.array(12.0 if wrong == 12.0 else 127.0 * 1000, np.float32)
+    for tensor in tops:
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    onnx.save(model, str(path))
+    found = verify(path, source, PROMPTS, decoded=8)
+    assert found.exact
+    assert not found.holds
+    assert found.differs
 
 
 def test_softmax_node(tmp_path: Path) -> None:

@@ -10,13 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import yaml
 from pydantic import ValidationError
 
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
-from deepseek_compress.export import GRAPHS, NAMES
-from deepseek_compress.export.targets import TARGETS
+from deepseek_compress.export import TARGETS, load
 from deepseek_compress.export.verify import open_session
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.stages.base import Context, Output
@@ -28,14 +26,25 @@ from .conftest import Quantise
 def run(source: Path, out: Path, told: list[str] | None = None, **knobs: Any) -> Output:
     tell = (told if told is not None else []).append
     context = Context(name="export", out=out, recipe_text="", seed=0, tell=tell)
-    stage = Export(**knobs)
+    stage = Export.model_validate(knobs)
     checkpoint = open_checkpoint(source)
     assert not stage.problems(checkpoint.header)
     return stage.run(checkpoint, context)
 
 
-def test_the_tables_agree() -> None:
-    assert set(TARGETS) == set(NAMES) > set(GRAPHS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_target_is_what_the_table_says(name: str) -> None:
+    target = load(name)
+    assert target.name == name
+    assert target.__doc__
+    assert Export.model_validate({"target": name}).model_dump() == {"target": name, **target().model_dump(mode="json")}
+
+
+def test_a_target_has_its_own_knobs() -> None:
+    level = {"target": "onnxruntime", "accuracy_level": 0}
+    assert Export.model_validate(level) == Export.model_validate({"target": {"onnxruntime": {"accuracy_level": 0}}})
+    with pytest.raises(DscError, match=r"target bf16: unknown knob 'accuracy_level'; valid knobs: none"):
+        Export.model_validate({"target": "bf16", "accuracy_level": 0})
 
 
 @pytest.mark.parametrize("target", ["onnx", "onnxruntime"])
@@ -50,10 +59,12 @@ def test_graph_targets(tmp_path: Path, tiny_v3: Path, quantised: Quantise, targe
     domains = {node.domain for node in onnx.load(str(output.path), load_external_data=False).graph.node}
     assert ("com.microsoft" in domains) == (target == "onnxruntime")
     assert json.loads((tmp_path / "dsc_manifest.json").read_text())["knobs"]["target"] == target
-    assert any("greedy tokens equal" in line for line in told)
+    assert any("clear tokens equal" in line for line in told)
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (quantised(tiny_v3, "w4a16") / name).read_bytes()
 
 
-def test_a_graph_that_disagrees_is_not_passed_on(
+def test_a_graph_that_disagrees_leaves_nothing_that_loads(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Model.load
@@ -62,9 +73,12 @@ def test_a_graph_that_disagrees_is_not_passed_on(
         model = load(source)
         return Model(model.family, model.cfg, {n: t * 1.05 for n, t in model.weights.items()})
 
+    run(tiny_llama, tmp_path, verify=False)
+    assert (tmp_path / "model.onnx").is_file()
     monkeypatch.setattr(Model, "load", other)
-    with pytest.raises(DscError, match="differs from the runtime"):
+    with pytest.raises(DscError, match="differs from the runtime, most in "):
         run(tiny_llama, tmp_path)
+    assert not list(tmp_path.rglob("model.onnx"))
 
 
 @pytest.mark.parametrize("family", ["tiny_v3", "tiny_llama"])
@@ -103,30 +117,34 @@ def test_compressed_tensors_is_passed_on_bit_for_bit(tmp_path: Path, tiny_qwen2:
         assert all(torch.equal(have[part], want[part]) for part in want)
 
 
-def test_compressed_tensors_of_a_plain_checkpoint(tmp_path: Path, tiny_qwen2: Path) -> None:
-    with pytest.raises(DscError, match="dsc quantize"):
-        run(tiny_qwen2, tmp_path, target="compressed-tensors")
+def test_compressed_tensors_of_a_plain_checkpoint(tiny_qwen2: Path) -> None:
+    (problem,) = Export.model_validate({"target": "compressed-tensors"}).problems(open_checkpoint(tiny_qwen2).header)
+    assert "dsc quantize" in problem.fix
 
 
-def test_triton_repository(tmp_path: Path, tiny_qwen2: Path) -> None:
-    output = run(tiny_qwen2, tmp_path, target="triton", verify=False, batch=(1, 2, 4))
-    folder = tmp_path / "model_repository" / "model"
-    assert output.path == folder / "1" / "model.onnx"
-    config = (folder / "config.pbtxt").read_text()
-    session = open_session(output.path)
-    for value in (*session.get_inputs(), *session.get_outputs()):
-        assert f'name: "{value.name}"' in config
-    assert "max_batch_size: 4" in config
-    assert "preferred_batch_size: [ 2, 4 ]" in config
-    assert config.count("{") == config.count("}")
-    assert config.count("[") == config.count("]")
-    kinds = [part["kind"] for part in yaml.safe_load_all((tmp_path / "kubernetes.yaml").read_text())]
-    assert kinds == ["Deployment", "Service", "HorizontalPodAutoscaler"]
-    assert yaml.safe_load((tmp_path / "prometheus.yaml").read_text())["rules"]
+def test_a_genai_folder(tmp_path: Path, tiny_qwen2: Path, tiny_v2: Path, quantised: Quantise) -> None:
+    """The names that its configuration gives are those of the graph; `test_genai` opens it with the real package."""
+    output = run(quantised(tiny_qwen2, "w4a16"), tmp_path, target="genai")
+    config = json.loads(output.path.read_text())
+    decoder = config["model"]["decoder"]
+    session = open_session(tmp_path / decoder["filename"])
+    inputs, outputs = decoder["inputs"], decoder["outputs"]
+    names = [inputs[key] for key in ("input_ids", "attention_mask", "position_ids")]
+    layers = range(decoder["num_hidden_layers"])
+    names += [inputs[f"past_{part}_names"] % layer for layer in layers for part in ("key", "value")]
+    assert sorted(names) == sorted(value.name for value in session.get_inputs())
+    names = [outputs[f"present_{part}_names"] % layer for layer in layers for part in ("key", "value")]
+    assert sorted([outputs["logits"], *names]) == sorted(value.name for value in session.get_outputs())
+    cache = session.get_inputs()[3].shape
+    assert (cache[1], cache[3]) == (decoder["num_key_value_heads"], decoder["head_size"])
+    assert config["model"]["eos_token_id"] == 2
+    assert config["model"]["context_length"] == 256
+    (problem,) = Export.model_validate({"target": "genai"}).problems(open_checkpoint(tiny_v2).header)
+    assert "latents" in problem.what
 
 
-def test_a_warm_up_of_padding_only_gives_numbers(tmp_path: Path, tiny_v2: Path) -> None:
-    """Triton's warm-up sends zeros everywhere, so that no token is real."""
+def test_padding_only_gives_numbers(tmp_path: Path, tiny_v2: Path) -> None:
+    """As a server's warm-up, which sends zeros everywhere."""
     output = run(tiny_v2, tmp_path, verify=False)
     session = open_session(output.path)
     feed = {
@@ -142,10 +160,15 @@ def test_a_warm_up_of_padding_only_gives_numbers(tmp_path: Path, tiny_v2: Path) 
 
 def test_wrong_knobs_and_models_are_told_before_the_run(tiny_v3: Path) -> None:
     with pytest.raises((DscError, ValidationError), match="unknown target"):
-        Export(target="tensorflow")
+        Export.model_validate({"target": "tensorflow"})
     header = open_checkpoint(tiny_v3).header
-    assert "sm75" in Export(target="tensorrt-rtx", compute_capabilities=("sm75",)).problems(header)[0].what
-    assert "range of past" in Export(target="tensorrt-rtx", past=(9, 1, 2)).problems(header)[0].what
+    assert (
+        "sm75"
+        in Export.model_validate({"target": "tensorrt-rtx", "compute_capabilities": ["sm75"]}).problems(header)[0].what
+    )
+    assert (
+        "range of past" in Export.model_validate({"target": "tensorrt-rtx", "past": (9, 1, 2)}).problems(header)[0].what
+    )
     sparse = {**header.config, "model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
-    (problem,) = Export().problems(type(header)(header.path, sparse, header.tensors))
+    (problem,) = Export.model_validate({}).problems(type(header)(header.path, sparse, header.tensors))
     assert "sparse attention" in problem.what

@@ -28,7 +28,7 @@ LAYERS = [
     {"pipeline"},
     {"recipe", "workspace"},
     {"stages"},
-    {"distillation", "export", "evaluation", "reports"},
+    {"distillation", "export", "evaluation", "generation", "reports"},
     {"compress"},
     {"streaming"},
     {"models", "calibration", "tasks"},

@@ -160,10 +160,11 @@ def test_the_same_bytes_for_any_workers_and_after_a_stop(tiny_v3: Path, text: Pa
 
 
 def test_a_copy_keeps_its_grids(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
-    from deepseek_compress.export.targets import Settings, compressed_tensors
+    from deepseek_compress.export.target import Job
+    from deepseek_compress.export.targets.checkpoints import CompressedTensors
 
     out = compressed(tiny_llama, tmp_path / "out", text, static={"symmetric": False}, weights=W8)
-    compressed_tensors(open_checkpoint(out), tmp_path / "copy", Settings("compressed-tensors"))
+    CompressedTensors().write(open_checkpoint(out), tmp_path / "copy", Job({}))
     before, after = open_checkpoint(out), open_checkpoint(tmp_path / "copy")
     assert before.activations == after.activations
     assert before.config["quantization_config"] == after.config["quantization_config"]

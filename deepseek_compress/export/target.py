@@ -1,0 +1,94 @@
+"""What all targets share: knobs that are checked at the door, and files that appear together or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.writer import PARTIAL, copied_files
+from deepseek_compress.errors import DscError
+
+RAN, WRITTEN, BUILT = "ran in onnxruntime", "written, not run", "built, not run"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run gives to a target. `manifest`: what the output's dsc_manifest.json says about its origin."""
+
+    manifest: Mapping[str, Any]
+    tell: Callable[[str], None] = print
+    texts: Callable[[int], Sequence[Sequence[int]]] = lambda count: ()  # calibration tokens to verify with
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a target left behind: `kind` as in `stages.base.Output`."""
+
+    kind: str
+    path: Path
+    facts: dict[str, Any]
+
+
+class Target(BaseModel, frozen=True, extra="forbid"):
+    """A form to write a checkpoint in. Fields are its knobs."""
+
+    name: ClassVar[str]
+    same_bytes: ClassVar[frozenset[str]] = frozenset()  # knobs that change nothing in the files
+
+    def problems(self, header: Header) -> list[DscError]:
+        """Everything wrong, from shapes alone, before any byte is read."""
+        return []
+
+    def write(self, source: Checkpoint, out: Path, job: Job) -> Exported:
+        """Write `source` below the directory `out`. Raises `DscError` and leaves nothing that loads."""
+        raise NotImplementedError
+
+
+def collected(*checks: Callable[[], None]) -> list[DscError]:
+    """The `DscError` of each check that raises one."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except DscError as error:
+            found.append(error)
+    return found
+
+
+@contextmanager
+def staged(out: Path, last: str) -> Iterator[Path]:
+    """A hidden folder of `out`; its files move up at the end, `last` after the others. Left early, none is there.
+
+    A `last` of an earlier run goes first: what does not pass its check must not leave an older file to be loaded.
+    """
+    folder = out / PARTIAL
+    shutil.rmtree(folder, ignore_errors=True)
+    (out / last).unlink(missing_ok=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == last):
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_words(source: Checkpoint, folder: Path) -> None:
+    """config.json, tokenizer, chat template and generation settings: what it takes to answer in words."""
+    for file in (*copied_files(source.path), source.path / "config.json"):
+        shutil.copyfile(file, folder / file.name)
+
+
+def sparsity(source: Checkpoint) -> str | None:
+    """What the lineage says about 2:4 zeros. TensorRT-RTX 1.7.1 builds the same engine with and without them."""
+    steps = (source.manifest or {}).get("lineage") or []
+    masks = [step.get("knobs", {}).get("sparsity") for step in steps if step.get("knobs", {}).get("sparsity")]
+    return "2:4 zeros in the weights; engines of TensorRT-RTX do not use them" if masks else None

@@ -1,0 +1,46 @@
+"""A checkpoint in our own runtime, decoded to FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from deepseek_compress.generation.backends import Backend, Floats
+from deepseek_compress.models.runtime import Model
+
+LARGEST = 32768  # tokens that the cache has room for: memory is taken where tokens are
+
+
+class RuntimeBackend(Backend):
+    """Weights in memory, and one row's cache."""
+
+    name: ClassVar[str] = "runtime"
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = Model.load(path, dtype)
+        self.context = min(self.model.cfg.max_position_embeddings or LARGEST, LARGEST)
+        self.cache = self.model.cache(self.context)
+        self.ids: list[int] = []  # of families without a cache, which compute the whole text again
+
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int]) -> Floats:
+        """Logits (vocabulary,) after `ids`."""
+        cached = self.model.family.cached
+        self.ids += ids
+        tokens = torch.tensor([list(ids) if cached else self.ids])
+        logits: Floats = self.model.forward(tokens, self.cache if cached else None, last_only=True)[0, -1].numpy()
+        return logits
+
+    def truncate(self, length: int) -> int:
+        """Keep the first tokens; none where the cache holds differences between neighbours."""
+        if self.model.kv_cache is not None and self.model.kv_cache.delta:
+            length = 0
+        if not length:
+            self.cache = self.model.cache(self.context)
+        self.cache.length = length
+        self.ids = self.ids[:length]
+        return length

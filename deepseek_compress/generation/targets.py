@@ -1,0 +1,95 @@
+"""From the word TARGET on the command line to something that answers.
+
+| TARGET | answered by |
+|---|---|
+| a checkpoint directory, builtin:nano | our runtime |
+| a directory of target onnx or onnxruntime, or its model.onnx | onnxruntime |
+| a directory of target genai | onnxruntime-genai; onnxruntime where that is not installed |
+| a directory of target tensorrt-rtx or tensorrt | the engine where a GPU is, else the graph beside it |
+| http://HOST:PORT | that OpenAI-compatible server |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepseek_compress.errors import DscError
+from deepseek_compress.generation.speaker import Local, Speaker
+from deepseek_compress.models.resolve import BUILTIN, resolve_model
+from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
+
+ONNX, ENGINE, GENAI = "model.onnx", "model.engine", "genai_config.json"
+UNDERSTOOD = (
+    "give a checkpoint, a directory of target onnx, onnxruntime, genai, tensorrt-rtx or tensorrt, or http://HOST:PORT"
+)
+
+
+def open_target(target: str, threads: int = 0) -> Speaker:
+    """Load it. Raises `DscError` with what is understood."""
+    if target.startswith(("http://", "https://")):
+        from deepseek_compress.generation.backends.server import Server
+
+        return Server(target)
+    path = resolve_model(target) if target.startswith(BUILTIN) else Path(target).expanduser()
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        file = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))))
+        fix = f"start `llama-server -m {file}`, then give http://127.0.0.1:8080"
+        raise DscError(f"{target}: llama.cpp runs GGUF files", fix)
+    if not path.exists():
+        raise DscError(f"{target}: no such file or directory", UNDERSTOOD)
+    folder = path if path.is_dir() else path.parent
+    named = path.name if path.is_file() else ""
+    if named == ENGINE or (not named and (folder / ENGINE).is_file()):
+        return _engine(folder, bool(named), threads)
+    if not named and (folder / GENAI).is_file():
+        return _genai(folder, threads)
+    if path.suffix == ".onnx" or (not named and (folder / ONNX).is_file()):
+        return _onnx(path if named else folder / ONNX, threads)
+    if not named and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        from deepseek_compress.generation.backends.runtime import RuntimeBackend
+
+        tokenizer = _tokenizer(folder)
+        return Local(RuntimeBackend(folder), tokenizer)
+    raise DscError(f"{target}: nothing here that answers", UNDERSTOOD)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    if not (folder / "tokenizer.json").is_file():
+        raise DscError(
+            f"{folder}: no tokenizer.json beside the model", "export it again, or copy the checkpoint's there"
+        )
+    return load_tokenizer(folder)
+
+
+def _context(tokenizer: Tokenizer) -> int | None:
+    return int(tokenizer.document("config.json").get("max_position_embeddings") or 0) or None
+
+
+def _onnx(file: Path, threads: int, note: str = "") -> Speaker:
+    from deepseek_compress.generation.backends.graph import GraphBackend
+    from deepseek_compress.generation.backends.onnx import OnnxRunner
+
+    tokenizer = _tokenizer(file.parent)
+    return Local(GraphBackend(OnnxRunner(file, threads), _context(tokenizer)), tokenizer, note)
+
+
+def _genai(folder: Path, threads: int) -> Speaker:
+    from deepseek_compress.generation.backends.genai import GenaiBackend, installed
+
+    if not installed():
+        return _onnx(folder / ONNX, threads, "onnxruntime-genai is not installed: its graph runs in onnxruntime")
+    return Local(GenaiBackend(folder, threads), _tokenizer(folder))
+
+
+def _engine(folder: Path, asked: bool, threads: int) -> Speaker:
+    from deepseek_compress.generation.backends.engine import EngineRunner, unusable
+    from deepseek_compress.generation.backends.graph import GraphBackend
+
+    problem = unusable(folder)
+    if problem is not None and (asked or not (folder / ONNX).is_file()):
+        raise problem
+    if problem is not None:
+        return _onnx(folder / ONNX, threads, f"{problem.what}: the graph beside the engine runs in onnxruntime")
+    runner, tokenizer = EngineRunner(folder / ENGINE), _tokenizer(folder)
+    context = min(runner.most, _context(tokenizer) or runner.most)
+    return Local(GraphBackend(runner, context, runner.chunk), tokenizer)
