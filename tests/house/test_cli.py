@@ -130,7 +130,7 @@ def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, 
         (["run", "quickstar"], "error: unknown recipe 'quickstar'; did you mean 'quickstart'? "),
         (["run", "some/file.yaml"], "error: some/file.yaml: no such file; "),
         (["run", "w4a16"], "error: w4a16: no model; name one: `model:` in the recipe, or --model"),
-        (["quantize", "MODEL", "-o", "q", "--set", "weights.gptq.grup_size=3"], "error: w4a16.yaml (as changed by"),
+        (["quantize", "MODEL", "-o", "q", "--set", "weights.gptaq.grup_size=3"], "error: w4a16.yaml (as changed by"),
         (
             ["quantize", "MODEL", "-o", "q", "--set", "weights=gptqq"],
             "error: w4a16.yaml (as changed by options): ",
