@@ -22,7 +22,7 @@ test: .venv/.installed-dev check
 	$(PYTEST) -m "not gpu and not verify and not bench"
 
 # At most an hour: the quickstart, every engine, the long kill tests and the real clients, besides what `make test` runs.
-verify: .venv/.installed-dev check
+verify: .venv/.installed-dev .venv-genai/.installed check
 	$(PYTEST) -m "not gpu and not bench"
 
 check: .venv/.installed-dev
@@ -37,7 +37,7 @@ bench-gpu: .venv/.installed-dev
 	@set -e; for name in $(or $(BENCH),$(GPU_BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 clean:
-	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-genai build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -45,6 +45,12 @@ clean:
 
 .venv/.torch: .venv/bin/python constraints.txt
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	touch $@
+
+# Apart: onnxruntime-genai brings onnxruntime, which overwrites onnxruntime-gpu.
+.venv-genai/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-genai
+	.venv-genai/bin/python -m pip install --quiet onnxruntime-genai==0.18.0 numpy
 	touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml

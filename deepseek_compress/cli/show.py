@@ -176,7 +176,7 @@ def _after(kind: str, out: Path, model: str) -> str:
     return {
         "calibrate": f"dsc quantize {model} -o OUT --statistics {path}",
         "allocate": f"dsc quantize {model} -o OUT -r {quote(f'{out}/recipe.yaml')}",
-        "export": f"dsc evaluate {model} -o report.json",
+        "export": f"dsc generate {path} --prompt TEXT",
     }.get(kind, f"dsc evaluate {path} --reference {model} -o report.json")
 
 

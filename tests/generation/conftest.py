@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture
 def talker(tiny_llama: Path, tmp_path: Path) -> Path:
     """A Llama with a chat template."""
-    folder = tmp_path / "talker"
-    folder.mkdir()
-    for file in tiny_llama.iterdir():
-        (folder / file.name).symlink_to(file)
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "talker"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder

@@ -21,7 +21,7 @@ from deepseek_compress.generation.sampling import Sampling
 from deepseek_compress.generation.speaker import Local, published_sampling
 from deepseek_compress.generation.targets import open_target
 from deepseek_compress.models.runtime import Model
-from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
+from deepseek_compress.models.tokenizer import load_tokenizer
 
 Exported = Callable[..., Path]
 IDS = list(np.random.default_rng(0).integers(10, 500, 40))
@@ -94,7 +94,7 @@ def test_an_answer_ends_with_the_end_token_or_the_limit(tiny_llama: Path, monkey
     ids = speaker.tokenizer.encode(prompt, special=True)
     (want,) = speaker.backend.model.generate([ids], 6, eos=())  # type: ignore[attr-defined]
     assert text == speaker.tokenizer.decode(want, skip_special=False)
-    monkeypatch.setattr(Tokenizer, "eos_ids", (want[3],))
+    monkeypatch.setitem(vars(speaker.tokenizer), "eos_ids", (want[3],))
     answer, pieces = speaker.reply(prompt, Sampling(), 6)
     assert "".join(piece.text for piece in pieces) == speaker.tokenizer.decode(want[: want.index(want[3])], False)
     assert (answer.stopped, answer.tokens) == ("end", want.index(want[3]) + 1)
@@ -114,7 +114,7 @@ def test_the_models_own_sampling(tiny_llama: Path, tmp_path: Path) -> None:
 def test_prompts_that_cannot_be_answered(tiny_llama: Path, exported: Exported) -> None:
     for target in (tiny_llama, exported(tiny_llama, "onnxruntime")):
         speaker = open_target(str(target))
-        with pytest.raises(DscError, match=r"the prompt has 300 tokens, .* holds 256 with the answer"):
+        with pytest.raises(DscError, match=r"the prompt has 301 tokens, .* holds 256 with the answer"):
             speaker.reply(speaker.tokenizer.decode([30] * 300), Sampling(), 5)  # type: ignore[attr-defined]
         with pytest.raises(DscError, match="the prompt is empty"):
             speaker.reply("  ", Sampling(), 5)

@@ -18,7 +18,7 @@ from deepseek_compress import __version__
 from tests.house.conftest import Dsc
 
 WORK = ("plan", "run", "distill", "prune", "calibrate", "quantize", "export", "evaluate")
-COMMANDS = [*WORK, "compare", "inspect", "doctor", "list"]
+COMMANDS = [*WORK, "chat", "generate", "compare", "inspect", "doctor", "list"]
 SMALL = ("--samples", "2", "--length", "16", "--group-size", "32")
 
 
@@ -191,14 +191,21 @@ def test_each_one_stage_command_does_its_stage(dsc: Dsc, tiny_llama: Path, text:
     assert Path("mine.html").read_text() == "mine"
 
 
-def dsc_process(*words: object, cwd: Path) -> subprocess.Popen[str]:
+def dsc_process(*words: object, cwd: Path, stdin: str | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "deepseek_compress", *map(str, words)]
     # a shell starts background jobs with SIGINT ignored, and children inherit that: a terminal's Ctrl-C is meant here
     command = ["env", "--default-signal=INT", *command]
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root, "COLUMNS": "80"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env, start_new_session=True
+    )
+    if stdin is not None and process.stdin:
+        process.stdin.write(stdin)
+        process.stdin.close()
+        process.stdin = None
+    return process
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -137,6 +137,51 @@ def test_other_recipe_model_data_or_version_is_refused_with_what_differs(
     assert files(out) == before
 
 
+def test_a_knob_that_changes_no_bytes_may_change_in_one_directory(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek_compress.export import verify
+
+    out, checked = tmp_path / "out", []
+    real = verify.verify
+    monkeypatch.setattr(verify, "verify", lambda *args, **knobs: checked.append(1) or real(*args, **knobs))
+
+    def export(**knobs: object) -> None:
+        changes = {"model": str(tiny_llama), "calibration.sources": [str(text)], **knobs}
+        run(parse_recipe("stages: [export: {target: onnx}]", "e.yaml", Changes((), changes)), out, flat=True)
+
+    export(**{"export.verify": False})
+    before = files(out)
+    assert not checked
+    export(**{"export.verify": True})
+    assert checked, "it runs again, to be checked"
+    assert files(out)["model.onnx"] == before["model.onnx"]
+    with pytest.raises(DscError, match=r"export\.logits unset, now \"last\""):
+        export(**{"export.logits": "last"})
+
+
+def test_after_a_failed_check_another_knob_needs_no_other_directory(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek_compress.export import verify
+
+    def export(**knobs: object) -> None:
+        changes = {"model": str(tiny_llama), **knobs}
+        run(
+            parse_recipe("stages: [export: {target: onnx}]", "e.yaml", Changes((), changes)),
+            tmp_path / "out",
+            flat=True,
+        )
+
+    with monkeypatch.context() as wrong:
+        wrong.setitem(verify.EXACT, "float32", -1.0)
+        with pytest.raises(DscError, match="differs from the runtime, most in"):
+            export()
+    assert not list((tmp_path / "out").rglob("model.onnx*"))
+    export(**{"export.logits": "last"})
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
 def test_foreign_files_are_never_overwritten(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()

@@ -66,7 +66,7 @@ class Server(Speaker):
             answer.tokens = int(usage.get("completion_tokens") or answer.tokens)
         yield from thoughts.end()
         if answer.stopped == "interrupted":
-            raise self._broken(answer, "ended without saying why")
+            raise self._broken(answer, "broke off")
 
     def _events(self, road: str, asked: Mapping[str, Any], answer: Answer) -> Iterator[dict[str, Any]]:
         with self._open(road, asked) as stream:

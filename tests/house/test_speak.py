@@ -1,0 +1,116 @@
+"""dsc generate and dsc chat as a person meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.tokenizer import load_tokenizer
+from tests.house.conftest import Dsc
+from tests.house.test_cli import dsc_process, errors
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture
+def talker(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A Llama with a chat template."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "talker"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def expected(model: Path, prompt: str, count: int, special: bool) -> str:
+    tokenizer = load_tokenizer(model)
+    (ids,) = Model.load(model).generate([tokenizer.encode(prompt, special=special)], count)
+    return tokenizer.decode(ids, skip_special=False)
+
+
+def test_quantise_export_and_the_answer_is_the_runtimes(dsc: Dsc, tiny_llama: Path) -> None:
+    assert dsc("quantize", tiny_llama, "-o", "w4", "-r", "w4a16-fast", "--group-size", 32).exit_code == 0
+    want = expected(Path("w4"), "so is that all", 12, special=True)
+    for target in ("w4", "onnx", "onnxruntime", "genai"):
+        if target != "w4":
+            level = ("--set", "accuracy_level=0") if target != "onnx" else ()
+            shown = dsc("export", "w4", "-o", target, "--target", target, *level)
+            assert shown.exit_code == 0, shown.output
+            assert shown.stdout.splitlines()[-1] == f"next: dsc generate {target} --prompt TEXT"
+        shown = dsc("generate", target, "--prompt", "so is that all", "--max-tokens", 12)
+        assert shown.exit_code == 0, shown.output
+        assert shown.stdout == want + "\n", target
+        assert "sampling: greedy" in shown.stderr
+        assert " tokens/s" in shown.stderr
+        assert "\033" not in shown.output
+
+
+def test_generate_as_json_and_from_a_file(dsc: Dsc, talker: Path) -> None:
+    Path("p.txt").write_text("so is that all")
+    words = ["generate", talker, "--file", "p.txt", "--max-tokens", 5, "--json"]
+    found = json.loads(dsc(*words).stdout)
+    assert found["text"] == expected(talker, "so is that all ", 5, special=False), "through the template"
+    assert (found["tokens"], found["stopped"], found["backend"]) == (5, "length", "runtime")
+    assert found["decode_tokens_per_s"] > 0
+    assert found["next"].startswith("dsc chat ")
+    raw = json.loads(dsc(*words, "--raw").stdout)
+    assert raw["text"] == expected(talker, "so is that all", 5, special=True)
+    drawn = [json.loads(dsc(*words, "--temperature", 2, "--top-k", 50, "--seed", seed).stdout) for seed in (1, 1, 2)]
+    assert drawn[0]["text"] == drawn[1]["text"] != drawn[2]["text"]
+    assert drawn[0]["sampling"] == {"temperature": 2.0, "top_p": 1.0, "top_k": 50, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["generate", "MODEL"], "error: give one of --prompt and --file; "),
+        (["generate", "MODEL", "--prompt", " "], "error: the prompt is empty; "),
+        (["generate", "MODEL", "--file", "none.txt"], "error: none.txt: No such file or directory; "),
+        (["generate", "MODEL", "--prompt", "a", "--top-p", "2"], "error: sampling.top_p: "),
+        (["generate", "nowhere", "--prompt", "a"], "error: nowhere: no such file or directory; give a checkpoint, "),
+        (["chat", "MODEL"], "error: MODEL: has no chat template; use dsc generate MODEL --prompt TEXT"),
+        (["chat", "http://127.0.0.1:9"], "error: http://127.0.0.1:9/v1: no answer"),
+        (["generate", "x.gguf", "--prompt", "a"], "error: x.gguf: llama.cpp runs GGUF files; start `llama-server -m x"),
+    ],
+)
+def test_a_mistake_is_one_line(dsc: Dsc, tiny_llama: Path, words: list[str], line: str) -> None:
+    Path("MODEL").symlink_to(tiny_llama)
+    shown = dsc(*words)
+    assert shown.exit_code == 1
+    (found,) = (text for text in errors(shown.stderr) if not text.startswith("sampling"))
+    assert found.startswith(line)
+    assert shown.stdout == ""
+
+
+def test_a_chat_in_a_pipe_remembers_what_was_said(talker: Path, tmp_path: Path) -> None:
+    process = dsc_process("chat", talker, "--max-tokens", 4, cwd=tmp_path, stdin="so is\n\nthat all\n")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    first = expected(talker, "so is ", 4, special=False)
+    second = expected(talker, f"so is {first.strip()} that all ", 4, special=False)
+    assert out == f"{first}\n{second}\n"
+    assert "\033" not in out + err
+
+
+@pytest.mark.parametrize(("command", "code"), [("generate", 130), ("chat", 0)])
+def test_ctrl_c_stops_the_answer(talker: Path, tmp_path: Path, command: str, code: int) -> None:
+    """In a chat it stops the answer alone: the next message is answered."""
+    config = json.loads((talker / "config.json").read_text())
+    (talker / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 30000}))
+    (talker / "generation_config.json").write_text('{"eos_token_id": 511}')
+    prompt = ["--prompt", "so is"] if command == "generate" else []
+    process = dsc_process(
+        command, talker, *prompt, "--max-tokens", 25000, cwd=tmp_path, stdin="so is\n" if not prompt else ""
+    )
+    assert process.stdout
+    process.stdout.read(40)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert ("(stopped)" in err) == (command == "chat")
