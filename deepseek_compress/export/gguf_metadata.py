@@ -2,8 +2,8 @@
 
 llama3's frequencies are a tensor of divisors. Latent attention is described as attention with one head of keys, as wide
 as latent and rotated key together. yarn of DeepSeek: llama.cpp multiplies the scores by (1 + m ln factor)^2 with m the
-log multiplier, 0.1 mscale_all_dim, and takes mscale to be equal to mscale_all_dim. Source: llama.cpp, conversion/base.py,
-conversion/deepseek.py, src/llama-context.cpp, src/models/deepseek2.cpp.
+log multiplier, 0.1 mscale_all_dim, and takes mscale to be equal to mscale_all_dim. Source: llama.cpp,
+conversion/base.py, conversion/deepseek.py, src/llama-context.cpp, src/models/deepseek2.cpp.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ CUTS = {  # rules of the pre-tokenizer -> llama.cpp's name
     (
         r"\p{N}{1,3}",
         "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^""" + "\r\n" + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^"""
+        + "\r\n"
+        + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
         "[\r\n]*" + r"|\s*" + "[\r\n]+" + r"|\s+(?!\S)|\s+",
     ): "deepseek-v3",
     (
@@ -95,7 +97,8 @@ class Vocabulary:
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """The tokenizer beside a checkpoint whose embedding has `size` rows; rows without a token are unused ones.
 
-    Raises `DscError` for a tokenizer that is neither byte-level BPE nor whole words, or is cut in a way llama.cpp has no known name for.
+    Raises `DscError` for a tokenizer that is neither byte-level BPE nor whole words, or is cut in a way that llama.cpp
+    has no known name for.
     """
     tokenizer = load_tokenizer(folder)
     document = tokenizer.document("tokenizer.json")

@@ -1,4 +1,4 @@
-"""DeepSeek's tensors in GGUF: latent attention split, experts stacked, the types of what keeps and what loses its codes."""
+"""DeepSeek's tensors in GGUF: latent attention split, experts stacked, types of what keeps and what loses its codes."""
 
 from __future__ import annotations
 
@@ -68,12 +68,16 @@ def test_latents_are_split_and_experts_stacked(
     assert found["blk.2.ffn_gate_inp.weight"][0] == "F32"
     if family == "tiny_v3":
         kind, bias = found["blk.2.exp_probs_b.bias"]
-        assert kind == "F32" and torch.equal(bias, source.read("model.layers.2.mlp.gate.e_score_correction_bias").float())
+        assert kind == "F32" and torch.equal(
+            bias, source.read("model.layers.2.mlp.gate.e_score_correction_bias").float()
+        )
     assert not [name for name in found if "kv_b" in name]
     assert facts["recoded"] == (3 if scheme else 0)  # k_b of each block
 
 
-def test_mixed_experts_share_a_type_and_odd_codes_become_q8_0(tmp_path: Path, tiny_v2: Path, quantised: Quantise) -> None:
+def test_mixed_experts_share_a_type_and_odd_codes_become_q8_0(
+    tmp_path: Path, tiny_v2: Path, quantised: Quantise
+) -> None:
     source = open_checkpoint(quantised(tiny_v2, "w4a16"))
     cfg = Architecture.of(source).cfg
     plain = open_checkpoint(tiny_v2).header.tensors
@@ -109,7 +113,9 @@ def test_vectors_change_places_by_element(tiny_qwen2: Path) -> None:
     info = source.header.tensors["model.layers.0.self_attn.k_proj.bias"]
     rows = np.arange(info.shape[0])[::-1]
     (data,) = pieces(source, Part("x", (info,), info.shape, "F32", rows))
-    assert torch.equal(torch.from_numpy(data.reshape(-1).view(np.float32).copy()), source.read(info.name).float().flip(0))
+    assert torch.equal(
+        torch.from_numpy(data.reshape(-1).view(np.float32).copy()), source.read(info.name).float().flip(0)
+    )
     assert encode(torch.ones(3, 33), "BF16").shape == (3, 66)
 
 

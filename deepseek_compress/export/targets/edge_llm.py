@@ -1,8 +1,8 @@
 """The checkpoint that the exporter of NVIDIA's TensorRT-Edge-LLM takes: `tensorrt-edgellm-export OUT ENGINE_ONNX`.
 
 ModelOpt's W4A16_AWQ form: `weight` uint8 (rows / 2, columns), nibbles in two's complement, the even row low;
-`weight_scale` FP16 (rows, columns / 128); w = (q - 8) s. Its INT4 plugin knows no zero points (others are clamped without
-a message), is compiled for groups of 128 and for rows and columns that 64 divides; all else is FP16. Source:
+`weight_scale` FP16 (rows, columns / 128); w = (q - 8) s. Its INT4 plugin knows no zero points (others are clamped
+without a message), is compiled for groups of 128 and for rows and columns that 64 divides; all else is FP16. Source:
 tensorrt-edgellm 0.11, which ignores other packed forms and leaves their linears uninitialised.
 """
 
