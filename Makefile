@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BENCH ?=
 ARGS ?=
-BENCHES := $(filter-out common cases packed_values peers make_% gpu_%,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHES := $(filter-out common cases packed_values peers same_bytes make_% gpu_%,$(basename $(notdir $(wildcard benchmarks/*.py))))
 GPU_BENCHES := $(filter gpu_%,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
@@ -33,8 +33,10 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	@set -e; for name in $(or $(BENCH),$(BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
-bench-gpu: .venv/.installed-dev
-	@set -e; for name in $(or $(BENCH),$(GPU_BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
+# From a bare checkout too: a Python with torch, and nvcc, are all it needs.
+bench-gpu:
+	@set -e; for name in $(or $(BENCH),$(GPU_BENCHES)); do \
+	  $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.$$name $(ARGS); done
 
 clean:
 	rm -rf .venv .venv-genai build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

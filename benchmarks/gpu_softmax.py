@@ -1,11 +1,11 @@
 """How close does our CUDA softmax come to the memory's speed, and how does it compare with torch's?
 
-    python benchmarks/gpu_softmax.py [--bytes N] [--repeats N]
+    python -m benchmarks.gpu_softmax [--bytes N] [--repeats N]
 
 Checked against double precision first. The floor is a device-to-device copy of the same number of bytes, measured in
 the same run; logits are far larger than the second-level cache. Every line is the median of CUDA-event timings, both
 sides in turns. `torch` is torch.softmax in the input's type for 16-bit and float32 logits, and the same int32 -> uint8
-path composed from torch operators for the 8-bit one.
+path composed from torch operators for the 8-bit one. Needs torch, nvcc and a GPU; without a GPU it says "not measured".
 """
 
 from __future__ import annotations
@@ -29,6 +29,17 @@ PATHS = (
     (torch.float32, torch.float32),
     (torch.int32, torch.uint8),
 )
+
+
+def ready(benchmark: str) -> str | None:
+    """The name of the GPU with its operators loaded; None, and a line that says so, where there is no GPU."""
+    if not torch.cuda.is_available():
+        print(f"{benchmark}: not measured, no CUDA device")
+        print(json.dumps({"benchmark": benchmark, "measured": False}))
+        return None
+    if not ops.load() or not ops.load_cuda(torch.cuda.get_device_capability()):
+        raise SystemExit("error: the operators could not be built; see the message above")
+    return torch.cuda.get_device_name()
 
 
 def spiky(dtype: torch.dtype, rows: int, columns: int) -> Tensor:
@@ -129,11 +140,8 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=512 << 20, help="bytes of logits in each measurement")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("error: no CUDA device; run this where there is one")
-    if not ops.load() or not ops.load_cuda(torch.cuda.get_device_capability()):
-        raise SystemExit("error: the CUDA operator could not be built; see the message above")
-    name = torch.cuda.get_device_name()
+    if (name := ready("gpu_softmax")) is None:
+        return
     print(f"{name}; torch {torch.__version__}; {options.bytes >> 20} MiB of logits")
     lines = []
     for source, target in PATHS:

@@ -88,7 +88,7 @@ def onnx_side(model: OnnxModel, prompt: torch.Tensor) -> tuple[float, float]:
 
 def divergence(path: Path, model: Model, windows: torch.Tensor, threads: int) -> float:
     """KL(FP32 runtime || file) in nats a token over `windows` (N, L)."""
-    other = OnnxModel(path, model.cfg, threads)
+    other = OnnxModel(path, threads)
     total = 0.0
     for window in windows:
         other.start(1)
@@ -137,7 +137,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         export_onnx(checkpoint, every, "matmulnbits", **rest)
         losses[name] = divergence(every, runtime, windows, options.threads)
         sizes[name] = export_onnx(checkpoint, files[name], "matmulnbits", last_only=True, **rest)["bytes"] / stored
-    sessions = {name: OnnxModel(path, runtime.cfg, options.threads) for name, path in files.items()}
+    sessions = {name: OnnxModel(path, options.threads) for name, path in files.items()}
     prompt = windows[:1, :PROMPT]
     best: dict[str, list[float]] = {}
     for _ in range(options.rounds):

@@ -3,8 +3,8 @@
     python -m benchmarks.speak MODEL EXPORT [--genai FOLDER --genai-python PYTHON] [--tokens N] [--rounds N]
 
 MODEL is a checkpoint, EXPORT its `w4a16` as target onnxruntime, FOLDER as target genai, PYTHON that of an environment
-with onnxruntime-genai. One thread each; the sides take turns, and the best of the rounds counts, since other work on the
-machine only slows down. Every side first answers the same question, and must say something.
+with onnxruntime-genai. One thread each; the sides take turns, and the best of the rounds counts: other work on the
+machine only slows down. Every side answers the same question, and must say something.
 """
 
 from __future__ import annotations

@@ -84,6 +84,7 @@ def main() -> None:
     """Compress, export, tell."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--only", nargs="*", help="names of the models, instead of all")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--samples", type=int, default=8)
@@ -93,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for name, model in models(options.model, scratch):
-            for recipe in options.recipes:
+            for recipe in options.recipes if not options.only or name in options.only else ():
                 source = compressed(model, recipe, scratch / "packed", options.samples, options.length)
                 for target in options.targets:
                     began = time.perf_counter()
@@ -101,7 +102,8 @@ def main() -> None:
                         said = outcome(source, target, scratch / "out")
                     except Exception as error:
                         said = FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                    rows.append([name, recipe, target, said[0], round(time.perf_counter() - began, 1), said[1]])
+                    taken, text = round(time.perf_counter() - began, 1), said[1].replace(str(source), name)
+                    rows.append([name, recipe, target, said[0], taken, text])
                     shutil.rmtree(scratch / "out", ignore_errors=True)
                     print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
                 shutil.rmtree(scratch / "packed", ignore_errors=True)

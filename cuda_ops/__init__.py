@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cuda_ops.ops import (
         Packed,
+        WeightError,
         instructions,
         limited_to,
         load,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Packed",
+    "WeightError",
     "instructions",
     "limited_to",
     "load",

@@ -25,6 +25,7 @@ from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
 EMULATION = Path(__file__).parent / "emulation"
+CUDA_SOURCES = ("pack.cu", "gptq.cu", "softmax.cu")
 TIMEOUT_S = 600
 
 # Features of torch 2.10 are enough, so one source builds with 2.10 and everything later.
@@ -87,12 +88,12 @@ def cuda_library(capability: str) -> Path:
     """The CUDA operators for one architecture such as "90", built if need be. Raises BuildError."""
     flags = [f for f in torch_flags() if not f.startswith("-Wl")]  # torch is loaded by then: no need to find it
     flags = [*cuda_flags(capability), *flags, "-ltorch_cuda"]
-    return build(f"cuda{capability}", _nvcc(), ["torch_cuda.cpp", "softmax.cu"], flags)
+    return build(f"cuda{capability}", _nvcc(), ["torch_cuda.cpp", *CUDA_SOURCES], flags)
 
 
 def cuda_kernels(capability: str) -> Path:
     """The CUDA kernels alone, behind a C function for `harness`; needs no torch headers. Raises BuildError."""
-    return build(f"kernels{capability}", _nvcc(), ["softmax.cu"], cuda_flags(capability))
+    return build(f"kernels{capability}", _nvcc(), CUDA_SOURCES, cuda_flags(capability))
 
 
 def softmax_ptx(capability: str) -> Path:
@@ -119,7 +120,8 @@ def emulated_library() -> Path:
     # _FORTIFY_SOURCE refuses the longjmp from one stack to another that switches fibers.
     flags = ("-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{NATIVE}")
     host = [flag for flag in HOST_FLAGS if flag != "-O3"]
-    return build("emulated", host_compiler(), [str(EMULATION / "softmax_emulated.cpp")], (*host, "-O1", *flags))
+    sources = [str(EMULATION / source.replace(".cu", "_emulated.cpp")) for source in CUDA_SOURCES]
+    return build("emulated", host_compiler(), sources, (*host, "-O1", *flags))
 
 
 def torch_flags() -> tuple[str, ...]:

@@ -1,12 +1,13 @@
-"""Calls the CUDA softmax kernels one by one, past the operator: on a GPU, or on the CPU emulation with their traffic.
+"""Calls the CUDA kernels one by one, past the operators: on a GPU, or on the CPU emulation with their traffic.
 
-For tests and benchmarks; users call `cuda_ops.softmax`.
+For tests and benchmarks; users call `cuda_ops.softmax`. The jobs of the other kernels are in `harness_weights`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,22 +103,25 @@ def emulation() -> ctypes.CDLL:
     return library
 
 
-def emulate(call: Call, kernel: str, order: int = 0) -> Traffic:
-    """Run on the emulation, threads in `order` (0 ascending, 1 descending, else a seed). Raises RuntimeError."""
-    tensors = [call.logits, call.out, call.out_scale, *call.inputs]
+def emulate_job(name: str, job: ctypes.Structure, kernel: int, order: int, tensors: Sequence[Tensor]) -> list[int]:
+    """Run `dsc_NAME_emulated`, threads in `order` (0 ascending, 1 descending, else a seed).
+
+    The kernel may touch `tensors` only; what it did with each is returned: bytes read, bytes written, loads, loads of
+    16 bytes. Raises RuntimeError where it does what a GPU would not forgive, ValueError where it cannot take the job.
+    """
     spans = (ctypes.c_uint64 * (2 * len(tensors)))()
     for i, tensor in enumerate(tensors):
         extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         spans[2 * i] = tensor.data_ptr()
         spans[2 * i + 1] = tensor.data_ptr() + extent * tensor.element_size()
     counts = (ctypes.c_int64 * (4 * len(tensors)))()
-    library = emulation()
-    result = library.dsc_softmax_emulated(ctypes.byref(call.job), KERNELS[kernel], order, spans, len(tensors), counts)
+    run = getattr(emulation(), f"dsc_{name}_emulated")
+    result = run(ctypes.byref(job), kernel, order, spans, len(tensors), counts)
     if result < 0:
-        raise RuntimeError(library.dsc_emulated_error().decode())
+        raise RuntimeError(emulation().dsc_emulated_error().decode())
     if result:
-        raise ValueError(f"the {kernel} kernel does not take rows of {call.job.columns}")
-    return Traffic(counts[0], counts[5], counts[2], counts[3])
+        raise ValueError(f"kernel {kernel} of {name} does not take this job")
+    return list(counts)
 
 
 @functools.cache
@@ -126,10 +130,22 @@ def cuda(capability: tuple[int, int]) -> ctypes.CDLL:
     return ctypes.CDLL(str(build.cuda_kernels(f"{capability[0]}{capability[1]}")))
 
 
-def run_on_gpu(call: Call, kernel: str) -> None:
-    """Launch on the current stream of the device of the logits."""
-    library = cuda(torch.cuda.get_device_capability(call.logits.device))
-    stream = ctypes.c_void_p(torch.cuda.current_stream(call.logits.device).cuda_stream)
-    result = library.dsc_softmax_cuda(ctypes.byref(call.job), KERNELS[kernel], stream)
+def launch_job(name: str, job: ctypes.Structure, kernel: int, device: torch.device) -> None:
+    """Launch `dsc_NAME_cuda` on the current stream of `device`."""
+    library = cuda(torch.cuda.get_device_capability(device))
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    result = getattr(library, f"dsc_{name}_cuda")(ctypes.byref(job), kernel, stream)
     if result:
-        raise ValueError(f"kernel {kernel}, rows of {call.job.columns}: error {result}")
+        raise ValueError(f"kernel {kernel} of {name}: error {result}")
+
+
+def emulate(call: Call, kernel: str, order: int = 0) -> Traffic:
+    """Run a softmax kernel on the emulation; see `emulate_job`."""
+    tensors = [call.logits, call.out, call.out_scale, *call.inputs]
+    counts = emulate_job("softmax", call.job, KERNELS[kernel], order, tensors)
+    return Traffic(counts[0], counts[5], counts[2], counts[3])
+
+
+def run_on_gpu(call: Call, kernel: str) -> None:
+    """Launch a softmax kernel; see `launch_job`."""
+    launch_job("softmax", call.job, KERNELS[kernel], call.logits.device)

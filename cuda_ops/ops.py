@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from cuda_ops import build, reference
-from deepseek_compress.errors import DscError
 
 NAMESPACE = "deepseek_compress"
 SCHEMAS = (
     "pack_weights(Tensor weight, Tensor? scale, int encoding, int block_rows, int block_columns, int group_size, "
-    "bool symmetric) -> (Tensor, Tensor, Tensor, int)",
+    "bool symmetric) -> (Tensor, Tensor, Tensor, Tensor)",
     "softmax(Tensor logits, Tensor? row_scale, Tensor? column_scale, Tensor? mask, ScalarType out_dtype) "
     "-> (Tensor, Tensor)",
     "search_grid(Tensor groups, Tensor? importance, Tensor shrink, int num_bits, bool symmetric) -> (Tensor, Tensor)",
@@ -37,6 +36,14 @@ FP8_BLOCK, MXFP4 = 3, 4
 _log = logging.getLogger("cuda_ops")
 _torch: Any = torch  # where torch has no types
 _library: list[Any] = []  # kept: an operator lives as long as the library that defines it
+
+
+class WeightError(ValueError):
+    """A weight that cannot be packed: what is wrong with it, and the next step to take."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        self.what, self.fix = what, fix
+        super().__init__(f"{what}; {fix}")
 
 
 class Packed(NamedTuple):
@@ -64,11 +71,7 @@ def load() -> bool:
         return True
     except (build.BuildError, OSError) as error:
         _log.warning("native kernels not available, the slow reference is used: %s", error)
-    library.impl("pack_weights", _reference_pack, "CPU")
-    library.impl("softmax", reference.softmax, "CPU")
-    library.impl("search_grid", reference.search_grid, "CPU")
-    library.impl("round_columns", reference.round_columns, "CPU")
-    library.impl("unrounded", reference.unrounded, "CPU")
+    _serve_reference("CPU")
     library.impl("limit_isa", lambda level: 0, "CompositeExplicitAutograd")
     return False
 
@@ -98,14 +101,13 @@ def pack_weights(
     block: tuple[int, int] = (128, 128),
     name: str = "weight",
 ) -> Packed:
-    """Round a stored weight to 4 bits, data-free, and pack it: one pass over the bytes, threads over rows.
+    """Round a stored weight to 4 bits, data-free, and pack it, on the device where it is: one pass over the bytes.
 
     `weight`: float32, float16 or bfloat16 (rows, columns); float8_e4m3fn with `scale` (blocks of rows, blocks of
     columns), the multiplier; or int8/uint8 (rows, columns / 2) with E8M0 `scale` (rows, columns / 32). The result
-    equals `numerics.rtn` on the decoded weight, bit for bit. Raises `DscError`, naming the weight, for NaN, infinity,
-    shapes that do not fit and types it does not know.
+    equals `numerics.rtn` on the decoded weight, bit for bit. Raises `WeightError`, naming the weight, for NaN,
+    infinity, shapes that do not fit and types it does not know.
     """
-    load()
     weight = weight.contiguous()
     if weight.dtype in PLAIN and scale is None:
         encoding = PLAIN[weight.dtype]
@@ -117,18 +119,17 @@ def pack_weights(
         _expect(name, scale, (weight.shape[0], weight.shape[1] // (reference.MXFP4_BLOCK // 2)))
     else:
         has = "no scale" if scale is None else f"scale {scale.dtype}"
-        raise DscError(f"{name}: cannot pack {weight.dtype} with {has}", "give BF16, FP8 with scales or MXFP4")
+        raise WeightError(f"{name}: cannot pack {weight.dtype} with {has}", "give BF16, FP8 with scales or MXFP4")
     columns = weight.shape[1] * (2 if encoding == MXFP4 else 1)
     if columns % group_size:
         fits = next((g for g in (128, 64, 32, 16) if columns % g == 0), columns)
-        raise DscError(
+        raise WeightError(
             f"{name}: {columns} columns do not divide into groups of {group_size}", f"set group_size: {fits}"
         )
-    packed, stored, zero, bad = torch.ops.deepseek_compress.pack_weights(
-        weight, scale, encoding, *block, group_size, symmetric
-    )
-    if bad >= 0:
-        raise DscError(f"{name}: row {bad} holds NaN, infinity or a range beyond float32", "download the file again")
+    run = torch.ops.deepseek_compress.pack_weights if _has_kernels(weight) else _reference_pack
+    packed, stored, zero, found = run(weight, scale, encoding, *block, group_size, symmetric)
+    if (bad := int(found)) >= 0:  # on a GPU this waits for the kernel; the operator itself does not
+        raise WeightError(f"{name}: row {bad} holds NaN, infinity or a range beyond float32", "download the file again")
     return Packed(packed, stored, None if symmetric else zero)
 
 
@@ -137,14 +138,12 @@ def search_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point (count, rows) with the least weighted squared error: see `reference.search_grid`.
 
-    `groups` float32 (count, size, rows), `importance` (count, size) or None, `shrink` (steps,). The kernel gives the
-    reference's bits; other devices than the CPU run the reference.
+    `groups` float32 (count, size, rows), all finite, `importance` (count, size) or None, `shrink` (steps,) on any
+    device. The kernels give the reference's bits.
     """
-    load()
-    if not groups.is_cpu:
-        return reference.search_grid(groups, importance, shrink.to(groups.device), num_bits, symmetric)
+    run = torch.ops.deepseek_compress.search_grid if _has_kernels(groups) else reference.search_grid
     own = None if importance is None else importance.contiguous()
-    scale, zero = torch.ops.deepseek_compress.search_grid(groups.contiguous(), own, shrink, num_bits, symmetric)
+    scale, zero = run(groups.contiguous(), own, shrink.to(groups.device), num_bits, symmetric)
     return scale, zero
 
 
@@ -160,17 +159,16 @@ def round_columns(
 ) -> None:
     """Round columns (columns, rows) one after the other to their `grid` (scale, zero point, largest code).
 
-    See `reference.round_columns`, whose bits the kernel gives; other devices than the CPU run the reference.
+    Or those of a batch, (matrices, columns, rows), where each matrix is contiguous. See `reference.round_columns`,
+    whose bits the kernels give. That `group` names groups that are there is not checked on a GPU, which would wait.
     """
-    load()
-    run = torch.ops.deepseek_compress.round_columns if base.is_cpu else reference.round_columns
+    run = torch.ops.deepseek_compress.round_columns if _has_kernels(base) else reference.round_columns
     run(base, target, feedback.contiguous(), *grid[:2], group, fixed, grid[2], codes, residual)
 
 
 def unrounded(base: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
-    """Columns (columns, rows) that feed each other without rounding: see `reference.unrounded`, whose bits it gives."""
-    load()
-    run = torch.ops.deepseek_compress.unrounded if base.is_cpu else reference.unrounded
+    """Feed columns (columns, rows), or those of a batch, to each other without rounding: see `reference.unrounded`."""
+    run = torch.ops.deepseek_compress.unrounded if _has_kernels(base) else reference.unrounded
     values: Tensor = run(base.contiguous(), target.contiguous(), feedback.contiguous())
     return values
 
@@ -191,9 +189,7 @@ def softmax(
     Maximum and sum are float32. `out` has `out_dtype`: float16 within one unit in the last place; for uint8,
     p = out * out_scale with `out_scale` float32 (..., rows, 1), else `out_scale` is empty.
     """
-    load()
-    if logits.is_cuda:
-        load_cuda(torch.cuda.get_device_capability(logits.device))
+    _has_kernels(logits)
     return torch.ops.deepseek_compress.softmax(  # type: ignore[no-any-return]
         logits.contiguous(), _flat(row_scale), _flat(column_scale), _rows_of(mask, logits), out_dtype
     )
@@ -207,8 +203,22 @@ def load_cuda(capability: tuple[int, int]) -> bool:
         return True
     except (build.BuildError, OSError) as error:
         _log.warning("CUDA kernels not available, the slow reference is used: %s", error)
-    _library[0].impl("softmax", reference.softmax, "CUDA")
+    _serve_reference("CUDA")
     return False
+
+
+def _serve_reference(device: str) -> None:
+    for name in ("softmax", "search_grid", "round_columns", "unrounded"):
+        _library[0].impl(name, getattr(reference, name), device)
+    _library[0].impl("pack_weights", _reference_pack, device)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    """Load the operators for the device of `tensor`; False where it is neither a CPU nor a GPU: the reference runs."""
+    load()
+    if tensor.is_cuda:
+        load_cuda(torch.cuda.get_device_capability(tensor.device))
+    return tensor.is_cpu or tensor.is_cuda
 
 
 def _flat(scale: Tensor | None) -> Tensor | None:
@@ -232,7 +242,7 @@ def _softmax_shapes(
 
 def _expect(name: str, scale: Tensor, shape: tuple[int, int]) -> None:
     if tuple(scale.shape) != shape:
-        raise DscError(f"{name}: scale has shape {tuple(scale.shape)}, not {shape}", "check the quantization_config")
+        raise WeightError(f"{name}: scale has shape {tuple(scale.shape)}, not {shape}", "check the quantization_config")
 
 
 def _reference_pack(
@@ -243,5 +253,6 @@ def _reference_pack(
     block_columns: int,
     group_size: int,
     symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    return reference.pack_weights(weight, scale, (block_rows, block_columns), group_size, symmetric)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = reference.pack_weights(weight, scale, (block_rows, block_columns), group_size, symmetric)
+    return *made[:3], torch.tensor([made[3]])

@@ -26,9 +26,9 @@ def decode(weight: Tensor, scale: Tensor | None, block: tuple[int, int]) -> Tens
         per_element = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
         return weight.float() * per_element
     codes = weight.view(torch.uint8)
-    values = torch.tensor(E2M1)[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).long()]
+    values = torch.tensor(E2M1, device=weight.device)[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).long()]
     exponent = scale.view(torch.uint8).int() - 127
-    power = torch.ldexp(torch.ones(exponent.shape), exponent)
+    power = torch.ldexp(torch.ones(exponent.shape, device=weight.device), exponent)
     power = torch.where(exponent == 128, torch.full_like(power, torch.nan), power)
     return values * power.repeat_interleave(MXFP4_BLOCK, 1)
 
@@ -54,7 +54,7 @@ def quantize(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, 
 def pack_rows(codes: Tensor) -> Tensor:
     """4-bit codes uint8 (rows, columns) -> int32 (rows, ceil(columns / 8)), low nibble first, padded with zeros."""
     rows, columns = codes.shape
-    padded = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8)
+    padded = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8, device=codes.device)
     padded[:, :columns] = codes
     pairs = padded[:, 0::2] | padded[:, 1::2] << 4
     return pairs.contiguous().view(torch.int32)
@@ -150,7 +150,13 @@ def round_columns(
     `base` (columns, rows): `target` after the feedback of all earlier columns; `feedback` (columns, columns) strictly
     lower; column j has the grid `group[j]` of `scale` and `zero_point` (groups, rows); True in `fixed` stays 0. Fills
     `codes` and `residual`, target - value. A product and a sum are two roundings: fused, the last bit would differ.
+    With a leading dimension (matrices, ...), which then all tensors have, each matrix by itself.
     """
+    if base.dim() == 3:
+        for m, own_fixed in enumerate(fixed if fixed is not None else [None] * len(base)):
+            grid = scale[m], zero_point[m], group[m]
+            round_columns(base[m], target[m], feedback[m], *grid, own_fixed, top, codes[m], residual[m])
+        return
     base = base.clone()
     for j, own in enumerate(group.tolist()):
         value = (base[j] / scale[own]).round_().clamp_(-zero_point[own], top - zero_point[own])
@@ -163,7 +169,10 @@ def round_columns(
 
 def unrounded(base: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
     """The operator's contract: the columns (columns, rows) that are best when nothing more is rounded, `v = base +
-    feedback (target - v)`, `feedback` (columns, columns) strictly lower; its products are added in their order."""
+    feedback (target - v)`, `feedback` (columns, columns) strictly lower; its products are added in their order. With a
+    leading dimension, which then all have, each matrix by itself."""
+    if base.dim() == 3:
+        return torch.stack([unrounded(*parts) for parts in zip(base, target, feedback, strict=True)])
     values = base.clone()
     for j in range(len(values)):
         values[j + 1 :] += feedback[j + 1 :, j, None] * (target[j] - values[j])

@@ -39,6 +39,12 @@ _PACKAGES = (
     Package("tensorrt-cu13|tensorrt", "datacenter engines, built on a GPU", _EXTRA.format("tensorrt"), False),
     Package("ray", "workers on many machines", _EXTRA.format("ray"), False),
     Package("lm-eval", "public benchmarks", _EXTRA.format("eval"), False),
+    Package(
+        "onnxruntime-genai",
+        "folders of target genai",
+        "in an environment of its own: pip install onnxruntime-genai",
+        False,
+    ),
     Package("gguf", "files for llama.cpp", _EXTRA.format("gguf"), False),
     Package("pyarrow", "calibration text in Parquet", _EXTRA.format("parquet"), False),
     Package("nvidia-modelopt", "NVIDIA's methods, named modelopt_...", _EXTRA.format("modelopt"), False),
@@ -70,6 +76,8 @@ def _system(where: Path) -> list[Check]:
 def _compute() -> list[Check]:
     import torch
 
+    from deepseek_compress.planning.device import choose
+
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -78,6 +86,7 @@ def _compute() -> list[Check]:
     return [
         Check("torch", True, torch.__version__),
         Check("GPU", bool(gpus) or None, ", ".join(gpus) or "none", "everything but running engines works without"),
+        Check("device", True, f"{choose('auto')} (auto; --device to set)"),
         Check(
             "C++ compiler", bool(compiler) or None, compiler or "none", "install g++; the reference path runs without"
         ),

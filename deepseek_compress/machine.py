@@ -31,6 +31,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def exact_integer_products() -> bool:
+    """Whether 8-bit products add up in 32 bits: not where an x86 processor has AVX2 and no VNNI."""
+    return bool(_cpu()[1] & {"avx512_vnni", "avx_vnni"}) or platform.machine() not in ("x86_64", "AMD64")
+
+
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,6 +26,7 @@ from deepseek_compress.console import StageProgress, duration, size
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.resolve import resolve_model
+from deepseek_compress.planning import device
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
@@ -36,12 +37,13 @@ REPORTS = ("report.json", "report.md", "report.html")
 
 @dataclass(frozen=True)
 class Options:
-    """What the machine may give to a run; none of it changes the bytes that are written."""
+    """What the machine may give to a run; of it only the device may change bytes that are written."""
 
     device: str = "cpu"
     memory: int | None = None  # bytes, all processes together
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster
+    gpu_memory: int | None = None  # bytes of a GPU
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
             headers[name] = header
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe, paths.get("model"))
-    problems += _memory_problems(forecasts, options.memory)
+    problems += _memory_problems(forecasts, options.memory) + _gpu_problems(forecasts, options)
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
 
 
@@ -117,6 +119,8 @@ def run(
         state = _Run(out, flat, recipe, options, progress or StageProgress(), provenance.versions())
         _inputs(state)
         workspace.agree(out, _identity(state))
+        if options.device != device.CPU:
+            state.progress.tell(device.told(options.device))
         for number, step in enumerate(recipe.steps, start=1):
             state.progress.start(step.name, number, len(recipe.steps))
             _stage(state, step)
@@ -209,6 +213,23 @@ def _memory_problems(forecasts: Mapping[str, Forecast], limit: int | None) -> li
     ]
 
 
+def _gpu_problems(forecasts: Mapping[str, Forecast], options: Options) -> list[DscError]:
+    """Stages that need more than the GPU has, or may give."""
+    free = device.memory(options.device)
+    if free is None:
+        return []
+    limit = min(free, options.gpu_memory or free)
+    needs = {name: its.memory.on_device() for name, its in forecasts.items() if its.memory}
+    return [
+        DscError(
+            f"{name}: needs {size(need)} of {options.device}, which has {size(limit)} for it",
+            "use --device cpu, or a GPU with more memory",
+        )
+        for name, need in needs.items()
+        if need > limit
+    ]
+
+
 def _gib(need: int) -> str:
     return f"{-(-need * 10 // (1 << 30)) / 10:.1f}GiB"
 
@@ -290,7 +311,7 @@ def _stage(state: _Run, step: Step) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         began = time.time()
         source = open_checkpoint(state.paths[step.source])
-        with machine.peak_memory() as peak:
+        with machine.peak_memory() as peak, device.memory_errors(state.options.device):
             output = step.stage.run(source, _context(state, step, directory))
         write_json(directory / workspace.RUN, _costs(began, peak[0], output.facts))
         state.paths[step.name] = output.path

@@ -5,7 +5,8 @@
 //   __shared__      static storage in a section of its own, filled with NaN before each block
 //   __shfl_*_sync   a slot per lane, written, synchronised, read; two sets of slots, so that a fast lane that is already
 //                   in the next shuffle does not overwrite what a slow one has yet to read
-//   __ldg, __stcs   checked against the spans of memory the test declared, and counted
+//   __ldg, __stcs   checked against the spans of memory the test declared, and counted; so are __ldcg, __stcg, atomicMin
+//   __fadd_rn ...   one rounding each: the host compiler is told not to contract
 //   a wait that can never end (a barrier not all threads reach) is reported, with what each thread waits for
 //
 // Left out: dynamic shared memory, tensor cores, asynchronous copies. Each fiber's stack has 64 KiB.
@@ -34,6 +35,7 @@
 #define __host__
 #define __forceinline__
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static __attribute__((section("cuda_shared")))
 extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
 
@@ -292,6 +294,28 @@ void __stcs(T* p, T value) {
   emulated::span_of(p, "a store").written_bytes += sizeof(T);
   *p = value;
 }
+
+template <typename T>
+T __ldcg(const T* p) {
+  return __ldg(p);
+}
+template <typename T>
+void __stcg(T* p, T value) {
+  __stcs(p, value);
+}
+inline unsigned long long atomicMin(unsigned long long* p, unsigned long long value) {
+  const unsigned long long before = __ldg(p);
+  __stcs(p, std::min(before, value));
+  return before;
+}
+
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int min(int a, int b) { return std::min(a, b); }
 
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }

@@ -13,3 +13,4 @@ struct __half2_raw {
 inline float __half2float(__half h) { return dsc::half_to_float(h.bits); }
 inline float2 __half22float2(__half2_raw h) { return {dsc::half_to_float(h.x), dsc::half_to_float(h.y)}; }
 inline __half2_raw __floats2half2_rn(float a, float b) { return {dsc::float_to_half(a), dsc::float_to_half(b)}; }
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }

@@ -3,9 +3,9 @@
 
 #include <vector>
 
-namespace dsc {
+#include "simd.h"
 
-static constexpr float kSmallestRange = 1e-30f;  // below this a group is all zeros: scale 1
+namespace dsc {
 
 #define ROWS "gptq_rows.h"
 #include "builds.h"

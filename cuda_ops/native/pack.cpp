@@ -3,6 +3,8 @@
 
 #include <vector>
 
+#include "simd.h"
+
 namespace dsc {
 
 #define ROWS "pack_rows.h"

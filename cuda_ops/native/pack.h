@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "simd.h"
-
 namespace dsc {
 
 enum class Encoding : int64_t { float32 = 0, float16 = 1, bfloat16 = 2, fp8_block = 3, mxfp4 = 4 };
@@ -24,10 +22,10 @@ struct PackJob {
   uint8_t* packed;              // (rows, ceil(columns / 8)) int32 words as bytes
   uint16_t* scale;              // (rows, groups) BF16
   uint32_t* zero_point;         // (ceil(rows / 8), groups), the lowest row in the lowest nibble
+  int64_t* bad;                 // (1): the first row that holds a NaN or an infinity, or whose range overflows float32; -1
 };
 
-// Packs the rows of the words [first, last) of `zero_point`. Returns the first row that holds a NaN or an infinity, or
-// whose range overflows float32; -1 where there is none.
+// Packs the rows of the words [first, last) of `zero_point`. Returns the first bad row or -1; leaves `job.bad` alone.
 int64_t pack_words(const PackJob& job, int64_t first, int64_t last);
 
 }  // namespace dsc

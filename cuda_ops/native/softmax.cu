@@ -11,11 +11,8 @@
 // after the load is float32. Registers, not shared memory, hold the row: 32 floats a thread are 128 KiB a block, more
 // than the shared memory of sm_86 and sm_89. The tests also build this file for the CPU (emulation/), where global
 // memory is reached through __ldg and __stcs alone, counted and checked.
+#include "launch.cuh"
 #include "softmax_memory.cuh"
-
-#ifndef DSC_LAUNCH
-#define DSC_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
-#endif
 
 namespace dsc {
 
@@ -221,16 +218,9 @@ int launch(const SoftmaxJob& job, Kernel kernel, Stream stream) {
 
 }  // namespace dsc
 
-#ifndef DSC_EMULATED
-// For torch_cuda.cpp and ctypes: 0, 1 (row too long for the kernel) or 1000 + a cudaError_t.
-extern "C" __attribute__((visibility("default"))) int dsc_softmax_cuda(const dsc::SoftmaxJob* job, int kernel,
-                                                                       void* stream) {
-  const int refused = dsc::launch(*job, static_cast<dsc::Kernel>(kernel), static_cast<cudaStream_t>(stream));
-  if (refused) return refused;
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? 0 : 1000 + static_cast<int>(error);
-}
+DSC_ENTRY(softmax, dsc::SoftmaxJob, dsc::Kernel, dsc::launch)
 
+#ifndef DSC_EMULATED
 // For a TensorRT plugin made from this file's PTX: rows of FP16, a block each; launch with 512 threads.
 extern "C" __global__ void __launch_bounds__(dsc::kOnlineThreads, 2)
     dsc_softmax_float16(const __half* logits, int columns, __half* out) {

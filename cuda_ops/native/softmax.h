@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(DSC_EMULATED)
-#define DSC_BOTH __host__ __device__
-#else
-#define DSC_BOTH
-#endif
+#include "both.h"
 
 namespace dsc {
 

@@ -69,14 +69,14 @@ class Checkpoint:
         """How the manifest says that keys and values are stored (`{"num_bits": 8, ...}`), or None: in 16 bits."""
         return (self.manifest or {}).get("kv_cache")
 
-    def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """The logical tensor `name`, decoded, in fresh memory.
+    def read(self, name: str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        """The logical tensor `name`, in fresh memory of `device`, where it is decoded.
 
         Decoded in float32 and rounded once to `dtype`; None keeps the stored type of a plain tensor (BF16 for an
         encoded one). Whole-number tensors keep their type. Raises `DscError` for NaN or infinity.
         """
         info = self._info(name)
-        parts = self.read_raw(name)
+        parts = {suffix: part.to(device) for suffix, part in self.read_raw(name).items()}
         if info.encoding == "plain":
             (tensor,) = parts.values()
             if tensor.dtype in _INTEGERS:

@@ -30,12 +30,12 @@ class Transformed(Checkpoint):
     changes: Mapping[str, Change] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
-    def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The changed tensor, computed in float32 and rounded once to `dtype`; None: to the type it is stored in."""
         if name not in self.changes:
-            return self.source.read(name, dtype)
+            return self.source.read(name, dtype, device)
         made = self.changes[name](self.source.read(self.origins.get(name, name)))
-        return made.to(dtype or self.header.tensors[name].dtype)
+        return made.to(dtype or self.header.tensors[name].dtype).to(device)
 
     def read_raw(self, name: str) -> dict[str, Tensor]:
         """The stored parts; of a changed tensor, its 16-bit values."""

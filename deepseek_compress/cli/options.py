@@ -43,9 +43,12 @@ GroupSize = Annotated[
     int | None, typer.Option("--group-size", min=1, help="Weights that share a scale. [default: what fits]")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto or cpu.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Use no more, all processes together; for instance 8GiB.")
+]
+GpuMemory = Annotated[
+    str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Use no more of the GPU's; for instance 24GiB.")
 ]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes that compute. [default: one a core, for large models]")
@@ -87,12 +90,3 @@ def source_of(text: str) -> str | dict[str, Any]:
         return {"path": path, "share": float(share)}
     except ValueError:
         raise DscError(f"--calibration {text!r}: {share!r} is no share", "write for instance a.jsonl=0.7") from None
-
-
-def device_of(name: str) -> str:
-    """`auto` -> the device that stages compute on. `DscError` for one that no stage uses."""
-    if name not in {"auto", "cpu"}:
-        known = re.fullmatch(r"cuda(:\d+)?", name)
-        what = "no stage computes on a GPU in this version" if known else "unknown device"
-        raise DscError(f"--device {name}: {what}", "use --device cpu, or leave it out")
-    return "cpu"

@@ -39,6 +39,7 @@ def plan(
     seed: o.Seed = None,
     device: o.Device = "auto",
     memory: o.Memory = None,
+    gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine first (10 s); kept.")] = False,
@@ -49,7 +50,7 @@ def plan(
     from deepseek_compress import pipeline
     from deepseek_compress.planning.rates import rates
 
-    found = pipeline.plan(wanted, _options(device, memory, workers, ray))
+    found = pipeline.plan(wanted, _options(device, memory, workers, ray, gpu_memory))
     given = o.typed(context, "recipe", "measure", "json")
     show.plan(found, rates(measure), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}")
     if found.problems:
@@ -69,6 +70,7 @@ def run(
     seed: o.Seed = None,
     device: o.Device = "auto",
     memory: o.Memory = None,
+    gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
     json: o.Json = False,
@@ -76,7 +78,7 @@ def run(
     """Run every stage of a recipe; run it again after a stop and it goes on."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
-    paths = _pipeline(wanted, target, _options(device, memory, workers, ray), json, flat=False)
+    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, gpu_memory), json, flat=False)
     show.outputs(target, paths, wanted, json)
 
 
@@ -96,13 +98,14 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         seed: o.Seed = None,
         device: o.Device = "auto",
         memory: o.Memory = None,
+        gpu_memory: o.GpuMemory = None,
         workers: o.Workers = None,
         ray: o.Ray = None,
         json: o.Json = False,
     ) -> None:
         text = _calibration(calibration, statistics, samples, length, seed)
         wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
-        _one_stage(wanted, out, _options(device, memory, workers, ray), json, model)
+        _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory), json, model)
 
     command.__doc__ = summary
     return command
@@ -133,6 +136,7 @@ def allocate(
     seed: o.Seed = None,
     device: o.Device = "auto",
     memory: o.Memory = None,
+    gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
     json: o.Json = False,
@@ -140,7 +144,7 @@ def allocate(
     """Find by measurement which bits each part of a model needs under a size; writes a recipe for quantize."""
     values = {**_calibration(calibration, None, samples, length, seed), "allocate.target": target}
     wanted = _recipe(recipe, model, settings, values, group_size, kind="allocate")
-    _one_stage(wanted, out, _options(device, memory, workers, ray), json, model)
+    _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory), json, model)
 
 
 def export(
@@ -149,11 +153,12 @@ def export(
     target: Target = None,
     recipe: o.RecipeOption = "export",
     settings: o.Settings = None,
+    device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint in a form that others run."""
     wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options(), json, model)
+    _one_stage(wanted, out, _options(device), json, model)
 
 
 def evaluate(
@@ -172,6 +177,7 @@ def evaluate(
     seed: o.Seed = None,
     device: o.Device = "auto",
     memory: o.Memory = None,
+    gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     json: o.Json = False,
 ) -> None:
@@ -193,7 +199,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device, memory, workers), progress)
+        page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory), progress)
     show.report(page, json)
 
 
@@ -231,7 +237,7 @@ def _recipe(
 def _names(model: str, reference: str | None) -> tuple[str, str]:
     """What a report calls the model and the reference: the last part of each path."""
     first, second = (_label(name) for name in (model, reference or "reference"))
-    return first, second if second != first else f"{second}-reference"
+    return first, second if second not in (first, "model") else f"{second}-reference"
 
 
 def _label(model: str) -> str:
@@ -240,13 +246,18 @@ def _label(model: str) -> str:
 
 
 def _options(
-    device: str = "cpu", memory: str | None = None, workers: int | None = None, ray: str | None = None
+    device: str = "cpu",
+    memory: str | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    gpu_memory: str | None = None,
 ) -> Options:
     from deepseek_compress.pipeline import Options
+    from deepseek_compress.planning.device import choose
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    return Options(o.device_of(device), o.bytes_of(memory), workers, ray)
+    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory))
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from deepseek_compress.errors import DscError
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics.hessian import add_gram, mirror
 from deepseek_compress.numerics.types import Statistics
@@ -26,6 +28,7 @@ class Accumulator:
         self._abssum: Tensor | None = None
         self._cross_covariance: Tensor | None = None
         self._residual_covariance: Tensor | None = None
+        self._marks: list[Tensor] = []  # one number a batch, see `_mark`
 
     def add(self, x: Tensor, split: Split | None = None) -> None:
         """Take in x (..., columns); of a `split` batch the compressed model's rows, and how the original's differ."""
@@ -44,6 +47,7 @@ class Accumulator:
                     self._cross_covariance = _more(self._cross_covariance, chunk[1].T @ chunk[0])
                 if len(chunk) > 2:
                     self._residual_covariance = _more(self._residual_covariance, chunk[2].T @ chunk[0])
+        self._mark()
 
     def merge(self, saved: Statistics) -> None:
         """Take in what was summed before."""
@@ -54,6 +58,7 @@ class Accumulator:
             self._absmax = _larger(self._absmax, saved.input_absmax)
         if "input_absmean" in self.needs and saved.input_absmean is not None:
             self._abssum = _more(self._abssum, saved.input_absmean * saved.tokens)
+        self._mark()
 
     def _rows(self, x: Tensor) -> None:
         self.tokens += len(x)
@@ -64,8 +69,22 @@ class Accumulator:
         if "input_absmean" in self.needs:
             self._abssum = _more(self._abssum, x.abs().sum(0))
 
-    def statistics(self) -> Statistics:
-        """The sums so far."""
+    def _mark(self) -> None:
+        """Keep a number that is finite if all inputs so far are. It is read at the end, since reading waits for it."""
+        parts = [part for part in (self._absmax, self._abssum) if part is not None]
+        if self._hessian is not None:
+            parts.append(self._hessian.diagonal())
+        products = (self._cross_covariance, self._residual_covariance)
+        parts += [part[:, 0] for part in products if part is not None]  # where a row is not finite, all of it is not
+        if parts:
+            self._marks.append(reduce(torch.add, [part.sum() for part in parts]))
+
+    def statistics(self, name: str) -> Statistics:
+        """The sums so far of the input of the linear `name`. `DscError` where they are not finite."""
+        failed = [batch for batch, mark in enumerate(self._marks, 1) if not bool(mark.isfinite())]
+        if failed:
+            what = f"{name}: NaN, infinite or too large inputs from batch {failed[0]} of {len(self._marks)} on"
+            raise DscError(what, "check the model for weights that are far too large, and the calibration text")
         mean = None if self._abssum is None else self._abssum / max(1, self.tokens)
         hessian = None if self._hessian is None else mirror(self._hessian)
         return Statistics(self.tokens, hessian, self._absmax, mean, self._cross_covariance, self._residual_covariance)

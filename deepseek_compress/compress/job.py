@@ -15,8 +15,10 @@ from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.ledger import parts_of
 from deepseek_compress.checkpoint.statistics import SavedStatistics, parts_of_statistics
 from deepseek_compress.compress.collect import Accumulator, collect
+from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Linear, ModelConfig
 from deepseek_compress.models.activations import InputScheme
+from deepseek_compress.numerics.hessian import Unsolvable
 from deepseek_compress.numerics.types import Quantized, Statistics
 from deepseek_compress.streaming.block_run import BlockRun, Part, Store
 from deepseek_compress.streaming.hidden_store import HiddenStore
@@ -166,21 +168,27 @@ class SolvedBlock(BlockRun):
                 collect(part, names, sums, keep)
                 if kept is not None and part.last in names:
                     self.free(linear for linear in part.linears if linear not in group)  # they do not run again
-                self.solve(wanted, sums.statistics())
+                self.solve(wanted, sums.statistics(self.block.prefix + group[0].name))
 
     def solve(self, group: Sequence[Linear], statistics: Statistics) -> None:
         """Give linears that share an input their new weights and write them; or only what was seen of that input."""
         prefix = self.block.prefix
         if self.job.observing:
-            self.store(prefix + group[0].input, parts_of_statistics(statistics))
+            parts = parts_of_statistics(statistics)
+            self.store(prefix + group[0].input, {suffix: part.cpu() for suffix, part in parts.items()})
             self.facts += [observed(linear, statistics) for linear in group]
             return
         if statistics.tokens < self.job.min_tokens:
             statistics = Statistics(tokens=statistics.tokens)
         pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
-        for (linear, _), solved in zip(pairs, self.job.solver.solve(self.block, pairs, statistics), strict=True):
+        try:
+            found = self.job.solver.solve(self.block, pairs, statistics)
+        except Unsolvable as error:
+            raise DscError(f"{prefix}{group[0].name}: {error.what}", error.fix) from None
+        for (linear, _), solved in zip(pairs, found, strict=True):
             name = f"{prefix}{linear.name}.weight"
-            self.store(name, parts_of(name, solved.stored, self.job.scheme is not None))
+            parts = parts_of(name, solved.stored, self.job.scheme is not None)
+            self.store(name, {suffix: part.cpu() for suffix, part in parts.items()})
             loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()
             self.tensors[linear.name + ".weight"] = loaded
             self.facts.append({"name": prefix + linear.name, "role": str(linear.role), **solved.facts})

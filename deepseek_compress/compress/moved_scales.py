@@ -119,7 +119,8 @@ class _Sums(Observer):
         for fold, sums in self.served:
             if sums.tokens:
                 kept = [self.method.kept(block.read(f"{name}.weight")) for name in fold.linears]
-                scales = _of_producer(fold, self.method.scales(kept, sums.statistics()))
+                found_scales = self.method.scales(kept, sums.statistics(block.prefix + fold.linears[0])).cpu()
+                scales = _of_producer(fold, found_scales)
                 found[block.prefix + fold.producer] = _movable(self.job, block, fold, scales)
         write_arrays(_file(self.job, block), found)
         return {}
@@ -159,7 +160,7 @@ def _movable(job: Job, block: Block, fold: Fold, scales: Tensor) -> Tensor:
         return power_of_two(scales)
     if fold.producer in linears:
         return scales
-    norm = block.read(f"{fold.producer}.weight", None)
+    norm = block.read(f"{fold.producer}.weight", None).cpu()
     divided = (norm.float() / scales).to(norm.dtype).float()
     return torch.where(divided != 0, norm.float() / divided, torch.ones_like(scales))
 

@@ -17,6 +17,7 @@ from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.solver import LinearSolver, measure, packed_bits
+from deepseek_compress.errors import DscError
 from deepseek_compress.models import Block, Linear
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import Statistics
@@ -42,9 +43,12 @@ def pack(job: Job, block: Block, linear: Linear, how: Rtn) -> tuple[dict[str, Te
     info = _info(job, block, linear)
     weight, scale, size = _stored(job, info)
     assert how.group_size is not None
-    new = ops.pack_weights(
-        weight, scale, group_size=how.group_size, symmetric=how.symmetric, block=size, name=info.name
-    )
+    try:
+        new = ops.pack_weights(
+            weight, scale, group_size=how.group_size, symmetric=how.symmetric, block=size, name=info.name
+        )
+    except ops.WeightError as error:
+        raise DscError(error.what, error.fix) from None
     parts = {"weight_packed": new.packed, "weight_scale": new.scale}
     if new.zero_point is not None:
         parts["weight_zero_point"] = new.zero_point

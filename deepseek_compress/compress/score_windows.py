@@ -32,7 +32,7 @@ def score_windows(run: PlainRun, tokens: Tensor, pool: Pool, progress: Progress)
     found = loop.run(_Count(run, tokens, pool), progress)
     experts = [torch.tensor(block["experts"]) for block in found if "experts" in block]
     with loop.output(stream) as hidden:
-        entropy, states = _heads(run, hidden, Batches(tokens))
+        entropy, states = _heads(run, hidden, Batches(tokens, device=run.architecture.device))
     return Candidates(entropy, states, torch.stack(experts, dim=1) if experts else None)
 
 
@@ -65,8 +65,8 @@ def _heads(run: PlainRun, hidden: HiddenStore, batches: Batches) -> tuple[Tensor
         for batch in range(len(batches)):
             x = architecture.final_hidden(architecture.top(), batches.read(hidden, batch)).float()
             batches.write(final, batch, x)
-            states.append(x.double().mean(1))
-        model = HeadInput(final.read, architecture.source.read(architecture.head, dtype=None))
+            states.append(x.double().mean(1).cpu())
+        model = HeadInput(final.read, architecture.source.read(architecture.head, None, architecture.device))
         entropy = head.entropy(model, final.rows)
     return entropy.double().view(batches.samples, -1).mean(1), torch.cat(states)
 

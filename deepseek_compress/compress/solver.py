@@ -98,7 +98,7 @@ def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) 
 
 
 def _output_error(weight: Tensor, stored: Tensor | Quantized, hessian: Tensor) -> float:
-    rows = sampled(len(weight))
+    rows = sampled(len(weight)).to(weight.device)
     before = weight[rows]
     both = torch.cat((before, before - _loaded(stored, rows)))
     energy, lost = ((both @ hessian) * both).sum(1, dtype=torch.float64).view(2, -1).sum(1).tolist()

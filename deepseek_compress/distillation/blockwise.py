@@ -49,6 +49,7 @@ class Models(NamedTuple):
     changed: Checkpoint
     original: Checkpoint
     work: Path  # hidden stores, and what is found of each block
+    device: str = "cpu"
 
     def found(self, layer: int) -> Path:
         """Scales and norms of block `layer` by their names in the checkpoint."""
@@ -84,7 +85,8 @@ def recover_blocks(
     Returns for each block the relative squared error of its output for a token of one batch, before and after. The
     same arguments give the same bits. Raises DscError where the two do not embed text alike.
     """
-    streams = (Stream(Architecture.of(models.changed), "ours"), Stream(Architecture.of(models.original), "theirs"))
+    sides = {"ours": models.changed, "theirs": models.original}
+    streams = tuple(Stream(Architecture.of(source, models.device), side) for side, source in sides.items())
     loop = Loop(streams, tokens, models.work, "block", "scales of block", last=True)
     seen: list[Tensor] = []
 
@@ -157,11 +159,16 @@ class _Block:
         self.held: dict[str, Quantized] = {}  # what every token uses; an expert is read when it is used
         for name in names:
             if (packed := source.read_quantized(name)) is not None:
+                packed = packed.to(models.device)
                 self.scales[name] = packed.scale
                 if name.removeprefix(self.prefix) not in apart:
                     self.held[name] = packed
         self.changes = {name: torch.zeros_like(scale).requires_grad_() for name, scale in self.scales.items()}
-        self.norms = {name: Norm(source.read(name)) for name in names if self.block.family.role(name) is Role.NORM}
+        self.norms = {
+            name: Norm(source.read(name, device=models.device))
+            for name in names
+            if self.block.family.role(name) is Role.NORM
+        }
 
     def train(self, passes: int, learning_rate: float, order: torch.Generator) -> Facts:
         """Fill the outputs with what the trained and the original block make of their inputs."""
@@ -190,11 +197,13 @@ class _Block:
         """Write the values that will be stored."""
         found = {name: moved(scale, self.changes[name]) for name, scale in self.scales.items()}
         found |= {name: norm.result().float() for name, norm in self.norms.items()}
-        write_arrays(path, found)
+        write_arrays(path, {name: values.cpu() for name, values in found.items()})
 
     def packed(self, name: str) -> Quantized | None:
         """A packed weight with its scales as they are now; None for any other."""
-        found = self.held.get(name) or self.models.changed.read_quantized(name)
+        found = self.held.get(name)
+        if found is None and (read := self.models.changed.read_quantized(name)) is not None:
+            found = read.to(self.models.device)
         return found and found._replace(scale=moved(self.scales[name], self.changes[name]))
 
     def _run(self, block: Block, weights: Weights, hidden: HiddenStore, batch: int) -> Tensor:
@@ -227,7 +236,9 @@ class _Trained:
     def __getitem__(self, name: str) -> Tensor:
         """A norm that is trained, or a tensor that is not."""
         full = self.block.prefix + name
-        return self.block.norms[full].weight if full in self.block.norms else self.source.read(full)
+        if full in self.block.norms:
+            return self.block.norms[full].weight
+        return self.source.read(full, device=self.block.models.device)
 
     def __contains__(self, name: str) -> bool:
         return self.block.prefix + name in self.source.header.tensors
@@ -241,7 +252,9 @@ class _Trained:
 
     def _weight(self, full: str) -> _Weight:
         packed = self.block.packed(full)
-        return (self.source.read(full), None) if packed is None else (packed.dequantize(), packed)
+        if packed is None:
+            return self.source.read(full, device=self.block.models.device), None
+        return packed.dequantize(), packed
 
 
 class _Linear(torch.autograd.Function):

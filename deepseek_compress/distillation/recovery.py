@@ -147,6 +147,7 @@ def _backward(teacher: Model, student: Model, tokens: Tensor, share: int) -> flo
 
     The gradient by the logits is `softmax(student) - softmax(teacher)`, so the loss needs no graph of its own.
     """
+    tokens = tokens.to(student.head.device)
     with torch.no_grad():
         wanted = torch.log_softmax(teacher(tokens), -1)
     logits = student(tokens)

@@ -190,12 +190,12 @@ def _batch(samples: Sequence[Sample], chosen: Sequence[int], device: torch.devic
     picked = [samples[index] for index in chosen]
     width = max(len(sample.tokens) for sample in picked)
     rows = [sample.tokens + [0] * (width - len(sample.tokens)) for sample in picked]
-    tokens = torch.tensor(rows, device=device)
+    tokens = torch.tensor(rows).to(device)
     place = torch.arange(width, device=device)
-    ends = torch.tensor([len(sample.tokens) for sample in picked], device=device)[:, None]
-    starts = torch.tensor([sample.start for sample in picked], device=device)[:, None]
+    ends = torch.tensor([len(sample.tokens) for sample in picked]).to(device)[:, None]
+    starts = torch.tensor([sample.start for sample in picked]).to(device)[:, None]
     predicting = (place[1:] >= starts) & (place[1:] < ends)
-    owner = torch.tensor(chosen, device=device)[:, None].expand_as(predicting)[predicting].tolist()
+    owner = torch.tensor(chosen).to(device)[:, None].expand_as(predicting)[predicting].tolist()
     return _Batch(tokens, place < ends, predicting, tokens[:, 1:][predicting], owner)
 
 

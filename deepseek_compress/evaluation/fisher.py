@@ -77,12 +77,12 @@ def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int
 def _top(search: Search, into: Path) -> None:
     """A task: the gradient of log p(y) by what leaves the last block, y drawn."""
     architecture, layers = search.architecture, len(search.architecture.blocks)
-    head, top = architecture.source.read(architecture.head), architecture.top()
+    head, top = architecture.source.read(architecture.head, device=architecture.device), architecture.top()
     draw = torch.Generator().manual_seed(0)
 
     def gradient(window: int, hidden: Tensor, after: Tensor) -> Tensor:
         scores = functional.linear(architecture.final_hidden(top, hidden), head).log_softmax(-1)[0]
-        drawn = torch.multinomial(scores.detach().exp(), 1, generator=draw)
+        drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=draw).to(scores.device)
         return torch.autograd.grad(scores.gather(1, drawn).sum(), hidden)[0]
 
     _backward(search, layers, search.work / f"judging-{layers:05d}.f32", into, gradient)
@@ -113,7 +113,7 @@ def _block(search: Search, task: tuple[int, Path, Path]) -> list[list[float]]:
     squares = [[0.0] * len(options) for options in moved]
 
     def gradient(window: int, hidden: Tensor, after: Tensor) -> Tensor:
-        tokens = search.judging[window : window + 1]
+        tokens = search.judging[window : window + 1].to(here.architecture.device)
         out = here.run(ResidentWeights({**block, **leaves}), hidden, tokens)
         found = torch.autograd.grad(out, [hidden, *leaves.values()], after, allow_unused=True)
         by_name = {name: part for name, part in zip(leaves, found[1:], strict=True) if part is not None}
@@ -139,11 +139,11 @@ def _backward(
     hidden (1, length, ...); after: the same by what leaves the block, from the store `above`.
     """
     windows, length = search.judging.shape
-    shape = search.architecture.row_shape
+    shape, device = search.architecture.row_shape, search.architecture.device
     opened = (HiddenStore(path, search.judging.numel(), shape, existing=True, held=0) for path in (above, into))
     with search.open("judging", layer) as before, next(opened) as after, next(opened) as result:
         for window in range(windows):
-            hidden, given = (store.read(window * length, length).unsqueeze(0) for store in (before, after))
+            hidden, given = (store.read(window * length, length).unsqueeze(0).to(device) for store in (before, after))
             with torch.enable_grad():
                 found = gradient(window, hidden.requires_grad_(), given)
-            result.write(window * length, found[0])
+            result.write(window * length, found[0].cpu())

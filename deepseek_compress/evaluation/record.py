@@ -227,7 +227,7 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
         _report(run, row, run.streamed.get(name), folder is not None)
         return row
     if run.task.prompts or run.task.samples:
-        model = Model.load(checkpoint, kv_cache=rounding)
+        model = Model.load(checkpoint, kv_cache=rounding, device=run.settings.limits.device)
         _fidelity(run, row, model, checkpoint, folder)
         _reasoning(run, row, model, checkpoint, folder is not None)
         del model

@@ -75,6 +75,10 @@ class Search:
         stream = Stream(self.architecture, text)
         return Loop((stream,), tokens, self.work, text, note, last=True, keep=True, shared=True)
 
+    def batches(self, tokens: Tensor) -> Batches:
+        """Of a text, on the device that computes."""
+        return Batches(tokens, device=self.architecture.device)
+
     def open(self, text: str, place: int) -> HiddenStore:
         """The states of a text before block `place`."""
         path = self.work / f"{text}-{place:05d}.f32"
@@ -189,7 +193,7 @@ def _joint(search: Search, task: tuple[int, Sequence[int], Path, Path]) -> None:
 
 def _advance(search: Search, block: Block, tensors: Tensors, tokens: Tensor, before: Path, after: Path) -> None:
     """Run a block for all rows of a store, into another."""
-    batches, weights, shape = Batches(tokens), ResidentWeights(tensors), search.architecture.row_shape
+    batches, weights, shape = search.batches(tokens), ResidentWeights(tensors), search.architecture.row_shape
     stores = (HiddenStore(path, tokens.numel(), shape, existing=True, held=0) for path in (before, after))
     with next(stores) as source, next(stores) as target:
         for batch in range(len(batches)):
@@ -208,7 +212,7 @@ def _losses(search: Search, layer: int) -> list[list[float]]:
     block = search.architecture.blocks[layer]
     tensors = block.resident()
     statistics = statistics_of(search, block, tensors)
-    batches, places, variants = Batches(search.judging), [], []
+    batches, places, variants = search.batches(search.judging), [], []
     with search.open("judging", layer) as before:
         for place in search.at(layer):
             group, options = search.choices[place]
@@ -264,11 +268,11 @@ def statistics_of(search: Search, block: Block, tensors: Tensors) -> dict[str, S
             sums[first[name]].add(x)
 
     watched = ObservingWeights(ResidentWeights(tensors), look)
-    batches = Batches(search.fitting)
+    batches = search.batches(search.fitting)
     with search.open("fitting", block.layer) as source:
         for batch in range(len(batches)):
             block.run(watched, batches.read(source, batch), batches.ids(batch))
-    found = {key: total.statistics() for key, total in sums.items()}
+    found = {key: total.statistics(block.prefix + key) for key, total in sums.items()}
     return {key: s if s.tokens >= search.min_tokens else Statistics(s.tokens) for key, s in found.items()}
 
 
@@ -294,8 +298,9 @@ def quantized(
 
 def _divergences(search: Search, variants: Sequence[HiddenStore]) -> list[float]:
     """The mean KL of each variant from the original, from what leaves its last block, batch by batch."""
-    architecture, batches = search.architecture, Batches(search.judging)
-    weight, sums = architecture.source.read(architecture.head), [0.0] * len(variants)
+    architecture, batches = search.architecture, search.batches(search.judging)
+    weight = architecture.source.read(architecture.head, device=architecture.device)
+    sums = [0.0] * len(variants)
     with search.open("judging", len(architecture.blocks)) as original:
         for batch in range(len(batches)):
             rows = [

@@ -48,6 +48,7 @@ class Limits(NamedTuple):
 
     memory: int | None = None  # bytes
     workers: int | None = None
+    device: str = "cpu"
 
 
 NO_LIMITS = Limits()
@@ -77,7 +78,7 @@ def measure(
     subjects: Mapping[str, Subject], samples: Sequence[Sample], work: Path, limits: Limits, progress: Progress
 ) -> dict[str, Divergence]:
     """The divergence of each model from the first, over the same samples; an interrupted run goes on from `work`."""
-    runs = {name: _run(subject, work) for name, subject in subjects.items()}
+    runs = {name: _run(subject, work, limits.device) for name, subject in subjects.items()}
     sizes = [run.architecture.cfg.vocab_size for run in runs.values()]
     for size in sizes:
         check(samples, size, sizes[0])
@@ -100,12 +101,14 @@ def measure(
         return _divergences({name: found[name] for name in subjects}, errors, samples, following, owner)
 
 
-def _run(subject: Subject, work: Path) -> PlainRun:
+def _run(subject: Subject, work: Path, device: str) -> PlainRun:
     scheme = input_scheme(subject.checkpoint.activations)
-    return PlainRun(Architecture.of(subject.checkpoint), work, scheme, subject.kv_cache, exact=True)
+    return PlainRun(Architecture.of(subject.checkpoint, device), work, scheme, subject.kv_cache, exact=True)
 
 
 def _workers(subjects: Mapping[str, Subject], tokens: Tensor, limits: Limits) -> int:
+    if limits.device != "cpu":
+        return 1
     header = next(iter(subjects.values())).checkpoint.header
     memory, _, _ = cost(header, len(tokens), tokens.shape[1], len(subjects))
     size = sum(info.bytes for info in header.tensors.values())

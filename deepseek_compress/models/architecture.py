@@ -23,6 +23,8 @@ from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.family import Family, Shape
 from deepseek_compress.models.weights import StreamedWeights, Weights
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -32,14 +34,15 @@ class Architecture:
     family: Family
     cfg: ModelConfig
     checkpoint: Checkpoint | None = None
+    device: torch.device = CPU  # where tensors are read to, and blocks run
 
     @classmethod
-    def of(cls, model: Checkpoint | Header) -> Architecture:
+    def of(cls, model: Checkpoint | Header, device: torch.device | str = CPU) -> Architecture:
         """Read the configuration. Raises DscError for one that is not understood."""
         header = model.header if isinstance(model, Checkpoint) else model
         family = family_of(header.config)
         checkpoint = model if isinstance(model, Checkpoint) else None
-        return cls(header, family, family.parse(header.config), checkpoint)
+        return cls(header, family, family.parse(header.config), checkpoint, torch.device(device))
 
     @property
     def source(self) -> Checkpoint:
@@ -103,7 +106,7 @@ class Architecture:
 
     def top(self) -> Weights:
         """Tensors outside blocks, by checkpoint name, read at each access."""
-        return StreamedWeights(self.source, "")
+        return StreamedWeights(self.source, "", device=self.device)
 
     def linears(self, roles: Collection[Role]) -> Iterator[tuple[str, Linear]]:
         """(name in the checkpoint, linear) of every linear of `roles`, block by block."""
@@ -114,10 +117,16 @@ class Architecture:
 
     def on(self, source: Checkpoint) -> Architecture:
         """The same model with the tensors of `source`, whose configuration may differ in what a transform changes."""
-        return replace(Architecture.of(source), family=self.family)
+        return replace(Architecture.of(source, self.device), family=self.family)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Architecture, (self.header, self.family, self.cfg, self.checkpoint)  # without what is cached
+        return Architecture, (
+            self.header,
+            self.family,
+            self.cfg,
+            self.checkpoint,
+            self.device,
+        )  # without what is cached
 
 
 class Block:
@@ -146,7 +155,7 @@ class Block:
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Read one tensor by its local name, decoded to `dtype`; None: to the type it is stored in."""
-        return self.architecture.source.read(self.prefix + name, dtype)
+        return self.architecture.source.read(self.prefix + name, dtype, self.architecture.device)
 
     def resident(self) -> dict[str, Tensor]:
         """Read all tensors, floats in float32, by local name."""
@@ -154,7 +163,7 @@ class Block:
 
     def weights(self) -> Weights:
         """Tensors read and decoded at each access, and freed after it."""
-        return StreamedWeights(self.architecture.source, self.prefix)
+        return StreamedWeights(self.architecture.source, self.prefix, device=self.architecture.device)
 
     def attention_part(self, weights: Weights, hidden: Tensor, positions: Tensor, cache: KvCache | None) -> Tensor:
         """hidden (B, T, *row_shape) -> hidden with what attention adds."""

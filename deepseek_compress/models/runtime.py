@@ -56,9 +56,11 @@ class Model:
         source: Path | str | Checkpoint,
         dtype: torch.dtype = torch.float32,
         kv_cache: KvRounding | None = None,
+        device: torch.device | str = "cpu",
     ) -> Model:
-        """Read a checkpoint whole, decoded to `dtype`; its manifest's schemes for activations and cache apply, the
-        latter unless `kv_cache` gives another.
+        """Read a checkpoint whole, decoded to `dtype` on `device`.
+
+        Its manifest's schemes for activations and cache apply, the latter unless `kv_cache` gives another.
 
         Raises Problems with every missing, unknown or misshaped tensor.
         """
@@ -66,7 +68,7 @@ class Model:
         architecture = Architecture.of(checkpoint)
         raise_problems(architecture.problems())
         names = [name for name in architecture.tensors if name not in architecture.mtp]
-        weights = {name: checkpoint.read(name, dtype=dtype) for name in names}
+        weights = {name: checkpoint.read(name, dtype, device) for name in names}
         kv_cache = kv_cache or kv_rounding(checkpoint.kv_cache)
         return cls(architecture.family, architecture.cfg, weights, input_scheme(checkpoint.activations), kv_cache)
 
@@ -148,7 +150,7 @@ class Model:
         """One prompt, the whole text again for each token."""
         tokens, device = list(prompt), self.head.device
         while len(tokens) < len(prompt) + limit:
-            logits = self.forward(torch.tensor([tokens], device=device), last_only=True)
+            logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)
             following = int(logits[0, -1].argmax())
             if following in ends:
                 break
@@ -158,11 +160,11 @@ class Model:
     def _batch(self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int]) -> list[list[int]]:
         device = self.head.device
         width = max(1, *(len(prompt) for prompt in prompts))
-        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        padding = torch.tensor([width - len(prompt) for prompt in prompts]).to(device)
+        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts]).to(device)
         left = padding if bool(padding.any()) else None
         cache = self.cache(width + limit)
-        stop = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+        stop = torch.tensor(sorted(ends), dtype=torch.long).to(device)
         out: list[list[int]] = [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)

@@ -55,13 +55,20 @@ class ResidentWeights:
 class StreamedWeights:
     """Tensors read and decoded from `checkpoint` at each access and freed after it; `dtype` is what they compute in."""
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prefix: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.dtype = dtype
+        self.device = device
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.read(self.prefix + name, dtype=self.dtype)
+        return self.checkpoint.read(self.prefix + name, self.dtype, self.device)
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.checkpoint.header.tensors

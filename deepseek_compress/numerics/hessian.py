@@ -16,12 +16,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Factor
 
 _NARROWEST = 192  # columns: below this a product no longer runs at full speed
 _CHOLESKY = 256  # columns of a panel of the factor
 _GATHERED = 32  # rows that are put in order at a time
 _PANEL = 512  # columns whose feedback from all earlier ones is one product
+_TRIES = 16  # dampings, each ten times the last: far beyond what makes any finite symmetric matrix definite
+
+
+class Unsolvable(DscError):
+    """A Hessian that has no factor, or none in float32. Whoever knows the linear's name adds it."""
 
 
 def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
@@ -73,12 +79,13 @@ def _damp(hessian: Tensor, damping: float) -> Tensor:
 def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object, ...] = ()) -> Factor:
     """The triangular factor of the damped `hessian` (columns, columns) with its columns in `order` (columns,).
 
-    The damping grows tenfold until the factor exists: few tokens, or a type too short, make H indefinite. Three
-    matrices of the size of `hessian` are held at the peak, it and the factor among them.
+    The damping grows tenfold until the factor exists: few tokens, or a type too short, make H indefinite. Raises
+    `Unsolvable` where it never does. Three matrices of the size of `hessian` are held at the peak, it and the factor
+    among them.
     """
     columns, backwards = len(hessian), order.flip(0)
     matrix = torch.empty_like(hessian)
-    while True:
+    for _ in range(_TRIES):
         for start in range(0, columns, _GATHERED):  # a few rows at a time stay in the cache
             rows = hessian.index_select(0, backwards[start : start + _GATHERED])
             torch.index_select(rows, 1, backwards, out=matrix[start : start + _GATHERED])
@@ -86,6 +93,8 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object,
         if _cholesky(_damp(matrix, damping)):
             break
         damping = max(damping * 10, 1e-6)
+    else:
+        raise _unsolvable(hessian)
     diagonal = matrix.diagonal().flip(0)
     feedback = torch.empty_like(matrix)
     for start in range(0, columns, _GATHERED):  # row j of R^T, from its diagonal on backwards, is read at step j
@@ -93,6 +102,17 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object,
         part = diagonal[start : start + _GATHERED, None]
         torch.div(rows, part, out=feedback[start : start + _GATHERED]).tril_(start - 1)
     return Factor(order, feedback, diagonal.square(), key)
+
+
+def _unsolvable(hessian: Tensor) -> Unsolvable:
+    bad = int((~hessian.diagonal().isfinite()).sum())  # an input that fails reaches its own square first
+    if bad:
+        what = f"the Hessian is NaN or infinite in {bad} of {len(hessian)} columns"
+    elif not bool(hessian.diagonal().mean().isfinite()):
+        what = "the diagonal of the Hessian sums to more than float32 holds"
+    else:
+        what = f"the Hessian has no Cholesky factor with any of {_TRIES} dampings"
+    return Unsolvable(what, "check the model for weights that are far too large, and the calibration text")
 
 
 def _cholesky(matrix: Tensor) -> bool:

@@ -84,7 +84,7 @@ class Observer:
             self._widen(max(-low, high))
             for part in torch.split(x.detach().reshape(-1), _CHUNK):
                 places = (part.float().abs() * 2.0**-self._exponent).int()
-                self._counts += torch.bincount(places, minlength=BINS)
+                self._counts = self._counts.to(places.device) + torch.bincount(places, minlength=BINS)
 
     def _widen(self, largest: float) -> None:
         """Make the bins so wide that `largest` falls into the last one or before."""
@@ -98,7 +98,8 @@ class Observer:
 
     def seen(self) -> Seen:
         """The sums so far."""
-        return Seen(self._low, self._high, self._counts, 2.0**self._exponent)
+        counts = None if self._counts is None else self._counts.cpu()
+        return Seen(self._low, self._high, counts, 2.0**self._exponent)
 
 
 class Estimator(BaseModel, frozen=True, extra="forbid"):

@@ -26,6 +26,11 @@ class Quantized(NamedTuple):
         """Columns that share one scale."""
         return self.codes.shape[1] // self.scale.shape[1]
 
+    def to(self, device: torch.device | str) -> Quantized:
+        """The same on another device."""
+        parts = (self.codes.to(device), self.scale.to(device), self.zero_point.to(device))
+        return Quantized(*parts, self.num_bits, self.symmetric)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns), computed in float32 and rounded once to `dtype`."""
         rows, columns = self.codes.shape

@@ -28,6 +28,10 @@ class Memory(NamedTuple):
             return MAIN + max(self.alone, self.beside + self.task)
         return MAIN + SERVER + workers * WORKER + max(self.alone, self.beside + workers * self.task)
 
+    def on_device(self) -> int:
+        """Of a GPU that computes what this process and its tasks would."""
+        return max(self.alone, self.beside + self.task)
+
     def workers(self, wanted: int | None, useful: int, limit: int | None) -> int:
         """How many to use: `wanted`, else as many as are `useful`; never more than `limit` bytes allow."""
         if not self.task:

@@ -93,7 +93,7 @@ class Allocate(Stage, frozen=True):
         search, facts = self._search(source, context)
         forecast = self.forecast(source.header, *search.fitting.shape)
         assert forecast.memory is not None
-        workers = forecast.workers(context.workers, context.memory)
+        workers = context.count(forecast)
         sizes, target = allocation.sizes(source.header, search.choices), Target.parse(self.target)
         with open_pool(search, workers, context.ray, forecast.memory.task) as pool:
             losses = LOSSES[self.method](search, pool, context.progress)
@@ -115,14 +115,14 @@ class Allocate(Stage, frozen=True):
 
     def _search(self, source: Checkpoint, context: Context) -> tuple[Search, dict[str, Any]]:
         """What to measure on which text, and what the manifest says of the text."""
-        architecture = Architecture.of(source)
+        architecture = context.architecture(source)
         choices = tuple(self._choices(architecture))
         fitted = context.text.samples if self.weights.needs else 0
         work = context.out / WORK
         text = calibration_text(source, context, work, samples=fitted + self.windows)
         fitting, judging = text.tokens[:fitted], text.tokens[fitted:]
         knobs = self.model_dump(mode="json", exclude={"target", "migration"})  # no loss follows from them
-        Resumable.of(source, knobs, text.tokens).claim(context.out, work)
+        Resumable.of(source, knobs, text.tokens, device=context.device).claim(context.out, work)
         return Search(architecture, choices, self.weights.needs, MIN_TOKENS, judging, fitting, work), text.facts
 
     def _open_size(self) -> WeightQuantizer:

@@ -13,6 +13,7 @@ from deepseek_compress import machine
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.errors import DscError
+from deepseek_compress.models import Architecture
 from deepseek_compress.planning.costs import Memory, Rates, Work, useful
 from deepseek_compress.registry import pick
 
@@ -55,6 +56,14 @@ class Context:
     outputs: Mapping[str, Path] = field(default_factory=dict)  # name -> path of earlier outputs; "model" is the input
     progress: Callable[[int, int, str], None] = _silent  # (done, total, note)
     tell: Callable[[str], None] = print  # one line: what was decided, and from where
+
+    def architecture(self, source: Checkpoint) -> Architecture:
+        """A model on the device of the run."""
+        return Architecture.of(source, self.device)
+
+    def count(self, forecast: Forecast) -> int:
+        """How many workers compute: one where the device is not the CPU."""
+        return forecast.workers(self.workers, self.memory) if self.device == "cpu" else 1
 
     def tell_all(self, lines: Iterable[str]) -> None:
         """Tell each of `lines`."""

@@ -55,11 +55,11 @@ class Calibrate(Stage, frozen=True):
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the statistics and `calibration.json`."""
-        architecture, work = Architecture.of(source), context.out / WORK
+        architecture, work = context.architecture(source), context.out / WORK
         text = calibration_text(source, context, work)
-        Resumable.of(source, self.model_dump(mode="json"), text.tokens).claim(context.out, work)
+        Resumable.of(source, self.model_dump(mode="json"), text.tokens, device=context.device).claim(context.out, work)
         forecast = self.forecast(source.header, *text.tokens.shape)
-        workers, memory = forecast.workers(context.workers, context.memory), forecast.memory
+        workers, memory = context.count(forecast), forecast.memory
         job = observing(architecture, self.fields, work)
         writer = StatisticsWriter(context.out, [[b.prefix + name for name in b.tensors] for b in architecture.blocks])
         with open_pool(job, workers, context.ray, memory.task if memory else 0) as pool:

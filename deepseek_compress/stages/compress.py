@@ -155,14 +155,14 @@ class Compress(Stage, frozen=True):
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the compressed checkpoint to `context.out`; goes on where an interrupted run stopped."""
-        architecture, work = Architecture.of(source), context.out / WORK
+        architecture, work = context.architecture(source), context.out / WORK
         decisions = self._decisions(architecture)
         context.tell_all(decisions)
         text, saved = self._data(source, context, work)
         tokens = None if text is None else text.tokens
         memory, workers = self._share(source, tokens, context)
         digest = saved.digest if saved else tokens
-        Resumable.of(source, self.model_dump(mode="json"), digest).claim(context.out, work)
+        Resumable.of(source, self.model_dump(mode="json"), digest, device=context.device).claim(context.out, work)
         job, told = self._job(architecture, work, tokens, saved, context)
         context.tell_all(told)
         activations = self._told_scheme(job.scheme.inputs if job.scheme else {})
@@ -206,7 +206,7 @@ class Compress(Stage, frozen=True):
         samples, length = (0, 0) if tokens is None else tokens.shape
         forecast = self.forecast(source.header, samples, length)
         assert forecast.memory is not None
-        workers = forecast.workers(context.workers, context.memory)
+        workers = context.count(forecast)
         if context.workers is not None and workers < context.workers:
             context.tell(f"{workers} workers, not {context.workers}: --memory has no room for more")
         return forecast.memory, workers

@@ -96,7 +96,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         prints = {name: provenance.fingerprint(open_checkpoint(path)) for name, path in models.items()}
         text = None if self.text is None else provenance.hash_file(self.text)
         knobs = {**self.model_dump(mode="json"), "models": prints}
-        Resumable.of(source, knobs, text, seed=context.seed).claim(context.out, work)
+        Resumable.of(source, knobs, text, seed=context.seed, device=context.device).claim(context.out, work)
 
     def _settings(self, context: Context) -> Any:
         from deepseek_compress.evaluation.record import Settings
@@ -113,7 +113,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             seed=context.seed,
             kv_cache=self.kv_cache,
             streamed=self.streamed,
-            limits=Limits(context.memory, context.workers),
+            limits=Limits(context.memory, context.workers, context.device),
         )
 
 

@@ -92,9 +92,9 @@ class Recover(Stage, frozen=True):
         original, work = open_checkpoint(context.outputs[self.reference]), context.out / WORK
         text = calibration_text(source, context, work, self.samples)
         knobs = self.model_dump(mode="json")
-        Resumable.of(source, knobs, text.tokens, original, context.seed).claim(context.out, work)
+        Resumable.of(source, knobs, text.tokens, original, context.seed, device=context.device).claim(context.out, work)
         facts: dict[str, Any] = {}
-        blocks = blockwise.Models(source, original, work)
+        blocks = blockwise.Models(source, original, work, context.device)
         if self.by_block is not None:
             progress = context.progress
             facts["blocks"] = blockwise.recover_blocks(
@@ -107,7 +107,7 @@ class Recover(Stage, frozen=True):
         with CheckpointWriter(context.out, source, activations=source.activations) as writer:
             for name in source.header.tensors:
                 if name in trained:
-                    writer.add(name, trained[name])
+                    writer.add(name, trained[name].to("cpu"))
                 else:
                     writer.add_raw(name, source.read_raw(name))
             manifest = provenance.build_manifest(
@@ -132,17 +132,17 @@ class Recover(Stage, frozen=True):
         context: Context,
     ) -> tuple[dict[str, Quantized | Tensor], list[float]]:
         """Trained scales and norms from what was `found` block by block, and the KL of each step."""
-        loaded = Model.load(source)
+        loaded = Model.load(source, device=context.device)
         student = Model(loaded.family, loaded.cfg, loaded.weights)  # without the activation scheme: no gradient
         packed, norms = {}, {}
         for name in student.weights:
             start = found[name] if name in found else source.read_quantized(name)
             if isinstance(start, Quantized):
-                packed[name] = start
+                packed[name] = start.to(context.device)
             elif loaded.family.role(name) is Role.NORM:
-                norms[name] = source.read(name) if start is None else start
+                norms[name] = source.read(name, device=context.device) if start is None else start.to(context.device)
         return recover(
-            Model.load(original),
+            Model.load(original, device=context.device),
             student,
             packed,
             norms,

@@ -77,14 +77,16 @@ def _choose(
     """{"windows": numbers of those chosen, and what that changed}; taken from `work` where a run before chose."""
     text = digest_of(pool.tokens)
     decided = [text, wanted.document(), provenance.fingerprint(source), provenance.versions(), torch.get_num_threads()]
+    decided += [context.device]
     key, kept = provenance.digest(decided), work / CHOSEN
     if kept.is_file() and (before := read_json(kept)).get("key") == key:
         return dict(before["found"])
     reading = work / f"pool-{key[:16]}"  # of this text, model and machine alone
-    run = PlainRun(Architecture.of(source), reading)
+    run = PlainRun(context.architecture(source), reading)
     memory = score_windows.cost(run.architecture, *pool.tokens.shape)[0]
     size = sum(info.bytes for info in source.header.tensors.values())
     workers = memory.workers(context.workers, useful(machine.cores(), size), context.memory)
+    workers = workers if context.device == "cpu" else 1
     with open_pool(run, workers, context.ray, memory.task) as workforce:
         made = score_windows.score_windows(run, pool.tokens, workforce, context.progress)
     found = _decide(made, wanted, select, pool)

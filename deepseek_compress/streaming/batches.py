@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from deepseek_compress.streaming.hidden_store import HiddenStore
@@ -13,11 +14,14 @@ BATCH_TOKENS = 2048  # fixed: another batch size has other roundings
 class Batches:
     """tokens int64 (samples, length); `paired`: every sample stands there twice, and the two are never parted.
 
-    `together`: batches that run as one, where each of them would read all experts of a block again.
+    Batches are read to `device`. `together`: batches that run as one, where each would read all experts of a block.
     """
 
-    def __init__(self, tokens: Tensor, paired: bool = False, together: int = 1) -> None:
-        self.tokens = tokens
+    def __init__(
+        self, tokens: Tensor, paired: bool = False, together: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        self.tokens = tokens.to(device)
+        self.device = self.tokens.device
         self.paired = paired
         self.samples, self.length = tokens.shape
         self.step = max(1, BATCH_TOKENS // self.length) * together
@@ -31,11 +35,11 @@ class Batches:
         """(n, length, *row_shape)."""
         count = len(self.ids(batch))
         rows = store.read(batch * self.step * self.length, count * self.length)
-        return rows.view(count, self.length, *store.row_shape)
+        return rows.view(count, self.length, *store.row_shape).to(self.device)
 
     def write(self, store: HiddenStore, batch: int, values: Tensor) -> None:
         """Store (n, length, *row_shape)."""
-        store.write(batch * self.step * self.length, values.reshape(-1, *store.row_shape))
+        store.write(batch * self.step * self.length, values.reshape(-1, *store.row_shape).cpu())
 
     def ids(self, batch: int) -> Tensor:
         """Token ids (n, length)."""
@@ -43,4 +47,4 @@ class Batches:
 
     def split(self, batch: int) -> Split | None:
         """Which samples of the batch are the original model's."""
-        return pairs(len(self.ids(batch))) if self.paired else None
+        return pairs(len(self.ids(batch)), self.device) if self.paired else None

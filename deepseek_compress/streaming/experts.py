@@ -115,27 +115,27 @@ def _expert(run: Run, task: _Task) -> _Done:
 
 
 def _put(store: HiddenStore, batch: int, rows: Tensor) -> None:
-    store.write(batch * ROWS, rows)
-
-
-def _get(store: HiddenStore, batch: int) -> Tensor:
-    return store.read(batch * ROWS, min(ROWS, store.rows - batch * ROWS))
+    store.write(batch * ROWS, rows.cpu())
 
 
 def _part(run: Run, block: BlockRun, task: _Task, linears: Sequence[Linear], x: HiddenStore) -> Part:
-    moe, tokens = block.block.moe, task.tokens
+    moe, tokens, device = block.block.moe, task.tokens, block.block.architecture.device
     assert moe is not None
 
     def split(batch: int) -> Split | None:
         rows = range(batch * ROWS, min((batch + 1) * ROWS, len(tokens)))
-        return None if task.pairs is None else pairs_first(rows, task.pairs)
+        return None if task.pairs is None else pairs_first(rows, task.pairs, device)
 
     def forward(watch: Watch, batch: int) -> Tensor:
-        some = x.gather(tokens[batch * ROWS : (batch + 1) * ROWS].tolist())
+        some = x.gather(tokens[batch * ROWS : (batch + 1) * ROWS].tolist()).to(device)
         return run_expert(moe, block.weights(watch, split(batch)), task.expert, some)
 
     kept = run.work / f"expert-{task.expert:05d}.kept"
-    return Part(linears, forward, -(-len(tokens) // ROWS), len(tokens), kept, _put, _get, split, linears[-1].name)
+
+    def get(store: HiddenStore, batch: int) -> Tensor:
+        return store.read(batch * ROWS, min(ROWS, store.rows - batch * ROWS)).to(device)
+
+    return Part(linears, forward, -(-len(tokens) // ROWS), len(tokens), kept, _put, get, split, linears[-1].name)
 
 
 def _sent(tensor: Tensor) -> _Sent:

@@ -61,7 +61,7 @@ def _attention(run: Run, block: BlockRun, hidden: HiddenStore, attended: HiddenS
 
     def forward(watch: Watch, batch: int) -> Tensor:
         x, weights = batches.read(hidden, batch), block.weights(watch, batches.split(batch))
-        positions = torch.arange(batches.length).expand(len(x), -1)
+        positions = torch.arange(batches.length, device=x.device).expand(len(x), -1)
         return here.attention_part(weights, x, positions, block.cache())
 
     part = _part(run, linears, forward, batches)
@@ -149,4 +149,5 @@ def _route(block: BlockRun, moe: Moe, x: HiddenStore, batches: Batches) -> Routi
         route(moe, block.weights(), batches.read(x, batch).flatten(0, 1), batches.ids(batch).flatten())
         for batch in range(len(batches))
     ]
-    return Routing(torch.cat([part.experts for part in parts]), torch.cat([part.shares for part in parts]))
+    experts, shares = (torch.cat(values).cpu() for values in zip(*parts, strict=True))  # tasks are told on the host
+    return Routing(experts, shares)

@@ -61,7 +61,7 @@ def pieces(
                 rows,
                 first,
                 [
-                    functional.linear(model.rows(start, rows.stop - start), part)
+                    functional.linear(model.rows(start, rows.stop - start).to(part.device), part)
                     for model, part in zip(models, parts, strict=True)
                 ],
             )
@@ -70,11 +70,12 @@ def pieces(
 @torch.no_grad()
 def scores(models: Sequence[HeadInput], following: Tensor) -> Scores:
     """Compare what `models` predict at the positions whose next tokens are `following`, int64 (n,)."""
-    count = len(following)
+    device = models[0].head.device
+    following, count = following.to(device), len(following)
     shape = (len(models), count)
-    top = torch.full(shape, -torch.inf, dtype=torch.float64)
-    mass, gaps, picked = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
-    best = torch.zeros(shape, dtype=torch.long)
+    top = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+    mass, gaps, picked = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+    best = torch.zeros(shape, dtype=torch.long, device=device)
     for rows, first, logits in pieces(models, count):
         own = following[rows] - first
         inside = (own >= 0) & (own < logits[0].shape[1])
@@ -95,14 +96,15 @@ def scores(models: Sequence[HeadInput], following: Tensor) -> Scores:
             else:
                 gaps[number, rows] = gaps[number, rows] * shrunk + (shares * (expected - wide)).sum(1)
     total = top + mass.log()
-    return Scores(total - picked, gaps / mass[0] - total[0] + total, best)
+    return Scores((total - picked).cpu(), (gaps / mass[0] - total[0] + total).cpu(), best.cpu())
 
 
 @torch.no_grad()
 def entropy(model: HeadInput, count: int) -> Tensor:
     """Entropy of the prediction at each of `count` positions, float32, in nats."""
-    largest = torch.full((count,), -torch.inf)
-    z, e = torch.zeros(count), torch.zeros(count)
+    device = model.head.device
+    largest = torch.full((count,), -torch.inf, device=device)
+    z, e = torch.zeros(count, device=device), torch.zeros(count, device=device)
     for rows, _, (logits,) in pieces([model], count, 4 * LOGITS):
         m = torch.maximum(largest[rows], logits.amax(1))
         mass = (logits - m[:, None]).exp()
@@ -110,4 +112,4 @@ def entropy(model: HeadInput, count: int) -> Tensor:
         z[rows] = z[rows] * before + mass.sum(1)
         e[rows] = e[rows] * before + (mass * logits).sum(1)
         largest[rows] = m
-    return z.log() + largest - e / z
+    return (z.log() + largest - e / z).cpu()

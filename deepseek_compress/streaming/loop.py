@@ -137,7 +137,7 @@ class Loop:
         wanted = self.last or target not in (0, self.layers)
         after = tuple(self._new(stream) for stream in self.streams) if wanted else ()
         blocks = tuple(stream.architecture.blocks[layer] for stream in self.streams)
-        batches = Batches(self.tokens, self.paired, self.together)
+        batches = Batches(self.tokens, self.paired, self.together, blocks[0].architecture.device)
         facts = visitor.visit(Visit(layer, blocks, before, after, batches))
         self._close(before)
         if self.work is None:

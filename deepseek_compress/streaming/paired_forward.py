@@ -29,9 +29,9 @@ class Split(NamedTuple):
     stream: Tensor | None = None  # (n, length, hidden): what the output of the linear is added to, both halves
 
 
-def pairs(samples: int) -> Split:
+def pairs(samples: int, device: torch.device | str = "cpu") -> Split:
     """The split of a batch of `samples` alternating ones."""
-    original = torch.arange(samples) % 2 == 1
+    original = torch.arange(samples, device=device) % 2 == 1
     return Split(original, original)
 
 
@@ -48,9 +48,9 @@ def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
     return torch.cat((torch.stack((ours, partners), 1).flatten(), rest)), len(ours)
 
 
-def pairs_first(places: range, pairs: int) -> Split:
+def pairs_first(places: range, pairs: int, device: torch.device | str = "cpu") -> Split:
     """The split of these places of what `alongside` gives."""
-    place = torch.arange(places.start, places.stop)
+    place = torch.arange(places.start, places.stop, device=device)
     odd = place % 2 == 1
     return Split(odd | (place >= 2 * pairs), odd & (place < 2 * pairs))
 
@@ -75,7 +75,9 @@ class PairedWeights:
         return name in self.changed
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """x (n, ..., columns) -> (n, ..., rows)."""
+        """x (n, ..., columns) -> (n, ..., rows). What no recipe changes is the same in both."""
+        if name + ".weight" not in self.original:
+            return self.changed.linear(name, x)
         theirs = rows(self.split.original, x)
         ours = self.changed.linear(name, x[~theirs])
         out = ours.new_empty(len(x), *ours.shape[1:])

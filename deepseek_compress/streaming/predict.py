@@ -47,9 +47,9 @@ def predictions(
             states = stack.enter_context(loop.output(stream))
             path = work / f"{stream.name}-final.tmp"
             final = stack.enter_context(HiddenStore(path, states.rows, (run.architecture.cfg.hidden_size,)))
-            _finish(run, states, final, Batches(tokens))
-            architecture = run.architecture
-            found.append(HeadInput(final.read, architecture.source.read(architecture.head, dtype=None)))
+            _finish(run, states, final, Batches(tokens, device=run.architecture.device))
+            weight = run.architecture.source.read(run.architecture.head, None, run.architecture.device)
+            found.append(HeadInput(final.read, weight))
         yield found, facts
 
 
@@ -82,7 +82,7 @@ class _Together:
             return None
         apart = whole = 0.0
         for batch in range(len(at.batches)):
-            rows = self.compared[batch * at.batches.step : (batch + 1) * at.batches.step]
+            rows = self.compared[batch * at.batches.step : (batch + 1) * at.batches.step].to(at.batches.device)
             expected = at.batches.read(first, batch)[rows].double()
             apart += float((at.batches.read(other, batch)[rows].double() - expected).square().sum())
             whole += float(expected.square().sum())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.numerics import WEIGHTS, Statistics
 from deepseek_compress.numerics.activations import Dynamic
 from deepseek_compress.streaming import hidden_store
-from deepseek_compress.workers import open_pool
+from deepseek_compress.workers import one_thread, open_pool
 
 FAMILIES = ["tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_llama"]
 ROLES = frozenset(CHANGEABLE)
@@ -202,28 +205,41 @@ def test_resumed_equals_uninterrupted(tiny_v3: Path, tmp_path: Path, at: int) ->
         assert total < groups + 30  # finished blocks are not solved again
 
 
+class Counting:
+    """Counts what this process's Python does in the package: calls and returns; at `last` it kills the process."""
+
+    def __init__(self, last: int = -1) -> None:
+        self.events, self.last = 0, last
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        if frame.f_globals["__name__"].startswith("deepseek_compress"):
+            self.events += 1
+            if self.events == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def compress(self, path: Path, out: Path, change: LinearSolver) -> None:
+        torch.set_num_threads(1)  # a forked process has none of its parent's threads
+        sys.setprofile(self)
+        try:
+            compress(path, out, change, tokens=FEW)
+        finally:
+            sys.setprofile(None)
+
+
 def test_killed_at_any_moment(tiny_v3: Path, tmp_path: Path) -> None:
-    """SIGKILL three times in one run, at shares of the time that a whole run takes; then the same bytes."""
-    out, change = tmp_path / "killed", gptq(tiny_v3)
-    began = time.monotonic()
-    compress(tiny_v3, tmp_path / "whole", change, tokens=FEW)
-    whole = time.monotonic() - began
+    """SIGKILL three times in one run, at shares of all that a whole run does; then the same bytes."""
+    out, change, whole = tmp_path / "killed", gptq(tiny_v3), Counting()
+    with one_thread():
+        whole.compress(tiny_v3, tmp_path / "whole", change)
     for share in (0.3, 0.4, 0.2):
-        child = multiprocessing.get_context("fork").Process(target=_in_one_thread, args=(tiny_v3, out, change))
+        counting = Counting(int(share * whole.events))
+        child = multiprocessing.get_context("fork").Process(target=counting.compress, args=(tiny_v3, out, change))
         child.start()
-        time.sleep(share * whole)
-        child.kill()
         child.join()
-        # either nothing that loads, or all of it
-        assert not (out / "config.json").exists() or contents(out) == contents(tmp_path / "whole")
+        assert child.exitcode == -signal.SIGKILL
+        assert not (out / "config.json").exists()  # nothing that loads
     compress(tiny_v3, out, change, tokens=FEW)
     assert contents(out) == contents(tmp_path / "whole")
-
-
-def _in_one_thread(path: Path, out: Path, change: LinearSolver) -> None:
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    compress(path, out, change, tokens=FEW)
-    time.sleep(60)  # so that the parent's signal always meets a living process
 
 
 def test_one_thread_or_two_give_the_same_bytes(tiny_qwen2: Path, tmp_path: Path) -> None:

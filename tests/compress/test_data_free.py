@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import blake3
@@ -12,6 +13,7 @@ from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, open_chec
 from deepseek_compress.checkpoint.files import read_json
 from deepseek_compress.compress import data_free
 from deepseek_compress.compress.job import Job
+from deepseek_compress.errors import DscError
 from tests.stages.test_compress import context, stage
 
 
@@ -31,6 +33,21 @@ def test_each_tensor_in_a_shard(
     done = open_checkpoint(out)
     assert len(list(out.glob("*.safetensors"))) > 10
     assert {info.dtype for info in done.header.tensors.values() if info.encoding == "plain"} == {dtype}
+
+
+def test_a_weight_that_is_not_finite_is_the_users_error(tiny_llama: Path, tmp_path: Path) -> None:
+    """What the kernel refuses names the tensor and the next step."""
+    published = open_checkpoint(tiny_llama)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with CheckpointWriter(tmp_path / "broken", published) as writer:
+        for other in published.header.tensors:
+            tensor = published.read(other)
+            if other == name:
+                tensor[3, 5] = torch.nan
+            writer.add(other, tensor)
+        writer.finish({}, {}, [])
+    with pytest.raises(DscError, match=rf"{re.escape(name)}: row 3 holds NaN.*; download the file again"):
+        stage(weights="rtn").run(open_checkpoint(tmp_path / "broken"), context(tmp_path / "out", tiny_llama))
 
 
 def in_shards(published: Checkpoint, out: Path, shard_bytes: int) -> Checkpoint:

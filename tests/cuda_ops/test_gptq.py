@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import cuda_ops
 from cuda_ops import reference
+from tests.cuda_ops.weight_cases import SHRINK, batch, block, groups
 
-SHRINK = torch.tensor([1 - 0.4 * step / 11 for step in range(12)])
 # groups, size, rows: whole tiles, ragged rows, fewer than eight columns, a size no vector divides, one row
 GROUPS = [(2, 128, 128), (3, 64, 77), (5, 5, 18), (1, 30, 200), (2, 32, 1)]
 BLOCKS = [(128, 96, 1), (64, 200, 3), (5, 17, 2), (33, 3, 1)]  # columns, rows, groups
-
-
-def groups(count: int, size: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Groups with outliers, one all zeros, one row all negative, and what their errors cost."""
-    generator = torch.Generator().manual_seed(count)
-    made = torch.randn(count, size, rows, generator=generator) ** 3
-    made[0, :, 0] = 0
-    made[-1, :, -1] = -made[-1, :, -1].abs() - 1
-    return made, torch.rand(count, size, generator=generator)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -34,20 +24,6 @@ def test_search_equals_the_reference(isa: str, bits: int, symmetric: bool) -> No
             expected = reference.search_grid(given, share, SHRINK, bits, symmetric)
             assert torch.equal(scale, expected[0]), shape
             assert torch.equal(zero, expected[1]), shape
-
-
-def block(columns: int, rows: int, count: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(columns)
-    base = torch.randn(columns, rows, generator=generator)
-    return {
-        "base": base,
-        "target": base + 0.1 * torch.randn(columns, rows, generator=generator),
-        "feedback": (0.3 * torch.randn(columns, columns, generator=generator)).tril(-1),
-        "scale": (0.1 + 0.3 * torch.rand(count, rows, generator=generator)).bfloat16().float(),
-        "zero_point": torch.randint(0, 16, (count, rows), generator=generator).float(),
-        "group": torch.randint(0, count, (columns,), generator=generator),
-        "fixed": torch.rand(columns, rows, generator=generator) < 0.5,
-    }
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -67,6 +43,43 @@ def test_rounding_equals_the_reference(isa: str, sparse: bool) -> None:
         assert torch.equal(given["base"], before), "inputs are not modified"
         assert torch.equal(codes, expected[0]), shape
         assert torch.equal(residual, expected[1]), shape
+
+
+def test_a_batch_is_its_matrices(isa: str) -> None:
+    """As the solver passes them: blocks of columns, cut out of larger tensors; what lies around them stays."""
+    for columns, rows, grids in [(40, 70, 3), (5, 17, 1)]:
+        given = batch(3, columns, rows, grids)
+        whole = {name: torch.cat((part, part, part), 1) for name, part in given.items() if name != "feedback"}
+        inner = {name: part[:, part.shape[1] // 3 : part.shape[1] // 3 * 2] for name, part in whole.items()}
+        codes = torch.full((3, 3 * columns, rows), 77, dtype=torch.uint8)
+        residual = torch.full(codes.shape, torch.nan)
+        own = slice(columns, 2 * columns)
+        grid = (inner["scale"], inner["zero_point"], 15)
+        cuda_ops.round_columns(
+            inner["base"], inner["target"], given["feedback"], grid, inner["group"], inner["fixed"],
+            codes[:, own], residual[:, own],
+        )  # fmt: skip
+        values = cuda_ops.unrounded(inner["base"], inner["target"], given["feedback"] / columns**0.5)
+        for m in range(3):
+            one = {name: part[m] for name, part in given.items()}
+            expected = torch.empty(columns, rows, dtype=torch.uint8), torch.empty(columns, rows)
+            reference.round_columns(**one, top=15, codes=expected[0], residual=expected[1])
+            assert torch.equal(codes[m, own], expected[0]) and torch.equal(residual[m, own], expected[1])
+            feedback = one["feedback"] / columns**0.5
+            assert torch.equal(values[m], reference.unrounded(one["base"], one["target"], feedback))
+        codes[:, own] = 77
+        assert (codes == 77).all() and residual[:, : own.start].isnan().all() and residual[:, own.stop :].isnan().all()
+
+
+def test_reference_of_a_batch_is_that_of_its_matrices() -> None:
+    given = batch(2, 9, 4, 2)
+    codes, residual = torch.empty(2, 9, 4, dtype=torch.uint8), torch.empty(2, 9, 4)
+    reference.round_columns(**given, top=15, codes=codes, residual=residual)
+    one, alone = {name: part[1] for name, part in given.items()}, torch.empty(9, 4)
+    reference.round_columns(**one, top=15, codes=torch.empty(9, 4, dtype=torch.uint8), residual=alone)
+    assert torch.equal(residual[1], alone)
+    values = reference.unrounded(given["base"], given["target"], given["feedback"])
+    assert torch.equal(values[1], reference.unrounded(one["base"], one["target"], one["feedback"]))
 
 
 def test_unrounded_equals_the_reference(isa: str) -> None:
@@ -121,6 +134,11 @@ def test_what_does_not_fit_is_refused() -> None:
         cuda_ops.round_columns(
             given["base"], given["target"], given["feedback"], grid, given["group"] * 0 + 2, None, codes, residual
         )
+    made = batch(2, 5, 17, 2)
+    with pytest.raises(RuntimeError, match=r"target must be contiguous float32 \(2, 5, 17\)"):
+        cuda_ops.unrounded(made["base"], made["target"][0], made["feedback"])
+    with pytest.raises(RuntimeError, match=r"importance must be contiguous float32 \(3, 4\)"):
+        cuda_ops.search_grid(torch.ones(3, 4, 5), torch.ones(3, 5), SHRINK, 4, False)
     with pytest.raises(RuntimeError, match="residual must be contiguous"):
         cuda_ops.round_columns(
             given["base"], given["target"], given["feedback"], grid, given["group"], None, codes, residual[:, :3]

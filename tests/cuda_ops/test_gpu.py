@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import cuda_ops
-from cuda_ops import build, harness, ops, reference
+from cuda_ops import build, harness, harness_weights, ops, reference
 from tests.cuda_ops import cases
+from tests.cuda_ops.weight_cases import BLOCK, KINDS, SHRINK, batch, groups, stored
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,3 +100,102 @@ def test_logits_that_do_not_start_on_16_bytes() -> None:
     out = cuda_ops.softmax(x)[0]
     exact = reference.softmax(x.cpu(), None, None, None, torch.float16)[0]
     assert (out.cpu().view(torch.int16).int() - exact.view(torch.int16).int()).abs().max() <= 1
+
+
+def same_bits(made: torch.Tensor, wanted: torch.Tensor) -> bool:
+    whole = {4: torch.int32, 2: torch.int16}.get(made.itemsize, made.dtype)
+    return torch.equal(made.cpu().view(whole), wanted.view(whole))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_has_the_bits_of_the_cpu(kind: str, symmetric: bool) -> None:
+    """Every kernel that takes the shape, and the operator."""
+    shapes = [
+        (64, 512, 128),
+        (13, 352, 32),
+        (130, 384, 64),
+        (9, 512, 256),
+        (3, 2304, 2304),
+        (999, 7168, 128),
+        (9, 30, 10),
+    ]
+    for rows, columns, group in shapes:
+        if kind == "mxfp4" and columns % 32:
+            continue
+        weight, scale = stored(kind, rows, columns)
+        weight = weight.view(torch.uint8) if kind == "mxfp4" else weight
+        scale = scale.view(torch.uint8) if scale is not None and kind == "mxfp4" else scale
+        here = (weight.cuda(), None if scale is None else scale.cuda())
+        encoding = harness_weights.pack(weight, scale, group).job.encoding
+        expected = torch.ops.deepseek_compress.pack_weights(weight, scale, encoding, *BLOCK, group, symmetric)
+        for kernel, number in harness_weights.PACK.items():
+            call = harness_weights.pack(*here, group, symmetric)
+            try:
+                call.launch(number)
+            except ValueError:
+                continue
+            assert all(map(same_bits, call.outputs, expected)), (kernel, rows, columns, group)
+        made = cuda_ops.pack_weights(*here, group_size=group, symmetric=symmetric)
+        assert same_bits(made.packed, expected[0]) and same_bits(made.scale, expected[1])
+    weight = torch.ones(70, 256, device="cuda")
+    weight[41, 3] = torch.nan
+    with pytest.raises(cuda_ops.WeightError, match="row 41 holds NaN"):
+        cuda_ops.pack_weights(weight, group_size=64)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_search_has_the_bits_of_the_cpu(bits: int, symmetric: bool) -> None:
+    for shape in [(2, 128, 128), (3, 64, 77), (5, 5, 18), (1, 200, 65), (300, 32, 70)]:
+        made, importance = groups(*shape)
+        for share in (None, importance):
+            expected = cuda_ops.search_grid(made, share, SHRINK, bits, symmetric)
+            here = (made.cuda(), None if share is None else share.cuda(), SHRINK.cuda(), bits, symmetric)
+            assert all(map(same_bits, cuda_ops.search_grid(*here), expected)), shape
+            call = harness_weights.search(*here)
+            call.launch(harness_weights.GPTQ["naive"])
+            assert all(map(same_bits, call.outputs, expected)), shape
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rounding_has_the_bits_of_the_cpu(sparse: bool) -> None:
+    for matrices, columns, rows, count in [(1, 128, 2048, 1), (5, 37, 200, 3), (2, 300, 65, 2), (64, 128, 256, 4)]:
+        made = batch(matrices, columns, rows, count)
+        here = {name: part.cuda() for name, part in made.items()}
+        results = []
+        for at in (made, here):
+            codes = torch.full(at["base"].shape, 77, dtype=torch.uint8, device=at["base"].device)
+            residual = torch.full(codes.shape, torch.nan, device=codes.device)
+            grid = (at["scale"], at["zero_point"], 15)
+            cuda_ops.round_columns(
+                at["base"], at["target"], at["feedback"], grid, at["group"], at["fixed"] if sparse else None,
+                codes, residual,
+            )  # fmt: skip
+            values = cuda_ops.unrounded(at["base"], at["target"], at["feedback"] / columns**0.5)
+            results.append((codes.cpu(), residual.cpu(), values.cpu()))
+        assert all(map(same_bits, results[1], results[0])), (matrices, columns, rows)
+
+
+def test_solver_operators_in_a_cuda_graph() -> None:
+    """None of them waits for the GPU."""
+    made = {name: part.cuda() for name, part in batch(2, 64, 96, 2).items()}
+    codes = torch.zeros(made["base"].shape, dtype=torch.uint8, device="cuda")
+    residual, shrink = torch.zeros_like(made["base"]), SHRINK.cuda()
+    grid = (made["scale"], made["zero_point"], 15)
+
+    def work() -> tuple[torch.Tensor, ...]:
+        cuda_ops.round_columns(
+            made["base"], made["target"], made["feedback"], grid, made["group"], None, codes, residual
+        )
+        packed = torch.ops.deepseek_compress.pack_weights(made["target"][0], None, 0, 128, 128, 32, False)
+        return *cuda_ops.search_grid(made["base"], None, shrink, 4, False), codes, residual, *packed
+
+    expected = [part.clone() for part in work()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    codes.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

@@ -12,47 +12,13 @@ from torch import Tensor
 
 import cuda_ops
 from cuda_ops import reference
-from deepseek_compress.errors import DscError
+from tests.cuda_ops.weight_cases import BLOCK, KINDS, stored, weights
 
-BLOCK = (128, 128)
 # rows, columns, group: whole words, ragged rows, ragged blocks, one group a row, sizes no vector divides
 SHAPES = [(64, 512, 128), (13, 352, 32), (130, 384, 64), (3, 2304, 2304), (9, 30, 10), (5, 20, 20), (1, 16, 16)]
 
 
-def weights(rows: int, columns: int) -> Tensor:
-    """Float32 with what goes wrong elsewhere: zeros, one-sided groups, ties at half a step, tiny and huge rows."""
-    generator = torch.Generator().manual_seed(rows * columns)
-    w = torch.randn(rows, columns, generator=generator) * 0.02
-    w[0] = 0
-    w[rows // 2] = w[rows // 2].abs() + 0.5
-    w[-1] = -w[-1].abs()
-    if rows > 5:
-        w[1] = torch.arange(columns) % 31 / 2 - 7.5
-        w[2] *= 1e-28
-        w[3] *= 1e37
-        w[4, ::3] = 0
-        w[5] = torch.where(w[5] > 0, 1e-38, -3e-39)  # subnormal: becomes a group of zeros
-    return w
-
-
-def stored(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-    """A weight in one of the published forms and its scale."""
-    generator = torch.Generator().manual_seed(7)
-    w = weights(rows, columns)
-    if kind == "fp8":
-        codes = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
-        codes[codes & 0x7F == 0x7F] = 0x08  # NaN -> the smallest normal number
-        scale = torch.rand(-(-rows // BLOCK[0]), -(-columns // BLOCK[1]), generator=generator) * 1e-3
-        return codes.view(torch.float8_e4m3fn), scale
-    if kind == "mxfp4":
-        codes = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
-        scale = torch.randint(0, 250, (rows, columns // 32), generator=generator, dtype=torch.uint8)
-        return codes.view(torch.int8), scale.view(torch.float8_e8m0fnu)
-    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[kind]
-    return w.clamp(-6e4, 6e4).to(dtype), None
-
-
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "fp8", "mxfp4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_equals_the_reference(isa: str, kind: str, symmetric: bool) -> None:
     for rows, columns, group in SHAPES:
@@ -152,7 +118,7 @@ def test_a_weight_that_is_not_finite_is_refused(isa: str, value: float) -> None:
     weight = torch.ones(70, 512)
     weight[41, 300] = value
     weight[66, 2] = value
-    with pytest.raises(DscError, match="q_proj: row 41 holds NaN"):
+    with pytest.raises(cuda_ops.WeightError, match="q_proj: row 41 holds NaN"):
         cuda_ops.pack_weights(weight, group_size=128, name="q_proj")
     assert reference.pack_weights(weight, None, BLOCK, 128, False)[3] == 41
 
@@ -169,7 +135,7 @@ def test_every_bf16_number(isa: str) -> None:
     assert torch.equal(made.scale.view(torch.int16), scales.view(torch.int16))
     assert made.zero_point is not None and torch.equal(made.zero_point, zero)
     for row in weight[~finite]:
-        with pytest.raises(DscError, match="row 0"):
+        with pytest.raises(cuda_ops.WeightError, match="row 0"):
             cuda_ops.pack_weights(row[None], group_size=48)
 
 
@@ -188,12 +154,12 @@ def test_fp8_with_scales_at_the_ends_of_float32(isa: str) -> None:
 def test_a_nan_of_each_format_is_refused(isa: str) -> None:
     fp8, scale = stored("fp8", 64, 256)
     fp8.view(torch.uint8)[10, 17] = 0xFF
-    with pytest.raises(DscError, match="row 10"):
+    with pytest.raises(cuda_ops.WeightError, match="row 10"):
         cuda_ops.pack_weights(fp8, scale, group_size=64)
     mxfp4, exponent = stored("mxfp4", 64, 256)
     assert exponent is not None
     exponent.view(torch.uint8)[20, 3] = 255
-    with pytest.raises(DscError, match="row 20"):
+    with pytest.raises(cuda_ops.WeightError, match="row 20"):
         cuda_ops.pack_weights(mxfp4, exponent, group_size=64)
 
 
@@ -207,5 +173,5 @@ def test_a_nan_of_each_format_is_refused(isa: str) -> None:
     ],
 )
 def test_mistakes_are_named(weight: Tensor, scale: Tensor | None, group: int, match: str) -> None:
-    with pytest.raises(DscError, match=match):
+    with pytest.raises(cuda_ops.WeightError, match=match):
         cuda_ops.pack_weights(weight, scale, group_size=group, name="up_proj")

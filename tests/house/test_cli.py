@@ -26,6 +26,14 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line]
 
 
+def test_a_reference_in_a_directory_named_model() -> None:
+    from deepseek_compress.cli.work import _names
+
+    assert _names("a/model", "b/model") == ("model", "model-reference")
+    assert _names("a/out", "b/model") == ("out", "model-reference")
+    assert _names("a/out", "b/teacher") == ("out", "teacher")
+
+
 def test_alone_it_shows_help_in_the_order_of_work(dsc: Dsc) -> None:
     shown = dsc()
     names = re.findall(r"^│ (\w+)  ", shown.output, re.MULTILINE)

@@ -44,7 +44,7 @@ def test_blocks_and_logits(name: str, request: pytest.FixtureRequest) -> None:
     state = state_of(checkpoint)
     states = hidden_states(path)
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
-    assert torch.equal(family.embed(cfg, state[family.embedding], TOKENS), states[0])
+    assert torch.equal(family.embed(cfg, state[family.names.embedding], TOKENS), states[0])
     for layer in range(cfg.num_hidden_layers):
         prefix = family.prefix(layer) + "."
         ours = family.run_block(cfg, layer, ResidentWeights(state, prefix), states[layer], positions, tokens=TOKENS)
@@ -54,5 +54,5 @@ def test_blocks_and_logits(name: str, request: pytest.FixtureRequest) -> None:
         )
         assert torch.equal(streamed, ours)
     hidden = family.final_hidden(cfg, ResidentWeights(state), states[-2])
-    head = state.get(family.head, state[family.embedding])
+    head = state.get(family.names.head, state[family.names.embedding])
     assert relative(hidden @ head.T, states[-1]) < BOUND

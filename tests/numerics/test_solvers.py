@@ -141,6 +141,23 @@ def test_damping_escalates_until_the_factor_exists() -> None:
     assert bool((factor.cost > 0).all())
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.nan, "NaN or infinite in 2 of 64 columns"),
+        (torch.inf, "NaN or infinite in 2 of 64 columns"),
+        (3e38, "sums to more than float32 holds"),
+    ],
+)
+def test_a_hessian_without_a_factor_is_refused(value: float, told: str) -> None:
+    h = torch.eye(64)
+    h[3, 3] = h[7, 7] = value
+    with pytest.raises(hessian.Unsolvable, match=told):
+        hessian.factorize(h, torch.arange(64), 0.01)
+    with pytest.raises(hessian.Unsolvable, match="no Cholesky factor"):
+        hessian.factorize(torch.eye(64) + 1e30 * (1 - torch.eye(64)), torch.arange(64), 0.0)
+
+
 @pytest.mark.parametrize("act_order", ["none", "group", "column"])
 def test_dead_columns_are_rounded_to_nearest_and_feed_nothing(act_order: str) -> None:
     weight, h = correlated(6, 128, seed=7)

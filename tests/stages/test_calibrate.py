@@ -145,7 +145,7 @@ def test_scales_move_by_them_as_by_the_text(saved: Path, tiny_v3: Path, text: Pa
     for block in job.architecture.blocks:
         for linear in block.linears:
             if (block.layer, linear.name) in seen:
-                expected, found = seen[block.layer, linear.name].statistics(), moved.saved(block, linear)
+                expected, found = seen[block.layer, linear.name].statistics(linear.name), moved.saved(block, linear)
                 assert expected.hessian is not None and found.hessian is not None
                 assert relative(found.hessian, expected.hessian) < 1e-4
 

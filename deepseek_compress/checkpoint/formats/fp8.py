@@ -48,7 +48,7 @@ def decode_fp8_block(
     """(rows, columns) in `dtype`: multiplied in float32, rounded once. `DscError` for a scale that is NaN."""
     factors = finite_scale(scale, name)
     rows, columns = codes.shape
-    out = torch.empty(rows, columns, dtype=dtype)
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     spread = factors.repeat_interleave(block[1], dim=1)[:, :columns]  # (block rows, columns)
     for i in range(factors.shape[0]):  # a band of rows at a time keeps the float32 copy small
         band = slice(i * block[0], (i + 1) * block[0])

@@ -42,8 +42,8 @@ def decode_mxfp4(
     if bad:
         raise DscError(f"{name}: {bad} of {scale.numel()} scales are NaN (byte 255)", "download the file again")
     pairs = torch.stack((VALUES.repeat(16), VALUES.repeat_interleave(16)), dim=1)  # (256, 2): low nibble first
-    elements = pairs[codes.int()].view(codes.shape[0], -1, GROUP)
-    return (elements * POWERS[scale.int()].unsqueeze(-1)).reshape(codes.shape[0], -1).to(dtype)
+    elements = pairs.to(codes.device)[codes.int()].view(codes.shape[0], -1, GROUP)
+    return (elements * POWERS.to(codes.device)[scale.int()].unsqueeze(-1)).reshape(codes.shape[0], -1).to(dtype)
 
 
 def encode_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def pack_rows(codes: Tensor, num_bits: int) -> Tensor:
     padded = torch.nn.functional.pad(codes, (0, -columns % _WORD)).view(rows, -1, _WORD)
     if num_bits in (1, 2, 4, 8):
         return _pack_bytes(padded.reshape(rows, -1), num_bits)[:, :words].contiguous()
-    out = torch.zeros(rows, padded.shape[1], num_bits, dtype=torch.int64)
+    out = torch.zeros(rows, padded.shape[1], num_bits, dtype=torch.int64, device=codes.device)
     for i in range(_WORD):
         word, bit = divmod(i * num_bits, _WORD)
         value = padded[..., i].long() << bit
@@ -57,7 +57,7 @@ def unpack_rows(words: Tensor, num_bits: int, columns: int) -> Tensor:
         return _unpack_bytes(words, num_bits)[:, :columns].contiguous()
     padded = torch.nn.functional.pad(words, (0, -words.shape[1] % num_bits)).view(rows, -1, num_bits)
     unsigned = padded.long() & 0xFFFFFFFF
-    out = torch.empty(rows, padded.shape[1], _WORD, dtype=torch.uint8)
+    out = torch.empty(rows, padded.shape[1], _WORD, dtype=torch.uint8, device=words.device)
     for i in range(_WORD):
         word, bit = divmod(i * num_bits, _WORD)
         value = unsigned[..., word] >> bit
@@ -101,13 +101,13 @@ def unpack_weight(name: str, parts: Mapping[str, Tensor]) -> Quantized:
     if not bool(torch.isfinite(scale).all()):
         raise DscError(f"{name}: NaN or infinite scales", _AGAIN)
     if "weight" in parts:  # int-quantized
-        zero_point = torch.full(scale.shape, 128, dtype=torch.uint8)
+        zero_point = torch.full(scale.shape, 128, dtype=torch.uint8, device=scale.device)
         return Quantized(parts["weight"].view(torch.uint8) ^ 128, scale, zero_point, 8, symmetric=True)
     rows, columns = (int(n) for n in parts["weight_shape"])
     num_bits = bits_of(name, parts["weight_packed"].shape[1], columns)
     stored = parts.get("weight_zero_point")
     if stored is None:
-        zero_point = torch.full(scale.shape, 1 << (num_bits - 1), dtype=torch.uint8)
+        zero_point = torch.full(scale.shape, 1 << (num_bits - 1), dtype=torch.uint8, device=scale.device)
     else:
         zero_point = unpack_rows(stored.T.contiguous(), num_bits, rows).T.contiguous()
     codes = unpack_rows(parts["weight_packed"], num_bits, columns)

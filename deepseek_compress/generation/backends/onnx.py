@@ -55,7 +55,10 @@ def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = Non
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1")  # else 8-bit products overflow without VNNI
+    if not machine.exact_integer_products():
+        # onnxruntime's u8 x s8 products saturate at 16 bits there; its other mode (x64quantprecision) breaks weights in
+        # blocks (1.31). So Q and DQ are computed as they stand.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS") or machine.cores())

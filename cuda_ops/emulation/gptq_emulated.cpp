@@ -1,0 +1,4 @@
+// native/gptq.cu on the CPU.
+#include "emulated.h"
+//
+#include "gptq.cu"

@@ -1,0 +1,4 @@
+// native/pack.cu on the CPU.
+#include "emulated.h"
+//
+#include "pack.cu"

@@ -1,0 +1,58 @@
+"""Which device computes: what the user asks for, what this machine has, and what to do where the two differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from deepseek_compress.errors import DscError
+
+CPU = "cpu"
+
+
+def choose(name: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device as torch names it. Raises DscError for one that is not here."""
+    found = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if name == CPU or (name == "auto" and not torch.cuda.is_available()):
+        return CPU
+    if name != "auto" and found is None:
+        raise DscError(f"--device {name}: unknown device", "use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise DscError(f"--device {name}: {_missing()}", "use --device cpu, or leave it out")
+    number = int(found[1] or 0) if found else 0
+    if number >= torch.cuda.device_count():
+        here = f"{torch.cuda.device_count()} GPU here"
+        raise DscError(f"--device {name}: {here}, the first is cuda:0", f"use cuda:0 to cuda:{number - 1} at most")
+    return f"cuda:{number}"
+
+
+def _missing() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return "no NVIDIA driver, or no GPU that it knows"
+
+
+def memory(device: str) -> int | None:
+    """Bytes of free memory on a GPU; None on the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else None
+
+
+def told(device: str) -> str:
+    """One line about the device."""
+    if not device.startswith("cuda"):
+        return f"device {device}"
+    return f"device {device}: {torch.cuda.get_device_name(device)}"
+
+
+@contextmanager
+def memory_errors(device: str) -> Iterator[None]:
+    """Turn the end of a GPU's memory into the user's error; what was finished before stays."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"{device}: its memory ran out ({str(error).splitlines()[0][:120]})"
+        fix = "free memory on it, or use --device cpu in another output directory; the same command resumes"
+        raise DscError(what, fix) from None
