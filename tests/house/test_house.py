@@ -113,6 +113,24 @@ def test_the_kernels_import_nothing_of_the_package_above() -> None:
     assert wrong == []
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports within functions and for type checkers count too; packages' own files are left out."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in of_package()}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        if path.stem != "__init__":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = {
+                f"{node.module}.{alias.name}"
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.module
+                for alias in node.names
+            }
+            found = {name if name in modules else name.rpartition(".")[0] for name in names}
+            graph[module] = found & modules.keys() - {module}
+    assert list(TopologicalSorter(graph).static_order())
+
+
 def test_stages_never_import_each_other() -> None:
     wrong = []
     for path in sources():
