@@ -60,6 +60,9 @@ Workers = Annotated[
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster that sees the same files.")
 ]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Do not read large files again to verify that they are what was written.")
+]
 Json = Annotated[bool, typer.Option("--json", callback=_remember_json, help="One JSON document on standard output.")]
 
 

@@ -73,12 +73,13 @@ def run(
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
-    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, gpu_memory), json, flat=False)
+    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, gpu_memory, quick), json, flat=False)
     show.outputs(target, paths, wanted, json)
 
 
@@ -101,11 +102,12 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         gpu_memory: o.GpuMemory = None,
         workers: o.Workers = None,
         ray: o.Ray = None,
+        quick: o.Quick = False,
         json: o.Json = False,
     ) -> None:
         text = _calibration(calibration, statistics, samples, length, seed)
         wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
-        _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory), json, model)
+        _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory, quick), json, model)
 
     command.__doc__ = summary
     return command
@@ -177,12 +179,13 @@ def allocate(
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Find by measurement which bits each part of a model needs under a size; writes a recipe for quantize."""
     values = {**_calibration(calibration, None, samples, length, seed), "allocate.target": target}
     wanted = _recipe(recipe, model, settings, values, group_size, kind="allocate")
-    _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory), json, model)
+    _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory, quick), json, model)
 
 
 def export(
@@ -192,11 +195,12 @@ def export(
     recipe: o.RecipeOption = "export",
     settings: o.Settings = None,
     device: o.Device = "auto",
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint in a form that others run."""
     wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options(device), json, model)
+    _one_stage(wanted, out, _options(device, quick=quick), json, model)
 
 
 def evaluate(
@@ -217,6 +221,7 @@ def evaluate(
     memory: o.Memory = None,
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
@@ -237,7 +242,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory), progress)
+        page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory, quick), progress)
     show.report(page, json)
 
 
@@ -289,13 +294,14 @@ def _options(
     workers: int | None = None,
     ray: str | None = None,
     gpu_memory: str | None = None,
+    quick: bool = False,
 ) -> Options:
     from deepseek_compress.pipeline import Options
     from deepseek_compress.planning.device import choose
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory))
+    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory), quick)
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

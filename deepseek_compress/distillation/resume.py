@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from pathlib import Path
 
+import blake3
 import torch
 
-from deepseek_compress.checkpoint.files import disk_errors
+from deepseek_compress.checkpoint.files import disk_errors, replacing
 from deepseek_compress.distillation.trainer import Measured, State
 
 FILE = "training.pt"
+_SEAL = 32  # bytes of a hash, at the end of the file
 EVERY = 60.0  # seconds between two saves, at least
 LARGEST_SHARE = 0.05  # of the time that goes into saving
 
@@ -26,9 +28,10 @@ class Keeper:
 
     def load(self) -> State | None:
         """The state that was saved last, or None."""
-        if not self.file.is_file():
-            return None
-        kept = torch.load(self.file, weights_only=True)
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        if blake3.blake3(content[:-_SEAL]).digest() != content[-_SEAL:]:
+            return None  # there is none, or it is damaged: the training begins again
+        kept = torch.load(io.BytesIO(content[:-_SEAL]), weights_only=True)
         trained = kept.pop("trained")
         state = State(**{**kept, "validations": [Measured(*values) for values in kept["validations"]]})
         for name, tensor in (*state.weights.items(), *state.projections.items()):
@@ -44,8 +47,10 @@ class Keeper:
         values = {**vars(state), "validations": [tuple(found) for found in state.validations], "trained": trained}
         with disk_errors(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.file.with_suffix(".tmp")
-            torch.save(values, beside)
-            os.replace(beside, self.file)
+            buffer = io.BytesIO()
+            torch.save(values, buffer)
+            with replacing(self.file) as file:
+                file.write(buffer.getbuffer())
+                file.write(blake3.blake3(buffer.getbuffer()).digest())
         self._saved = time.monotonic()
         self._wait = max(EVERY, (self._saved - began) / LARGEST_SHARE)

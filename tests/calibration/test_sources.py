@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deepseek_compress import limits
 from deepseek_compress.calibration import sources
 from deepseek_compress.calibration.sources import read_samples
 from deepseek_compress.calibration.tokens import calibration_tokens
@@ -162,13 +163,13 @@ def test_marks_line_ends_and_compression(tmp_path: Path) -> None:
 
 
 def test_lines_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE", 1 << 20)
+    monkeypatch.setattr(limits, "LINE_BYTES", 1 << 20)
     lines(tmp_path / "a.jsonl", {"text": "x" * (1 << 20)}, {"text": "y"})
     assert "a.jsonl:1: a line of more than 1 MiB" in problems(tmp_path / "a.jsonl")[0]
     (tmp_path / "b.txt").write_text("é" * 200_000)
     pieces = texts(tmp_path / "b.txt")
     assert "".join(pieces) == "é" * 200_000
-    assert max(map(len, pieces)) <= 2 * sources.PIECE
+    assert max(map(len, pieces)) <= 2 * limits.PIECE
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     assert "not valid JSON" in problems(tmp_path / "deep.jsonl")[0]
 
