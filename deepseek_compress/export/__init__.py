@@ -39,6 +39,7 @@ TARGETS: dict[str, Entry] = {
     "tensorrt": Entry("tensorrt", "TensorRt", "model.engine of TensorRT, for the GPU that builds it"),
     "compressed-tensors": Entry("checkpoints", "CompressedTensors", "the packed checkpoint, for vLLM and transformers"),
     "bf16": Entry("checkpoints", "Bf16", "the checkpoint as plain BF16, for all that load safetensors"),
+    "edge-llm": Entry("edge_llm", "EdgeLlm", "the checkpoint that the exporter of TensorRT-Edge-LLM takes"),
     "gguf": Entry("gguf", "Gguf", "model.gguf, for llama.cpp and what is built on it"),
 }
 

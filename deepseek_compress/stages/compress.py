@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
@@ -44,6 +45,7 @@ from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
 from deepseek_compress.streaming import observe
+from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
 PARTS = ("rotation", "migration", "sparsity", "weights", "activations", "kv_cache")
@@ -150,6 +152,7 @@ class Compress(Stage, frozen=True):
             total((before.work, looked.work, expected.work)),
             expected.tasks,
             read=sum(info.bytes for info in header.tensors.values()),
+            scratch=scratch(architecture, samples * length) if solver.needs else 0,
         )
 
     def _moving(self, cfg: ModelConfig) -> Migration | None:
@@ -306,6 +309,7 @@ class Compress(Stage, frozen=True):
         hashes: Mapping[str, str],
     ) -> dict[str, Any]:
         cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.model_dump(mode="json")}
+        threads = torch.get_num_threads() if isinstance(text, Text) else None  # sums over text depend on it
         return provenance.build_manifest(
             stage="compress",
             source=source,
@@ -313,7 +317,7 @@ class Compress(Stage, frozen=True):
             seed=context.seed,
             knobs=self.model_dump(mode="json"),
             hashes=hashes,
-            extra={**cache, "calibration": text and text.facts, "facts": dict(facts)},
+            extra={**cache, "calibration": text and text.facts, "threads": threads, "facts": dict(facts)},
         )
 
     def _config_changes(self, architecture: Architecture) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -18,7 +19,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, tra
 
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
-from deepseek_compress.export.gguf import PACKED, bound, export_gguf
+from deepseek_compress.export.gguf import export_gguf
+from deepseek_compress.export.gguf_blocks import PACKED, bound
 from deepseek_compress.export.vocabulary import CUTS, DEEPSEEK, read_vocabulary
 from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
@@ -29,7 +31,7 @@ from deepseek_compress.stages.export import Export
 
 from .conftest import Quantise
 
-QWEN2, LLAMA3 = (rules[0] for rules in CUTS if "gpt-2" not in rules)
+QWEN2, LLAMA3 = (next(rules[0] for rules, name in CUTS.items() if name == wanted) for wanted in ("qwen2", "llama-bpe"))
 
 
 def write_bpe(folder: Path, rule: str = LLAMA3, first: str = "<s>") -> None:
@@ -198,19 +200,17 @@ def test_the_target_and_what_it_refuses(
     assert sorted(file.name for file in output.path.parent.iterdir()) == ["dsc_manifest.json", "model.gguf"]
     assert "8-bit activations" in told[0]
 
-    (family,) = stage.problems(open_checkpoint(tiny_v3).header)
-    assert "deepseek_v3" in family.what and "onnx" in family.fix
-    (words,) = stage.problems(open_checkpoint(tiny_llama).header)
-    assert "WordLevel" in words.what
-    narrow = WEIGHTS["rtn"](num_bits=4, group_size=16)
-    monkeypatch.setattr("tests.export.conftest.WEIGHTS", {"rtn": lambda **_: narrow})
-    from .conftest import write_quantised
-
-    odd = with_bpe(write_quantised(tiny_llama, tmp_path / "g16", "w4a16"), tmp_path / "odd")
-    assert "groups of 16" in stage.problems(odd.header)[0].what
+    sparse = {"model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
+    header = open_checkpoint(tiny_v3).header
+    (family,) = stage.problems(dataclasses.replace(header, config=header.config | sparse))
+    assert "deepseek_v32" in family.what and "onnx" in family.fix
+    broken = with_bpe(tiny_llama, tmp_path / "broken")
+    write_bpe(broken.path, "x")
+    (words,) = stage.problems(broken.header)
+    assert "pre-tokenizer" in words.what
     with pytest.raises(DscError):
-        export_gguf(odd, tmp_path / "odd.gguf")
-    assert not list(tmp_path.glob("odd.gguf*"))
+        export_gguf(broken, tmp_path / "broken.gguf")
+    assert not list(tmp_path.glob("broken.gguf*"))
     lineage = [{"knobs": {"sparsity": {"magnitude": {}}}}]
     monkeypatch.setattr(Checkpoint, "manifest", property(lambda self: {"lineage": lineage}))
     with pytest.raises(DscError, match="2:4"):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_compress import __version__
+from deepseek_compress.checkpoint.verified import AGAIN
 from tests.house.conftest import Dsc
 
 WORK = ("plan", "run", "distill", "prune", "calibrate", "quantize", "export", "evaluate")
@@ -86,7 +87,7 @@ def test_inspect_tells_roles_and_verifies_hashes(dsc: Dsc, tiny_v3: Path, text: 
     shard.write_bytes(content)
     shown = dsc("inspect", "q")
     assert shown.exit_code == 1
-    assert errors(shown.stderr) == [f"error: {shard}: not the bytes that were written; make the checkpoint again"]
+    assert errors(shown.stderr) == [f"error: {shard}: not the bytes that were written; {AGAIN}"]
 
 
 def test_plan_as_json_has_the_problems(dsc: Dsc, tiny_v3: Path) -> None:

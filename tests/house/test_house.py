@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_compress import resources
+from deepseek_compress.distillation.losses import LOSSES
 from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.ranges import ESTIMATORS
 from deepseek_compress.stages import STAGES, load
@@ -37,7 +38,7 @@ LAYERS = [
     {"numerics"},
     {"cuda_ops"},
     {"workers"},
-    {"errors", "registry", "console", "resources", "machine"},
+    {"errors", "registry", "console", "resources", "machine", "processes", "limits"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {
@@ -203,7 +204,7 @@ def test_each_stage_is_what_the_table_says(kind: str) -> None:
 
 def test_each_registry_name_is_documented() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = [*WEIGHTS, *SPARSITY, *ACTIVATIONS, *ESTIMATORS, *STAGES, *resources.recipes()]
+    names = [*LOSSES, *WEIGHTS, *SPARSITY, *ACTIVATIONS, *ESTIMATORS, *STAGES, *resources.recipes()]
     assert [name for name in names if f"`{name}`" not in readme] == []
     for table in (WEIGHTS, SPARSITY, ACTIVATIONS, ESTIMATORS):
         for name, component in table.items():

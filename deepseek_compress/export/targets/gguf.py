@@ -1,4 +1,4 @@
-"""One file for llama.cpp: 4-bit codes as they are, scales and minima in FP16."""
+"""One file for llama.cpp: 4-bit codes as they are where a type fits, scales and minima in FP16."""
 
 from __future__ import annotations
 
@@ -34,4 +34,9 @@ class Gguf(Target, frozen=True, extra="forbid"):
             job.tell("8-bit activations are not part of a GGUF file: llama.cpp rounds inputs in its own way")
         out.mkdir(parents=True, exist_ok=True)
         facts = export_gguf(source, out / GGUF)
+        if facts["recoded"]:
+            kinds = "Q8_0, or BF16 where 32 does not divide the columns"
+            job.tell(f"{facts['recoded']} packed tensors have no GGUF type that keeps their codes; written as {kinds}")
+        if facts["left_out"]:
+            job.tell(f"multi-token prediction is not part of a GGUF file: {facts['left_out']} tensors left out")
         return Exported("artifact", out / GGUF, {"target": self.name, "status": "read back", **facts})
