@@ -14,9 +14,11 @@ from torch import Tensor
 from deepseek_compress import machine, provenance
 from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint
-from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
+from deepseek_compress.checkpoint.files import kept, remove, remove_tree, write_sealed
 from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.errors import DscError
+
+CHOSEN = "chosen.json"  # in the work directory: see `stages.text`
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Resumable:
                 raise DscError(what, "give the same again to resume it, or another output directory")
         else:  # nothing tells what it follows from: it is made again
             remove_tree(out / PARTIAL)
-            remove_tree(work)
+            for left in work.iterdir() if work.is_dir() else ():
+                if left.name != CHOSEN:  # which text was chosen carries a key of its own
+                    remove_tree(left) if left.is_dir() else remove(left)
         work.mkdir(parents=True, exist_ok=True)
         write_sealed(file, here)

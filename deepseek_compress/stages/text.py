@@ -20,10 +20,9 @@ from deepseek_compress.models import Architecture
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.planning.costs import Memory, Work, useful
 from deepseek_compress.stages.base import Context
+from deepseek_compress.stages.resumable import CHOSEN
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.workers import open_pool
-
-CHOSEN = "chosen.json"  # in the work directory: an interrupted run does not choose again
 
 
 class Text(NamedTuple):

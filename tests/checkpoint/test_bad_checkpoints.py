@@ -61,7 +61,7 @@ def entry(dtype: Any, shape: Any, offsets: Any) -> dict[str, Any]:
         (b'{"a": {}, "a": {}}', b"", "the key 'a' stands twice"),
         ({"a": 3}, b"", "a: the header lacks dtype, shape or data_offsets"),
         ({"a": entry("F7", [1], [0, 4])}, b"1234", "a: unknown dtype 'F7'"),
-        ({"a": entry(["F32"], [1], [0, 4])}, b"1234", "a: unknown dtype ['F32']"),
+        ({"a": entry(["F32"], [1], [0, 4])}, b"1234", "a: unknown dtype \"['F32']\""),
         ({"a": entry("F32", [-1], [0, 4])}, b"1234", "a: shape [-1] is not a list of whole numbers"),
         ({"a": entry("F32", [True], [0, 4])}, b"1234", "a: shape [True] is not a list of whole numbers"),
         ({"a": entry("F32", 1, [0, 4])}, b"1234", "a: shape 1 is not a list of whole numbers"),

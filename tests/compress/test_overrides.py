@@ -177,7 +177,7 @@ def test_every_mistake_is_told_with_what_to_do(tiny_v3: Path) -> None:
         ("{modules: a, num_bits: 9}", "mixed.yaml:8: overrides.0.num_bits"),
         ("{modules: a, num_bits: 3, keep: true}", "keep: true beside num_bits"),
         ("{modules: a}", "changes nothing"),
-        ('{modules: "re:(", num_bits: 3}', "overrides.0: 're:(': missing )"),
+        ('{modules: "re:(", num_bits: 3}', "overrides.0: '(': missing )"),
         ("{num_bits: 3}", "overrides.0.modules: missing"),
     ):
         with pytest.raises(DscError, match=re.escape(what)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,9 @@ class Words:
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
+
+    def encoded(self, text: str, piece: int) -> Iterator[list[int]]:
+        yield self.encode(text)
 
 
 def test_windows_follow_each_other_without_overlap(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
+from deepseek_compress.checkpoint.files import write_sealed
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation import divergence, streamed
 from deepseek_compress.evaluation.divergence import Divergence, Sample
@@ -161,6 +162,6 @@ def test_another_evaluation_does_not_go_on(tiny_qwen2: Path, text: Path, tmp_pat
     out = tmp_path / "out"
     evaluate(tiny_qwen2, out, text, streamed=True)
     (out / ".dsc_evaluate").mkdir()
-    (out / ".dsc_evaluate" / "identity.json").write_text(json.dumps({"text": "another"}))
+    write_sealed(out / ".dsc_evaluate" / "identity.json", {"text": "another"})
     with pytest.raises(DscError, match="unfinished run with other"):
         evaluate(tiny_qwen2, out, text, streamed=True)

@@ -55,6 +55,7 @@ def write_bpe(folder: Path, rule: str = LLAMA3, first: str = "<s>") -> None:
 def with_bpe(source: Path, out: Path, **config: Any) -> Checkpoint:
     """A copy of a checkpoint with a tokenizer that GGUF takes and keys of config.json changed."""
     shutil.copytree(source, out)
+    (out / "dsc_manifest.json").unlink(missing_ok=True)  # it would tell that files of it changed
     write_bpe(out)
     path = out / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))

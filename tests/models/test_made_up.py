@@ -64,7 +64,7 @@ def test_it_is_quantised_evaluated_and_exported(model: Path, text: Path, tmp_pat
     found = streamed.measure(subjects, samples, tmp_path / "work", streamed.NO_LIMITS, lambda *_: None)
     assert 0 < (found["b"].kl_divergence or 0) < 0.2
     export_onnx(done, tmp_path / "model.onnx")
-    graph, runtime = OnnxModel(tmp_path / "model.onnx", Model.load(done).cfg), Model.load(done)
+    graph, runtime = OnnxModel(tmp_path / "model.onnx"), Model.load(done)
     for row in TOKENS:
         graph.start(1)
         logits = torch.from_numpy(graph.step(row[None].numpy()))

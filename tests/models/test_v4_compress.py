@@ -15,6 +15,7 @@ from deepseek_compress.models.runtime import Model
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
+from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.tasks import mixture
 from deepseek_compress.workers import open_pool
 
@@ -84,8 +85,9 @@ def test_the_loop_advances_the_streams(tiny_v4: Path, tmp_path: Path) -> None:
 
         def look(done: int, total: int, note: str) -> None:
             if done == total - 1:
-                raw = (work / f"hidden-{done:05d}.f32").read_bytes()
-                kept.append(torch.frombuffer(bytearray(raw), dtype=torch.float32).clone())
+                shape = architecture.row_shape
+                with HiddenStore(work / f"hidden-{done:05d}.f32", TOKENS.numel(), shape, existing=True) as store:
+                    kept.append(store.read(0, TOKENS.numel()).clone())
 
         job = Job(architecture, solver, work)
         with open_pool(job) as pool:

@@ -36,8 +36,10 @@ def test_what_differs_is_named(tiny_llama: Path, tiny_qwen2: Path, tmp_path: Pat
             its.claim(tmp_path, tmp_path / "work")
 
 
-def test_an_unfinished_output_of_unknown_making(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / ".dsc_partial").mkdir()
-    (tmp_path / ".dsc_partial" / "shard").touch()
-    with pytest.raises(DscError, match="cannot be resumed"):
-        Resumable.of(open_checkpoint(tiny_llama), {}, None).claim(tmp_path, tmp_path / "work")
+def test_an_unfinished_output_of_unknown_making_is_made_again(tiny_llama: Path, tmp_path: Path) -> None:
+    for name in (".dsc_partial/shard", "work/facts-00000.json", "work/chosen.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    Resumable.of(open_checkpoint(tiny_llama), {}, None).claim(tmp_path, tmp_path / "work")
+    assert not (tmp_path / ".dsc_partial").exists()
+    assert {file.name for file in (tmp_path / "work").iterdir()} == {"identity.json", "chosen.json"}
