@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import GROUP, original
-from benchmarks.cases import DSC, LENGTH, SAMPLES, WINDOWS, Case, case
+from benchmarks.accuracy import original, told
+from benchmarks.cases import DSC, Case, case
 from benchmarks.common import present
 from deepseek_compress.evaluation.divergence import measure as divergence
 from deepseek_compress.models.activations import InputScheme
@@ -84,9 +84,10 @@ def made(row: Row, subject: Case, scratch: Path) -> Path:
         return subject.model
     out = scratch / "-".join([subject.name, row.recipe, *row.settings]).replace("=", "-")
     if not (out / "config.json").exists():
-        command = [DSC, "quantize", str(subject.model), "-o", str(out), "-r", row.recipe]
-        command += ["--calibration", str(subject.calibration), "--samples", str(SAMPLES), "--length", str(LENGTH)]
-        command += [] if row.recipe == "w8a8" else ["--group-size", str(GROUP)]  # w8a8: one scale a row
+        command = [*DSC, "quantize", str(subject.model), "-o", str(out), "-r", row.recipe]
+        command += ["--calibration", str(subject.calibration), "--samples", str(subject.samples)]
+        command += ["--length", str(subject.length)]
+        command += [] if row.recipe == "w8a8" else ["--group-size", str(subject.group)]  # w8a8: one scale a row
         command += [part for setting in row.settings for part in ("--set", setting)]
         subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return out
@@ -175,7 +176,7 @@ def table(subject: Case, wanted: Sequence[str], scratch: Path) -> list[list[Any]
 def main() -> int:
     """Make, judge and present the rows asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", nargs="*", default=["smollm2", "nano"])
+    parser.add_argument("--cases", nargs="*", default=["smollm2", "moe", "nano"])
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of names")
     parser.add_argument(
         "--scratch", type=Path, help="where checkpoints and what was judged lie; what is there is taken"
@@ -187,8 +188,8 @@ def main() -> int:
         for name in options.cases:
             lines += table(case(name), options.only, options.scratch or Path(temporary))
     facts = {
-        "calibration": f"{SAMPLES} x {LENGTH} tokens; groups of {GROUP}, W8: one scale a row",
-        "judged_on": f"{WINDOWS} windows of {LENGTH} tokens not calibrated on",
+        "calibration": {name: told(case(name)) for name in options.cases},
+        "judged_on": "judging windows of the text of the same kind; W8: one scale a row",
         "microseconds_to_unpack_4096_keys_of_8_heads": unpacking(),
         "passed": all(line[-1] for line in lines if line[-1] is not None),
     }

@@ -36,7 +36,7 @@ SEARCHES = {
 }
 MODELS = {
     "uniform 4 bits": ["-r", "w4a16"],
-    "uniform 3 bits, groups of 32": ["-r", "w4a16", "--group-size", "32", "--set", "weights.gptq.num_bits=3"],
+    "uniform 3 bits, groups of 32": ["-r", "w4a16", "--group-size", "32", "--set", "weights.gptaq.num_bits=3"],
     "mixed, losses measured": ["-r", "{scratch}/kl/recipe.yaml"],
     "mixed, losses from gradients": ["-r", "{scratch}/fisher/recipe.yaml"],
 }

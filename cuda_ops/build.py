@@ -3,7 +3,8 @@
 A library is a few C++ files that register operators on torch's stable ABI, or export plain C functions. It is compiled
 into the user's cache, into a file named by a hash of everything that decides its bytes: sources, flags, compiler and
 torch version. Two processes that want the same file at once wait for one another; the file appears by a rename, so a
-build that is killed leaves nothing that loads.
+build that is killed leaves nothing that loads. Beside it stands its hash: what does not match, or others may write, is
+not loaded but compiled again.
 
 Nothing here is tuned to the processor that compiles (no -march=native): the code chooses its instructions at run time.
 """
@@ -16,7 +17,9 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -135,16 +138,53 @@ def build(name: str, compiler: str, sources: Sequence[str], flags: Sequence[str]
     """Compile `sources` (of native/, or absolute) into one file in the cache and return its path."""
     directory = cache_directory()
     target = directory / f"{name}-{_key(compiler, sources, flags)}{suffix}"
-    if target.exists():
-        return target
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (found := os.lstat(directory)).st_uid == os.getuid() and found.st_mode & 0o022:
+            directory.chmod(stat.S_IMODE(found.st_mode) & ~0o022)  # ours, made with a generous umask
+        if not _private(directory):
+            raise BuildError(f"{directory}: others may write there; set DSC_CACHE to a directory of yours")
+        if _sound(target):
+            return target
         with _locked(target.with_suffix(".lock")):
-            if not target.exists():
+            if not _sound(target):
+                if target.exists():
+                    print(f"{target}: not what was compiled; compiled again", file=sys.stderr)
                 _compile(target, [compiler, *(str(NATIVE / s) for s in sources), *flags])
     except OSError as error:
         raise BuildError(f"cannot write {directory}: {error.strerror}") from error
     return target
+
+
+def _private(path: Path) -> bool:
+    """Whether a file or directory is ours, or the system's, and nobody else may change it."""
+    found = os.lstat(path)
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022 and not stat.S_ISLNK(found.st_mode)
+
+
+def _sound(library: Path) -> bool:
+    """Whether a library is the file that was compiled: a damaged one ends the process, another's may do anything."""
+    seal = _seal(library)
+    if not (library.is_file() and seal.is_file() and _private(library) and _private(seal)):
+        return False
+    return hashlib.sha256(library.read_bytes()).hexdigest() == seal.read_text()
+
+
+def _seal(library: Path) -> Path:
+    """Where the SHA-256 of a library stands."""
+    return library.with_name(library.name + ".sha256")
+
+
+def _write(target: Path, content: bytes) -> None:
+    """Write beside, sync, rename; nobody else may write the file."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    with os.fdopen(fd, "wb") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, target)
 
 
 def _key(compiler: str, sources: Sequence[str], flags: Sequence[str]) -> str:
@@ -170,7 +210,10 @@ def _compile(target: Path, command: list[str]) -> None:
             text = done.stderr or done.stdout
             reason = next((line for line in text.splitlines() if "error" in line), text.strip()[-200:])
             raise BuildError(f"{command[0]} failed: {reason.strip()}")
-        os.replace(made, target)
+        content = made.read_bytes()
+        target.unlink(missing_ok=True)  # a process may have it mapped: it keeps the old file
+        _write(_seal(target), hashlib.sha256(content).hexdigest().encode())
+        _write(target, content)
 
 
 @contextmanager

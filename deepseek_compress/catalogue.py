@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_compress import export, resources, stages
+from deepseek_compress.distillation.losses import LOSSES
 from deepseek_compress.models import FAMILIES
 from deepseek_compress.models.resolve import builtin_models
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
@@ -28,6 +29,7 @@ def catalogue() -> dict[str, list[Entry]]:
     return {
         "recipes": [Entry(name, _first_comment(path)) for name, path in resources.recipes().items()],
         "stages": [Entry(name, entry.summary) for name, entry in stages.STAGES.items()],
+        "losses": _components(LOSSES),
         "weights": _components(WEIGHTS),
         "sparsity": _components(SPARSITY),
         "activations": _components(ACTIVATIONS),

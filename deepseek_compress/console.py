@@ -7,6 +7,7 @@ becomes one plain line a step; when standard output is none, tables are as wide 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +20,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
+from deepseek_compress import limits
 from deepseek_compress.errors import DscError, Problems
 
 THEME = Theme({"ok": "green", "bad": "bold red", "name": "bold cyan", "quiet": "dim", "next": "bold", "warn": "yellow"})
 WIDTH = 80  # of what is no terminal
+LONGEST = 1600  # characters of a line
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def out() -> Console:
@@ -43,12 +47,20 @@ def _console(stderr: bool) -> Console:
 
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    print(_UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text))
+
+
+def plain(text: str) -> str:
+    """Text of others as the terminal may show it: characters that would move the cursor, colour, or turn the direction
+    of writing are spelled out, and what is too long is cut."""
+    shown = _UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return shown if len(shown) <= LONGEST else shown[:LONGEST] + " ..."
 
 
 def line(text: str, style: str = "") -> None:
     """One line of a result, never wrapped."""
-    out().print(Text(text, style=style), soft_wrap=True)
+    out().print(Text(plain(text), style=style), soft_wrap=True)
 
 
 def stream(text: str, quiet: bool = False) -> None:
@@ -60,18 +72,19 @@ def stream(text: str, quiet: bool = False) -> None:
 
 def note(text: str) -> None:
     """One line beside the result: what was decided, and from where."""
-    err().print(Text(text, style="quiet"), soft_wrap=True)
+    err().print(Text(plain(text), style="quiet"), soft_wrap=True)
 
 
 def next_step(command: str) -> None:
     """The command to type next."""
-    out().print(Text.assemble(("next: ", "quiet"), (command, "next")), soft_wrap=True)
+    out().print(Text.assemble(("next: ", "quiet"), (plain(command), "next")), soft_wrap=True)
 
 
 def error_lines(error: DscError) -> list[str]:
-    """`WHAT; FIX`, one line for each problem."""
+    """`WHAT; FIX`, one line for each problem, of the first so many."""
     found = error.problems if isinstance(error, Problems) else [error]
-    return [" ".join(str(problem).split()) for problem in found]
+    lines = [plain(" ".join(str(problem).split())) for problem in found[: limits.PROBLEMS]]
+    return lines if len(found) == len(lines) else [*lines, f"and {len(found) - len(lines)} more; fix these first"]
 
 
 def errors(error: DscError) -> None:
@@ -82,7 +95,7 @@ def errors(error: DscError) -> None:
 
 def stopped(text: str) -> None:
     """The last line of a run that was stopped from outside."""
-    err().print(Text(text, style="warn"), soft_wrap=True)
+    err().print(Text(plain(text), style="warn"), soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[str] = ()) -> None:
@@ -95,11 +108,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
         side: JustifyMethod = "right" if column in aligned else "left"
         grid.add_column(column, justify=side, header_style="bold", overflow="fold", no_wrap=number == 0)
     for row in rows:
-        grid.add_row(*(cell if isinstance(cell, Text) else Text("-" if cell is None else str(cell)) for cell in row))
+        grid.add_row(*(cell if isinstance(cell, Text) else Text("-" if cell is None else _cell(cell)) for cell in row))
     screen = out()
     with screen.capture() as lines:
         screen.print(grid)
     screen.file.write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
+
+
+def _cell(value: Any) -> str:
+    return "\n".join(plain(line) for line in str(value).split("\n"))
 
 
 def mark(good: bool | None) -> Text:
@@ -196,13 +213,13 @@ class _LiveProgress(StageProgress):
         self._progress.reset(self._task, total=None, name=f"[{number}/{total}] {name}"[:32], note="")
 
     def update(self, done: int, total: int, text: str) -> None:
-        self._progress.update(self._task, completed=done, total=total, note=text[:24])
+        self._progress.update(self._task, completed=done, total=total, note=plain(text)[:24])
 
     def tell(self, text: str) -> None:
-        self._progress.console.print(Text(f"  {text}", style="quiet"), soft_wrap=True)
+        self._progress.console.print(Text(f"  {plain(text)}", style="quiet"), soft_wrap=True)
 
     def finish(self, name: str, text: str) -> None:
-        self._progress.console.print(Text.assemble(("  ✓ ", "ok"), (name, "name"), f" {text}"), soft_wrap=True)
+        self._progress.console.print(Text.assemble(("  ✓ ", "ok"), (name, "name"), f" {plain(text)}"), soft_wrap=True)
 
 
 @contextmanager

@@ -7,10 +7,8 @@ differs in any of them is refused with what differs.
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +17,9 @@ from typing import Any
 from deepseek_compress import machine, provenance, workspace
 from deepseek_compress.calibration.settings import Select
 from deepseek_compress.calibration.sources import files_of
-from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
-from deepseek_compress.checkpoint.files import write_json
-from deepseek_compress.checkpoint.reader import MANIFEST
+from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint, verified
+from deepseek_compress.checkpoint.files import write_sealed
+from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.console import StageProgress, duration, size
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import Architecture
@@ -44,6 +42,7 @@ class Options:
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster
     gpu_memory: int | None = None  # bytes of a GPU
+    quick: bool = False  # do not read large files a second time to verify them
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,9 @@ def run(
         began = time.time()
         state = _Run(out, flat, recipe, options, progress or StageProgress(), provenance.versions())
         _inputs(state)
-        workspace.agree(out, _identity(state))
+        workspace.agree(out, _identity(state), state.progress.tell)
+        if options.quick:
+            state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
         if options.device != device.CPU:
             state.progress.tell(device.told(options.device))
         for number, step in enumerate(recipe.steps, start=1):
@@ -126,7 +127,7 @@ def run(
             _stage(state, step)
         if not flat:
             _close(state)
-            write_json(out / workspace.RUN, _costs(began, peak[0], {}))
+            write_sealed(out / workspace.RUN, workspace.costs(began, peak[0], {}))
     return state.paths
 
 
@@ -141,13 +142,9 @@ def run_report(recipe: Recipe, page: Path, options: Options = Options(), progres
         run(recipe, page, options, progress, flat=True)
         return page / REPORTS[0]
     home = page.with_suffix(".dsc")
-    for name in REPORTS:
-        target = page.with_suffix(Path(name).suffix)
-        if target.exists() and not (home / workspace.HOUSE).is_dir():
-            raise DscError(f"{target}: exists and was not written by this command", "choose another -o")
+    pages = workspace.Pages(home, {name: page.with_suffix(Path(name).suffix) for name in REPORTS})
     run(recipe, home, options, progress, flat=True)
-    for name in REPORTS:
-        shutil.copyfile(home / name, page.with_suffix(Path(name).suffix))
+    pages.publish()
     return page
 
 
@@ -247,7 +244,7 @@ def _collect(problems: list[DscError]) -> Iterator[None]:
 
 def _check_disk(found: Plan, out: Path, flat: bool) -> None:
     needed = sum(
-        forecast.bytes or 0
+        (forecast.bytes or 0) + forecast.scratch
         for name, forecast in found.forecasts.items()
         if not workspace.read((out if flat else out / name) / workspace.MANIFEST).get("pipeline")
     )
@@ -261,6 +258,7 @@ def _inputs(state: _Run) -> None:
     recipe = state.recipe
     for name, model in {"model": recipe.model, **recipe.inputs}.items():
         state.paths[name] = resolve_model(str(model))
+        verified.check(state.paths[name], state.options.quick)
         state.prints[name] = provenance.fingerprint(open_checkpoint(state.paths[name]))
     state.paths[recipe.alias] = state.paths["model"]
     state.prints[recipe.alias] = state.prints["model"]
@@ -303,25 +301,46 @@ def _stage(state: _Run, step: Step) -> None:
     identity = _stage_identity(state, step)
     fingerprint = provenance.digest(identity)
     state.prints[step.name] = fingerprint
-    entry = workspace.finished(directory, fingerprint)
+    entry = workspace.finished(directory, fingerprint, state.options.quick, state.progress.tell)
     if entry is not None:
+        for name, hashes in {} if state.options.quick else entry["sources"].items():
+            workspace.same_source(state.paths[name], hashes, directory)
         state.paths[step.name] = directory / entry["output"]
         state.progress.finish(step.name, "already finished")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
-        began = time.time()
-        source = open_checkpoint(state.paths[step.source])
-        with machine.peak_memory() as peak, device.memory_errors(state.options.device):
-            output = step.stage.run(source, _context(state, step, directory))
-        write_json(directory / workspace.RUN, _costs(began, peak[0], output.facts))
-        state.paths[step.name] = output.path
-        if not (directory / workspace.MANIFEST).is_file():
-            write_json(directory / workspace.MANIFEST, _manifest(state, step, source))
-        relative = str(output.path.relative_to(directory))
-        workspace.finish(directory, {"fingerprint": fingerprint, "kind": output.kind, "output": relative})
-        state.progress.finish(step.name, f"done in {duration(time.time() - began)}")
+        _run_stage(state, step, directory, fingerprint)
+    workspace.Sources.end(state.out / workspace.HOUSE, step.name)
     if step.stage.writes == "report" and not state.flat:
-        _copy(directory, state.out, REPORTS)
+        workspace.copy(directory, state.out, REPORTS)
+
+
+def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> None:
+    """Run one stage; its output counts once all it read is seen not to have changed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    read = dict.fromkeys([step.source, *(step.stage.reads() or (state.paths if step.stage.writes == "report" else ()))])
+    paths = {name: state.paths[name] for name in read}
+    texts = {f"text {source.name}": file for source in state.recipe.calibration.named for file in files_of(source.path)}
+    sources = workspace.Sources(state.out / workspace.HOUSE, step.name, {**paths, **texts})
+    sources.begin(directory, state.progress.tell)
+    before = verified.identities(directory)
+    source = open_checkpoint(state.paths[step.source])
+    with machine.peak_memory() as peak, device.memory_errors(state.options.device):
+        output = step.stage.run(source, _context(state, step, directory))
+    sources.check(directory, before)
+    write_sealed(directory / workspace.RUN, workspace.costs(began, peak[0], output.facts))
+    state.paths[step.name] = output.path
+    manifest = verified.manifest_of(directory) if step.stage.writes != "report" else None
+    if manifest is None:
+        manifest = _manifest(state, step, source)
+        write_sealed(directory / workspace.MANIFEST, manifest)
+    known = (manifest.get("source") or {}).get("files") or {}
+    given = [name for name in read if name in ("model", *state.recipe.inputs)]
+    hashes = {name: workspace.source_hashes(paths[name], known if name == step.source else {}) for name in given}
+    relative = str(output.path.relative_to(directory))
+    entry = {"fingerprint": fingerprint, "kind": output.kind, "output": relative, "sources": hashes}
+    workspace.finish(directory, entry, before)
+    state.progress.finish(step.name, f"done in {duration(time.time() - began)}")
 
 
 def _stage_identity(state: _Run, step: Step) -> dict[str, Any]:
@@ -364,18 +383,6 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
     )
 
 
-def _costs(began: float, peak: int | None, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is true of this run only: never part of the promise of same bytes."""
-    now = time.time()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "seconds": round(now - began, 3),
-        "peak_bytes": peak,
-        "host": machine.describe(),
-        "facts": json.loads(json.dumps(dict(facts), default=str)),
-    }
-
-
 def _close(state: _Run) -> None:
     """The manifest of the whole run."""
     recipe = state.recipe
@@ -387,10 +394,4 @@ def _close(state: _Run) -> None:
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
         "stages": {step.name: state.prints[step.name] for step in recipe.steps},
     }
-    write_json(state.out / workspace.MANIFEST, manifest)
-
-
-def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    write_sealed(state.out / workspace.MANIFEST, manifest)

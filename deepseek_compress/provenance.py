@@ -3,12 +3,13 @@
 Deterministic: no time, no host, no absolute path. What differs from run to run (time, peaks, host) stands in
 `dsc_run.json`, which the pipeline writes.
 
-    {"schema": 1, "stage", "recipe", "seed", "knobs", "source": {"name", "files": {name: {"bytes", "blake3"}}},
+    {"schema": 2, "stage", "recipe", "seed", "knobs", "source": {"name", "files": {name: {"bytes", "blake3"}}},
      "inputs": {name: blake3}, "lineage": [{"stage", "fingerprint", ...}], "versions": {...}, "activations", "kv_cache",
-     "files"}
+     "files", "pipeline", "checksum"}
 
 `lineage` lists every stage from the published checkpoint to this output, the oldest first. The writer adds
-`activations`, the source's `kv_cache` where no other is given, and `files`, the hashes of what it wrote.
+`activations`, the source's `kv_cache` where no other is given, and `files`, size and hash of every file it wrote;
+the pipeline adds those of its own, and what marks the stage finished. `checksum` is that of the file itself.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deepseek_compress.checkpoint.files import disk_errors, hash_file, read_json
-from deepseek_compress.checkpoint.reader import MANIFEST, Checkpoint
+from deepseek_compress.checkpoint.files import disk_errors, hash_file
+from deepseek_compress.checkpoint.reader import Checkpoint
+from deepseek_compress.checkpoint.verified import hash_of, listed, manifest_of
 
 __all__ = [
     "build_manifest", "digest", "fingerprint", "hash_file", "lineage_of", "read_manifest", "source_facts", "unhashed",
     "versions",
 ]  # fmt: skip
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no checksum
 SAMPLES, SAMPLE = 16, 4096  # pieces of a shard that a fingerprint reads, and their bytes
 PACKAGES = (
     "deepseek-compress", "torch", "transformers", "tokenizers", "safetensors", "numpy", "onnx", "onnxscript",
@@ -95,7 +97,7 @@ def source_facts(
     """{"name", "fingerprint", "files"}: sizes and hashes of the shards, taken here unless `hashes` has them."""
     known = {**_listed(source), **(hashes or {})}
     files = {
-        shard.name: {"bytes": shard.stat().st_size, "blake3": known.get(shard.name) or hash_file(shard)}
+        shard.name: {"bytes": shard.stat().st_size, "blake3": known.get(shard.name) or hash_of(shard)}
         for shard in _shards(source)
     }
     return {"name": name or source.path.resolve().name, "fingerprint": fingerprint(source), "files": files}
@@ -136,11 +138,11 @@ def _shards(source: Checkpoint) -> list[Path]:
 
 def _listed(source: Checkpoint) -> dict[str, str]:
     """Hashes in the source's own manifest, of files that still have the size they had."""
-    listed = (source.manifest or {}).get("files") or {}
+    files = listed(source.manifest)
     sizes = {shard.name: shard.stat().st_size for shard in _shards(source)}
     return {
         name: facts["blake3"]
-        for name, facts in listed.items()
+        for name, facts in files.items()
         if facts.get("blake3") and facts.get("bytes") == sizes.get(name)
     }
 
@@ -152,8 +154,7 @@ def lineage_of(source: Checkpoint) -> list[dict[str, Any]]:
 
 def read_manifest(output: Path) -> dict[str, Any] | None:
     """dsc_manifest.json of any output, or None."""
-    path = output / MANIFEST
-    return read_json(path) if path.is_file() else None
+    return manifest_of(output)
 
 
 def digest(value: Any) -> str:

@@ -23,14 +23,14 @@ TAKEN_OUT = -100.0  # a score is below 1: an expert with this bias is never chos
 CONFIG = Path(__file__).parent.parent / "builtin" / "nano" / "config.json"
 
 
-def build(device: torch.device, seed: int, **changes: int) -> nn.Module:
-    """A freshly initialised model; `changes` override sizes of the published configuration."""
+def build(device: torch.device, seed: int, source: Path = CONFIG, **changes: int) -> nn.Module:
+    """Return a freshly initialised model; `changes` override sizes of the configuration in `source`."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    config = json.loads(CONFIG.read_text())
+    config = json.loads(source.read_text())
     rope = {"rope_type": "default", "rope_theta": float(config.pop("rope_theta"))}
     for key in ("quantization_config", "torch_dtype", "rope_scaling"):
-        config.pop(key)
+        config.pop(key, None)
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**config, **changes}, rope_parameters=rope))
     model.set_attn_implementation("sdpa")

@@ -17,8 +17,8 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 def quantize(model: Path, file: Path, out: Path, method: str) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    order = {"desc_act": True, "act_group_aware": False} if method == "gptq-order" else {}
-    config = QuantizeConfig(bits=4, group_size=plain.GROUP, sym=False, device="cpu", **order)
+    order = {"desc_act": True, "act_group_aware": False} if method == "gptq-order" else {"act_group_aware": True}
+    config = QuantizeConfig(bits=4, group_size=plain.GROUP, sym=False, device="cpu", mse=2.4, **order)
     net = GPTQModel.load(str(model), config, dtype=torch.float32)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in plain.ids(file).tolist()]
     net.quantize(rows, batch_size=1)

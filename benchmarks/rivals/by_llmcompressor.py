@@ -1,4 +1,5 @@
-"""llm-compressor: GPTQ (`gptq`: static act order, its default; `gptq-plain`: columns as they come; `gptq-mse`), AWQ.
+"""llm-compressor: GPTQ (`gptq`: static act order, its default; `gptq-plain`: columns as they come; `-mse`: its observer
+by squared error; `smooth-`: SmoothQuant before), AWQ. Every expert is calibrated with every token, its default.
 
 Its AWQ pins memory for a device even where there is none, and stops; pinning does nothing here, so that it has a row.
 """
@@ -18,12 +19,15 @@ def recipe(method: str) -> list[object]:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     weights = {**WEIGHTS, **({"observer": "mse"} if method.endswith("-mse") else {})}
     common = {
         "ignore": ["lm_head", "re:.*mlp.gate$"],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
     }
+    if method == "smooth-gptq-mse":  # its mappings for the architecture, its default strength
+        return [SmoothQuantModifier(smoothing_strength=0.5), GPTQModifier(**common)]
     if method.startswith("gptq"):
         order = {"actorder": None} if method == "gptq-plain" else {}
         return [GPTQModifier(**common, **order)]

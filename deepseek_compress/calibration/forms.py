@@ -1,7 +1,8 @@
 """One entry of calibration data, a line of JSON or a row of a table, as a `Sample`.
 
-Accepted are `{"text"}`, `{"messages": [{"role", "content"}]}`, `{"prompt", "completion"}`, `{"question", "answer"}`;
-other keys may stand beside them, and a key whose value is null counts as missing.
+Accepted are `{"text"}`, `{"messages": [{"role", "content"}]}`, `{"prompt", "completion"}`, `{"question", "answer"}`,
+ShareGPT's `{"conversations": [{"from", "value"}]}` and Alpaca's `{"instruction", "input", "output"}`; other keys may
+stand beside them, and a key whose value is null counts as missing.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ from typing import Any, NamedTuple
 
 from deepseek_compress.errors import DscError
 
-FORMS = '{"text"}, {"messages"}, {"prompt", "completion"} or {"question", "answer"}'
-COLUMNS = (("text",), ("messages",), ("prompt", "completion"), ("question", "answer"))
+FORMS = (
+    '{"text"}, {"messages"}, {"prompt", "completion"}, {"question", "answer"}, {"conversations"} or '
+    '{"instruction", "output"}'
+)
+COLUMNS = (  # of a table; `input` alone is no form
+    ("text",), ("messages",), ("prompt", "completion"), ("question", "answer"), ("conversations",),
+    ("instruction", "output"), ("input",),
+)  # fmt: skip
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # other roles stay
 
 
 class Sample(NamedTuple):
@@ -43,13 +51,20 @@ def _sample(origin: str, entry: Mapping[str, Any]) -> Sample:
     for first, second in (("prompt", "completion"), ("question", "answer")):
         if _texts(entry, first, second):
             return Sample(origin, messages=(_message("user", entry[first]), _message("assistant", entry[second])))
-    messages = entry.get("messages")
-    if isinstance(messages, list) and messages:
-        for number, message in enumerate(messages, start=1):
-            if not isinstance(message, Mapping) or not _texts(message, "role", "content"):
-                what = f"{origin}: found the keys 'messages', but message {number} has no text as role and content"
-                raise DscError(what, 'write each as {"role": "user", "content": "..."}')
-        return Sample(origin, messages=tuple(_message(m["role"], m["content"]) for m in messages))
+    if _texts(entry, "instruction", "output"):
+        more = entry.get("input")
+        asked = f"{entry['instruction']}\n\n{more}" if isinstance(more, str) and more.strip() else entry["instruction"]
+        return Sample(origin, messages=(_message("user", asked), _message("assistant", entry["output"])))
+    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        messages = entry.get(key)
+        if isinstance(messages, list) and messages:
+            for number, message in enumerate(messages, start=1):
+                if not isinstance(message, Mapping) or not _texts(message, role, content):
+                    what = f"{origin}: found the keys {key!r}, but message {number} has no text as {role} and {content}"
+                    raise DscError(what, f'write each as {{"{role}": "user", "{content}": "..."}}')
+            return Sample(
+                origin, messages=tuple(_message(SHAREGPT.get(m[role], m[role]), m[content]) for m in messages)
+            )
     given = ", ".join(repr(key) for key, value in entry.items() if value is not None) or "none"
     raise DscError(f"{origin}: found the keys {given[:200]}", f"each line must be {FORMS}, with text as values")
 

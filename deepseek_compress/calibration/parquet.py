@@ -27,7 +27,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | DscError]]:
         with ParquetFile(file, buffer_size=1 << 20) as table:
             names = list(table.schema_arrow.names)
             wanted = [key for keys in COLUMNS if set(keys) <= set(names) for key in keys]
-            if not wanted:
+            if not wanted or wanted == ["input"]:
                 raise DscError(f"{file}: has the columns {', '.join(names)[:200]}", f"its columns must be {FORMS}")
             number = 1
             for batch in table.iter_batches(batch_size=ROWS, columns=wanted, use_threads=False):

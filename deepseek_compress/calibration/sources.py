@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, cast
 
-from deepseek_compress import resources
+from deepseek_compress import limits, resources
 from deepseek_compress.calibration.forms import FORMS, Sample, sample_of
 from deepseek_compress.calibration.parquet import read_rows
 from deepseek_compress.errors import DscError, raise_problems
@@ -27,8 +27,6 @@ from deepseek_compress.errors import DscError, raise_problems
 __all__ = ["BUILTIN", "Sample", "files_of", "read_samples"]
 
 BUILTIN = "builtin"
-PIECE = 1 << 16  # characters of plain text taken at a time
-LINE = 64 << 20  # bytes of a line of JSON
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz", ".md")
 TOLD = 20  # bad lines of a source
 SEARCHED = 100_000  # good lines after the first bad one in which others are looked for
@@ -96,8 +94,8 @@ def _open(file: Path) -> IO[bytes]:
 def _plain(file: Path) -> Iterator[Sample | DscError]:
     try:
         with _open(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
-            while piece := text.read(PIECE):
-                piece += text.readline(PIECE)
+            while piece := text.read(limits.PIECE):
+                piece += text.readline(limits.PIECE)
                 if "\0" in piece:
                     yield DscError(f"{file}: has zero bytes, so it is no text", "give text or JSON Lines")
                     return
@@ -120,11 +118,13 @@ def _is_text(line: bytes) -> bool:
 def _lines(file: Path) -> Iterator[Sample | DscError]:
     with _open(file) as lines:
         for number in count(1):
-            line = lines.readline(LINE + 1)
+            line = lines.readline(limits.LINE_BYTES + 1)
             if not line:
                 return
-            if len(line) > LINE:
-                yield DscError(f"{file}:{number}: a line of more than {LINE >> 20} MiB", "cut it into documents")
+            if len(line) > limits.LINE_BYTES:
+                yield DscError(
+                    f"{file}:{number}: a line of more than {limits.LINE_BYTES >> 20} MiB", "cut it into documents"
+                )
                 return
             if line.strip():
                 yield from _line(f"{file}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deepseek_compress import limits
 from deepseek_compress.calibration.settings import Calibration, Source
 from deepseek_compress.calibration.sources import Sample, files_of, read_samples
 from deepseek_compress.checkpoint.files import hash_file
@@ -152,20 +153,29 @@ def by_share(sources: Sequence[Source], tokenizer: Tokenizer) -> Iterator[Docume
 
 
 def _documents(number: int, source: Source, tokenizer: Tokenizer) -> Iterator[Document]:
-    return (Document(number, sample, document_ids(sample, tokenizer)) for sample in read_samples(source.path))
+    for sample in read_samples(source.path):
+        for part, ids in enumerate(document_ids(sample, tokenizer)):
+            yield Document(number, sample if part == 0 else Sample(sample.origin), ids)
 
 
-def document_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
-    """Ids of one document: as a whole text with what the tokenizer adds at its ends, closed by the end token."""
+def document_ids(sample: Sample, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Ids of one document: a text with what the tokenizer adds at its start, closed by the end token.
+
+    They come in parts of `limits.PIECE` characters: a line of 60 MB would take 10 GB as a whole.
+    """
     # A chat template writes its own special tokens
     templated = bool(sample.messages) and tokenizer.has_chat_template
     try:
         text = tokenizer.chat(sample.messages) if sample.messages else sample.text
     except DscError as error:
         raise DscError(f"{sample.origin}: {error.what}", error.fix) from None
-    ids = tokenizer.encode(text, special=not templated)
-    end = tokenizer.eos_ids[:1]
-    return ids if not end or ids[-1:] == list(end) else [*ids, *end]
+    end, before = list(tokenizer.eos_ids[:1]), None
+    for ids in tokenizer.encoded(text, limits.PIECE, special=not templated):
+        if before is not None:
+            yield before
+        before = ids
+    if before is not None:
+        yield before if before[-1:] == end else [*before, *end]
 
 
 def interleave(streams: Iterable[Iterator[Item]]) -> Iterator[Item]:

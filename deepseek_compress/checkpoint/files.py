@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,22 +17,87 @@ import blake3
 import numpy as np
 from torch import Tensor
 
+from deepseek_compress import limits
 from deepseek_compress.errors import DscError
 
+SEAL = "checksum"  # the last key of a sealed file: BLAKE3 of the file with zeros in its place
+_UNSEALED = "0" * 64
+_END = f'{_UNSEALED}"\n}}\n'.encode()
+_SURROGATE = re.compile(rb"\\\\u[dD][89a-fA-F]")
 _READ = 512 << 10  # bytes at a time: they stay in the cache between reading and hashing
+
+
+def read_bytes(path: Path, limit: int = limits.JSON_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes; `DscError` for a pipe, a device, and all that fails."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise DscError(f"{path}: {size} bytes, {limit} at most are read", "give another file")
+            return file.read(limit + 1)
+    except OSError as error:
+        raise DscError(f"{path}: {error.strerror}", "check that the file is there and can be read") from None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read; a pipe, which would never end, and a device are an OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(fd, "rb", buffering=0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `DscError` where there is none."""
+    return parse_json(path, read_bytes(path))
+
+
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object that `content` of the file `path` is."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DscError(f"{path}: {error.strerror}", "give a complete checkpoint directory") from None
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DscError(f"{path}: not valid JSON ({error})", "download the file again") from None
     if not isinstance(value, dict):
         raise DscError(f"{path}: not a JSON object", "download the file again")
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise DscError(f"{path}: an unpaired UTF-16 surrogate", "write the file as UTF-8") from None
     return value
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object with a checksum of the file as its last key: any flipped bit of it is noticed by `read_sealed`."""
+    content = json_text({**value, SEAL: _UNSEALED})
+    seal = blake3.blake3(content).hexdigest().encode()
+    write_file(path, content[: -len(_END)] + seal + b'"\n}\n')
+
+
+def read_sealed(path: Path, strict: bool = True) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the checksum. `DscError` where the file has changed.
+
+    strict: False takes a file of schema 1 without a checksum, which earlier versions wrote.
+    """
+    content = read_bytes(path)
+    value = parse_json(path, content)
+    if not strict and SEAL not in value and value.get("schema") == 1:
+        return value
+    seal = str(value.pop(SEAL, ""))
+    unsealed = content[: -len(_END)] + _END
+    if not content.endswith(f'{seal}"\n}}\n'.encode()) or blake3.blake3(unsealed).hexdigest() != seal:
+        raise DscError(f"{path}: not the bytes that were written", "make this output again")
+    return value
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """What an interrupted run wrote with `write_sealed`; None where there is nothing, or it is damaged."""
+    try:
+        return read_sealed(path)
+    except DscError:
+        return None
 
 
 def hash_file(path: Path) -> str:
@@ -59,7 +127,7 @@ class FileHash:
         return self._hash.hexdigest()
 
     def _read(self, count: int | None) -> None:
-        with disk_errors(self.file), open(self.file, "rb", buffering=0) as file:
+        with disk_errors(self.file), open_regular(self.file) as file:
             file.seek(self._place)
             for block in blocks(file.fileno(), count):
                 self._hash.update(block)
@@ -101,14 +169,39 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
+            sync_directory(path.parent)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            remove(beside)
             raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """Indented, keys in the order given, one newline at the end."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_file(path, json_text(value))
+
+
+def json_text(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def remove(path: Path) -> None:
+    """Delete one of our files, where it is there. All that is deleted goes through here and `remove_tree`."""
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete one of our directories with everything in it, where it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def inside(directory: Path, file: Path) -> bool:
@@ -128,6 +221,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or " requested and " in str(error)  # as numpy says it
         fix = "free some space, then the same command goes on" if full else "check the disk, then start again"
-        raise DscError(f"{path}: {error.strerror}", fix) from None
+        said = error.strerror or ("No space left on device" if full else str(error))
+        raise DscError(f"{path}: {said}", fix) from None

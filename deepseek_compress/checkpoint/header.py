@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from typing import Any
 
 import torch
 
+from deepseek_compress import limits
+from deepseek_compress.checkpoint.files import open_regular
+from deepseek_compress.checkpoint.verified import Identity, identity
 from deepseek_compress.errors import DscError
-
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers too
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -53,6 +53,7 @@ class Location:
     bytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]  # as stored, packed
+    identity: Identity = (0, 0, 0, 0)  # of the file, when its header was read
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def stored_name(name: str, suffix: str) -> str:
 def read_shard_header(path: Path) -> tuple[dict[str, Location], list[DscError]]:
     """Every tensor of one safetensors file and everything that is wrong with the file."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_regular(path) as file:
+            here = identity(file.fileno())
+            size = here[1]
             raw = _header_bytes(file.read(8), size, path)
             text = file.read(raw)
     except OSError as error:
@@ -128,12 +130,14 @@ def read_shard_header(path: Path) -> tuple[dict[str, Location], list[DscError]]:
         return {}, [DscError(f"{path.name}: the header is not valid JSON ({error})", _AGAIN)]
     if not isinstance(entries, dict):
         return {}, [DscError(f"{path.name}: the header is not a JSON object", _AGAIN)]
+    if len(entries) > limits.HEADER_TENSORS:
+        return {}, [DscError(f"{path.name}: {len(entries)} tensors, {limits.HEADER_TENSORS} at most are read", _AGAIN)]
     tensors: dict[str, Location] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
         try:
-            tensors[name] = _location(path, name, entry, 8 + raw)
+            tensors[name] = _location(path, name, entry, 8 + raw, here)
         except DscError as error:
             problems.append(error)
     if not problems:
@@ -148,7 +152,7 @@ def _header_bytes(start: bytes, size: int, path: Path) -> int:
     if len(start) < 8:
         raise DscError(f"{path.name}: {size} bytes are too few for a safetensors file", _AGAIN)
     (length,) = struct.unpack("<Q", start)
-    if length > min(HEADER_LIMIT, size - 8):
+    if length > min(limits.HEADER_BYTES, size - 8):
         raise DscError(f"{path.name}: a header of {length} bytes does not fit a file of {size} bytes", _AGAIN)
     return int(length)
 
@@ -156,8 +160,9 @@ def _header_bytes(start: bytes, size: int, path: Path) -> int:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} stands twice")
     return found
 
 
@@ -165,25 +170,37 @@ def _whole(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
-def _location(path: Path, name: str, entry: Any, start: int) -> Location:
-    where = f"{path.name}: {name}"
+def _elements(shape: list[int], where: str) -> int:
+    """Checked product: no number grows beyond a tensor that could exist."""
+    if len(shape) > limits.RANK:
+        raise DscError(f"{where}: {len(shape)} dimensions, {limits.RANK} at most are read", _AGAIN)
+    if max(shape, default=0) > limits.SIZE:
+        raise DscError(f"{where}: a dimension of more than 2^48", _AGAIN)
+    return math.prod(shape)
+
+
+def _location(path: Path, name: str, entry: Any, start: int, here: Identity) -> Location:
+    where = f"{path.name}: {name[:200]}"
+    if not name.isprintable():
+        raise DscError(f"{where}: the name of a tensor has control characters", _AGAIN)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise DscError(f"{where}: the header lacks dtype, shape or data_offsets", _AGAIN)
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise DscError(f"{where}: unknown dtype {dtype_name!r}", f"known: {', '.join(DTYPES)}")
+        raise DscError(f"{where}: unknown dtype {str(dtype_name)[:80]!r}", f"known: {', '.join(DTYPES)}")
     if not _whole(shape):
-        raise DscError(f"{where}: shape {shape!r} is not a list of whole numbers", _AGAIN)
+        raise DscError(f"{where}: shape {str(shape)[:80]} is not a list of whole numbers", _AGAIN)
     if not _whole(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
-        raise DscError(f"{where}: data_offsets {offsets!r} are not [begin, end]", _AGAIN)
+        raise DscError(f"{where}: data_offsets {str(offsets)[:80]} are not [begin, end]", _AGAIN)
     begin, end = offsets
     dtype = DTYPES[dtype_name]
-    needed = math.prod(shape) * dtype.itemsize
-    if end - begin != needed:
+    needed, given = _elements(shape, where) * dtype.itemsize, min(end - begin, 1 << 64)
+    if end > limits.SIZE or end - begin != needed:
         raise DscError(
-            f"{where}: shape {shape} of {dtype_name} takes {needed} bytes, the header gives {end - begin}", _AGAIN
+            f"{where}: shape {shape} of {dtype_name} takes {needed} bytes, the header gives {given}",
+            _AGAIN,
         )
-    return Location(path, start + begin, needed, dtype, tuple(shape))
+    return Location(path, start + begin, needed, dtype, tuple(shape), here)
 
 
 def _layout_problems(path: Path, tensors: dict[str, Location], start: int, size: int) -> Iterator[DscError]:

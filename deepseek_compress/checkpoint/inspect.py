@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepseek_compress.checkpoint.files import hash_file
 from deepseek_compress.checkpoint.formats import packed
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.reader import Checkpoint
+from deepseek_compress.checkpoint.verified import listed, wrong
 from deepseek_compress.errors import DscError
 
 
@@ -49,12 +49,7 @@ def summarize(
 
 def verify_hashes(checkpoint: Checkpoint) -> Iterator[DscError]:
     """Every file of the manifest whose bytes are not those that were written; nothing without a manifest."""
-    for name, facts in ((checkpoint.manifest or {}).get("files") or {}).items():
-        path = checkpoint.path / name
-        if path.parent != checkpoint.path or not path.is_file():
-            yield DscError(f"{path}: in the manifest, but not there", "make the checkpoint again")
-        elif path.stat().st_size != facts["bytes"] or hash_file(path) != facts["blake3"]:
-            yield DscError(f"{path}: not the bytes that were written", "make the checkpoint again")
+    yield from wrong(checkpoint.path, listed(checkpoint.manifest))
 
 
 class _Key(NamedTuple):

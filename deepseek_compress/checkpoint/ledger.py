@@ -8,7 +8,7 @@ Any process may write a shard; the writer of the checkpoint takes up those that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import hash_file, kept, remove, write_sealed
 from deepseek_compress.checkpoint.formats import mxfp4, packed
-from deepseek_compress.checkpoint.header import module_of, stored_name
+from deepseek_compress.checkpoint.header import Location, module_of, stored_name
 from deepseek_compress.checkpoint.quantization_config import Stored, describe
-from deepseek_compress.checkpoint.reader import Checkpoint
+from deepseek_compress.checkpoint.reader import Checkpoint, check_finite
 from deepseek_compress.checkpoint.shards import ELEMENT, Outline, Shard, ShardFile
 from deepseek_compress.numerics.types import Quantized
 
@@ -40,7 +40,7 @@ class OpenShard:
 
     def __init__(self, path: Path, thread: Executor | None = None, outline: Outline | None = None) -> None:
         self.path = path
-        path.with_suffix(".json").unlink(missing_ok=True)
+        remove(path.with_suffix(".json"))
         self.file = ShardFile(path, thread, outline)
         self.stored: dict[str, Stored] = {}
 
@@ -56,14 +56,14 @@ class OpenShard:
         if info.encoding != "plain" and decode:
             self.add(name, parts_of(name, source.read(name, None)))
         elif info.encoding != "plain":
-            self.add(name, source.read_raw(name))
+            self.add(name, _finite(name, source.read_raw(name)))
         else:
             ((suffix, place),) = info.parts.items()
             if place.bytes < STREAMED or place.bytes % ELEMENT:
-                self.add(name, source.read_raw(name))
+                self.add(name, _finite(name, source.read_raw(name)))
             else:
                 self.stored[name] = Stored("plain", place.bytes, len(place.shape))
-                self.file.stream(stored_name(name, suffix), place, source.pieces(place))
+                self.file.stream(stored_name(name, suffix), place, _finite_pieces(name, place.dtype, source, place))
 
     def keep(self, source: Checkpoint, name: str) -> None:
         """Write a tensor of `source` with its values, as servers read it beside packed weights.
@@ -71,7 +71,7 @@ class OpenShard:
         MXFP4 keeps its bytes under their names for them; what is encoded otherwise becomes BF16.
         """
         if source.header.tensors[name].encoding == "mxfp4":
-            codes, scale = mxfp4.main_parts(source.read_raw(name))
+            codes, scale = mxfp4.main_parts(_finite(name, source.read_raw(name)))
             self.add(name, {"weight_packed": codes, "weight_scale": scale})
         else:
             self.copy(source, name, decode=True)
@@ -81,7 +81,7 @@ class OpenShard:
         ledger = Ledger(self.file.close(), self.stored, list(facts))
         stored = {name: how._asdict() for name, how in ledger.stored.items()}
         value = {"shard": ledger.shard._asdict(), "stored": stored, "facts": ledger.facts}
-        write_json(self.path.with_suffix(".json"), value)
+        write_sealed(self.path.with_suffix(".json"), value)
         return ledger
 
     def discard(self) -> None:
@@ -89,16 +89,29 @@ class OpenShard:
         self.file.discard()
 
 
-def read_ledger(path: Path) -> Ledger | None:
-    """The ledger of the shard `path`; None where it is unfinished."""
-    beside = path.with_suffix(".json")
-    if not (beside.is_file() and path.is_file()):
+def read_ledger(path: Path, verify: bool = True) -> Ledger | None:
+    """The ledger of the shard `path`; None where it is unfinished, or either of them is damaged."""
+    value = kept(path.with_suffix(".json"))
+    if value is None or not path.is_file():
         return None
-    value = read_json(beside)
     shard = Shard(**{**value["shard"], "names": tuple(value["shard"]["names"])})
-    if path.stat().st_size != shard.bytes:
+    if path.stat().st_size != shard.bytes or (verify and hash_file(path) != shard.blake3):
         return None
     return Ledger(shard, {name: Stored(**how) for name, how in value["stored"].items()}, value["facts"])
+
+
+def _finite(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stored parts without a NaN or an infinity; `DscError` where there is one."""
+    for tensor in parts.values():
+        check_finite(name, tensor)
+    return parts
+
+
+def _finite_pieces(name: str, dtype: torch.dtype, source: Checkpoint, place: Location) -> Iterator[memoryview]:
+    """The bytes of a plain tensor, checked like that as they pass by."""
+    for piece in source.pieces(place):
+        check_finite(name, torch.frombuffer(piece, dtype=torch.uint8).view(dtype))
+        yield piece
 
 
 def input_parts(scale: float, zero_point: int, symmetric: bool) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ Source: compressed-tensors 0.20, quantization/quant_config.py and utils/match.py
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek_compress import limits
 from deepseek_compress.checkpoint.formats import packed
 from deepseek_compress.checkpoint.header import module_of
 
@@ -138,7 +140,10 @@ def ignore_list(schemes: Mapping[str, Scheme], plain: Iterable[str], ignore: Ite
 
 def matches(name: str, pattern: str) -> bool:
     """compressed-tensors' rule: equal, or `re:` and a match from the start."""
-    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else name == pattern
+    return _compiled(pattern[3:]).match(name) is not None if pattern.startswith("re:") else name == pattern
+
+
+_compiled = functools.lru_cache(maxsize=4096)(limits.pattern)
 
 
 def collapse(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:

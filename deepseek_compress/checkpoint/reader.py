@@ -17,18 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import blocks, disk_errors, inside, read_json
+from deepseek_compress.checkpoint.files import blocks, disk_errors, inside, open_regular, read_json
 from deepseek_compress.checkpoint.fold import fold
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, read_shard_header
-from deepseek_compress.errors import DscError, raise_problems
+from deepseek_compress.checkpoint.verified import changed, check, identity, manifest_of
+from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.numerics.types import Quantized
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MANIFEST = "dsc_manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+_INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
+_NAN_CODES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C, torch.float8_e8m0fnu: 0xFF}  # and above: none
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,7 @@ class Checkpoint:
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
         """dsc_manifest.json, or None where `dsc` did not write this checkpoint."""
-        path = self.path / MANIFEST
-        return read_json(path) if path.is_file() else None
+        return manifest_of(self.path)
 
     @property
     def activations(self) -> dict[str, Any] | None:
@@ -84,7 +87,7 @@ class Checkpoint:
             decoded = tensor if dtype is None else tensor.to(dtype)
         else:
             decoded = _decode(info, parts, self.config, dtype or torch.bfloat16)
-        _check_finite(name, decoded)
+        check_finite(name, decoded)
         return decoded
 
     def read_raw(self, name: str) -> dict[str, Tensor]:
@@ -94,7 +97,8 @@ class Checkpoint:
     def pieces(self, place: Location) -> Iterator[memoryview]:
         """The bytes of one stored tensor, unchanged; each piece is valid until the next is asked for."""
         done = 0
-        with disk_errors(place.file), open(place.file, "rb", buffering=0) as file:
+        with disk_errors(place.file), open_regular(place.file) as file:
+            check_same(place, file.fileno())
             file.seek(place.offset)
             for piece in blocks(file.fileno(), place.bytes):
                 done += len(piece)
@@ -108,6 +112,13 @@ class Checkpoint:
         if info.encoding != "packed":
             return None
         return packed.unpack_weight(name, self.read_raw(name))
+
+    def check_unchanged(self) -> None:
+        """Raise DscError where a shard is another than when its header was read."""
+        places = {part.file: part for info in self.header.tensors.values() for part in info.parts.values()}
+        for file, place in places.items():
+            if place.identity[0] and identity(file) != place.identity:
+                raise changed(file)
 
     def _info(self, name: str) -> TensorInfo:
         try:
@@ -128,7 +139,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     problems: list[DscError] = []
     config: dict[str, Any] = {}
     try:
+        check(path, weights=False)
         config = _config(path)
+    except Problems as error:
+        problems += error.problems
     except DscError as error:
         problems.append(error)
     try:
@@ -149,6 +163,7 @@ def read_tensor(place: Location, what: str) -> Tensor:
     fd = -1
     try:
         fd = os.open(place.file, os.O_RDONLY)
+        check_same(place, fd)
         done = 0
         while done < place.bytes:
             got = os.preadv(fd, [view[done:]], place.offset + done)
@@ -161,6 +176,12 @@ def read_tensor(place: Location, what: str) -> Tensor:
         if fd >= 0:
             os.close(fd)
     return buffer.view(place.dtype).view(place.shape)
+
+
+def check_same(place: Location, fd: int) -> None:
+    """Raise DscError where the file at `place` is another than when its header was read."""
+    if place.identity[0] and identity(fd) != place.identity:
+        raise changed(place.file)
 
 
 def _ended(what: str) -> DscError:
@@ -248,9 +269,19 @@ def _decode(info: TensorInfo, parts: dict[str, Tensor], config: dict[str, Any], 
     return packed.unpack_weight(info.name, parts).dequantize(dtype)
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
-    """One cheap sum first: it is finite unless an element is not, or the sum itself overflows."""
-    if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        bad = int((~torch.isfinite(tensor.float())).sum())
-        if bad:
-            raise DscError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite", "download the file again")
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise DscError for NaN and infinity in stored floats; whole numbers are what they are.
+
+    One cheap sum first: it is finite unless an element is not, or the sum itself overflows.
+    """
+    if tensor.dtype in _INTEGERS or not tensor.numel():
+        return
+    if tensor.dtype.itemsize == 1:  # FP8 has few codes that are none, and no sum of its own
+        nan = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor.view(torch.uint8) & 0x7F
+        bad = int((nan >= _NAN_CODES[tensor.dtype]).sum())
+    elif bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return
+    else:
+        bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise DscError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite", "download the file again")

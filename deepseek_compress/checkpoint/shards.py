@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint.direct import ALIGNMENT, DirectFile, other_bytes, read_back
-from deepseek_compress.checkpoint.files import disk_errors
+from deepseek_compress.checkpoint.files import disk_errors, remove
 from deepseek_compress.checkpoint.header import DTYPE_NAMES, Location
 
 ELEMENT = 8  # bytes of the widest one
@@ -117,7 +117,7 @@ class ShardFile:
         """Close and remove the unfinished file."""
         if self._file is not None:
             self._file.close()
-        self.path.unlink(missing_ok=True)
+        remove(self.path)
 
     def _append(self, name: str, tensor: Tensor) -> None:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -3,8 +3,8 @@
     statistics-00003.safetensors    "model.layers.3.mlp.in.hessian", ".input_absmax", ".input_absmean", ".tokens", ...
 
 A name is the block's prefix and the input that linears share. Of the symmetric Hessian (n, n) only what stands on and
-above the diagonal is stored, row by row: n (n + 1) / 2 numbers of float32. A file appears under its name once it is
-safe, so that an interrupted run goes on after the last one.
+above the diagonal is stored, row by row: n (n + 1) / 2 numbers of float32. A file is kept in `.dsc_partial`
+until all are safe, with its size and hash beside it, so that an interrupted run goes on after the last one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import disk_errors, hash_file, read_json
+from deepseek_compress.checkpoint.files import disk_errors, hash_file, kept, sync_directory, write_sealed
 from deepseek_compress.checkpoint.header import Location, read_shard_header
-from deepseek_compress.checkpoint.reader import MANIFEST, read_tensor
+from deepseek_compress.checkpoint.owned import PARTIAL
+from deepseek_compress.checkpoint.reader import read_tensor
 from deepseek_compress.checkpoint.shards import ShardFile
+from deepseek_compress.checkpoint.verified import hash_of, manifest_of
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.numerics.hessian import mirror
 from deepseek_compress.numerics.types import Statistics
@@ -68,15 +70,15 @@ class StatisticsWriter:
 
     def __init__(self, out: Path, blocks: Sequence[Collection[str]]) -> None:
         self.out, self._blocks = out, blocks
-        self._done = 0
-        while self._done < len(blocks) and self._path(self._done).is_file():
-            self._done += 1
         self._open: ShardFile | None = None
-        self._hashes: dict[Path, str] = {}  # of the files of this run
+        self._shards: list[dict[str, Any]] = []  # of finished blocks: {"bytes", "blake3"}
+        (out / PARTIAL).mkdir(parents=True, exist_ok=True)
+        while self._done < len(blocks) and (shard := self._taken(self._done)) is not None:
+            self._shards.append(shard)
 
     @property
     def written(self) -> frozenset[str]:
-        """Tensors of the blocks that are safe on the disk."""
+        """Names of tensors of the blocks that are safe on the disk."""
         return frozenset(name for block in self._blocks[: self._done] for name in block)
 
     def add_raw(self, name: str, parts: Mapping[str, Tensor]) -> None:
@@ -92,22 +94,44 @@ class StatisticsWriter:
     def flush(self) -> None:
         """End the block: its file appears."""
         if self._open is not None:
-            self._hashes[self._path(self._done)] = self._open.close().blake3
+            shard = self._open.close()
+            facts = {"bytes": shard.bytes, "blake3": shard.blake3}
             with disk_errors(self._growing):
                 os.replace(self._growing, self._path(self._done))
-            self._open, self._done = None, self._done + 1
+            write_sealed(self._path(self._done).with_suffix(".json"), facts)
+            self._open = None
+            self._shards.append(facts)
+
+    def in_sequence(self) -> None:
+        """Nothing to forget: only what comes before the first damaged file was taken up."""
 
     def finish(self) -> dict[str, str]:
-        """BLAKE3 of each file."""
+        """Give the files their places; BLAKE3 of each. The directory they grew in goes with the manifest's writing."""
         files = [self._path(number) for number in range(len(self._blocks))]
-        return {file.name: self._hashes.get(file) or hash_file(file) for file in files}
+        for file in files:
+            with disk_errors(file):
+                os.replace(file, self.out / file.name)
+        sync_directory(self.out)
+        return {file.name: shard["blake3"] for file, shard in zip(files, self._shards, strict=True)}
+
+    @property
+    def _done(self) -> int:
+        return len(self._shards)
+
+    def _taken(self, number: int) -> dict[str, Any] | None:
+        """A block's file of an interrupted run, where it is what was written; also one that has its place already."""
+        file, facts = self._path(number), kept(self._path(number).with_suffix(".json"))
+        named = self.out / file.name
+        if facts is not None and not file.exists() and named.is_file():
+            os.replace(named, file)
+        return facts if facts is not None and file.is_file() and hash_file(file) == facts["blake3"] else None
 
     @property
     def _growing(self) -> Path:
-        return self.out / ".dsc_statistics.tmp"
+        return self.out / PARTIAL / "growing.tmp"
 
     def _path(self, number: int) -> Path:
-        return self.out / f"statistics-{number:05d}.safetensors"
+        return self.out / PARTIAL / f"statistics-{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -150,18 +174,20 @@ class SavedStatistics:
 
 def open_statistics(path: Path) -> SavedStatistics:
     """What `dsc calibrate` wrote to the directory `path`. Raises DscError for anything else, and what is damaged."""
-    if not (path / MANIFEST).is_file():
+    manifest = manifest_of(path)
+    if manifest is None:
         raise DscError(f"{path}: no statistics in it", "give a directory that dsc calibrate wrote")
-    manifest = read_json(path / MANIFEST)
     if manifest.get("stage") != STAGE or "statistics" not in manifest:
         raise DscError(
             f"{path}: made by {manifest.get('stage')!r}, holds no statistics", "give what dsc calibrate wrote"
         )
     places: dict[str, Location] = {}
     problems: list[DscError] = []
-    for name in manifest["statistics"]["files"]:
+    for name, blake3 in manifest["statistics"]["files"].items():
         found, wrong = read_shard_header(path / name)
         places.update(found)
+        if not wrong and hash_of(path / name) != blake3:
+            wrong = [DscError(f"{path / name}: not the bytes that were written")]
         problems += [DscError(problem.what, _AGAIN) for problem in wrong]
     raise_problems(problems)
     return SavedStatistics(path, manifest, places)

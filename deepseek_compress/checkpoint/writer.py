@@ -18,20 +18,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import blake3
 from torch import Tensor
 
 from deepseek_compress.checkpoint.card import model_card
-from deepseek_compress.checkpoint.files import disk_errors, inside, write_file, write_json
+from deepseek_compress.checkpoint.files import (
+    disk_errors,
+    inside,
+    json_text,
+    remove,
+    remove_tree,
+    replacing,
+    sync_directory,
+    write_file,
+    write_json,
+    write_sealed,
+)
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, input_parts, parts_of, read_ledger
+from deepseek_compress.checkpoint.owned import CONFIG, NAMES, PARTIAL, recorded, refuse_foreign, unname_shards
 from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
-from deepseek_compress.checkpoint.reader import INDEX, MANIFEST, Checkpoint
+from deepseek_compress.checkpoint.reader import INDEX, Checkpoint
 from deepseek_compress.checkpoint.shards import Shard
-from deepseek_compress.errors import DscError
+from deepseek_compress.checkpoint.verified import CARD, MANIFEST, described
+from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.numerics.types import Quantized
 
-PARTIAL = ".dsc_partial"
-WRITTEN = ("config.json", INDEX, MANIFEST, "README.md", "model-*-of-*.safetensors")
 COPIED = (
     "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -96,13 +108,20 @@ class CheckpointWriter:
         """Where shard `number` (from 1) grows; a process that writes an `OpenShard` there is followed by `take`."""
         return self._partial / f"shard-{number:05d}.safetensors"
 
+    def in_sequence(self) -> None:
+        """Forget shards after the first that is missing or damaged, so that resumed ones get the same numbers."""
+        for number in [n for place, n in enumerate(sorted(self._ledgers), 1) if n != place]:
+            del self._ledgers[number]
+            remove(self.shard_path(number))
+            remove(self.shard_path(number).with_suffix(".json"))
+
     def has(self, number: int) -> bool:
         """Whether shard `number` is finished."""
         return number in self._ledgers
 
     def take(self, number: int) -> None:
         """Take up shard `number`, which another process finished."""
-        ledger = read_ledger(self.shard_path(number))
+        ledger = read_ledger(self.shard_path(number), verify=False)  # read back by who wrote it
         if ledger is None:
             raise ValueError(f"{self.shard_path(number)} is not finished")
         self._ledgers[number] = ledger
@@ -159,19 +178,27 @@ class CheckpointWriter:
         notes: list[str] = []
         config = self._config(config_changes, ignore, notes)
         self._add_input_grids(config)
-        files = self._name_shards()
+        self.source.check_unchanged()
+        copied = copied_files(self.source.path)
+        named = self._shard_names()
+        others = [INDEX, MANIFEST, CARD, CONFIG, *(file.name for file in copied)]
+        write_sealed(self._partial / NAMES, {"names": sorted([*named, *others])})
+        files = self._name_shards(named)
         self._write_index(files)
-        for file in copied_files(self.source.path):
-            with disk_errors(self.out / file.name):
-                shutil.copyfile(file, self.out / file.name)
+        for file in copied:
+            with replacing(self.out / file.name) as target, open(file, "rb") as given:
+                shutil.copyfileobj(given, target)
+        facts = {"kv_cache": self.source.kv_cache, **manifest, "activations": self._activations}
+        write_file(self.out / CARD, model_card(self.source, config, facts, card).encode("utf-8"))
+        config_text = json_text(config)
         written = {name: {"bytes": shard.bytes, "blake3": shard.blake3} for name, shard in files.items()}
-        facts = {"kv_cache": self.source.kv_cache, **manifest, "activations": self._activations, "files": written}
-        write_file(self.out / "README.md", model_card(self.source, config, facts, card).encode("utf-8"))
-        write_json(self.out / MANIFEST, facts)
-        _sync_directory(self.out)
-        write_json(self.out / "config.json", config)
+        written |= {CONFIG: {"bytes": len(config_text), "blake3": blake3.blake3(config_text).hexdigest()}}
+        small = [INDEX, CARD, *(file.name for file in copied), *(file.name for file in self.out.glob("dsc_layers.*"))]
+        facts["files"] = dict(sorted({**described(self.out, small), **written}.items()))
+        write_sealed(self.out / MANIFEST, facts)
+        write_file(self.out / CONFIG, config_text)
         self._finished = True
-        shutil.rmtree(self._partial)
+        remove_tree(self._partial)
         return notes
 
     def __enter__(self) -> CheckpointWriter:
@@ -206,22 +233,23 @@ class CheckpointWriter:
         if self._closing is not None and self._closing.result.exception() is not None:
             self._closing.shard.discard()
         if self._resume:
-            _unname_shards(self.out, self._partial)
-        _remove_output(self.out)
+            unname_shards(self.out, self._partial)
+        self._remove_output()
         if not self._resume:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            remove_tree(self._partial)
         if not any(self.out.iterdir()):
             self.out.rmdir()
 
     def _claim(self, expected_bytes: int) -> None:
         if self.out.resolve() == self.source.path.resolve():
             raise DscError(f"{self.out}: input and output are the same directory", "give another output directory")
-        _refuse_foreign(self.out)
+        refuse_foreign(self.out)
+        self._refuse_to_overwrite()
         with disk_errors(self.out):
             self._partial.mkdir(parents=True, exist_ok=True)
             if self._resume:
-                _unname_shards(self.out, self._partial)
-            _remove_output(self.out)
+                unname_shards(self.out, self._partial)
+            self._remove_output()
             self._take_up()
             free = shutil.disk_usage(self.out).free
         missing = expected_bytes - sum(ledger.shard.bytes for ledger in self.ledgers) - free
@@ -236,13 +264,30 @@ class CheckpointWriter:
     def _take_up(self) -> None:
         """Finished shards of the run before; what has no ledger is unfinished and goes."""
         for file in sorted(self._partial.glob("shard-*.safetensors")):
-            ledger = read_ledger(file) if self._resume else None
+            number = file.stem.removeprefix("shard-")
+            ledger = read_ledger(file) if self._resume and number.isdigit() else None
             if ledger is not None:
-                self._ledgers[int(file.stem.removeprefix("shard-"))] = ledger
-        kept = {self.shard_path(number).stem for number in self._ledgers}
+                self._ledgers[int(number)] = ledger
+        known = {self.shard_path(number).stem for number in self._ledgers}
         for file in self._partial.iterdir():
-            if file.stem not in kept:
-                file.unlink()
+            if file.stem not in known:
+                remove(file)
+
+    def _refuse_to_overwrite(self) -> None:
+        """Raise Problems for files of the user's that have the name of one of an output."""
+        ours = recorded(self.out)
+        coming = [INDEX, CARD, CONFIG, MANIFEST, *(file.name for file in copied_files(self.source.path))]
+        there = [name for name in coming if name not in ours and os.path.lexists(self.out / name)]
+        raise_problems(
+            DscError(f"{self.out / name}: not written by dsc, and would be overwritten", "move it to another directory")
+            for name in there
+        )
+
+    def _remove_output(self) -> None:
+        """Remove the recorded files of an earlier output: first config.json, without which the rest does not load,
+        last the manifest, which records them."""
+        for name in sorted(recorded(self.out), key=lambda name: (name == MANIFEST, name != CONFIG)):
+            remove(self.out / name)
 
     def _config(self, changes: Mapping[str, Any], ignore: Iterable[str], notes: list[str]) -> dict[str, Any]:
         """The published config with as little changed as possible; its keys survive, known to us or not."""
@@ -291,15 +336,17 @@ class CheckpointWriter:
         """Logical name -> how it is stored, in the order of the shards."""
         return {name: how for ledger in self.ledgers for name, how in ledger.stored.items()}
 
-    def _name_shards(self) -> dict[str, Shard]:
+    def _shard_names(self) -> dict[str, int]:
+        """Final name -> number of a shard."""
         count = len(self._ledgers)
-        files = {}
-        for i, number in enumerate(sorted(self._ledgers), 1):
-            name = f"model-{i:05d}-of-{count:05d}.safetensors"
+        return {f"model-{i:05d}-of-{count:05d}.safetensors": n for i, n in enumerate(sorted(self._ledgers), 1)}
+
+    def _name_shards(self, named: Mapping[str, int]) -> dict[str, Shard]:
+        for name, number in named.items():
             with disk_errors(self.out / name):
                 os.replace(self.shard_path(number), self.out / name)
-            files[name] = self._ledgers[number].shard
-        return files
+        sync_directory(self.out)
+        return {name: self._ledgers[number].shard for name, number in named.items()}
 
     def _write_index(self, files: Mapping[str, Shard]) -> None:
         weight_map = {tensor: file for file, shard in files.items() for tensor in shard.names}
@@ -330,38 +377,3 @@ def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, S
         return None
     bits = scheme["num_bits"]
     return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": granularity, "dynamic": not static}
-
-
-def _refuse_foreign(out: Path) -> None:
-    """A directory may be taken when it is new, empty, or of our own making."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DscError(f"{out}: a file", "give another output directory")
-    foreign = sorted(file.name for file in out.iterdir() if not file.name.startswith(("dsc_", ".dsc_")))
-    if foreign and not (out / MANIFEST).exists() and not (out / PARTIAL).exists():
-        names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise DscError(f"{out}: holds {names}, which dsc did not write", "give another output directory")
-
-
-def _remove_output(out: Path) -> None:
-    """Remove an earlier output of ours, config.json first: whatever is left of it then no longer loads."""
-    for pattern in (*WRITTEN, *COPIED):
-        for file in out.glob(pattern):
-            file.unlink()
-
-
-def _unname_shards(out: Path, partial: Path) -> None:
-    """Undo the renames of a `finish` that did not end, so that its shards can be taken up."""
-    for file in out.glob("model-*-of-*.safetensors"):
-        shard = partial / f"shard-{file.name.split('-')[1]}.safetensors"
-        if shard.with_suffix(".json").is_file() and not shard.exists():
-            os.replace(file, shard)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

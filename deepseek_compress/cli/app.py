@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from deepseek_compress import __version__, console
+from deepseek_compress import __version__, console, limits
 from deepseek_compress.cli import look, speak, work
 from deepseek_compress.errors import DscError, Problems
 
@@ -42,7 +42,9 @@ class Commands(TyperGroup):
             raise typer.Exit(141) from None
         except OSError as error:
             if error.filename is None and error.errno is None:
-                raise
+                if " requested and " not in str(error):  # what numpy says of a disk that is full
+                    raise
+                error.strerror = "No space left on device"
             place = f"{error.filename}: " if error.filename is not None else ""
             _report(ctx, DscError(f"{place}{error.strerror or error}", "mend that; the same command goes on"))
             raise typer.Exit(1) from None
@@ -50,7 +52,7 @@ class Commands(TyperGroup):
 
 def _report(context: typer.Context, error: DscError) -> None:
     if context.meta.get("json"):
-        found = error.problems if isinstance(error, Problems) else [error]
+        found = error.problems[: limits.PROBLEMS] if isinstance(error, Problems) else [error]
         console.print_json({"problems": [{"what": problem.what, "fix": problem.fix} for problem in found]})
     console.errors(error)
 

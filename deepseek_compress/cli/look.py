@@ -72,8 +72,9 @@ def compare(
 
     if out.suffix != ".html":
         raise DscError(f"-o {out}: not a .html file", "name the page, for instance -o compare.html")
-    if out.exists() and not _is_report(out.with_suffix(".json")):
-        raise DscError(f"{out}: exists and was not written by dsc", "choose another -o")
+    for page in (out, out.with_suffix(".md"), out.with_suffix(".json")):
+        if page.exists() and not _is_report(out.with_suffix(".json")):
+            raise DscError(f"{page}: exists and was not written by dsc", "choose another -o")
     library.compare(reports, out)
     show.report(out.with_suffix(".json"), json, out)
 

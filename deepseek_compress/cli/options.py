@@ -33,6 +33,10 @@ Calibration = Annotated[
     list[str] | None,
     typer.Option("--calibration", metavar="FILE[=SHARE]", help="Calibration text of yours; repeatable."),
 ]
+TrainingText = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", "--data", metavar="FILE[=SHARE]", help="Training text of yours; repeatable."),
+]
 Statistics = Annotated[
     str | None,
     typer.Option("--statistics", metavar="DIR", help="What `dsc calibrate` collected, instead of calibration text."),
@@ -55,6 +59,9 @@ Workers = Annotated[
 ]
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster that sees the same files.")
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Do not read large files again to verify that they are what was written.")
 ]
 Json = Annotated[bool, typer.Option("--json", callback=_remember_json, help="One JSON document on standard output.")]
 

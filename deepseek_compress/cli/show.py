@@ -8,8 +8,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from deepseek_compress import console
-from deepseek_compress.errors import DscError
+from deepseek_compress import console, limits
+from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     """The stages of a plan with what each would write, and every problem."""
     rows = [_planned(found, step.name, step.kind, step.source, rates) for step in found.recipe.steps]
     if as_json:
-        problems = [{"what": problem.what, "fix": problem.fix} for problem in found.problems]
+        problems = [{"what": problem.what, "fix": problem.fix} for problem in found.problems[: limits.PROBLEMS]]
         console.print_json(
             {
                 "recipe": found.recipe.name,
@@ -52,9 +52,8 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
         for row, number in zip(rows, numbers.values(), strict=True)
     )
     console.table("", columns, cells, right=columns[4:])
-    for problem in found.problems:
-        console.errors(problem)
     if found.problems:
+        console.errors(Problems(found.problems))
         return
     if rates is None:
         console.line("time unknown: this machine was not measured yet (--measure, 10 s)", "quiet")
@@ -137,9 +136,10 @@ def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         console.print_json({**found, "next": None if found["problems"] else following})
         return
+    bits = found["bits_per_weight"] or 0.0
     console.line(
         f"{found['path']}: {found['model_type']}, {found['parameters']:,} parameters in {found['tensors']} tensors, "
-        f"{console.size(found['bytes'])} in {found['shards']} shards, {found['bits_per_weight']:.2f} bits per weight"
+        f"{console.size(found['bytes'])} in {found['shards']} shards, {bits:.2f} bits per weight"
     )
     columns = ("role", "stored as", "tensors", "parameters", "size", "bits", "zeros")
     console.table("", columns, (_role(row) for row in found["roles"]), right=columns[2:])
@@ -150,9 +150,9 @@ def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
     lineage = " -> ".join(str(step.get("stage")) for step in found["lineage"])
     console.line(f"lineage: {lineage or 'none; dsc did not write it'}")
     console.line(f"hashes: {found['hashes']}")
-    for problem in found["problems"]:
-        console.errors(DscError(problem["what"], problem["fix"]))
-    if not found["problems"]:
+    if found["problems"]:
+        console.errors(Problems(DscError(problem["what"], problem["fix"]) for problem in found["problems"]))
+    else:
         console.next_step(following)
 
 

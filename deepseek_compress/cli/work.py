@@ -73,12 +73,13 @@ def run(
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
-    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, gpu_memory), json, flat=False)
+    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, gpu_memory, quick), json, flat=False)
     show.outputs(target, paths, wanted, json)
 
 
@@ -101,17 +102,56 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         gpu_memory: o.GpuMemory = None,
         workers: o.Workers = None,
         ray: o.Ray = None,
+        quick: o.Quick = False,
         json: o.Json = False,
     ) -> None:
         text = _calibration(calibration, statistics, samples, length, seed)
         wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
-        _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory), json, model)
+        _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory, quick), json, model)
 
     command.__doc__ = summary
     return command
 
 
-distill = _compressing("distill", "distill", "Train a smaller student from a teacher.")
+def distill(
+    teacher: o.Model,
+    out: o.Out,
+    student: Annotated[
+        str | None, typer.Option("--student", metavar="DIR", help="To train. [default: TEACHER, made smaller]")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="DIR", help="What the teacher says, recorded there once.")
+    ] = None,
+    calibration: o.TrainingText = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Train so many steps.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Train on so many tokens.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Train about as long.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Cut texts to it.")] = None,
+    recipe: o.RecipeOption = "distill",
+    settings: o.Settings = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    memory: o.Memory = None,
+    json: o.Json = False,
+) -> None:
+    """Train a smaller student from a teacher."""
+    recorded = cache is not None and (Path(cache) / "teacher.json").is_file()
+    values: dict[str, Any] = {
+        **_calibration(calibration, None, None, None, seed),
+        "distill.cache": cache,
+        "distill.length": length,
+        "distill.steps": steps,
+        "distill.tokens": tokens,
+        "distill.minutes": minutes,
+    }
+    if student is not None:
+        values["distill.keep"] = 1.0
+        if not recorded:  # else the teacher need not be there
+            values |= {"distill.teacher": "teacher", "inputs": {"teacher": teacher}}
+    wanted = _recipe(recipe, student or teacher, settings, values, kind="distill")
+    _one_stage(wanted, out, _options(device, memory), json, teacher)
+
+
 prune = _compressing("compress", "sparse24", "Make two of every four weights zero.")
 calibrate = _compressing(
     "calibrate",
@@ -139,12 +179,13 @@ def allocate(
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Find by measurement which bits each part of a model needs under a size; writes a recipe for quantize."""
     values = {**_calibration(calibration, None, samples, length, seed), "allocate.target": target}
     wanted = _recipe(recipe, model, settings, values, group_size, kind="allocate")
-    _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory), json, model)
+    _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory, quick), json, model)
 
 
 def export(
@@ -154,11 +195,12 @@ def export(
     recipe: o.RecipeOption = "export",
     settings: o.Settings = None,
     device: o.Device = "auto",
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint in a form that others run."""
     wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options(device), json, model)
+    _one_stage(wanted, out, _options(device, quick=quick), json, model)
 
 
 def evaluate(
@@ -179,6 +221,7 @@ def evaluate(
     memory: o.Memory = None,
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
@@ -199,7 +242,7 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory), progress)
+        page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory, quick), progress)
     show.report(page, json)
 
 
@@ -251,13 +294,14 @@ def _options(
     workers: int | None = None,
     ray: str | None = None,
     gpu_memory: str | None = None,
+    quick: bool = False,
 ) -> Options:
     from deepseek_compress.pipeline import Options
     from deepseek_compress.planning.device import choose
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory))
+    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory), quick)
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

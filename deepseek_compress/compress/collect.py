@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -28,6 +28,7 @@ class Accumulator:
         self._abssum: Tensor | None = None
         self._cross_covariance: Tensor | None = None
         self._residual_covariance: Tensor | None = None
+        self._half = Accumulator(self.needs - {"half"}) if "half" in self.needs else None
         self._marks: list[Tensor] = []  # one number a batch, see `_mark`
 
     def add(self, x: Tensor, split: Split | None = None) -> None:
@@ -40,14 +41,24 @@ class Accumulator:
             stream = () if split.stream is None else (split.stream[partners] - split.stream[~theirs],)
             parts = [(x[~theirs], x[partners] - x[~theirs], *stream)]
         for part in parts:
-            flat = [torch.split(tensor.reshape(-1, tensor.shape[-1]).float(), ROWS) for tensor in part]
-            for chunk in zip(*flat, strict=True):
-                self._rows(chunk[0])
-                if len(chunk) > 1:
-                    self._cross_covariance = _more(self._cross_covariance, chunk[1].T @ chunk[0])
-                if len(chunk) > 2:
-                    self._residual_covariance = _more(self._residual_covariance, chunk[2].T @ chunk[0])
+            flat = [tensor.reshape(-1, tensor.shape[-1]).float() for tensor in part]
+            if self._half is not None:
+                middle = len(flat[0]) // 2
+                self._half._take([tensor[:middle] for tensor in flat])
+                flat = [tensor[middle:] for tensor in flat]
+            self._take(flat)
         self._mark()
+        if self._half is not None:
+            self._half._mark()
+
+    def _take(self, part: Sequence[Tensor]) -> None:
+        """Take in x (tokens, columns) and, where they are there, what the two covariances take beside it."""
+        for chunk in zip(*(torch.split(tensor, ROWS) for tensor in part), strict=True):
+            self._rows(chunk[0])
+            if len(chunk) > 1:
+                self._cross_covariance = _more(self._cross_covariance, chunk[1].T @ chunk[0])
+            if len(chunk) > 2:
+                self._residual_covariance = _more(self._residual_covariance, chunk[2].T @ chunk[0])
 
     def merge(self, saved: Statistics) -> None:
         """Take in what was summed before."""
@@ -87,7 +98,22 @@ class Accumulator:
             raise DscError(what, "check the model for weights that are far too large, and the calibration text")
         mean = None if self._abssum is None else self._abssum / max(1, self.tokens)
         hessian = None if self._hessian is None else mirror(self._hessian)
-        return Statistics(self.tokens, hessian, self._absmax, mean, self._cross_covariance, self._residual_covariance)
+        found = Statistics(self.tokens, hessian, self._absmax, mean, self._cross_covariance, self._residual_covariance)
+        return found if self._half is None else _together(found, self._half.statistics(name))
+
+
+def _together(rest: Statistics, half: Statistics) -> Statistics:
+    """The sums over both halves of the tokens, with the first half's beside them."""
+    if half.hessian is None or rest.hessian is None:
+        return rest if half.hessian is None else half
+    both = {name: getattr(rest, name) for name in ("hessian", "cross_covariance", "residual_covariance")}
+    both = {name: None if part is None else part + getattr(half, name) for name, part in both.items()}
+    if rest.input_absmax is not None and half.input_absmax is not None:
+        both["input_absmax"] = torch.maximum(rest.input_absmax, half.input_absmax)
+    if rest.input_absmean is not None and half.input_absmean is not None:
+        sums = rest.input_absmean * rest.tokens + half.input_absmean * half.tokens
+        both["input_absmean"] = sums / (rest.tokens + half.tokens)
+    return rest._replace(tokens=rest.tokens + half.tokens, half=half, **both)
 
 
 def _more(total: Tensor | None, part: Tensor) -> Tensor:

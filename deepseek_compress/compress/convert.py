@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import CheckpointWriter
+from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.compress import data_free
 from deepseek_compress.compress.job import Job
 from deepseek_compress.streaming.forward import run_block
@@ -38,6 +38,10 @@ class Writer(Protocol):
 
     def flush(self) -> None:
         """Make what came so far safe."""
+        ...
+
+    def in_sequence(self) -> None:
+        """Forget what an interrupted run wrote after something that is damaged: blocks come one after the other."""
         ...
 
 
@@ -69,6 +73,7 @@ def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, prog
     """`convert` with text: each block is run, and what comes of it goes to `writer`."""
     if job.paired:
         tokens = tokens.repeat_interleave(2, dim=0)
+    writer.in_sequence()
     visitor = _Solve(job, writer, pool)
     visitor.keep(_around(job, before=True))
     loop = Loop((Stream(job.architecture),), tokens, job.work, paired=job.paired)
@@ -80,7 +85,7 @@ def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, prog
 
 def clean(job: Job) -> None:
     """Remove what only an interrupted run needs."""
-    shutil.rmtree(job.work, ignore_errors=True)
+    remove_tree(job.work)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
+from deepseek_compress import limits
 from deepseek_compress.compress.fused_groups import FusedGroup
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.numerics.types import WeightQuantizer
@@ -74,12 +75,10 @@ class Override(Scheme, frozen=True):
     @classmethod
     def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
-            try:
-                re.compile(_expression(pattern))
-            except re.error as error:
-                raise DscError(
-                    f"{pattern!r}: {error}", "give a shell pattern, or re: and a regular expression"
-                ) from None
+            if pattern.startswith("re:"):
+                limits.pattern(pattern[3:])
+            elif len(pattern) > 1000:
+                raise DscError(f"{pattern[:80]!r}: a pattern of {len(pattern)} characters", "shorten it")
         return patterns
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from deepseek_compress.compress.job import Solved
 from deepseek_compress.compress.selection import Selection
 from deepseek_compress.models import Block, Linear
+from deepseek_compress.numerics.gptaq import Gptaq
 from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
@@ -47,17 +48,18 @@ class LinearSolver:
             del masked  # its factor is as large as the Hessian
         quantizers = [self.quantizer(block, linear, fallback) for linear, _ in group]
         prepared = {its: its.prepare(statistics) for its in dict.fromkeys(quantizers) if its is not None}
+        decided = [its and its.decided(weight, prepared[its]) for weight, its in zip(values, quantizers, strict=True)]
         stored = [
-            weight.to(torch.bfloat16) if its is None else its(weight, prepared[its])
-            for weight, its in zip(values, quantizers, strict=True)
+            weight.to(torch.bfloat16) if its is None or final is None else final(weight, prepared[its])
+            for weight, its, final in zip(values, quantizers, decided, strict=True)
         ]
         methods = [
             "+".join(type(part).__name__.lower() for part in (sparsity, its) if part is not None) for its in quantizers
         ]
         facts = {"tokens": statistics.tokens, "fallback": fallback}
         return [
-            Solved(new, {"method": method, **facts, **measure(weight, new, statistics)})
-            for (_, weight), new, method in zip(group, stored, methods, strict=True)
+            Solved(new, {"method": method, **facts, **_told(its), **measure(weight, new, statistics)})
+            for (_, weight), new, method, its in zip(group, stored, methods, decided, strict=True)
         ]
 
     def quantizer(self, block: Block, linear: Linear, fallback: bool) -> WeightQuantizer | None:
@@ -73,6 +75,11 @@ class LinearSolver:
         if self.sparsity is not None and fallback and self.sparsity.needs:
             return Magnitude(pattern=self.sparsity.pattern)
         return self.sparsity
+
+
+def _told(quantizer: WeightQuantizer | None) -> dict[str, Any]:
+    """What was decided for one linear."""
+    return {"strength": quantizer.strength} if isinstance(quantizer, Gptaq) else {}
 
 
 def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) -> dict[str, Any]:

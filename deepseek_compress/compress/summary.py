@@ -30,6 +30,18 @@ def summarize(blocks: Sequence[Facts]) -> Facts:
     }
 
 
+def corrections(blocks: Sequence[Facts]) -> list[str]:
+    """Say in one line how far linears were corrected towards the original's outputs; none where no method does it."""
+    found = sorted(linear["strength"] for block in blocks for linear in block["linears"] if linear.get("strength"))
+    asked = sum("strength" in linear for block in blocks for linear in block["linears"])
+    if not asked:
+        return []
+    middle = f", by {found[0]:.2f} to {found[-1]:.2f}, in the middle {found[len(found) // 2]:.2f}" if found else ""
+    return [
+        f"{len(found)} of {asked} linears corrected towards the original's outputs{middle} (1: all of what is missing)"
+    ]
+
+
 def write(out: Path, blocks: Sequence[Facts]) -> None:
     """The table of all linears, and the tokens of every expert, to `out`/dsc_layers.json."""
     write_json(out / LAYERS, {"schema": 1, "blocks": list(blocks)})

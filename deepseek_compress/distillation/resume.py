@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import io
 import time
 from pathlib import Path
-from typing import Any
 
+import blake3
 import torch
 
-from deepseek_compress.checkpoint.files import disk_errors
-from deepseek_compress.distillation.trainer import State
+from deepseek_compress.checkpoint.files import disk_errors, replacing
+from deepseek_compress.distillation.trainer import Measured, State
 
-FILE = ".dsc_training.pt"
-EVERY = 60.0  # seconds between two saves
+FILE = "training.pt"
+_SEAL = 32  # bytes of a hash, at the end of the file
+EVERY = 60.0  # seconds between two saves, at least
+LARGEST_SHARE = 0.05  # of the time that goes into saving
 
 
 class Keeper:
-    """Saves and loads the state of one training; the state of any other training is thrown away."""
+    """Saves and loads the state of the training whose work lies in `folder`."""
 
-    def __init__(self, folder: Path, identity: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         self.file = folder / FILE
-        self.identity = hashlib.sha256(repr(identity).encode()).hexdigest()
         self._saved = time.monotonic()
+        self._wait = EVERY
 
     def load(self) -> State | None:
         """The state that was saved last, or None."""
-        if not self.file.is_file():
-            return None
-        found = torch.load(self.file, weights_only=True)
-        return State(**found["state"]) if found["identity"] == self.identity else None
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        if blake3.blake3(content[:-_SEAL]).digest() != content[-_SEAL:]:
+            return None  # there is none, or it is damaged: the training begins again
+        kept = torch.load(io.BytesIO(content[:-_SEAL]), weights_only=True)
+        trained = kept.pop("trained")
+        state = State(**{**kept, "validations": [Measured(*values) for values in kept["validations"]]})
+        for name, tensor in (*state.weights.items(), *state.projections.items()):
+            tensor.requires_grad_(name in trained)
+        return state
 
     def save(self, state: State) -> None:
-        """Write `state` if the last save is long enough ago: beside, then renamed."""
-        if time.monotonic() - self._saved < EVERY:
+        """Write `state` beside, then rename, if the last save is long enough ago."""
+        began = time.monotonic()
+        if began - self._saved < self._wait:
             return
+        trained = [n for n, t in (*state.weights.items(), *state.projections.items()) if t.requires_grad]
+        values = {**vars(state), "validations": [tuple(found) for found in state.validations], "trained": trained}
         with disk_errors(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.file.with_suffix(".tmp")
-            torch.save({"identity": self.identity, "state": state._asdict()}, beside)
-            os.replace(beside, self.file)
+            buffer = io.BytesIO()
+            torch.save(values, buffer)
+            with replacing(self.file) as file:
+                file.write(buffer.getbuffer())
+                file.write(blake3.blake3(buffer.getbuffer()).digest())
         self._saved = time.monotonic()
-
-    def clear(self) -> None:
-        """The training is over and its result written."""
-        self.file.unlink(missing_ok=True)
+        self._wait = max(EVERY, (self._saved - began) / LARGEST_SHARE)

@@ -1,9 +1,7 @@
 """A smaller student from a teacher: fewer layers, fewer routed experts, everything else copied.
 
-Which experts stay is decided by use: how many calibration tokens the router sends to each (the frequency criterion of
-REAP, arXiv 2510.13999, section 3.1). The same number stays in every routing group, since the router takes its groups
-from the order of the experts. Of the layers, all dense ones and the last stay and the others are thinned evenly
-(Sanh et al. 2019, DistilBERT, arXiv 1910.01108, section 2).
+Which of them stay is measured on calibration text, see `importance`. The same number of experts stays in every routing
+group, since the router takes its groups from the order of the experts; all dense layers before them stay.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ from torch import Tensor
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Family, ModelConfig
-from deepseek_compress.models.runtime import Model
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.config import Moe
 
 
 class Origin(NamedTuple):
@@ -37,6 +34,7 @@ class Shrink(NamedTuple):
     tensors: dict[str, Origin]
     config: dict[str, Any]
     experts: dict[int, list[int]]  # layer of the teacher -> the experts that stay
+    layers: list[int]  # of the teacher that stay
 
 
 def problems(family: Family, cfg: ModelConfig, experts: int | None, layers: int | None) -> list[DscError]:
@@ -48,8 +46,7 @@ def problems(family: Family, cfg: ModelConfig, experts: int | None, layers: int 
     if experts is not None and moe is None:
         found.append(DscError(f"distill.experts: {experts}, but the model has no experts", "leave it out"))
     elif experts is not None and moe is not None:
-        pair = moe.groups > 1 and moe.method == "noaux_tc"  # a group is judged by its two best experts
-        least = max(moe.top_k, 2 * moe.groups if pair else moe.groups)
+        least = least_experts(moe)
         if not least <= experts <= moe.experts or experts % moe.groups:
             found.append(
                 DscError(
@@ -57,8 +54,6 @@ def problems(family: Family, cfg: ModelConfig, experts: int | None, layers: int 
                     f"give a multiple of {moe.groups} from {least} to {moe.experts}",
                 )
             )
-        elif moe.groups > 1 and experts // moe.groups * moe.top_groups < moe.top_k:
-            found.append(DscError(f"distill.experts: {experts} leave fewer than {moe.top_k} to choose", "keep more"))
     if layers is not None:
         dense = min(moe.first_dense, cfg.num_hidden_layers) if moe else 0
         if not dense + 1 <= layers <= cfg.num_hidden_layers:
@@ -71,37 +66,37 @@ def problems(family: Family, cfg: ModelConfig, experts: int | None, layers: int 
     return found
 
 
-def expert_use(model: Model, batches: list[Tensor]) -> dict[int, Tensor]:
-    """How many tokens of `batches` (each int64 (B, T)) the router sends to each expert: {layer: int64 (E,)}."""
-    moe = model.cfg.moe
-    if moe is None:
-        return {}
-    layers = [layer for layer in range(model.cfg.num_hidden_layers) if model.cfg.is_moe(layer)]
-    use = {layer: torch.zeros(moe.experts, dtype=torch.long) for layer in layers}
-    pattern = re.compile(rf"{re.escape(moe.names.experts)}\.(\d+)\.{re.escape(moe.names.gate)}$")
-    watched = Model(model.family, model.cfg, model.weights)
+def sizes(cfg: ModelConfig, keep: float) -> tuple[int | None, int | None]:
+    """(experts, layers) of a student that keeps about this share of the experts; of the layers where there are none."""
+    if keep >= 1:
+        return None, None
+    if cfg.moe is None:
+        return None, max(1, round(keep * cfg.num_hidden_layers))
+    groups = cfg.moe.groups
+    return max(least_experts(cfg.moe), int(keep * cfg.moe.experts) // groups * groups), None
 
-    def watch(layer: int) -> None:
-        def count(name: str, x: Tensor) -> None:
-            if match := pattern.fullmatch(name):
-                use[layer][int(match[1])] += len(x)
 
-        watched.blocks[layer] = ObservingWeights(watched.blocks[layer], count)
-
-    for layer in layers:
-        watch(layer)
-    with torch.no_grad():
-        for tokens in batches:
-            watched.hidden_states(tokens)
-    return use
+def least_experts(moe: Moe) -> int:
+    """The fewest experts that the router can choose from."""
+    pair = moe.groups > 1 and moe.method == "noaux_tc"  # a group is judged by its two best experts
+    each = max(2 if pair else 1, -(-moe.top_k // moe.top_groups))
+    return max(moe.top_k, each * moe.groups)
 
 
 def shrink(
-    family: Family, cfg: ModelConfig, use: Mapping[int, Tensor], experts: int | None, layers: int | None
+    family: Family,
+    cfg: ModelConfig,
+    use: Mapping[int, Tensor],
+    experts: int | None,
+    layers: int | None,
+    scores: Tensor | None = None,
 ) -> Shrink:
-    """Plan a student with `experts` routed experts a layer and `layers` layers; None keeps the number."""
+    """Plan a student with `experts` routed experts a layer and `layers` layers; None keeps the number.
+
+    `use`: importance of the experts (E,) of each layer. `scores` (layers,): of the layers; None thins them evenly.
+    """
     moe = cfg.moe
-    kept_layers = _kept_layers(cfg, layers)
+    kept_layers = _kept_layers(cfg, layers, scores)
     kept = {
         layer: _kept_experts(count, experts, moe.groups)
         for layer, count in use.items()
@@ -119,7 +114,14 @@ def shrink(
         moe=dataclasses.replace(moe, experts=experts) if moe is not None and kept and experts is not None else moe,
     )
     tensors = {name: _origin(family, cfg, name, kept_layers, kept) for name in family.tensors(smaller)}
-    return Shrink(tensors, config, kept)
+    return Shrink(tensors, config, kept, kept_layers)
+
+
+def any_experts(cfg: ModelConfig) -> dict[int, Tensor]:
+    """For sizes alone any experts will do."""
+    moe = cfg.moe
+    layers = range(cfg.num_hidden_layers)
+    return {layer: torch.zeros(moe.experts) for layer in layers if cfg.is_moe(layer)} if moe is not None else {}
 
 
 def shrunk_header(header: Header, plan: Shrink) -> Header:
@@ -134,12 +136,15 @@ def shrunk_header(header: Header, plan: Shrink) -> Header:
     return Header(header.path, {**header.config, **plan.config}, tensors)
 
 
-def _kept_layers(cfg: ModelConfig, layers: int | None) -> list[int]:
+def _kept_layers(cfg: ModelConfig, layers: int | None, scores: Tensor | None) -> list[int]:
     if layers is None:
         return list(range(cfg.num_hidden_layers))
     dense = min(cfg.moe.first_dense, cfg.num_hidden_layers) if cfg.moe else 0
     rest = range(dense, cfg.num_hidden_layers)
     wanted = layers - dense
+    if scores is not None:
+        best = torch.sort(scores[dense:], descending=True, stable=True).indices[:wanted] + dense
+        return [*range(dense), *sorted(best.tolist())]
     # evenly spaced, the last one always among them
     chosen = [rest[(index + 1) * len(rest) // wanted - 1] for index in range(wanted)]
     return [*range(dense), *chosen]

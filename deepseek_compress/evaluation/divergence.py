@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepseek_compress import limits
+from deepseek_compress.checkpoint.files import read_bytes
 from deepseek_compress.errors import DscError
 from deepseek_compress.streaming.head import HeadInput, scores
 
@@ -87,12 +89,14 @@ def text_windows(path: Path, tokenizer: Tokenizer, windows: int, length: int) ->
     if windows < 1 or length < 2:
         raise DscError(f"{windows} windows of {length} tokens", "ask for at least 1 window of at least 2 tokens")
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DscError(f"{path}: {error.strerror}", "give a text file") from None
+        text = read_bytes(path, limits.TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError:
         raise DscError(f"{path}: not UTF-8 text", "give a text file") from None
-    ids = tokenizer.encode(text)
+    ids: list[int] = []
+    for piece in tokenizer.encoded(text, limits.WINDOW_PIECE):
+        ids += piece
+        if len(ids) >= windows * length:
+            break
     if len(ids) < windows * length:
         raise DscError(
             f"{path}: {len(ids)} tokens make {len(ids) // length} windows of {length}, {windows} are asked for",

@@ -12,9 +12,7 @@ fast here as its 16-bit source. Engines have their own numbers.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
+from deepseek_compress.processes import run_python
 
 PROMPT, NEW, REPEATS = 256, 64, 3  # tokens of the prompt, tokens decoded, runs of which the median counts
 PATIENCE = 20.0  # seconds after which no further run is begun: a model that large needs no median
@@ -40,20 +39,12 @@ def speed_and_memory(path: Path) -> dict[str, Any]:
 
     Raises `DscError` with the last line of the process where it fails (for instance for want of memory).
     """
-    command = [sys.executable, "-m", __name__, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    done = run_python("-m", __name__, str(path.resolve()))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise DscError(f"{path}: its speed could not be measured: {last}", "free memory, or set efficiency: false")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def _environment() -> dict[str, str]:
-    """The child finds this package wherever the parent found it."""
-    root = str(Path(__file__).parents[2])
-    others = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{others}" if others else root}
 
 
 def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
+from deepseek_compress.checkpoint.files import hash_file
 from deepseek_compress.compress.summary import coverage
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.evaluation import divergence, efficiency, reasoning, streamed, summary
@@ -105,7 +106,8 @@ def evaluate(
     first = reference if reference is not None else next(iter(models))
     tokenizer = load_tokenizer(checkpoints[first].path)
     task = prepare(settings, tokenizer)
-    run = _Run(settings, tokenizer, task, [], progress, len(everything))
+    notes = [] if settings.text is None else _seen_before(settings.text, checkpoints)
+    run = _Run(settings, tokenizer, task, notes, progress, len(everything))
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="dsc-evaluate-") as folder:
         if _is_streamed(settings, checkpoints):
@@ -175,6 +177,16 @@ def _cache_problems(
     for name, checkpoint in checkpoints.items():
         if kv_cache is not None and name != reference:
             yield from cache_problems(Architecture.of(checkpoint).cfg, kv_cache)
+
+
+def _seen_before(text: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """A note on each model whose manifest says that it was calibrated on the file that judges it."""
+    here, notes = hash_file(text), []
+    for name, checkpoint in checkpoints.items():
+        calibration = (checkpoint.manifest or {}).get("calibration") or {}
+        if any(here in (source.get("files") or {}).values() for source in calibration.get("sources") or []):
+            notes.append(f"{name} was calibrated on {text.name}: expect worse on text it never saw.")
+    return notes
 
 
 def _is_streamed(settings: Settings, checkpoints: Mapping[str, Checkpoint]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import kept, read_sealed, remove, write_sealed
 from deepseek_compress.compress.collect import Accumulator
 from deepseek_compress.compress.forecast import HESSIANS
 from deepseek_compress.compress.fused_groups import FusedGroup
@@ -90,13 +90,13 @@ def measure(search: Search, pool: Pool, progress: Progress) -> list[list[float]]
     """The loss of each choice at each of its options, nats a position; goes on where an interrupted run stopped."""
     layers = len(search.architecture.blocks)
     run_original(search, pool, progress)
-    tasks = [layer for layer in range(layers) if not _losses_file(search, layer).is_file()]
+    tasks = [layer for layer in range(layers) if kept(_losses_file(search, layer)) is None]
     for done, (layer, losses) in enumerate(zip(tasks, pool.run(_losses, tasks), strict=True), 1):
-        write_json(_losses_file(search, layer), {"losses": losses})
+        write_sealed(_losses_file(search, layer), {"losses": losses})
         progress(layers + 2 * (layers - len(tasks) + done), 3 * layers, "one group at a time")
     found: dict[int, list[float]] = {}
     for layer in range(layers):
-        found |= dict(zip(search.at(layer), read_json(_losses_file(search, layer))["losses"], strict=True))
+        found |= dict(zip(search.at(layer), read_sealed(_losses_file(search, layer))["losses"], strict=True))
     return [found[place] for place in range(len(search.choices))]
 
 
@@ -152,7 +152,7 @@ def run_original(search: Search, pool: Pool, progress: Progress) -> None:
 def joint(search: Search, chosen: Sequence[int], pool: Pool) -> float:
     """The loss with every group stored as its option of `chosen` says."""
     for left in search.work.glob("joint-*"):  # of an interrupted run, perhaps with another target
-        left.unlink()
+        remove(left)
     search.loop("joint").run(_InTasks(pool, _joint, tuple(chosen)))
     (loss,) = pool.run(_joint_loss, [None])
     return loss

@@ -12,17 +12,15 @@ Elsewhere the grid is arithmetic on floats, so that no Q/DQ can meet weights in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from onnx import TensorProto
 
+from deepseek_compress.export.build import Build, Grids, Weight
 from deepseek_compress.export.graph import Array, Graph
 from deepseek_compress.numerics.activations import SMALLEST, InputGrid
 from deepseek_compress.numerics.types import Quantized
-
-if TYPE_CHECKING:
-    from deepseek_compress.export.lowering import Build, Grids, Weight
 
 LOW, HIGH = -128, 127  # static codes
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from deepseek_compress.export.lowering import Build, expert_linear, to_numpy
+from deepseek_compress.export.build import Build
+from deepseek_compress.export.lowering import expert_linear, to_numpy
 from deepseek_compress.export.pieces import gated, swiglu
 from deepseek_compress.models.config import Moe
 

@@ -31,17 +31,9 @@ from onnx import TensorProto
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.errors import DscError
+from deepseek_compress.export.build import Build, Weight
 from deepseek_compress.export.graph import CONTRIB, Graph
-from deepseek_compress.export.lowering import (
-    LOWERINGS,
-    Build,
-    Weight,
-    float_weight,
-    is_quantized,
-    linear,
-    nbits_product,
-    nbits_weight,
-)
+from deepseek_compress.export.lowering import LOWERINGS, float_weight, is_quantized, linear, nbits_product, nbits_weight
 from deepseek_compress.export.moe import moe_part
 from deepseek_compress.export.pieces import grouped_attention, latent_attention, rms_norm, swiglu
 from deepseek_compress.models import Architecture

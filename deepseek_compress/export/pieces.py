@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from deepseek_compress.export.build import Build
 from deepseek_compress.export.graph import CONTRIB, DOMAIN, OPSET, Graph
-from deepseek_compress.export.lowering import Build, attention_product, linear, to_numpy
+from deepseek_compress.export.lowering import attention_product, linear, to_numpy
 from deepseek_compress.models.config import Mla
 from deepseek_compress.models.mla import LATENT_EPS
 from deepseek_compress.models.rope import frequencies, softmax_scale

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.writer import PARTIAL, copied_files
+from deepseek_compress.checkpoint.owned import PARTIAL
+from deepseek_compress.checkpoint.writer import copied_files
 from deepseek_compress.errors import DscError
 
 RAN, WRITTEN, BUILT = "ran in onnxruntime", "written, not run", "built, not run"

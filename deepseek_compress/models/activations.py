@@ -50,10 +50,15 @@ def input_scheme(manifest: Mapping[str, Any] | None) -> InputScheme | None:
         return None
     knobs = {key: value for key, value in manifest.items() if key not in ("method", "roles", "inputs")}
     method = pick(ACTIVATIONS, {manifest.get("method", "dynamic"): knobs}, "activations")
-    roles = frozenset(map(Role, manifest.get("roles", ROLES)))
+    try:
+        roles = frozenset(map(Role, manifest.get("roles", ROLES)))
+        stored = dict(manifest.get("inputs") or {})
+        given = {str(name): (float(scale), int(zero)) for name, (scale, zero) in stored.items()}
+    except (TypeError, ValueError) as error:
+        raise DscError(f"dsc_manifest.json: activations: {str(error)[:200]}", "compress the model again") from None
     if isinstance(method, Dynamic):
         return InputScheme(method, roles, method.attention)
     if "inputs" not in manifest:
         raise DscError("dsc_manifest.json: static activations without the grids of inputs", "compress the model again")
-    grids = {name: InputGrid(scale, zero, method.num_bits) for name, (scale, zero) in manifest["inputs"].items()}
+    grids = {name: InputGrid(scale, zero, method.num_bits) for name, (scale, zero) in given.items()}
     return InputScheme(None, roles, inputs=grids)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
+from deepseek_compress import limits
 from deepseek_compress.errors import DscError
 
 
@@ -219,7 +220,10 @@ class Fields:
         value = self.config.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise DscError(f"config.json: {name} is {value!r}", "it must be a whole number, not negative")
+            raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be an integer, not negative")
+        most = limits.LAYERS if "layers" in name else limits.EXPERTS if "experts" in name else limits.SIZE
+        if value > most:
+            raise DscError(f"config.json: {name} is above {most}", "no model has as many")
         return value
 
     def optional(self, name: str) -> int | None:
@@ -230,27 +234,34 @@ class Fields:
         """A number; `default` where the key is absent or null."""
         value = self.config.get(name)
         value = default if value is None else value
-        if not isinstance(value, (int, float)):
-            raise DscError(f"config.json: {name} is {value!r}", "it must be a number")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e300 < value < 1e300:
+            raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be a finite number")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""
         value = self.config.get(name)
-        return default if value is None else bool(value)
+        if not isinstance(value, bool | None):
+            raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be true or false")
+        return default if value is None else value
 
     def text(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
         """One of `allowed`."""
         value = self.config.get(name)
         value = default if value is None else value
         if value not in allowed:
-            raise DscError(f"config.json: {name} is {value!r}", f"supported: {', '.join(allowed)}")
+            raise DscError(f"config.json: {name} is {str(value)[:80]!r}", f"supported: {', '.join(allowed)}")
         return str(value)
 
     def eos(self) -> tuple[int, ...]:
         """The ids that end a text."""
         value = self.config.get("eos_token_id")
-        return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(item) is int and 0 <= item < limits.SIZE for item in found):
+            raise DscError(
+                f"config.json: eos_token_id is {str(value)[:80]!r}", "it must be a token id, or a list of them"
+            )
+        return tuple(found)
 
 
 ROPE_KINDS = ("default", "linear", "yarn", "llama3")
@@ -263,24 +274,24 @@ def parse_rope(config: Mapping[str, Any], dim: int, interleaved: bool, theta: fl
     fields = Fields(given)
     kind = str(given.get("rope_type", given.get("type", "default")))
     if kind not in ROPE_KINDS:
-        raise DscError(f"config.json: rope scaling {kind!r}", f"supported: {', '.join(ROPE_KINDS)}")
+        raise DscError(f"config.json: rope scaling {kind[:80]!r}", f"supported: {', '.join(ROPE_KINDS)}")
     theta = Fields(config).number("rope_theta", theta)
     length = fields.whole("original_max_position_embeddings", 0) or Fields(config).whole("max_position_embeddings", 0)
     factor = given.get("factor")
     if factor is None and kind == "yarn" and length:
         factor = Fields(config).whole("max_position_embeddings", length) / length
-    attention_factor = given.get("attention_factor")
+    attention_factor = None if given.get("attention_factor") is None else fields.number("attention_factor", 1.0)
     return Rope(
         theta=fields.number("rope_theta", theta),
         dim=dim,
         kind=kind,
-        factor=1.0 if factor is None else float(factor),
+        factor=fields.number("factor", 1.0 if factor is None or "factor" in given else factor),
         original_length=length,
         beta_fast=fields.number("beta_fast", 32.0),
         beta_slow=fields.number("beta_slow", 1.0),
         mscale=fields.number("mscale", 0.0),
         mscale_all_dim=fields.number("mscale_all_dim", 0.0),
-        attention_factor=None if attention_factor is None else float(attention_factor),
+        attention_factor=attention_factor,
         truncate=fields.flag("truncate", True),
         low_freq_factor=fields.number("low_freq_factor", 1.0),
         high_freq_factor=fields.number("high_freq_factor", 4.0),

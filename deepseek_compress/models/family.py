@@ -158,7 +158,16 @@ class Family:
 
     def problems(self, header: Header) -> list[DscError]:
         """Every missing, unknown and misshaped tensor of a checkpoint."""
-        cfg = self.parse(header.config)
+        try:
+            cfg = self.parse(header.config)
+            blocks = sum(cfg.is_moe(layer) for layer in range(cfg.num_hidden_layers))
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of a mistyped value
+            return [DscError(f"config.json: {str(error)[:200]}", "download the file again")]
+        experts = cfg.moe.experts if cfg.moe else 0
+        least = cfg.num_hidden_layers + blocks * experts  # before their names are made
+        if least > 2 * len(header.tensors) + 1000:
+            what = f"config.json: {cfg.num_hidden_layers} layers, {experts} experts in {blocks} of them"
+            return [DscError(f"{what}: {len(header.tensors)} tensors", "config.json and shards do not belong together")]
         expected, mtp = self.tensors(cfg), self.mtp_tensors(cfg)
         given = {name: info for name, info in header.tensors.items() if not IGNORED.search(name)}
         if not any(name in given for name in mtp):

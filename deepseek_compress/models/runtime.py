@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
+from deepseek_compress.checkpoint.reader import check_finite
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.models.activations import InputScheme, input_scheme
 from deepseek_compress.models.architecture import Architecture
@@ -151,7 +152,7 @@ class Model:
         tokens, device = list(prompt), self.head.device
         while len(tokens) < len(prompt) + limit:
             logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)
-            following = int(logits[0, -1].argmax())
+            following = int(greedy(logits[:, -1]))
             if following in ends:
                 break
             tokens.append(following)
@@ -169,7 +170,7 @@ class Model:
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(limit):
-            following = self.forward(tokens, cache, left, last_only=True)[:, -1].argmax(-1)
+            following = greedy(self.forward(tokens, cache, left, last_only=True)[:, -1])
             alive &= ~torch.isin(following, stop)
             for row, token, going in zip(rows.tolist(), following.tolist(), alive.tolist(), strict=True):
                 if going:
@@ -184,6 +185,12 @@ class Model:
                 left = None if left is None else left[kept]
             tokens = following[:, None]
         return out
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """(B, vocab) -> the likeliest token of each row. Raises DscError for logits that are NaN or infinite."""
+    check_finite("logits of the model", logits)
+    return logits.argmax(-1)
 
 
 def padding_mask(left_padding: Tensor, new: int, seen: int, like: Tensor) -> Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from deepseek_compress import limits
+from deepseek_compress.checkpoint.files import read_bytes, read_json
 from deepseek_compress.errors import DscError
-
-TEMPLATE_SECONDS = 10.0  # a chat template is a program of the checkpoint's
 
 
 class Tokenizer:
@@ -27,24 +25,43 @@ class Tokenizer:
         file = path / "tokenizer.json"
         if not file.is_file():
             raise DscError(f"{file}: no such file", "a tokenizer.json must lie beside the checkpoint")
-        try:
-            self._fast = Fast.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for a damaged file
-            raise DscError(f"{file}: {error}", "download the file again") from None
+        content = read_bytes(file)
+        with _library_errors(str(file)):
+            self._fast = Fast.from_buffer(content)
+            # The file may ask for a text that is cut, or filled up to any length
+            self._fast.no_truncation()
+            self._fast.no_padding()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; with `special`, what the tokenizer adds at the ends (BOS) too."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
-        return ids
+        with _library_errors(f"{self.path}: tokenizer"):
+            ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
+            return ids
+
+    def encoded(self, text: str, piece: int, special: bool = False) -> Iterator[list[int]]:
+        """The ids of a text of any length, `piece` characters at a time; each piece but the first begins at a space.
+
+        `special`: the first has what the tokenizer adds at the ends of a text.
+        """
+        start = 0
+        while start < len(text):
+            end = start + piece
+            if end < len(text):
+                space = max(text.rfind(" ", start + piece // 2, end), text.rfind("\n", start + piece // 2, end))
+                end = space if space > 0 else end
+            yield self.encode(text[start:end], special and not start)
+            start = end
 
     def encode_many(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """`encode` of each text, in parallel."""
-        return [item.ids for item in self._fast.encode_batch(list(texts), add_special_tokens=special)]
+        with _library_errors(f"{self.path}: tokenizer"):
+            return [item.ids for item in self._fast.encode_batch(list(texts), add_special_tokens=special)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special)
-        return text
+        with _library_errors(f"{self.path}: tokenizer"):
+            text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special)
+            return text
 
     @property
     def vocab_size(self) -> int:
@@ -52,12 +69,18 @@ class Tokenizer:
         return int(self._fast.get_vocab_size())
 
     @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its tokens and their ids: equal for tokenizers whose models can be compared."""
+        tokens = sorted(self._fast.get_vocab().items(), key=lambda item: (item[1], item[0]))
+        return hashlib.sha256(json.dumps(tokens).encode("utf-8")).hexdigest()
+
+    @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a text: generation_config.json, else config.json, else the tokenizer's own eos_token."""
         for name in ("generation_config.json", "config.json"):
             value = self.document(name).get("eos_token_id")
             if value is not None:
-                return tuple(value) if isinstance(value, list) else (int(value),)
+                return token_ids(f"{self.path / name}: eos_token_id", value)
         token = self.document("tokenizer_config.json").get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
         found = self._fast.token_to_id(text) if isinstance(text, str) else None
@@ -67,7 +90,7 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         """The id that starts a text, where the model has one."""
         value = self.document("config.json").get("bos_token_id")
-        return None if value is None else int(value)
+        return None if value is None else token_ids(f"{self.path / 'config.json'}: bos_token_id", value)[0]
 
     @cached_property
     def has_chat_template(self) -> bool:
@@ -86,45 +109,47 @@ class Tokenizer:
             return "\n".join(message["content"] for message in messages)
         template = self._transformers.apply_chat_template
         try:
-            with _at_most(TEMPLATE_SECONDS):
-                return str(template(messages, tokenize=False, add_generation_prompt=answer_next))
+            with limits.bounded(limits.TEMPLATE_SECONDS, limits.TEMPLATE_BYTES):
+                text = str(template(messages, tokenize=False, add_generation_prompt=answer_next))
         except Exception as error:  # a program of the checkpoint's, which raises whatever it likes
-            what = f"the chat template of {self.path} refuses: {' '.join(str(error).split())[:200]}"
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            what = f"the chat template of {self.path} refuses: {said}"
             raise DscError(what, "give other roles or another order") from None
+        if not text.strip():
+            raise DscError(f"the chat template of {self.path} renders no text", "remove it, or download it again")
+        return text
 
     @cached_property
     def _transformers(self) -> Any:
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(str(self.path))
+        with _library_errors(f"{self.path}: tokenizer files"):
+            return PreTrainedTokenizerFast.from_pretrained(str(self.path))
 
     def document(self, name: str) -> dict[str, Any]:
         """A JSON file beside the tokenizer; nothing in it where there is none. Raises DscError for what is no JSON."""
         file = self.path / name
-        try:
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as error:
-            raise DscError(f"{file}: not valid JSON ({error})", "download the file again") from None
-        return found if isinstance(found, dict) else {}
+        return read_json(file) if file.is_file() else {}
+
+
+def token_ids(what: str, value: Any) -> tuple[int, ...]:
+    """A token id or a list of them. Raises DscError for anything else."""
+    found = value if isinstance(value, list) else [value]
+    if not found or not all(type(item) is int and 0 <= item < limits.SIZE for item in found):
+        raise DscError(f"{what} is {str(value)[:80]!r}", "it must be a token id, or a list of them")
+    return tuple(found)
 
 
 @contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside after so long, where the system has the timer: a template may loop."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not finished after {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _library_errors(what: str) -> Iterator[None]:
+    """Turn what a tokenizer library raises into one line; a panic of its native code is no Exception."""
     try:
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    except (DscError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DscError(f"{what}: {said}", "download the file again") from None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

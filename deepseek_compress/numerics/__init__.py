@@ -10,6 +10,7 @@ from deepseek_compress.numerics.activations import Activations, Dynamic, Static
 from deepseek_compress.numerics.awq import Awq
 from deepseek_compress.numerics.gptaq import Gptaq
 from deepseek_compress.numerics.gptq import Gptq
+from deepseek_compress.numerics.held_scales import HeldScales
 from deepseek_compress.numerics.hqq import Hqq
 from deepseek_compress.numerics.learned import Learned
 from deepseek_compress.numerics.magnitude import Magnitude
@@ -36,6 +37,7 @@ SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": Sp
 ACTIVATIONS: dict[str, type[Activations]] = {"dynamic": Dynamic, "static": Static}
 MIGRATION: dict[str, type[Migration]] = {
     "smoothquant": SmoothQuant,
+    "held_scales": HeldScales,
     "awq": AwqScales,
     "modelopt_awq_lite": ModelOptAwqLite,
 }

@@ -61,6 +61,7 @@ class Statistics(NamedTuple):
     # Of a second model's states x*, h* (h: what the linear's output is added to):
     cross_covariance: Tensor | None = None  # float32 (columns, columns): sum of (x* - x) x^T
     residual_covariance: Tensor | None = None  # float32 (rows, columns): sum of (h* - h) x^T
+    half: Statistics | None = None  # the same sums over one half of the tokens alone, for a look at held-back ones
     factor: Factor | None = None
 
 
@@ -77,6 +78,10 @@ class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
     def prepare(self, statistics: Statistics) -> Statistics:
         """The part of the work that linears with one input share: solve each of them with what this returns."""
         return statistics
+
+    def decided(self, weight: Tensor, statistics: Statistics) -> WeightQuantizer:
+        """Return the method with the knobs that are left to it decided for this `weight`, from what `prepare` gave."""
+        return self
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Quantized:
         """`weight` float32 (rows, columns), not modified."""

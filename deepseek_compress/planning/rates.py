@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from deepseek_compress.checkpoint.shards import ShardFile
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.types import Statistics
 from deepseek_compress.planning.costs import Rates
+from deepseek_compress.processes import run_python
 from deepseek_compress.workers import one_thread
 
 _FILE = 256 << 20  # bytes that the disk is measured with
@@ -137,5 +136,5 @@ def _start() -> float:
     """Seconds that a command takes before its stage begins."""
     began = time.perf_counter()
     code = "import deepseek_compress.pipeline, deepseek_compress.stages, deepseek_compress.cli.work, transformers"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_python("-c", code).check_returncode()
     return time.perf_counter() - began

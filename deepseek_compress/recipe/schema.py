@@ -39,9 +39,9 @@ _QUANTISING = ("compress", "allocate")  # stages whose `weights` have a group si
 
 
 class _Top(BaseModel, frozen=True, extra="forbid"):
-    name: str = ""
-    model: str | None = None
-    alias: str = Field(default="model", alias="as", pattern=_NAME.pattern)
+    name: str = Field(default="", pattern=f"^({_NAME.pattern})?$", max_length=200)
+    model: str | None = Field(default=None, min_length=1)
+    alias: str = Field(default="model", alias="as", pattern=f"^{_NAME.pattern}$", max_length=200)
     inputs: dict[str, str] = {}
     seed: int = Field(default=0, ge=0)
     calibration: Calibration = Calibration()
@@ -273,6 +273,8 @@ def _setting(document: Document, setting: str) -> tuple[tuple[str, ...], Any]:
     parts = left.strip().split(".")
     if not equals or not all(parts):
         raise DscError(f"--set {setting!r} is not path=value", "for instance --set calibration.samples=16")
+    if not right.strip():
+        raise DscError(f"--set {setting!r} has no value", "write null to leave a knob unset")
     return _place(document, parts), yaml_text.parse(right, f"--set {left}").value
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_compress.checkpoint.files import read_json, write_file
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.reports.markdown import markdown
 from deepseek_compress.reports.page import page
+from deepseek_compress.reports.schema import mistyped
 from deepseek_compress.reports.table import Record
 
 SCHEMA = 1
@@ -40,9 +41,7 @@ def write(record: Record, path: Path) -> list[Path]:
     written = []
     for suffix, content in contents.items():
         target = path.with_suffix(suffix)
-        beside = target.with_name(f".{target.name}.tmp")
-        beside.write_text(content, encoding="utf-8")
-        os.replace(beside, target)
+        write_file(target, content.encode("utf-8"))
         written.append(target)
     return written
 
@@ -52,15 +51,13 @@ def read(path: Path) -> dict[str, Any]:
     path = path.with_suffix(".json") if path.suffix in {".html", ".md"} else path
     path = path / "report.json" if path.is_dir() else path
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DscError(f"{path}: {error.strerror}", "give a report.json that dsc wrote") from None
-    except ValueError as error:
-        raise DscError(f"{path}: not valid JSON ({error})", "give a report.json that dsc wrote") from None
-    if not isinstance(record, dict):
-        raise DscError(f"{path}: not a report", "give a report.json that dsc wrote")
+        record = read_json(path)
+    except DscError as error:
+        raise DscError(error.what, "give a report.json that dsc wrote") from None
     if record.get("schema") != SCHEMA:
-        raise DscError(f"{path}: schema {record.get('schema')!r}, this version reads {SCHEMA}", "evaluate again")
+        what = f"{path}: schema {str(record.get('schema'))[:40]}, this version reads {SCHEMA}"
+        raise DscError(what, "evaluate again")
+    raise_problems(DscError(problem, "evaluate again") for problem in mistyped(record, str(path)))
     raise_problems(DscError(f"{path}: lacks {name}", "evaluate again") for name in lacking(record))
     return record
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from deepseek_compress.reports import table, words
 from deepseek_compress.reports.table import Record, Table
 
 
 def markdown(record: Record) -> str:
-    """The whole document. The same record gives the same bytes."""
+    """The whole document. The same record gives the same bytes. What a record says is text, never HTML."""
+    record = _escaped(record)
     parts = [
         f"# {record.get('name') or 'evaluation'}",
         words.verdict(record),
@@ -34,8 +39,18 @@ def markdown(record: Record) -> str:
             "\n".join(f"- {name}: {words.fact(name, value)}" for name, value in (record.get(key) or {}).items()),
         ]
     if record.get("recipe"):
-        parts += ["## Recipe", f"```yaml\n{record['recipe'].rstrip()}\n```"]
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", record["recipe"])), default=0))
+        parts += ["## Recipe", f"{fence}yaml\n{record['recipe'].rstrip()}\n{fence}"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _escaped(value: Any) -> Any:
+    """Every string of a record but the recipe, which stands in a code block."""
+    if isinstance(value, str):
+        return " ".join(value.replace("<", "&lt;").splitlines())
+    if isinstance(value, Mapping):
+        return {_escaped(key): item if key == "recipe" else _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def grid(found: Table) -> str:

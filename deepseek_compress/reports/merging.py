@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_compress import limits
 from deepseek_compress.errors import DscError
 from deepseek_compress.reports import files
 
@@ -27,6 +28,8 @@ def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     for path in paths:
         if (path / "report.json" if path.is_dir() else path).resolve() in outputs:
             raise DscError(f"{path}: would be overwritten by {out}", "choose another -o")
+    if len(paths) > limits.REPORTS:
+        raise DscError(f"{len(paths)} reports, {limits.REPORTS} at most are compared", "give fewer")
     record = merge([files.read(path) for path in paths], _names(paths))
     record["name"] = out.stem
     files.write(record, out)
@@ -51,6 +54,8 @@ def merge(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
         artifacts += [
             {**row, "name": f"{run}/{row['name']}" if len(records) > 1 else row["name"]} for row in record["artifacts"]
         ]
+    if len(models) + len(ablations) > limits.MODELS:
+        raise DscError(f"{len(models)} models, {limits.MODELS} at most are compared", "give fewer reports")
     first = records[0]
     same = {key: first.get(key) if all(r.get(key) == first.get(key) for r in records) else None for key in SAME}
     return {

@@ -10,6 +10,7 @@ from typing import Any
 from deepseek_compress.reports import charts, svg, table, words
 from deepseek_compress.reports.table import Cell, Column, Model, Record
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing is loaded, nothing runs
 WIDE, NARROW = 1150, 336  # pixels of the two variants of a picture
 
 
@@ -18,7 +19,8 @@ def page(record: Record) -> str:
     title = str(record.get("name") or "evaluation")
     sections = [_header(record, title), _stages(record), _accuracy(record), _families(record), _layers(record)]
     sections += [_coverage(record), _artifacts(record), _lineage(record), _machine(record), _footer(record)]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head += f"<title>{escape(title)} · compression report</title><style>{style}</style>"
     body = "\n".join(part for part in sections if part)
@@ -110,7 +112,7 @@ def _families(record: Record) -> str:
         drawing = charts.family_bars(record, family, f"family{index}")
         if drawing:
             total = ((record.get("suite") or {}).get("families") or {}).get(family)
-            small = f'<span class="about">{total} problems</span>' if total else ""
+            small = f'<span class="about">{escape(str(total))} problems</span>' if total else ""
             panels.append(f"<div><h3>{escape(family.capitalize())}{small}</h3>{drawing}</div>")
     if not panels:
         return ""

@@ -41,7 +41,7 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
         found.append(("Size on disk", table.size(last["bytes"]), note))
     if last["bits_per_weight"] is not None:
         found.append(
-            ("Bits per weight", f"{last['bits_per_weight']:.2f}", f"{table.count(last['parameters'])} parameters")
+            ("Bits per weight", f"{last['bits_per_weight']:.2f}", f"{table.count(last['parameters'] or 0)} parameters")
         )
     for key, other in (
         ("exact_match", True),

@@ -19,6 +19,7 @@ class Entry(NamedTuple):
 
 STAGES: dict[str, Entry] = {
     "distill": Entry("distill", "Distill", "a smaller student learns from the teacher"),
+    "record": Entry("record", "Record", "what a teacher says of a text, kept on disk for distill"),
     "compress": Entry("compress", "Compress", "2:4 sparsity, low-bit weights, 8-bit activations, in one pass"),
     "allocate": Entry(
         "allocate", "Allocate", "bits for each unit by measured KL under a size, as a recipe to compress by"

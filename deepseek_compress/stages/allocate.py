@@ -7,7 +7,6 @@ whole. It is written as a plain recipe for `dsc quantize`, beside the table of w
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +14,8 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import write_file, write_json
+from deepseek_compress.checkpoint.files import remove_tree, write_file, write_json, write_sealed
+from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.compress import selection
 from deepseek_compress.compress.fused_groups import fused_groups
 from deepseek_compress.compress.overrides import Scheme, said
@@ -109,8 +109,8 @@ class Allocate(Stage, frozen=True):
             seed=context.seed,
             extra={"calibration": facts, "facts": found},
         )
-        write_json(context.out / "dsc_manifest.json", manifest)
-        shutil.rmtree(search.work)
+        write_sealed(context.out / MANIFEST, manifest)
+        remove_tree(search.work)
         return Output("artifact", context.out / RECIPE, found)
 
     def _search(self, source: Checkpoint, context: Context) -> tuple[Search, dict[str, Any]]:

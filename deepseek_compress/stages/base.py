@@ -91,6 +91,7 @@ class Forecast:
     work: Work | None = None  # in this process
     tasks: Work | None = None  # in workers
     read: int = 0  # bytes of the source
+    scratch: int = 0  # bytes on disk while it runs, which go when it is done
 
     def workers(self, wanted: int | None, limit: int | None) -> int:
         """How many this machine would use with `limit` bytes of memory."""

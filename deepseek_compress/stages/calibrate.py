@@ -17,8 +17,10 @@ from typing import Any, ClassVar, Literal
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import write_json
+from deepseek_compress.checkpoint.files import remove_tree, write_json, write_sealed
+from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
+from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.compress.collection import expected, observing
 from deepseek_compress.compress.convert import clean, convert_with_text
 from deepseek_compress.models import Architecture
@@ -26,6 +28,7 @@ from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import tokenizer_hash
 from deepseek_compress.stages.text import calibration_text
+from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
 FILE = "calibration.json"
@@ -49,9 +52,18 @@ class Calibrate(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
-        size, memory, work, tasks = expected(Architecture.of(header), self.fields, samples, length)
+        architecture = Architecture.of(header)
+        size, memory, work, tasks = expected(architecture, self.fields, samples, length)
         read = sum(info.bytes for info in header.tensors.values())
-        return Forecast(header, bytes=size, memory=memory, work=work, tasks=tasks, read=read)
+        return Forecast(
+            header,
+            bytes=size,
+            memory=memory,
+            work=work,
+            tasks=tasks,
+            read=read,
+            scratch=scratch(architecture, samples * length),
+        )
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the statistics and `calibration.json`."""
@@ -76,7 +88,8 @@ class Calibrate(Stage, frozen=True):
             hashes=done.hashes,
             extra={"calibration": text.facts, "statistics": saved},
         )
-        write_json(context.out / "dsc_manifest.json", manifest)
+        write_sealed(context.out / MANIFEST, manifest)
+        remove_tree(context.out / PARTIAL)
         clean(job)
         return Output("artifact", context.out, _summary(blocks, text.tokens.numel()))
 

@@ -8,11 +8,14 @@ Each linear is made sparse first and quantised after it with the same statistics
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
@@ -31,6 +34,7 @@ from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.cache import cache_problems, told_cache
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.activations import Activations, Dynamic, InputGrid, Static
+from deepseek_compress.numerics.gptaq import Gptaq
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
@@ -41,9 +45,11 @@ from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
 from deepseek_compress.streaming import observe
+from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
 PARTS = ("rotation", "migration", "sparsity", "weights", "activations", "kv_cache")
+EVERY_TOKEN = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
 KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
 
@@ -59,6 +65,7 @@ class Compress(Stage, frozen=True):
     activations: Annotated[SerializeAsAny[Activations] | None, picked(ACTIVATIONS, "activations")] = None
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
+    every_token_bits: int | None = Field(None, ge=2, le=8)  # of what every token of a mixture of experts goes through
     keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
     requantize: bool = False  # change experts that are published in MXFP4 too: few bits to gain, accuracy to lose
@@ -92,7 +99,7 @@ class Compress(Stage, frozen=True):
         if found:
             return found
         cfg, roles = architecture.cfg, self._changed(header)
-        found = selection.problems(architecture, roles, self.weights, self.sparsity, self.overrides)
+        found = selection.problems(architecture, roles, self.weights, self.sparsity, self._overrides(architecture))
         found += [] if self.rotation is None else rotation.problems(architecture, self.mtp == "keep")
         found += [] if self.migration is None else moved_scales.problems(header)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
@@ -103,8 +110,13 @@ class Compress(Stage, frozen=True):
 
     def statistics_problems(self, source: Checkpoint, wanted: Calibration) -> list[DscError]:
         """Fields that are not there, another model, other text."""
-        needs = self._needs(source.header)
+        needs = self._needs_saved(source.header)
         return saved_problems(source, wanted, needs) if needs else []
+
+    def _needs_saved(self, header: Header) -> frozenset[str]:
+        """Likewise of saved statistics: GPTAQ that decides its strength then corrects nothing."""
+        decides = isinstance(self.weights, Gptaq) and self.weights.strength is None
+        return self._needs(header) - ({"cross_covariance"} if decides else set())
 
     def _needs(self, header: Header) -> frozenset[str]:
         """What has to be known of inputs; "text" where that alone serves."""
@@ -122,7 +134,7 @@ class Compress(Stage, frozen=True):
         if self.rotation is not None:
             header = rotation.rotated_header(architecture)
             architecture = Architecture.of(header)
-        solver = self._solver(architecture)
+        solver, samples = self._solver(architecture), self._used(samples, max(1, length), architecture)
         expected = expect(architecture, solver, samples if solver.needs else 0, length)
         moving = self._moving(architecture.cfg)
         looked_at = min(samples, (moving and moving.samples) or samples)
@@ -140,6 +152,7 @@ class Compress(Stage, frozen=True):
             total((before.work, looked.work, expected.work)),
             expected.tasks,
             read=sum(info.bytes for info in header.tensors.values()),
+            scratch=scratch(architecture, samples * length) if solver.needs else 0,
         )
 
     def _moving(self, cfg: ModelConfig) -> Migration | None:
@@ -159,7 +172,8 @@ class Compress(Stage, frozen=True):
         decisions = self._decisions(architecture)
         context.tell_all(decisions)
         text, saved = self._data(source, context, work)
-        tokens = None if text is None else text.tokens
+        tokens, cut = (None, []) if text is None else self._enough(text.tokens, architecture)
+        context.tell_all(cut)
         memory, workers = self._share(source, tokens, context)
         digest = saved.digest if saved else tokens
         Resumable.of(source, self.model_dump(mode="json"), digest, device=context.device).claim(context.out, work)
@@ -171,7 +185,9 @@ class Compress(Stage, frozen=True):
             open_pool(job, workers, context.ray, memory.task) as pool,
         ):
             done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
-            facts = {**summary.summarize(done.blocks), "decisions": decisions + told}
+            corrected = summary.corrections(done.blocks)
+            context.tell_all(corrected)
+            facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}
             summary.write(context.out, done.blocks)
             manifest = self._manifest(source, context, saved or text, facts, done.hashes)
             notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg))
@@ -182,8 +198,22 @@ class Compress(Stage, frozen=True):
     def _data(self, source: Checkpoint, context: Context, work: Path) -> tuple[Text | None, Saved | None]:
         """The text, or the statistics that were collected before; neither where nothing needs them."""
         needs = self._needs(source.header)
-        saved = saved_statistics(source, context, needs) if needs else None
+        saved = saved_statistics(source, context, self._needs_saved(source.header)) if needs else None
         return calibration_text(source, context, work) if needs and saved is None else None, saved
+
+    def _used(self, samples: int, length: int, architecture: Architecture) -> int:
+        """How many of the samples of calibration text the method needs."""
+        weights, moe = self._solver(architecture).weights, architecture.cfg.moe
+        enough = weights.enough if isinstance(weights, Gptaq) else None
+        each = 1.0 if moe is None else moe.top_k / moe.experts  # share of the tokens that reach a linear
+        return samples if enough is None else min(samples, math.ceil(enough / each / length))
+
+    def _enough(self, tokens: Tensor, architecture: Architecture) -> tuple[Tensor, list[str]]:
+        """The samples of tokens (samples, length) that are used, and what there is to say about it."""
+        samples, length = tokens.shape
+        count = self._used(samples, length, architecture)
+        line = f"{count} of {samples} samples used, which is enough for each linear (weights.gptaq.enough=null: all)"
+        return tokens[:count], [line] if count < samples else []
 
     def _job(
         self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, context: Context
@@ -213,13 +243,29 @@ class Compress(Stage, frozen=True):
 
     def _solver(self, architecture: Architecture) -> LinearSolver:
         roles = self._changed(architecture.header)
-        chosen = selection.select(architecture, roles, self.weights, self.overrides)
-        return LinearSolver(chosen, self.sparsity, self.weights, self.min_tokens)
+        weights = self.weights
+        if isinstance(weights, Gptaq) and _too_large(weights, architecture.header):
+            weights = weights.uncorrected()
+        chosen = selection.select(architecture, roles, weights, self._overrides(architecture))
+        return LinearSolver(chosen, self.sparsity, weights, self.min_tokens)
+
+    def _overrides(self, architecture: Architecture) -> tuple[Override, ...]:
+        """Those of the recipe, after the one for what every token goes through: symmetric, as servers read 8 bits."""
+        if self.every_token_bits is None or self.weights is None or architecture.cfg.moe is None:
+            return self.overrides
+        roles = self._changed(architecture.header) & EVERY_TOKEN
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in architecture.linears(roles))
+        own = [Override(modules=tuple(names), num_bits=self.every_token_bits, symmetric=True)] if names else []
+        return (*own, *self.overrides)
 
     def _decisions(self, architecture: Architecture) -> list[str]:
         """Say what was decided, and why, one line each."""
         lines, cfg, header = [], architecture.cfg, architecture.header
         chosen = self._solver(architecture).selection
+        if isinstance(self.weights, Gptaq) and _too_large(self.weights, architecture.header):
+            lines.append(
+                f"gptq: no correction of more than {self.weights.largest} weights (weights.gptaq.largest=null)"
+            )
         if self.weights is not None and self.weights.group_size is None:
             size = "one scale a row" if chosen.group_size is None else f"group_size {chosen.group_size}"
             lines.append(f"{size} (chosen: the largest that fits)")
@@ -247,7 +293,8 @@ class Compress(Stage, frozen=True):
         assert self.activations is not None
         bits, symmetric = self.activations.num_bits, self.activations.symmetric
         weights = self.weights
-        served = weights is not None and weights.symmetric and not self.overrides
+        mixed = bool(self.overrides) or (self.every_token_bits is not None and cfg.moe is not None)
+        served = weights is not None and weights.symmetric and not mixed
         anywhere = symmetric and isinstance(self.activations, Dynamic)
         if served and (anywhere or (channels and cfg.moe is None)):
             return f"{bits}-bit activations stand in config.json, as compressed-tensors and vLLM read them"
@@ -262,6 +309,7 @@ class Compress(Stage, frozen=True):
         hashes: Mapping[str, str],
     ) -> dict[str, Any]:
         cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.model_dump(mode="json")}
+        threads = torch.get_num_threads() if isinstance(text, Text) else None  # sums over text depend on it
         return provenance.build_manifest(
             stage="compress",
             source=source,
@@ -269,13 +317,18 @@ class Compress(Stage, frozen=True):
             seed=context.seed,
             knobs=self.model_dump(mode="json"),
             hashes=hashes,
-            extra={**cache, "calibration": text and text.facts, "facts": dict(facts)},
+            extra={**cache, "calibration": text and text.facts, "threads": threads, "facts": dict(facts)},
         )
 
     def _config_changes(self, architecture: Architecture) -> dict[str, Any]:
         """num_nextn_predict_layers is 0 where the MTP block is not there: engines break when it is announced."""
         stays = architecture.has_mtp and self.mtp == "keep"
         return {"num_nextn_predict_layers": 0} if architecture.cfg.num_nextn_predict_layers and not stays else {}
+
+
+def _too_large(weights: Gptaq, header: Header) -> bool:
+    """Whether a model has more weights than are corrected."""
+    return weights.largest is not None and sum(info.elements for info in header.tensors.values()) > weights.largest
 
 
 def _ignore(cfg: ModelConfig) -> list[str]:

@@ -1,185 +1,382 @@
-"""Distill: a student, made smaller or not, learns the teacher's distribution; 2:4 zeros of the source stay zero.
+"""Distill: a student learns the teacher's distribution; 2:4 zeros of the source stay zero.
 
-The student starts as the source with fewer experts or layers. The teacher's most likely tokens at every position are
-recorded once, then the student is trained on them. Both models are held in float32, so this is for models that fit;
-`plan` tells the memory beforehand.
+The student is the source, with fewer experts or layers where the recipe says so. Its teacher is a checkpoint in memory,
+which says all of its distribution at every step, or what one said before and is kept on disk (`record`, or `cache`).
+Weights are held in memory: this is for models that fit; `plan` tells the memory beforehand.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
-from deepseek_compress.distillation import shrink as shrinking
+from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.distillation import report, shrink
+from deepseek_compress.distillation.cache import INDEX, CachedTeacher, is_cache
+from deepseek_compress.distillation.documents import Document, read_documents
+from deepseek_compress.distillation.features import INSIDE, even_pairs, projections
+from deepseek_compress.distillation.losses import Loss, losses_of
+from deepseek_compress.distillation.objective import PIECE, Objective
+from deepseek_compress.distillation.record import Kept, record_model, text_digest
 from deepseek_compress.distillation.resume import Keeper
-from deepseek_compress.distillation.traces import (
-    TOKENS_AT_ONCE,
-    Document,
-    batches_by_length,
-    padded,
-    read_documents,
-    record,
-)
-from deepseek_compress.distillation.trainer import Schedule, masks_of, train
+from deepseek_compress.distillation.rounding import Straight, straight_inputs
+from deepseek_compress.distillation.students import Size, Student, cut
+from deepseek_compress.distillation.teachers import LiveTeacher, Teacher
+from deepseek_compress.distillation.trainer import Schedule, Trainer, masks_of
 from deepseek_compress.errors import DscError
-from deepseek_compress.models import Architecture, Family, ModelConfig
+from deepseek_compress.models import Architecture, ModelConfig
+from deepseek_compress.models.activations import InputScheme, input_scheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.numerics.types import Quantized
 from deepseek_compress.planning.costs import Memory, Work
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.resumable import Resumable
 
-COUNTED = 256  # documents that show how much each expert is used
+WORK = ".dsc_distill"  # in the output directory, while a run is unfinished
+STEPS = 150  # where nothing says how long
+HELD_BACK = 2  # steps' worth of tokens at most
+CUT_RATE, WHOLE_RATE = 1e-4, 2e-5  # of AdamW, see reports/LOG.md
+FASTEST = 10_000  # tokens that a training reads in a second, at most
+TRIED = 2  # steps that tell how many there are in some minutes
+
+
+class _Lesson(NamedTuple):
+    """Who teaches, on which text, over which tokens; `model`: the teacher where it is here."""
+
+    teacher: Teacher
+    documents: list[Document]
+    vocabulary: int
+    fingerprint: str
+    model: Model | None
 
 
 class Distill(Stage, frozen=True):
     """A smaller student trained on the teacher's distribution, under its 2:4 mask where it has one."""
 
-    teacher: str = "model"  # the name of the output to learn from
-    experts: int | None = Field(None, gt=0)  # routed experts a layer; None keeps all
-    layers: int | None = Field(None, gt=0)  # layers; None keeps all
-    documents: int = Field(3000, gt=0)  # texts read from the calibration sources
+    teacher: str | None = "model"  # the output to learn from: a checkpoint, or what `record` wrote
+    cache: str | None = None  # directory with the teacher's words; recorded there first where it has none
+    kept: Kept = Kept()  # of each distribution, in that directory
+    keep: float | None = Field(None, gt=0, le=1)  # share of the experts, of the layers where there are none, that stays
+    experts: int | None = Field(None, gt=0)  # routed experts a layer; None keeps all; goes before keep
+    layers: int | None = Field(None, gt=0)  # layers; None keeps all; goes before keep
+    layers_by: Literal["influence", "loss", "even"] = "influence"  # which of them stay, see `importance`
+    experts_by: Literal["activation", "frequency"] = "activation"
+    documents: int | None = Field(None, gt=1)  # texts read from the calibration sources; None: what the steps need
     length: int = Field(512, gt=1)  # tokens; longer texts are cut
-    steps: int = Field(150, ge=0)  # 0: the student as it is cut
-    batch_tokens: int = Field(2560, gt=0)  # of a step, padding included
-    learning_rate: float = Field(5e-4, gt=0)
-    temperature: float = Field(4.0, gt=0)
-    cross_entropy: float = Field(0.3, ge=0, le=1)  # share of the text itself in the loss; the rest is the teacher
-    top_k: int = Field(16, gt=0)  # of the teacher's tokens that are kept at each position
+    steps: int | None = Field(None, ge=0)  # 0: the student as it is cut
+    tokens: int | None = Field(None, gt=0)  # instead of steps
+    minutes: float | None = Field(None, gt=0)  # instead of steps; they become steps before the first one
+    batch_tokens: int = Field(2048, gt=0)  # of a step, padding included
+    accumulate: int = Field(1, gt=0)  # parts of a step, whose gradients add up
+    learning_rate: float | None = Field(None, gt=0)  # None: 1e-4 for a student that was cut, 2e-5 near its teacher
+    loss: dict[str, Any] = Field({"forward_kl": {}}, validate_default=True)  # of `losses`, each with its share
+    temperature: float = Field(1.0, gt=0)
     prompt_weight: float = Field(0.1, ge=0)  # of a prompt's position in the loss; an answer's is 1
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    precision: Literal["float32", "mixed", "bfloat16"] = "float32"  # mixed: products in BF16; bfloat16: all of it
+    checkpointing: bool = False  # compute blocks again on the way back instead of keeping what they computed
+    freeze: tuple[str, ...] = ()  # shell patterns of tensors that stay
+    validation: float = Field(0.05, ge=0, lt=1)  # share of the documents that are held back, few at most
+    patience: int | None = Field(None, gt=0)  # validations without gain that end a training
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> dict[str, Any]:
+        names = [value] if isinstance(value, str) else value
+        return {name: loss.model_dump() for name, loss in zip(names, losses_of(value), strict=True)}
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Distill:
+        given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: one of them says how long to train")
+        return self
+
+    @property
+    def size(self) -> Size:
+        """How much of the source stays."""
+        return Size(**{name: getattr(self, name) for name in Size.model_fields})
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """What the student is trained on."""
+        return losses_of(self.loss)
 
     def problems(self, header: Header) -> list[DscError]:
-        """A missing, unknown or misshaped tensor; sizes that do not fit; packed weights, which cannot be trained."""
+        """A missing, unknown or misshaped tensor; sizes that do not fit, or those of packed weights, which stay."""
         architecture = Architecture.of(header)
         found = architecture.problems()
         if found:
             return found
-        found = shrinking.problems(architecture.family, architecture.cfg, self.experts, self.layers)
-        if any(info.encoding == "packed" for info in header.tensors.values()):
-            found.append(DscError("distill: the checkpoint has packed weights", "distill before it is quantised"))
+        cfg = architecture.cfg
+        found = shrink.problems(architecture.family, cfg, *self.size.of(cfg))
+        packed = any(info.encoding == "packed" for info in header.tensors.values())
+        if packed and self.size.of(cfg) != (None, None):
+            found.append(DscError("distill: packed weights cannot be made fewer", "cut before the model is quantised"))
+        if packed and self.precision == "bfloat16":
+            found.append(DscError("distill.precision: bfloat16 cannot hold what packed weights learn", "set mixed"))
+        if self.teacher is None and (self.cache is None or not is_cache(Path(self.cache))):
+            found.append(DscError("distill: no teacher", "name a finished recording: cache"))
+        inside = [name for name, loss in zip(self.loss, self.losses, strict=True) if isinstance(loss, INSIDE)]
+        if inside and self.cache is not None:
+            found.append(DscError(f"distill.loss: {', '.join(inside)} cannot be recorded", "leave out them, or cache"))
         return found
 
     def reads(self) -> Sequence[str]:
         """The teacher."""
-        return (self.teacher,)
+        return () if self.teacher is None else (self.teacher,)
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """Teacher, student, its gradients and two moments in float32; BF16 on the disk."""
+        """Teacher, student, its gradients, moments and best weights in float32; BF16 on the disk."""
         architecture = Architecture.of(header)
-        plan = self._shrink(architecture.family, architecture.cfg, {})
+        cfg = architecture.cfg
+        plan = shrink.shrink(architecture.family, cfg, shrink.any_experts(cfg), *self.size.of(cfg))
         total = sum(math.prod(info.shape) for info in header.tensors.values())
         kept = sum(
             math.prod(header.tensors[origin.name].shape)
             for origin in plan.tensors.values()
             if origin.name in header.tensors
         )
-        trained = self.steps * self.batch_tokens
+        trained = self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
+        work = Work((2.0 * total + 6.0 * kept) * trained)
+        weight = 2 if self.precision == "bfloat16" else 4
+        moments = 2 if self.optimizer == "adamw" else 0
+        copies = 2 + moments + (self.validation > 0)
         return Forecast(
-            shrinking.shrunk_header(header, plan),
+            shrink.shrunk_header(header, plan),
             tensors=len(plan.tensors),
             bytes=2 * kept,
-            memory=Memory(4 * (total + 5 * kept)),
-            work=Work(2.0 * total * min(trained, self.documents * self.length) + 6.0 * kept * trained),
+            memory=Memory(weight * (total + copies * kept) + self._activations(cfg)),
+            work=None if self.minutes else work,
         )
+
+    def _activations(self, cfg: ModelConfig) -> int:
+        """Bytes that a part of a step keeps for the way back, and the logits of a piece of it."""
+        tokens = self.batch_tokens // self.accumulate
+        wide = cfg.moe.intermediate * cfg.moe.top_k if cfg.moe else cfg.intermediate_size
+        scores = 3 * cfg.num_attention_heads * min(self.length, tokens)
+        block = 4 * tokens * (16 * cfg.hidden_size + 4 * wide + scores)
+        blocks = 1 if self.checkpointing else cfg.num_hidden_layers
+        return blocks * block + 4 * cfg.num_hidden_layers * tokens * cfg.hidden_size + 6 * 4 * PIECE
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the trained student to `context.out`; an interrupted training goes on."""
-        if self.teacher not in context.outputs:
-            raise DscError(f"{self.teacher!r} is no earlier output", f"valid names: {', '.join(context.outputs)}")
-        teacher = Model.load(open_checkpoint(context.outputs[self.teacher]))
-        documents = self._documents(source, teacher.cfg, context)
-        student, changes, facts = self._student(source, documents, context)
-        names = [name for name in student.weights if _is_linear(student, name)]
-        masks = masks_of(student.weights, names)
-        schedule = Schedule(
-            steps=self.steps,
-            batch_tokens=self.batch_tokens,
-            learning_rate=self.learning_rate,
-            temperature=self.temperature,
-            cross_entropy=self.cross_entropy,
-            seed=context.seed,
+        work = context.out / WORK
+        lesson, student = self._begin(source, context)
+        self._identity(source, lesson, context.seed).claim(context.out, work)
+        names = [name for name in student.model.weights if _is_linear(student.model, name)]
+        masks = masks_of(student.model.weights, names)
+        packed = {name: part for name in names if (part := source.read_quantized(name)) is not None}
+        straight = Straight(packed) if packed else None
+        if straight is not None:
+            near = lesson.model.weights if lesson.model is not None else {}
+            student.weights.update(straight.starts(near))
+        scheme = straight_inputs(input_scheme(source.activations))
+        trainer = self._trainer(lesson, student, masks, straight, scheme, context.seed)
+        trainer.over(self._steps(trainer, work, context))
+        facts: dict[str, Any] = {**student.facts, "masked": len(masks), "steps": trainer.schedule.steps}
+        keeper = Keeper(work)
+        state = keeper.load()
+        if trainer.schedule.steps:
+            state = trainer.run(context.progress, state, keeper.save)
+            facts |= report.facts(state)
+            for line in report.told(state, trainer.schedule):
+                context.tell(line)
+        state = state or trainer.begin()
+        stored = (
+            {}
+            if straight is None
+            else {name: straight.stored(name, student.model.weights[name], state.projections) for name in packed}
         )
-        keeper = Keeper(context.out, [self.model_dump(mode="json"), provenance.fingerprint(source), schedule])
-        losses: list[float] = []
-        if self.steps:
-            traces = record(teacher, documents, self.top_k, self.prompt_weight, context.progress)
-            del teacher
-            losses = train(student, traces, schedule, masks, context.progress, keeper.load(), keeper.save)
-        facts |= {"steps": self.steps, "masked": len(masks)}
-        facts |= {"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
-        notes = self._write(source, student, changes, facts, context)
-        keeper.clear()
+        notes = self._write(source, student, stored, facts, report.card(state), context)
+        shutil.rmtree(work, ignore_errors=True)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
+
+    def _begin(self, source: Checkpoint, context: Context) -> tuple[_Lesson, Student]:
+        """The teacher with its text, and the student it begins with."""
+        path = self._teacher_path(context)
+        words = Path(self.cache) if self.cache else path if path is not None and is_cache(path) else None
+        if words is not None:
+            if not is_cache(words):
+                assert path is not None
+                self._record(source, open_checkpoint(path), words, context)
+            return self._from_cache(source, words, context)
+        assert path is not None
+        teacher = self._load(open_checkpoint(path))
+        same = path.resolve() == source.path.resolve()
+        loaded = teacher if same else self._load(source)
+        documents = self._documents(source, teacher.cfg, context)
+        student = self._cut(loaded, source, documents, context, same)
+        ours, theirs = load_tokenizer(source.path), load_tokenizer(path)
+        sizes = (teacher.cfg.vocab_size, student.model.cfg.vocab_size)
+        _check_tokenizers(ours.digest, theirs.digest, sizes)
+        if not same:
+            student = student._replace(pairs=even_pairs(student.model.cfg, teacher.cfg))
+        vocabulary = min(sizes)
+        print_ = provenance.fingerprint(open_checkpoint(path))
+        live = LiveTeacher(teacher, vocabulary, self.temperature)
+        return _Lesson(live, documents, vocabulary, print_, teacher), student
+
+    def _from_cache(self, source: Checkpoint, words: Path, context: Context) -> tuple[_Lesson, Student]:
+        """A teacher that is not there; its text is the one that was recorded."""
+        teacher = CachedTeacher(words)
+        if teacher.temperature != self.temperature:
+            what = (
+                f"{words}: recorded at temperature {teacher.temperature:g}, distill.temperature is {self.temperature:g}"
+            )
+            raise DscError(what, f"set distill.temperature to {teacher.temperature:g}, or record again")
+        loaded, documents = self._load(source), teacher.documents()
+        student = self._cut(loaded, source, documents, context)
+        sizes = (teacher.vocabulary, student.model.cfg.vocab_size)
+        _check_tokenizers(load_tokenizer(source.path).digest, teacher.index["tokenizer"], sizes)
+        if sizes[1] < sizes[0]:
+            what = f"{words}: words of a vocabulary of {sizes[0]}, the student has {sizes[1]}"
+            raise DscError(what, "give a student with all tokens of its tokenizer")
+        return _Lesson(teacher, documents, teacher.vocabulary, provenance.digest(teacher.index), None), student
+
+    def _record(self, source: Checkpoint, teacher: Checkpoint, words: Path, context: Context) -> None:
+        """The teacher's words into `words`, after those that are there."""
+        tokenizer = load_tokenizer(teacher.path)
+        documents = self._documents(source, Architecture.of(teacher).cfg, context)
+        record_model(teacher, tokenizer, documents, self.kept, self.temperature, words, context.seed, context.progress)
+        index = read_json(words / INDEX)
+        context.tell(f"{words}: {index['form']} words of {index['tokens']} tokens, {index['bytes_a_token']} bytes each")
 
     def _documents(self, source: Checkpoint, cfg: ModelConfig, context: Context) -> list[Document]:
         tokenizer = load_tokenizer(source.path)
-        documents = read_documents(context.text.sources, tokenizer, self.documents, self.length)
+        wanted = self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
+        wanted = int(60 * self.minutes * FASTEST) if self.minutes else wanted
+        tokens = round(wanted / (1 - self.validation))
+        documents = read_documents(context.text.sources, tokenizer, self.length, self.documents, tokens)
         largest = max(max(document.ids) for document in documents)
         if largest >= cfg.vocab_size:
             what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"
             raise DscError(what, "check that tokenizer and models belong together")
         return documents
 
-    def _shrink(self, family: Family, cfg: ModelConfig, use: dict[int, torch.Tensor]) -> shrinking.Shrink:
-        if not use and self.experts is not None and cfg.moe is not None:  # for sizes alone any experts will do
-            layers = range(cfg.num_hidden_layers)
-            use = {layer: torch.zeros(cfg.moe.experts, dtype=torch.long) for layer in layers if cfg.is_moe(layer)}
-        return shrinking.shrink(family, cfg, use, self.experts, self.layers)
+    def _cut(
+        self, loaded: Model, source: Checkpoint, documents: list[Document], context: Context, shared: bool = False
+    ) -> Student:
+        """The source, cut to size, with tensors of its own."""
+        student = cut(loaded, source.config, self.size, documents, shared)
+        for line in report.kept(student, self.size):
+            context.tell(line)
+        return student
 
-    def _student(
-        self, source: Checkpoint, documents: list[Document], context: Context
-    ) -> tuple[Model, dict[str, object], dict[str, object]]:
-        """The source, cut to size; the keys of config.json that change; facts for the run record."""
-        loaded = Model.load(source)
-        if self.experts is None and self.layers is None:
-            return loaded, {"num_nextn_predict_layers": 0} if loaded.cfg.num_nextn_predict_layers else {}, {}
-        use: dict[int, torch.Tensor] = {}
-        if self.experts is not None:
-            shown = [document.ids for document in documents[:COUNTED]]
-            groups = batches_by_length([len(ids) for ids in shown], TOKENS_AT_ONCE)
-            use = shrinking.expert_use(loaded, [padded([shown[index] for index in group]) for group in groups])
-        plan = self._shrink(loaded.family, loaded.cfg, use)
-        weights = {}
-        for name, origin in plan.tensors.items():
-            tensor = loaded.weights[origin.name]
-            weights[name] = tensor.clone() if origin.rows is None else tensor[origin.rows]
-        cfg = loaded.family.parse({**source.config, **plan.config})
-        kept = {str(layer): experts for layer, experts in plan.experts.items()}
-        if kept:
-            context.tell(f"{self.experts} experts a layer stay (recipe: distill.experts), the most used of each group")
-        return Model(loaded.family, cfg, weights), plan.config, {"experts_kept": kept}
+    def _teacher_path(self, context: Context) -> Path | None:
+        if self.teacher is not None and self.teacher not in context.outputs:
+            raise DscError(f"distill.teacher: unknown output {self.teacher!r}", f"known: {', '.join(context.outputs)}")
+        return None if self.teacher is None else context.outputs[self.teacher]
+
+    def _load(self, checkpoint: Checkpoint) -> Model:
+        low = self.precision == "bfloat16"
+        return Model.load(checkpoint, dtype=torch.bfloat16 if low else torch.float32)
+
+    def _trainer(
+        self,
+        lesson: _Lesson,
+        student: Student,
+        masks: Mapping[str, torch.Tensor],
+        straight: Straight | None,
+        scheme: InputScheme | None,
+        seed: int,
+    ) -> Trainer:
+        """A training of one step; `_steps` says how many there are."""
+        count = len(lesson.documents)
+        lengths = [len(document.ids) for document in lesson.documents]
+        few = sum(total <= HELD_BACK * self.batch_tokens for total in itertools.accumulate(reversed(lengths)))
+        held = min(max(1, few), math.ceil(self.validation * count), count - 1)
+        extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
+        extra |= {} if straight is None else straight.scales()
+        mixed = self.precision == "mixed"
+        objective = Objective(
+            self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing
+        )
+        schedule = Schedule(
+            steps=1,
+            batch_tokens=self.batch_tokens,
+            accumulate=self.accumulate,
+            learning_rate=self.learning_rate or (CUT_RATE if student.facts else WHOLE_RATE),
+            optimizer=self.optimizer,
+            freeze=self.freeze,
+            prompt_weight=self.prompt_weight,
+            held_back=held,
+            patience=self.patience,
+            seed=seed,
+        )
+        return Trainer(
+            student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra, straight, scheme
+        )
+
+    def _steps(self, trainer: Trainer, work: Path, context: Context) -> int:
+        """How many steps there are; minutes become steps once, before the first."""
+        if self.tokens is not None:
+            return trainer.steps_for(self.tokens)
+        if self.minutes is None:
+            return STEPS if self.steps is None else self.steps
+        kept = work / "steps.json"
+        if not kept.is_file():
+            seconds = trainer.seconds_a_step(TRIED)
+            steps = max(1, int(60 * self.minutes / seconds))
+            write_json(kept, {"steps": steps})
+            context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
+        return int(read_json(kept)["steps"])
+
+    def _identity(self, source: Checkpoint, lesson: _Lesson, seed: int) -> Resumable:
+        """Everything that the bytes follow from; a resume is refused if one of them differs."""
+        identity = Resumable.of(source, self.model_dump(mode="json"), text_digest(lesson.documents), seed=seed)
+        return replace(identity, teacher=lesson.fingerprint, threads=torch.get_num_threads())
 
     def _write(
         self,
         source: Checkpoint,
-        student: Model,
-        changes: dict[str, object],
-        facts: dict[str, object],
+        student: Student,
+        stored: Mapping[str, Quantized],
+        facts: dict[str, Any],
+        card: str,
         context: Context,
     ) -> list[str]:
-        total = sum(2 * weight.numel() for weight in student.weights.values())
-        with CheckpointWriter(context.out, source, expected_bytes=total) as writer:
-            for name, weight in student.weights.items():
+        model, teacher = student.model, self._teacher_path(context)
+        total = sum(2 * weight.numel() for weight in model.weights.values())
+        inputs = {} if teacher is None or is_cache(teacher) else {"teacher": teacher / "config.json"}
+        dropped = {"num_nextn_predict_layers": 0} if source.config.get("num_nextn_predict_layers") else {}
+        ignore = source.config["quantization_config"]["ignore"] if stored else []
+        size = 0 if stored else total
+        with CheckpointWriter(context.out, source, expected_bytes=size, activations=source.activations) as writer:
+            for name, weight in model.weights.items():
+                if name in stored:
+                    writer.add(name, stored[name])
+                    continue
                 bias = weight.dim() == 1 and not name.endswith(".weight")  # routers balance in float32
-                writer.add(name, weight if bias else weight.to(torch.bfloat16))
+                writer.add(name, weight.float() if bias else weight.to(torch.bfloat16))
             manifest = provenance.build_manifest(
                 stage="distill",
                 source=source,
                 recipe=context.recipe_text,
                 seed=context.seed,
                 knobs=self.model_dump(mode="json"),
-                inputs=self._inputs(context.outputs[self.teacher]),
+                inputs=inputs,
                 extra={"facts": facts},
             )
-            return writer.finish(changes, manifest, [])
+            return writer.finish({**dropped, **student.config}, manifest, ignore, card)
 
-    def _inputs(self, teacher: Path) -> dict[str, Path]:
-        return {"teacher": teacher / "config.json"}
+
+def _check_tokenizers(student: str, teacher: str, sizes: tuple[int, int]) -> None:
+    """`sizes`: vocabularies of teacher and student. Padded ones of equal tokenizers may differ."""
+    if student != teacher:
+        what = f"distill: teacher and student have other tokenizers (vocabularies of {sizes[0]} and {sizes[1]} tokens)"
+        raise DscError(what, "give a student with the teacher's tokenizer, or train it on text the teacher wrote")
 
 
 def _is_linear(student: Model, name: str) -> bool:

@@ -74,6 +74,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         ablations = {name: _path(context.outputs, name) for name in self.ablations}
         self._claim(source, {**models, **ablations}, context, work)
         record = evaluate(models, reference, self._settings(context), ablations, context.progress, work)
+        context.tell_all(record["notes"])
         record["artifacts"] = artifacts(context.outputs)
         record["name"] = title(context.recipe_text, list(models), reference)
         record["recipe"] = context.recipe_text

@@ -61,9 +61,10 @@ class Export(Stage, frozen=True, extra="forbid"):
         job = Job(manifest, context.tell, lambda count: _texts(source, context, count))
         made = self.target.write(source, context.out, job)
         if made.kind == "artifact":
-            from deepseek_compress.checkpoint.files import write_json
+            from deepseek_compress.checkpoint.files import write_sealed
+            from deepseek_compress.checkpoint.verified import MANIFEST
 
-            write_json(context.out / "dsc_manifest.json", manifest)
+            write_sealed(context.out / MANIFEST, manifest)
         return Output(made.kind, made.path, made.facts)
 
 

@@ -8,7 +8,6 @@ tells the memory beforehand.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
+from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.distillation import blockwise
 from deepseek_compress.distillation.recovery import recover
 from deepseek_compress.errors import DscError
@@ -120,7 +120,7 @@ class Recover(Stage, frozen=True):
                 extra={"calibration": text.facts, "facts": facts},
             )
             notes = writer.finish({}, manifest, source.config["quantization_config"]["ignore"])
-        shutil.rmtree(work, ignore_errors=True)
+        remove_tree(work)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
     def _end_to_end(

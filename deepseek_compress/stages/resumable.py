@@ -14,8 +14,8 @@ from torch import Tensor
 from deepseek_compress import machine, provenance
 from deepseek_compress.calibration.tokens import digest_of
 from deepseek_compress.checkpoint import Checkpoint
-from deepseek_compress.checkpoint.files import read_json, write_json
-from deepseek_compress.checkpoint.writer import PARTIAL
+from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
+from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.errors import DscError
 
 
@@ -58,16 +58,20 @@ class Resumable:
         )
 
     def claim(self, out: Path, work: Path) -> None:
-        """Take up `work`. Call before the writer is made. Raises DscError, naming what differs, for another run's."""
+        """Take up `work`. Call before the writer is made. Raises DscError, naming what differs, for another run's.
+
+        Work without an identity, or with a damaged one, is thrown away.
+        """
         file = work / "identity.json"
         here = json.loads(json.dumps(asdict(self)))
-        if file.is_file():
-            there = read_json(file)
+        there = kept(file)
+        if there is not None:
             differing = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
             if differing:
                 what = f"{out}: holds an unfinished run with other {', '.join(differing)}"
                 raise DscError(what, "give the same again to resume it, or another output directory")
-        elif (out / PARTIAL).is_dir() and any((out / PARTIAL).iterdir()):
-            raise DscError(f"{out}: holds an unfinished output that cannot be resumed", f"remove {out}")
+        else:  # nothing tells what it follows from: it is made again
+            remove_tree(out / PARTIAL)
+            remove_tree(work)
         work.mkdir(parents=True, exist_ok=True)
-        write_json(file, here)
+        write_sealed(file, here)

@@ -54,7 +54,7 @@ def _lacking(found: SavedStatistics, needs: frozenset[str]) -> list[DscError]:
     if "text" in needs:
         what = f"{found.path}: rotated inputs and static activations need text, saved statistics have none"
         wrong.append(DscError(what, "leave those out, or calibrate with text"))
-    if missing := sorted(needs - found.fields - {"cross_covariance", "text"}):
+    if missing := sorted(needs - found.fields - {"cross_covariance", "half", "text"}):
         what = f"{found.path}: holds {', '.join(sorted(found.fields))}, not {', '.join(missing)}"
         wrong.append(DscError(what, "choose another method, or dsc calibrate --set statistics=hessian"))
     return wrong

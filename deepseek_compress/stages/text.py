@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from deepseek_compress.calibration.selection import Candidates, Quota, by_covera
 from deepseek_compress.calibration.settings import Calibration, Select
 from deepseek_compress.calibration.tokens import Windows, apportion, digest_of, facts, read_windows
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
 from deepseek_compress.compress import score_windows
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
@@ -78,8 +77,8 @@ def _choose(
     text = digest_of(pool.tokens)
     decided = [text, wanted.document(), provenance.fingerprint(source), provenance.versions(), torch.get_num_threads()]
     decided += [context.device]
-    key, kept = provenance.digest(decided), work / CHOSEN
-    if kept.is_file() and (before := read_json(kept)).get("key") == key:
+    key, file = provenance.digest(decided), work / CHOSEN
+    if (before := kept(file) or {}).get("key") == key:
         return dict(before["found"])
     reading = work / f"pool-{key[:16]}"  # of this text, model and machine alone
     run = PlainRun(context.architecture(source), reading)
@@ -92,8 +91,8 @@ def _choose(
     found = _decide(made, wanted, select, pool)
     for line in _told(found, select):
         context.tell(line)
-    write_json(kept, {"key": key, "found": found})
-    shutil.rmtree(reading, ignore_errors=True)
+    write_sealed(file, {"key": key, "found": found})
+    remove_tree(reading)
     return found
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deepseek_compress.checkpoint.reader import check_finite
+
 LOGITS = 1 << 22  # numbers of a piece of the logits
 WEIGHTS = 1 << 26  # numbers of the part of a head that is float32 at a time: 256 MB
-
 
 Rows = Callable[[int, int], Tensor]  # (start, count) -> float32 (count, hidden)
 
@@ -83,6 +84,7 @@ def scores(models: Sequence[HeadInput], following: Tensor) -> Scores:
         expected = logits[0].double()
         shares, shrunk = torch.empty(0), torch.empty(0)  # of the reference, which comes first
         for number, part in enumerate(logits):
+            check_finite("logits of the model", part)
             wide = expected if number == 0 else part.double()
             largest, where = wide.max(1)
             higher = torch.maximum(top[number, rows], largest)

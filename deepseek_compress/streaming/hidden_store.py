@@ -1,7 +1,7 @@
 """Rows of float32: the activations between blocks, which may not fit into memory and then lie on disk.
 
 There they are read and written with `pread` / `pwrite` into fresh buffers, never mapped: the pages of a mapped file
-count as resident.
+count as resident. A file that is kept ends with the BLAKE3 of its rows; an interrupted run takes up none that differs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import blake3
 import torch
 from torch import Tensor
 
+from deepseek_compress.checkpoint.files import blocks, remove, sync_directory
 from deepseek_compress.errors import DscError
+from deepseek_compress.models import Architecture
 
 HELD = 128 << 20  # bytes
+SEAL = 32  # bytes of a hash
 _AGAIN = "remove the output and start again"
 
 
@@ -56,9 +60,11 @@ class HiddenStore:
         self.path = path
         with _disk(path):
             self._fd = os.open(path, os.O_RDWR | (0 if existing else os.O_CREAT | os.O_TRUNC), 0o644)
-            size = os.fstat(self._fd).st_size if existing else rows * self._width
-            if size != rows * self._width:
-                raise DscError(f"{path}: {size} bytes, {rows * self._width} expected", _AGAIN)
+            size = rows * self._width
+            found = os.fstat(self._fd).st_size if existing else size
+            if found not in (size, size + SEAL):  # workers open one that is not sealed yet
+                self.close()
+                raise DscError(f"{path}: {found} bytes, {size} expected", _AGAIN)
             if size <= (HELD if held is None else held):
                 self._held = torch.zeros((rows, *row_shape))
                 if existing:
@@ -102,18 +108,34 @@ class HiddenStore:
             self._pwrite(view[i * self._width : (i + 1) * self._width], place)
 
     def rename(self, path: Path) -> None:
-        """Make everything written durable, then give the file its final name."""
+        """Make everything written durable, with its hash, then give the file its final name."""
         if self._held is not None:
             self._pwrite(_bytes(self._held), 0)
         with _disk(path):
+            os.pwrite(self._fd, self._hash(), self.rows * self._width)
             os.fsync(self._fd)
             os.replace(self.path, path)
+            sync_directory(path.parent)
         self.path = path
+
+    def intact(self) -> bool:
+        """Whether a file that was renamed is what it was then."""
+        return os.pread(self._fd, SEAL, self.rows * self._width) == self._hash()
+
+    def _hash(self) -> bytes:
+        """BLAKE3 of the rows."""
+        if self._held is not None:
+            return blake3.blake3(_bytes(self._held)).digest()
+        found = blake3.blake3()
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        for block in blocks(self._fd, self.rows * self._width):
+            found.update(block)
+        return found.digest()
 
     def remove(self) -> None:
         """Close and delete."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        remove(self.path)
 
     def close(self) -> None:
         """Close; the file stays."""
@@ -142,3 +164,12 @@ class HiddenStore:
         with _disk(self.path):
             while done < len(view):
                 done += os.pwritev(self._fd, [view[done:]], row * self._width + done)
+
+
+def scratch(architecture: Architecture, tokens: int) -> int:
+    """Bytes on disk while a text of `tokens` goes through a model: two hidden states, and the widest input of a linear.
+
+    A paired run has both twice.
+    """
+    widest = max((linear.columns for block in architecture.blocks for linear in block.linears), default=0)
+    return 2 * 4 * tokens * (2 * math.prod(architecture.row_shape) + widest)

@@ -5,7 +5,8 @@
 A loop carries the hidden states of one text through the blocks of one model, or of several side by side. What happens
 at a block is a visitor's: it gets the stored inputs of that block, fills the outputs, and returns facts. A finished
 block is never repeated: its output and its facts lie in the work directory, and an interrupted loop goes on at the
-first block that has none. The hidden state is saved, not computed again, since recomputing it is not bit-identical.
+first block that has none, or at the last before it whose inputs are there and undamaged. The hidden state is saved, not
+computed again, since recomputing it is not bit-identical.
 Nothing is held but what the visitor holds of one block.
 
 `backward` runs from the last block to the first; what is handed on then is a gradient. Without a work directory all
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from deepseek_compress import machine
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import kept, read_sealed, write_sealed
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block
 from deepseek_compress.streaming.batches import Batches
@@ -106,7 +107,10 @@ class Loop:
             self.work.mkdir(parents=True, exist_ok=True)
         order = range(self.first, self.layers)[:: -1 if self.backward else 1]
         done = [self._done(layer) and finished(layer) for layer in order]
-        left = order[done.index(False) if False in done else len(done) :]
+        start = done.index(False) if False in done else len(done)
+        while start and start < len(order) and self.work is not None and not self._intact(order[start]):
+            start -= 1
+        left = order[start:]
         found: dict[int, Facts] = {}
         before = given or (self._inputs(left[0], left[0] == order[0], begin) if left else ())
         for number, layer in enumerate(left, len(order) - len(left)):
@@ -145,7 +149,7 @@ class Loop:
             return after
         for stream, store in zip(self.streams if after else (), after, strict=True):
             store.rename(self.path(stream, target))
-        write_json(self._facts_path(layer), facts)
+        write_sealed(self._facts_path(layer), facts)
         if not self.keep:
             for store in before:
                 store.remove()
@@ -172,16 +176,29 @@ class Loop:
     ) -> HiddenStore:
         if self.work is not None:
             path = self.path(stream, place)
-            if path.is_file():
+            if not start:  # `run` has seen that it is there
                 return self._opened(stream, path)
-            if not start:
-                what = f"{path}: missing, block {place} cannot go on"
-                raise DscError(what, "remove the output and start again")
+            with suppress(OSError, DscError):
+                kept_store = self._opened(stream, path)
+                if kept_store.intact():
+                    return kept_store
         store = self._new(stream)
         begin(stream, store)
         if self.work is not None:
             store.rename(path)
         return store
+
+    def _intact(self, layer: int) -> bool:
+        """Whether what enters a block is there as it was written."""
+        place = layer + 1 if self.backward else layer
+        try:
+            for stream in self.streams:
+                with self._opened(stream, self.path(stream, place)) as store:
+                    if not store.intact():
+                        return False
+        except DscError:
+            return False
+        return True
 
     def embed(self, stream: Stream, store: HiddenStore) -> None:
         """Fill `store` with the first block's input."""
@@ -205,10 +222,13 @@ class Loop:
         return self.work / f"{self.name}-{layer:05d}.json"
 
     def _done(self, layer: int) -> bool:
-        return self.work is not None and self._facts_path(layer).is_file()
+        if self.work is None or kept(self._facts_path(layer)) is None:
+            return False
+        target = layer if self.backward else layer + 1
+        return not self.keep or (target in (0, self.layers) and not self.last) or self._intact(target - self.backward)
 
     def _facts(self, layer: int) -> Facts:
-        return dict(read_json(self._facts_path(layer)))
+        return read_sealed(self._facts_path(layer))
 
 
 def _read_ahead(blocks: Sequence[Block]) -> None:

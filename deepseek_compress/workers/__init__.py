@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from deepseek_compress import machine
+from deepseek_compress import machine, processes
 from deepseek_compress.errors import DscError
 
 Task = TypeVar("Task")
@@ -140,7 +140,7 @@ class _Processes:
                 for result in self._ordered(function, tasks[done:]):
                     done, lost = done + 1, 0
                     yield result
-            except BrokenProcessPool:
+            except (BrokenProcessPool, ConnectionError, EOFError):  # the latter two where the fork server is gone
                 lost += 1
                 self._stop()
                 if lost == ATTEMPTS:
@@ -149,7 +149,12 @@ class _Processes:
 
     def _ordered(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         pool = self._started()
-        return in_order(tasks, lambda task: pool.submit(_compute, function, task), Future.result, self.count)
+
+        def submit(task: Task) -> Future[Result]:
+            with processes.safe_environment(), processes.undisturbed():  # the first ones start processes
+                return pool.submit(_compute, function, task)
+
+        return in_order(tasks, submit, Future.result, self.count)
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:

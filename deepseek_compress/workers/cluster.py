@@ -6,6 +6,7 @@ each worker. Source: Ray Core, "Tasks" and "Task fault tolerance".
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from deepseek_compress.errors import DscError
+from deepseek_compress.processes import ROOT
 from deepseek_compress.workers import Result, Task, become_worker, compute, in_order
 
 RETRIES = 5  # times a task may lose its worker
@@ -32,7 +34,9 @@ class RayPool:
         self._ray = ray
         try:
             _reach(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report, and ask clouds where it runs
+            with contextlib.chdir(ROOT):  # Ray puts the current directory on the path of its workers
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             what = f"--ray {address}: {str(error).splitlines()[0]}"
             raise DscError(what, "give the address of a running cluster (`ray status`), or auto") from None

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deepseek_compress import limits
 from deepseek_compress.calibration import sources
 from deepseek_compress.calibration.sources import read_samples
 from deepseek_compress.calibration.tokens import calibration_tokens
@@ -58,6 +59,25 @@ def test_forms_mixed_in_one_table_leave_nulls(tmp_path: Path) -> None:
     assert texts(file) == ["plain", "hi|ho", "p|c", "q|a"]
     rows = [{key: column[i] for key, column in columns.items()} for i in range(5)]
     assert texts(lines(tmp_path / "a.jsonl", *rows)) == texts(file)
+
+
+def test_chat_and_instruction_sets_as_others_publish_them(tmp_path: Path) -> None:
+    """ShareGPT and Alpaca, as lines and as a table; a turn without text is told."""
+    turns = [("system", "s"), ("human", "hi"), ("gpt", "ho"), ("human", "more"), ("gpt", "no")]
+    rows = [
+        {"conversations": [{"from": who, "value": said} for who, said in turns]},
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "la"},
+    ]
+    keys = ("conversations", "instruction", "input", "output")
+    file = parquet(tmp_path / "a.parquet", {key: [row.get(key) for row in rows] for key in keys})
+    for source in (lines(tmp_path / "a.jsonl", *rows), file):
+        assert texts(source) == ["s|hi|ho|more|no", "Add.\n\n1 2|3", "Sing.|la"]
+        chat = next(iter(read_samples(source)))
+        assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    (problem,) = problems(lines(tmp_path / "b.jsonl", {"conversations": [{"from": "human"}]}))
+    assert "message 1 has no text as from and value" in problem
+    assert "has the columns input" in problems(parquet(tmp_path / "c.parquet", {"input": ["x"]}))[0]
 
 
 def test_bad_rows_of_a_table(tmp_path: Path) -> None:
@@ -143,13 +163,13 @@ def test_marks_line_ends_and_compression(tmp_path: Path) -> None:
 
 
 def test_lines_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE", 1 << 20)
+    monkeypatch.setattr(limits, "LINE_BYTES", 1 << 20)
     lines(tmp_path / "a.jsonl", {"text": "x" * (1 << 20)}, {"text": "y"})
     assert "a.jsonl:1: a line of more than 1 MiB" in problems(tmp_path / "a.jsonl")[0]
     (tmp_path / "b.txt").write_text("é" * 200_000)
     pieces = texts(tmp_path / "b.txt")
     assert "".join(pieces) == "é" * 200_000
-    assert max(map(len, pieces)) <= 2 * sources.PIECE
+    assert max(map(len, pieces)) <= 2 * limits.PIECE
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     assert "not valid JSON" in problems(tmp_path / "deep.jsonl")[0]
 

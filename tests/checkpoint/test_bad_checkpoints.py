@@ -68,7 +68,7 @@ def entry(dtype: Any, shape: Any, offsets: Any) -> dict[str, Any]:
         ({"a": entry("F32", [1], [4, 0])}, b"1234", "a: data_offsets [4, 0] are not [begin, end]"),
         ({"a": entry("F32", [1], [0.0, 4])}, b"1234", "a: data_offsets [0.0, 4] are not [begin, end]"),
         ({"a": entry("F32", [2], [0, 4])}, b"1234", "shape [2] of F32 takes 8 bytes, the header gives 4"),
-        ({"a": entry("F32", [1 << 62, 4], [0, 4])}, b"1234", "takes 73786976294838206464 bytes, the header gives 4"),
+        ({"a": entry("F32", [1 << 62, 4], [0, 4])}, b"1234", "a dimension of more than 2^48"),
         (
             {"a": entry("F32", [1 << 40], [0, 1 << 42])},
             b"1234",
@@ -373,7 +373,7 @@ def test_a_file_that_shrinks_between_header_and_read(copy_of: Mutable) -> None:
     checkpoint = open_checkpoint(path)
     name, info = next(iter(checkpoint.header.tensors.items()))
     os.truncate(path / "model.safetensors", info.parts["weight"].offset + 1)
-    with pytest.raises(DscError, match="ends early; the file changed while it was read"):
+    with pytest.raises(DscError, match="changed while it was read; run the same"):
         checkpoint.read(name)
     (path / "model.safetensors").unlink()
     with pytest.raises(DscError, match="No such file or directory"):

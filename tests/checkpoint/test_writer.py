@@ -24,6 +24,7 @@ from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, direct, o
 from deepseek_compress.checkpoint.formats.mxfp4 import encode_mxfp4
 from deepseek_compress.checkpoint.inspect import verify_hashes
 from deepseek_compress.checkpoint.shards import ShardFile
+from deepseek_compress.checkpoint.verified import AGAIN
 from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Quantized
 
@@ -98,13 +99,14 @@ def test_the_manifest_lists_what_the_files_hash_to(tiny_v2: Path, tmp_path: Path
     (file,) = out.glob("*.safetensors")
     assert checkpoint.manifest is not None
     digest = blake3.blake3(file.read_bytes()).hexdigest()
-    assert checkpoint.manifest["files"] == {file.name: {"bytes": file.stat().st_size, "blake3": digest}}
+    assert checkpoint.manifest["files"][file.name] == {"bytes": file.stat().st_size, "blake3": digest}
+    assert {*checkpoint.manifest["files"], "dsc_manifest.json"} == {path.name for path in out.iterdir()}
     assert list(verify_hashes(checkpoint)) == []
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     assert [str(problem) for problem in verify_hashes(checkpoint)] == [
-        f"{file}: not the bytes that were written; make the checkpoint again"
+        f"{file}: not the bytes that were written; {AGAIN}"
     ]
 
 
@@ -147,8 +149,6 @@ def test_left_by_an_exception_nothing_remains(
     error: type[BaseException], when: str, tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(tiny_qwen2)
-    from deepseek_compress.checkpoint import writer as module
-
     names = {"naming": "_name_shards", "index": "_write_index"}
     if when in names:
         original = getattr(CheckpointWriter, names[when])
@@ -159,14 +159,14 @@ def test_left_by_an_exception_nothing_remains(
 
         monkeypatch.setattr(CheckpointWriter, names[when], broken)
     if when == "config":
-        write_json = module.write_json
+        replace = os.replace
 
-        def stop(path: Path, value: Any) -> None:
-            if path.name == "config.json":
+        def stop(path: Path, target: Path) -> None:
+            if target.name == "config.json":
                 raise error
-            write_json(path, value)
+            replace(path, target)
 
-        monkeypatch.setattr(module, "write_json", stop)
+        monkeypatch.setattr(os, "replace", stop)
 
     def write() -> None:
         with CheckpointWriter(tmp_path / "out", source, shard_bytes=100_000) as writer:
@@ -240,14 +240,14 @@ def test_a_disk_that_returns_other_bytes_is_caught(
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint, writer as module
+    from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
     source, out, stop = open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
-    write = module.write_json
-    def die(path, value):
-        if path.name == stop:
+    replace = os.replace
+    def die(path, target):
+        if Path(target).name == stop:
             os.kill(os.getpid(), signal.SIGKILL)
-        write(path, value)
-    module.write_json = die
+        replace(path, target)
+    os.replace = die
     with CheckpointWriter(out, source, resume=True) as w:
         for i, name in enumerate(source.header.tensors):
             w.copy(name)

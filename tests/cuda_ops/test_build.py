@@ -68,6 +68,41 @@ def test_unwritable_cache_is_one_line(compiler: Path, tmp_path: Path, monkeypatc
         build.build("x", str(compiler), ["pack.cpp"], [])
 
 
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "a flipped bit", "without its hash", "writable by others", "a link"]
+)
+def test_a_library_that_is_not_what_was_compiled_is_compiled_again(
+    how: str, compiler: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = build.build("x", str(compiler), ["pack.cpp"], [])
+    content = made.read_bytes()
+    seal = made.with_name(made.name + ".sha256")
+    if how == "without its hash":
+        seal.unlink()
+    elif how == "writable by others":
+        made.chmod(0o666)
+    elif how == "a link":
+        made.rename(tmp_path / "elsewhere")
+        made.symlink_to(tmp_path / "elsewhere")
+    else:
+        made.write_bytes({"truncated": content[:9], "empty": b"", "a flipped bit": b"\x01" + content[1:]}[how])
+    assert build.build("x", str(compiler), ["pack.cpp"], []) == made
+    assert (tmp_path / "calls").read_text().count("call") == 2
+    assert made.read_bytes()[:20] == content[:20]
+    assert not made.is_symlink()
+    assert capfd.readouterr().err.count("compiled again") == 1
+    build.build("x", str(compiler), ["pack.cpp"], [])
+    assert (tmp_path / "calls").read_text().count("call") == 2
+
+
+def test_a_cache_that_others_own_is_refused(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # the directory is another's then, and root's alone is trusted
+    (tmp_path / "cache" / "native").mkdir(parents=True)
+    os.chmod(tmp_path / "cache" / "native", 0o777)
+    with pytest.raises(build.BuildError, match="others may write there; set DSC_CACHE"):
+        build.build("x", str(compiler), ["pack.cpp"], [])
+
+
 FALLBACK = """
 import logging, torch
 import cuda_ops

@@ -1,8 +1,9 @@
-"""Distillation: the loss by brute force, students cut and trained, zeros kept, interrupted equals uninterrupted."""
+"""Students cut and trained, zeros kept, interrupted equals uninterrupted, the command line."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ import torch
 from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.distillation import resume as resuming
-from deepseek_compress.distillation.losses import Target, distillation_loss, topk_divergence
+from deepseek_compress.distillation.documents import Document, batch_of, batches_by_length, read_documents
+from deepseek_compress.distillation.losses import ForwardKl
+from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.shrink import shrink
-from deepseek_compress.distillation.traces import batches_by_length, read_documents, record, target_of
-from deepseek_compress.distillation.trainer import Schedule, State, masks_of, train
+from deepseek_compress.distillation.teachers import LiveTeacher
+from deepseek_compress.distillation.trainer import Schedule, State, Trainer, masks_of
 from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.types import Statistics
+from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.distill import Distill
 from deepseek_compress.tasks import mixture
@@ -42,48 +46,34 @@ def context(out: Path, model: Path, text: Path) -> Context:
     return Context("student", out, "", 5, {"sources": [str(text)]}, outputs={"model": model}, tell=lambda line: None)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_divergence_over_all_tokens_is_the_whole_divergence(temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = torch.randn(5, 12, generator=generator) * 3, torch.randn(5, 12, generator=generator) * 3
-    best = torch.log_softmax(teacher, -1).topk(12)
-    target = Target(best.indices, best.values, torch.zeros(5, dtype=torch.long), torch.ones(5))
-    p = torch.softmax(teacher.double() / temperature, -1)
-    expected = (p * (p.log() - torch.log_softmax(student.double() / temperature, -1))).sum(-1)
-    found = topk_divergence(student, target, temperature)
-    assert torch.allclose(found.double(), expected, atol=1e-5)
+def stage(**knobs: object) -> Distill:
+    return build(Distill, {"learning_rate": 1e-3, **knobs}, "distill")
 
 
-def test_divergence_with_a_bucket_by_hand() -> None:
-    teacher = torch.tensor([0.6, 0.2, 0.15, 0.05])
-    student = torch.tensor([0.1, 0.3, 0.4, 0.2])
-    target = Target(torch.tensor([[0, 1]]), teacher[:2].log()[None], torch.tensor([2]), torch.ones(1))
-    p, q = torch.tensor([0.6, 0.2, 0.2]), torch.tensor([0.1, 0.3, 0.6])
-    expected = float((p * (p / q).log()).sum())
-    assert float(topk_divergence(student.log()[None], target, 1.0)) == pytest.approx(expected, rel=1e-5)
-    whole = float(distillation_loss(student.log()[None], target, 1.0, 0.25))
-    assert whole == pytest.approx(0.75 * expected - 0.25 * float(torch.tensor(0.4).log()), rel=1e-5)
+def documents_of(model: Path, text: Path, count: int) -> list[Document]:
+    return read_documents([Source(path=str(text))], load_tokenizer(model), 512, count)
 
 
 def test_prompts_weigh_less_and_padding_nothing(tiny_v3: Path, text: Path) -> None:
-    documents = read_documents([Source(path=str(text))], load_tokenizer(tiny_v3), 6, 512)
-    model = Model.load(tiny_v3)
-    traces = record(model, documents, 8, 0.25, silent)
-    for document, trace in zip(documents, traces, strict=True):
-        assert document.prompt > 1
-        assert trace.weights.tolist() == [0.25] * (document.prompt - 1) + [1.0] * (len(document.ids) - document.prompt)
-    tokens, places, target = target_of(traces)
-    with torch.no_grad():
-        logits = torch.log_softmax(model(tokens[:, :-1]), -1).flatten(0, 1)[places]
-        alone = torch.cat([torch.log_softmax(model(trace.ids[None, :-1]), -1)[0] for trace in traces])
-    assert torch.allclose(logits, alone, atol=1e-4)
-    assert torch.allclose(logits.gather(1, target.ids), target.log_probs, atol=2e-2)  # float16
-    assert torch.equal(target.labels, torch.cat([trace.ids[1:] for trace in traces]))
+    documents = documents_of(tiny_v3, text, 6)
+    batch = batch_of(documents, range(6), 0.25)
+    expected = [[0.25] * (d.prompt - 1) + [1.0] * (len(d.ids) - d.prompt) for d in documents]
+    assert all(document.prompt > 1 for document in documents)
+    assert batch.weights.tolist() == [weight for row in expected for weight in row]
+    assert batch.labels.tolist() == [token for document in documents for token in document.ids[1:]]
+    teacher = LiveTeacher(Model.load(tiny_v3), 512, 1.0)
+    together = teacher.said(batch).target(slice(None)).log_probs
+    alone = [teacher.said(batch_of(documents, [i], 1.0)).target(slice(None)).log_probs for i in range(6)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
 
 
 def test_too_little_text_is_said(tiny_v3: Path, text: Path) -> None:
     with pytest.raises(DscError, match=r"40 documents of training text, 41 asked for; .*documents: 40"):
-        read_documents([Source(path=str(text))], load_tokenizer(tiny_v3), 41, 512)
+        documents_of(tiny_v3, text, 41)
+    sources, tokenizer = [Source(path=str(text))], load_tokenizer(tiny_v3)
+    assert len(read_documents(sources, tokenizer, 512, None, 10**9)) == 40
+    some = read_documents(sources, tokenizer, 512, None, 200)
+    assert sum(len(document.ids) for document in some[:-1]) < 200 <= sum(len(document.ids) for document in some)
 
 
 def test_batches_hold_every_document_once_within_their_size() -> None:
@@ -108,20 +98,18 @@ def test_most_used_experts_of_each_group_stay(tiny_v3: Path) -> None:
 
 
 def test_a_cut_student_has_the_teachers_experts_and_runs(tiny_v2: Path, text: Path, tmp_path: Path) -> None:
-    stage = Distill(experts=4, layers=2, steps=0, documents=20)
-    output = stage.run(open_checkpoint(tiny_v2), context(tmp_path / "student", tiny_v2, text))
+    cut = stage(experts=4, layers=2, steps=0, documents=20)
+    output = cut.run(open_checkpoint(tiny_v2), context(tmp_path / "student", tiny_v2, text))
     student, teacher = Model.load(output.path), Model.load(tiny_v2)
     config = json.loads((output.path / "config.json").read_text())
     assert (config["n_routed_experts"], config["num_hidden_layers"], config["topk_method"]) == (4, 2, "greedy")
-    (layer, kept), *others = output.facts["experts_kept"].items()
-    assert not others
-    assert layer == "2"
+    ((layer, kept),) = output.facts["experts_kept"].items()
+    assert output.facts["layers_kept"] == [0, int(layer)]
     for new, old in enumerate(kept):
         name = "model.layers.{}.mlp.experts.{}.down_proj.weight"
-        assert torch.equal(student.weights[name.format(1, new)], teacher.weights[name.format(2, old)])
-    assert torch.equal(
-        student.weights["model.layers.1.mlp.gate.weight"], teacher.weights["model.layers.2.mlp.gate.weight"][kept]
-    )
+        assert torch.equal(student.weights[name.format(1, new)], teacher.weights[name.format(layer, old)])
+    router = "model.layers.{}.mlp.gate.weight"
+    assert torch.equal(student.weights[router.format(1)], teacher.weights[router.format(layer)][kept])
     assert bool(student(torch.arange(3, 20)[None]).isfinite().all())
 
 
@@ -132,24 +120,29 @@ def test_training_brings_a_sparse_student_nearer_and_keeps_its_zeros(tiny_v3_bf1
         student.weights[name].copy_(Magnitude()(student.weights[name], Statistics()))
     masks = masks_of(student.weights, names)
     assert set(masks) == set(names)
-    documents = read_documents([Source(path=str(text))], load_tokenizer(tiny_v3_bf16), 24, 512)
-    traces = record(teacher, documents, 16, 1.0, silent)
-    losses = train(student, traces, Schedule(12, 800, 2e-3, 1.0, 0.0, 0), masks, silent)
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    documents = documents_of(tiny_v3_bf16, text, 24)
+    objective = Objective((ForwardKl(),), 1.0, 512)
+    schedule = Schedule(12, 800, learning_rate=2e-3, held_back=4)
+    trainer = Trainer(student, LiveTeacher(teacher, 512, 1.0), documents, objective, schedule, masks)
+    state = trainer.run(silent)
+    assert sum(state.losses[-3:]) < 0.8 * sum(state.losses[:3])
+    first, best = state.validations[0], min(state.validations, key=lambda found: found.loss)
+    assert best.kl < 0.9 * first.kl
+    assert trainer.measure(student)[1:] == pytest.approx(best[1:])  # the best weights are the result
     for name in names:
         weight = student.weights[name]
         assert bool(((weight.view(len(weight), -1, 4) == 0).sum(-1) >= 2).all())
-    dense = masks_of(teacher.weights, names)
-    assert dense == {}
+    assert masks_of(teacher.weights, names) == {}
 
 
 def test_interrupted_training_ends_with_the_same_bits(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resuming, "EVERY", 0.0)
-    stage = Distill(steps=5, documents=12, batch_tokens=300)
+    monkeypatch.setattr(resuming, "LARGEST_SHARE", 1e9)
+    whole_stage = stage(steps=5, documents=12, batch_tokens=300, loss={"forward_kl": 0.8, "hidden_states": 0.1})
     source = open_checkpoint(tiny_llama)
-    whole = stage.run(source, context(tmp_path / "whole", tiny_llama, text)).path
+    whole = whole_stage.run(source, context(tmp_path / "whole", tiny_llama, text)).path
     save = resuming.Keeper.save
 
     def stop(self: resuming.Keeper, state: State) -> None:
@@ -157,25 +150,41 @@ def test_interrupted_training_ends_with_the_same_bits(
         if state.step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(resuming.Keeper, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        stage.run(source, context(tmp_path / "halves", tiny_llama, text))
-    assert not (tmp_path / "halves" / "config.json").exists()
-    monkeypatch.setattr(resuming.Keeper, "save", save)
-    halves = stage.run(source, context(tmp_path / "halves", tiny_llama, text)).path
-    assert not list(halves.glob(".dsc*"))
+    halves = context(tmp_path / "halves", tiny_llama, text)
+    with monkeypatch.context() as patched:
+        patched.setattr(resuming.Keeper, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            whole_stage.run(source, halves)
+    assert not (halves.out / "config.json").exists()
+    for other, what in (
+        (whole_stage.model_copy(update={"learning_rate": 1e-2}), "knobs"),
+        (whole_stage.model_copy(update={"documents": 11}), "knobs, text"),
+    ):
+        with pytest.raises(DscError, match=f"unfinished run with other {what}"):
+            other.run(source, halves)
+    with pytest.raises(DscError, match="unfinished run with other seed"):
+        whole_stage.run(source, replace(halves, seed=6))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: 99)
+        with pytest.raises(DscError, match="unfinished run with other threads"):
+            whole_stage.run(source, halves)
+    finished = whole_stage.run(source, halves).path
+    assert not list(finished.glob(".dsc*"))
     for file in sorted(whole.iterdir()):
-        assert (halves / file.name).read_bytes() == file.read_bytes(), file.name
+        assert (finished / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_sizes_that_do_not_fit_are_told(tiny_v3: Path, tiny_llama: Path) -> None:
     header = open_checkpoint(tiny_v3).header
-    assert [str(problem) for problem in Distill(experts=6, layers=9).problems(header)] == [
+    assert [str(problem) for problem in stage(experts=6, layers=9).problems(header)] == [
         "distill.experts: 6 of 8 experts in 4 groups; give a multiple of 4 from 8 to 8",
         "distill.layers: 9 of 3; give 2 to 3",
     ]
-    (problem,) = Distill(experts=2).problems(open_checkpoint(tiny_llama).header)
+    (problem,) = stage(experts=2).problems(open_checkpoint(tiny_llama).header)
     assert "has no experts" in str(problem)
-    with pytest.raises(DscError, match="'nobody' is no earlier output"):
-        Distill(teacher="nobody").run(open_checkpoint(tiny_llama), context(Path("x"), tiny_llama, Path("y")))
+    with pytest.raises(DscError, match="unknown output 'nobody'"):
+        stage(teacher="nobody").run(open_checkpoint(tiny_llama), context(Path("x"), tiny_llama, Path("y")))
     assert issubclass(Problems, DscError)
+    for wrong in ({"steps": 3, "minutes": 2}, {"steps": 3, "tokens": 9}):
+        with pytest.raises(DscError, match="one of them says how long"):
+            stage(**wrong)

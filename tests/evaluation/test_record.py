@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.checkpoint.files import hash_file
 from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.evaluation import efficiency, reasoning, summary
 from deepseek_compress.evaluation.about import about
@@ -92,6 +93,27 @@ def test_text_windows_decide_fidelity_and_problems_may_be_left_out(
     assert found["models"][1]["metrics"]["kl_divergence"] > 0
     with pytest.raises(DscError, match="windows of 16, 4000 are asked for"):
         evaluate({"a": tiny_v3}, None, Settings(suite=None, text=text, windows=4000, length=16))
+
+
+def test_judging_on_calibration_text_is_said(tiny_v3: Path, tmp_path: Path) -> None:
+    text, other = tmp_path / "some.txt", tmp_path / "other.txt"
+    text.write_text(" ".join(problem.prompt for problem in reasoning.load_suite("builtin", 20)))
+    other.write_text(text.read_text() + " 1")
+    made = tmp_path / "made"
+    shutil.copytree(tiny_v3, made)
+    sources = [
+        {"name": "a", "files": {"b.txt": "0" * 64}},
+        {"name": "some.txt", "files": {"some.txt": hash_file(text)}},
+    ]
+    (made / "dsc_manifest.json").write_text(json.dumps({"calibration": {"sources": sources}}))
+    found = [
+        evaluate(
+            {"a": tiny_v3, "made": made}, "a", Settings(suite=None, text=judge, windows=2, length=16, efficiency=False)
+        )
+        for judge in (text, other)
+    ]
+    assert [note for note in found[0]["notes"] if "calibrated on some.txt" in note and note.startswith("made")]
+    assert found[1]["notes"] == []
 
 
 def test_another_tokenizer_is_not_compared(tiny_v3: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from deepseek_compress.export.build import Build, Weight
 from deepseek_compress.export.graph import Graph
-from deepseek_compress.export.lowering import LOWERINGS, Build, Weight
+from deepseek_compress.export.lowering import LOWERINGS
 from deepseek_compress.export.verify import open_session
 from deepseek_compress.numerics.types import Quantized
 

@@ -13,8 +13,9 @@ import torch
 
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.export import hazards, plan
+from deepseek_compress.export.build import Build, Weight
 from deepseek_compress.export.graph import Graph
-from deepseek_compress.export.lowering import LOWERINGS, Build, Weight
+from deepseek_compress.export.lowering import LOWERINGS
 from deepseek_compress.export.onnx import export_onnx
 from deepseek_compress.export.tensorrt import Range, build_engine
 from deepseek_compress.export.verify import open_session, random_prompts, verify

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepseek_compress import limits
 from deepseek_compress.errors import DscError
 from deepseek_compress.generation.backends import engine
 from deepseek_compress.generation.backends.genai import GenaiBackend, installed
@@ -135,9 +136,8 @@ def test_prompts_that_cannot_be_answered(tiny_llama: Path, exported: Exported) -
 def test_a_template_that_loops_or_refuses(
     talker: Path, template: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deepseek_compress.models import tokenizer
 
-    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "TEMPLATE_SECONDS", 0.2)
     (talker / "chat_template.jinja").write_text(template)
     speaker = open_target(str(talker))
     with pytest.raises(DscError, match=said) as caught:

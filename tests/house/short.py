@@ -36,7 +36,9 @@ def shorten(words: Sequence[str], model: Path, text: Path) -> list[str]:
     if command in {"plan", "quantize"}:
         return [*calibration, "--group-size", "32"]
     if command == "distill":
-        return [*calibration, *_train("distill"), "--set", "experts=8"]
+        timed = {"--tokens", "--minutes", "--steps"} & set(words)
+        train = _train("distill")[2:] if timed else _train("distill")  # without steps
+        return ["--calibration", str(text), *train, "--set", "experts=8"]
     if command == "allocate":
         options = "options=[{num_bits: 2}, {num_bits: 4}]"
         return [*calibration, "--group-size", "32", "--set", "windows=1", "--set", options]

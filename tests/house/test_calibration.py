@@ -46,11 +46,11 @@ def test_saved_and_taken_up(dsc: Dsc, tiny_llama: Path, text: Path) -> None:
     done = dsc("calibrate", tiny_llama, "-o", "st", *TEXT, "--calibration", text)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1] == f"next: dsc quantize {tiny_llama} -o OUT --statistics st"
-    done = dsc("quantize", tiny_llama, "-o", "q", "--statistics", "st", "--set", "weights.gptq.num_bits=3")
+    done = dsc("quantize", tiny_llama, "-o", "q", "--statistics", "st", "--set", "weights.gptaq.num_bits=3")
     assert done.exit_code == 0, done.output
     assert manifest("q")["samples"] == 2
     assert (
-        dsc("quantize", tiny_llama, "-o", "q", "--statistics", "st", "--set", "weights.gptq.num_bits=3").exit_code == 0
+        dsc("quantize", tiny_llama, "-o", "q", "--statistics", "st", "--set", "weights.gptaq.num_bits=3").exit_code == 0
     )
     wrong = dsc("quantize", tiny_llama, "-o", "r", "--statistics", "st", "--samples", "3")
     assert wrong.exit_code == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_compress import __version__
+from deepseek_compress.checkpoint.verified import AGAIN
 from tests.house.conftest import Dsc
 
 WORK = ("plan", "run", "distill", "prune", "calibrate", "quantize", "export", "evaluate")
@@ -86,7 +87,7 @@ def test_inspect_tells_roles_and_verifies_hashes(dsc: Dsc, tiny_v3: Path, text: 
     shard.write_bytes(content)
     shown = dsc("inspect", "q")
     assert shown.exit_code == 1
-    assert errors(shown.stderr) == [f"error: {shard}: not the bytes that were written; make the checkpoint again"]
+    assert errors(shown.stderr) == [f"error: {shard}: not the bytes that were written; {AGAIN}"]
 
 
 def test_plan_as_json_has_the_problems(dsc: Dsc, tiny_v3: Path) -> None:
@@ -129,7 +130,7 @@ def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, 
         (["run", "quickstar"], "error: unknown recipe 'quickstar'; did you mean 'quickstart'? "),
         (["run", "some/file.yaml"], "error: some/file.yaml: no such file; "),
         (["run", "w4a16"], "error: w4a16: no model; name one: `model:` in the recipe, or --model"),
-        (["quantize", "MODEL", "-o", "q", "--set", "weights.gptq.grup_size=3"], "error: w4a16.yaml (as changed by"),
+        (["quantize", "MODEL", "-o", "q", "--set", "weights.gptaq.grup_size=3"], "error: w4a16.yaml (as changed by"),
         (
             ["quantize", "MODEL", "-o", "q", "--set", "weights=gptqq"],
             "error: w4a16.yaml (as changed by options): ",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_compress import resources
+from deepseek_compress.distillation.losses import LOSSES
 from deepseek_compress.numerics import ACTIVATIONS, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.ranges import ESTIMATORS
 from deepseek_compress.stages import STAGES, load
@@ -37,7 +38,7 @@ LAYERS = [
     {"numerics"},
     {"cuda_ops"},
     {"workers"},
-    {"errors", "registry", "console", "resources", "machine"},
+    {"errors", "registry", "console", "resources", "machine", "processes", "limits"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {
@@ -110,6 +111,24 @@ def test_the_kernels_import_nothing_of_the_package_above() -> None:
     assert files
     wrong = [f"{path.name} imports {name}" for path in files for name in imports(path) if name.startswith(PACKAGE.name)]
     assert wrong == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports within functions and for type checkers count too; packages' own files are left out."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in of_package()}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        if path.stem != "__init__":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = {
+                f"{node.module}.{alias.name}"
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.module
+                for alias in node.names
+            }
+            found = {name if name in modules else name.rpartition(".")[0] for name in names}
+            graph[module] = found & modules.keys() - {module}
+    assert list(TopologicalSorter(graph).static_order())
 
 
 def test_stages_never_import_each_other() -> None:
@@ -203,7 +222,7 @@ def test_each_stage_is_what_the_table_says(kind: str) -> None:
 
 def test_each_registry_name_is_documented() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = [*WEIGHTS, *SPARSITY, *ACTIVATIONS, *ESTIMATORS, *STAGES, *resources.recipes()]
+    names = [*LOSSES, *WEIGHTS, *SPARSITY, *ACTIVATIONS, *ESTIMATORS, *STAGES, *resources.recipes()]
     assert [name for name in names if f"`{name}`" not in readme] == []
     for table in (WEIGHTS, SPARSITY, ACTIVATIONS, ESTIMATORS):
         for name, component in table.items():

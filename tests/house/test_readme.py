@@ -33,7 +33,7 @@ def test_there_is_an_example_for_each_command() -> None:
 def test_the_recipe_of_the_readme_is_valid() -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     recipes = [[step.name for step in parse_recipe(block, "README").steps] for block in blocks]
-    assert recipes == [["teacher-w4a16", "evaluate"], ["compress"], ["compress"]]
+    assert recipes == [["record", "distill"], ["teacher-w4a16", "evaluate"], ["compress"], ["compress"]]
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from tests.house.conftest import Dsc
 from tests.house.short import TEXT
 
 SINGLE = {"distill", "calibrate", "export", "evaluate", "mixed", "quickstart"}  # run by the examples of the README
-COMPRESSING = sorted(set(resources.recipes()) - SINGLE)
+TWO = {"distill-qat"}
+COMPRESSING = sorted(set(resources.recipes()) - SINGLE - TWO)
 
 
 @pytest.mark.parametrize("recipe", COMPRESSING)
@@ -36,3 +37,14 @@ def test_a_recipe_runs(dsc: Dsc, tiny_llama: Path, text: Path, recipe: str) -> N
 
 def test_there_is_a_recipe_for_every_command_that_takes_one() -> None:
     assert {"distill", "sparse24", "calibrate", "w4a16", "export", "evaluate"} <= set(resources.recipes())
+
+
+def test_quantised_weights_are_trained(dsc: Dsc, tiny_llama: Path, text: Path) -> None:
+    few = ["--set", "distill.steps=2", "--set", "distill.length=64", "--set", "distill.batch_tokens=128"]
+    options = [*TEXT, "--calibration", text, "--group-size", "32", *few]
+    done = dsc("run", "distill-qat", "--model", tiny_llama, *options, "--json")
+    assert done.exit_code == 0, done.output
+    survey = json.loads(dsc("inspect", "runs/distill-qat/distill", "--json").stdout)
+    bits = {row["role"]: row["bits_per_weight"] for row in survey["roles"]}
+    assert 3 <= bits["attention"] < 4.1
+    assert 3 <= bits["mlp"] < 4.1

@@ -240,8 +240,16 @@ def test_what_differs_is_told(saved: Path, tiny_v3: Path, tiny_v3_bf16: Path, te
     assert len(told) == 2
     assert "made with samples 12, now 13; leave samples out" in told[0]
     assert "made with sources text.jsonl (" in told[1]
-    gptaq = Compress(weights=WEIGHTS["gptaq"].model_validate({"group_size": 32}))
+    gptaq = Compress(weights=WEIGHTS["gptaq"].model_validate({"group_size": 32, "strength": 0.5}))
     assert "compares the changed model with the original" in refused(tiny_v3, tmp_path / "c", found, gptaq)[0]
+    held = Compress(weights=WEIGHTS["gptaq"].model_validate({"group_size": 32}))  # corrects nothing then
+    plain = Compress(weights=WEIGHTS["gptq"].model_validate({"group_size": 32}))
+    made = [
+        one.run(open_checkpoint(tiny_v3), context(tmp_path / name, found)).path
+        for name, one in (("held", held), ("plain", plain))
+    ]
+    left, right = (open_checkpoint(path) for path in made)
+    assert all(torch.equal(left.read(name), right.read(name)) for name in left.header.tensors)
     moved = tmp_path / "model"
     shutil.copytree(tiny_v3, moved)
     (moved / "tokenizer.json").write_text((moved / "tokenizer.json").read_text() + "\n")

@@ -11,6 +11,7 @@ import torch
 
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.formats.packed import unpack_weight
+from deepseek_compress.compress.overrides import build_all
 from deepseek_compress.compress.selection import select
 from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.models import Architecture
@@ -225,6 +226,46 @@ def test_forecast_is_what_happens(tiny_v3: Path, tmp_path: Path, text: Path) -> 
         assert forecast.header.tensors[name].shape == info.shape
         assert forecast.header.tensors[name].encoding == info.encoding
     assert forecast.tensors == sum(info.encoding == "packed" for info in done.header.tensors.values())
+
+
+def test_only_as_much_text_is_used_as_is_enough(tiny_llama: Path, tiny_v3: Path, tmp_path: Path, text: Path) -> None:
+    weights = {"gptaq": {"group_size": 32, "enough": 96}}
+    some = stage(weights=weights).run(open_checkpoint(tiny_llama), context(tmp_path / "some", text))
+    lines = some.facts["decisions"]
+    assert any(line.startswith("2 of 12 samples used") for line in lines)
+    assert any("linears corrected towards the original's outputs" in line for line in lines)
+    layers = json.loads((some.path / "dsc_layers.json").read_text())["blocks"]
+    assert {linear["tokens"] for block in layers for linear in block["linears"]} == {2 * 64}
+    assert all(0 <= linear["strength"] <= 1 for block in layers for linear in block["linears"])
+    # two of eight experts get a token: four times the text
+    spread = stage(weights=weights).run(open_checkpoint(tiny_v3), context(tmp_path / "spread", text))
+    assert any(line.startswith("6 of 12 samples used") for line in spread.facts["decisions"])
+
+
+def test_what_every_token_goes_through_may_have_other_bits(tiny_v3: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    knobs = stage(weights={"rtn": {"group_size": 32}}, every_token_bits=8)
+    knobs = knobs.model_copy(
+        update={"overrides": tuple(build_all([{"modules": "*.0.self_attn.o_proj", "keep": True}]))}
+    )
+    for source, others in ((tiny_v3, 8), (tiny_llama, 4)):
+        out = knobs.run(open_checkpoint(source), Context("out", tmp_path / source.name, "stages: []\n", 0, {})).path
+        layers = json.loads((out / "dsc_layers.json").read_text())["blocks"]
+        bits = {linear["name"]: round(linear["bits"]) for block in layers for linear in block["linears"]}
+        assert "model.layers.0.self_attn.o_proj" not in bits, "an override of the recipe has the last word"
+        assert {found for name, found in bits.items() if ".experts." not in name} == {others if others == 8 else 5}
+        assert {found for name, found in bits.items() if ".experts." in name} == ({5} if others == 8 else set())
+        assert Architecture.of(open_checkpoint(out)).problems() == []
+
+
+def test_a_model_that_is_too_large_is_not_corrected(tiny_llama: Path, tmp_path: Path, text: Path) -> None:
+    source = open_checkpoint(tiny_llama)
+    knobs = stage(weights={"gptaq": {"group_size": 32, "largest": 1000, "enough": 96, "damping": 0.02}})
+    plain = stage(weights={"gptq": {"group_size": 32, "damping": 0.02}})
+    made = [one.run(source, context(tmp_path / name, text)) for name, one in (("gptaq", knobs), ("gptq", plain))]
+    assert any(line.startswith("gptq: no correction of more than 1000") for line in made[0].facts["decisions"])
+    left, right = (open_checkpoint(output.path) for output in made)
+    assert all(torch.equal(left.read(name), right.read(name)) for name in left.header.tensors)
+    assert knobs.forecast(source.header, 12, 64).memory == plain.forecast(source.header, 12, 64).memory
 
 
 def test_too_little_text_is_one_line(tiny_v3: Path, tmp_path: Path, text: Path) -> None:

@@ -99,6 +99,15 @@ def test_statistics_are_those_of_both_models(
         assert statistics.tokens == len(x)
         assert close(statistics.hessian, x.t() @ x)
         assert close(statistics.cross_covariance, (theirs[key] - x).t() @ x, x.t() @ x)
+        half = statistics.half
+        assert half is not None
+        assert half.hessian is not None
+        assert half.tokens == len(x) // 2
+        own = x[: half.tokens]  # all samples are one batch here, whose first half it is
+        assert close(half.hessian, own.t() @ own)
+        assert half.cross_covariance is not None
+        missing = (theirs[key] - x)[: half.tokens]
+        assert close(half.cross_covariance, missing.t() @ own, own.t() @ own)
         if key.endswith("o_proj"):
             layer = int(key.split(".")[2])
             assert statistics.residual_covariance is not None

@@ -22,8 +22,8 @@ FAMILIES: dict[str, type[Family]] = {
 def family_of(config: Mapping[str, Any]) -> Family:
     """Find the family that `model_type` of a config.json names. Raises DscError with the supported ones."""
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise DscError(
-            f"config.json: model_type {name!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
+            f"config.json: model_type {str(name)[:80]!r} is not supported", f"supported: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[name]()

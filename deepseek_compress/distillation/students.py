@@ -1,0 +1,82 @@
+"""The student that a training begins with: cut out of a model by what matters least on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from deepseek_compress.distillation import importance
+from deepseek_compress.distillation.documents import Batch, Document, batch_of, batches_by_length
+from deepseek_compress.distillation.features import Pair
+from deepseek_compress.distillation.shrink import Shrink, shrink, sizes
+from deepseek_compress.models import ModelConfig
+from deepseek_compress.models.runtime import Model
+
+SHOWN = 256  # documents that tell what matters
+SHOWN_TOKENS = {"loss": 2048}  # fewer where the model runs once for each layer
+TOKENS_AT_ONCE = 4096
+
+
+class Size(BaseModel, frozen=True, extra="forbid"):
+    """How much of a model its student has."""
+
+    keep: float | None = Field(None, gt=0, le=1)  # share of the experts, of the layers where there are none
+    experts: int | None = Field(None, gt=0)  # routed experts a layer; None keeps all; goes before keep
+    layers: int | None = Field(None, gt=0)  # layers; None keeps all; goes before keep
+    layers_by: Literal["influence", "loss", "even"] = "influence"
+    experts_by: Literal["activation", "frequency"] = "activation"
+
+    def of(self, cfg: ModelConfig) -> tuple[int | None, int | None]:
+        """(experts, layers); None where their number stays."""
+        if self.keep is None or self.experts is not None or self.layers is not None:
+            return self.experts, self.layers
+        return sizes(cfg, self.keep)
+
+
+class Student(NamedTuple):
+    """A model to train, what differs in its config.json, and where its blocks come from."""
+
+    model: Model
+    weights: dict[str, Tensor]  # of the model
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    pairs: list[Pair]
+
+
+def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Document], shared: bool) -> Student:
+    """A student with the parts of `model` that matter most on `documents`; its tensors are its own where `shared`."""
+    experts, layers = size.of(model.cfg)
+    use: dict[int, Tensor] = {}
+    scores = None
+    if experts is not None:
+        use = importance.expert_use(model, _shown(documents, size.experts_by), size.experts_by)
+    if layers is not None and size.layers_by != "even":
+        measure = importance.influence if size.layers_by == "influence" else importance.loss_without
+        scores = measure(model, _shown(documents, size.layers_by))
+    plan = shrink(model.family, model.cfg, use, experts, layers, scores)
+    weights: dict[str, Tensor] = {}
+    for name, origin in plan.tensors.items():
+        tensor = model.weights[origin.name] if origin.rows is None else model.weights[origin.name][origin.rows]
+        weights[name] = tensor.clone() if shared else tensor
+    cfg = model.family.parse({**config, **plan.config})
+    facts: dict[str, Any] = {"layers_kept": plan.layers} if layers is not None else {}
+    if plan.experts:
+        facts["experts_kept"] = {str(layer): kept for layer, kept in plan.experts.items()}
+    return Student(Model(model.family, cfg, weights), weights, plan.config, facts, _pairs(plan))
+
+
+def _shown(documents: Sequence[Document], by: str) -> list[Batch]:
+    chosen, tokens = [], 0
+    for document in documents[:SHOWN]:
+        if tokens < SHOWN_TOKENS.get(by, 1 << 62):
+            chosen.append(document)
+            tokens += len(document.ids)
+    groups = batches_by_length([len(document.ids) for document in chosen], TOKENS_AT_ONCE)
+    return [batch_of(chosen, group, 1.0) for group in groups]
+
+
+def _pairs(plan: Shrink) -> list[Pair]:
+    return [Pair(new, old, plan.experts.get(old)) for new, old in enumerate(plan.layers)]

@@ -1,0 +1,75 @@
+"""What a model computes of a batch as a training sees it: the head's input, hidden states, what its routers say.
+
+The forward pass is that of `Model.hidden_states`, block by block, so that each block can be computed again on the way
+back instead of kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_compress.distillation.documents import Batch
+from deepseek_compress.models import Family, ModelConfig, moe
+from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.weights import Weights
+
+
+@dataclass
+class View:
+    """A model's pass over a batch. N positions where a token is predicted."""
+
+    final: Tensor  # (N, hidden), the input of the head
+    hidden: list[Tensor] = field(default_factory=list)  # (N, hidden) after each block, where asked for
+    routers: dict[int, Tensor] = field(default_factory=dict)  # layer -> float32 (N, experts), shares that add up to one
+
+
+Tap = Callable[[int, Weights, Tensor], None]  # (layer, its weights, input of its MLP or experts (B, T, hidden))
+
+
+def tapped(family: Family, tap: Tap) -> Family:
+    """`family`, with `tap` called for what enters the MLP or the experts of each block."""
+    watched = copy.copy(family)
+    inner = family.ffn_input
+
+    def ffn_input(cfg: ModelConfig, layer: int, weights: Weights, hidden: Tensor) -> Tensor:
+        x = inner(cfg, layer, weights, hidden)
+        tap(layer, weights, x)
+        return x
+
+    watched.ffn_input = ffn_input  # type: ignore[method-assign]
+    return watched
+
+
+def view(
+    model: Model, batch: Batch, *, hidden: bool = False, routers: bool = False, checkpointing: bool = False
+) -> View:
+    """Run `model` over `batch`; with `checkpointing` only the inputs of blocks are kept for the way back."""
+    tokens = batch.tokens[:, :-1].to(model.head.device)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    seen: dict[int, Tensor] = {}
+    states: list[Tensor] = []
+
+    def tap(layer: int, weights: Weights, x: Tensor) -> None:
+        cfg = model.cfg.moe
+        if cfg is not None and model.cfg.is_moe(layer) and layer not in seen:  # a recomputed block comes twice
+            scores = moe.score(cfg, weights, x.flatten(0, 1)[batch.places])
+            seen[layer] = scores / scores.sum(-1, keepdim=True)
+
+    family = tapped(model.family, tap) if routers else model.family
+    state = family.embed(model.cfg, model.weights[model.cfg.names.embedding], tokens)
+    for layer, weights in enumerate(model.blocks):
+        arguments = (model.cfg, layer, weights, state, positions, None, None, tokens)
+        if checkpointing:
+            state = checkpoint(family.run_block, *arguments, use_reentrant=False)
+        else:
+            state = family.run_block(*arguments)
+        if hidden:
+            states.append(state.flatten(0, 1)[batch.places])
+    final = family.final_hidden(model.cfg, model.top, state).flatten(0, 1)[batch.places]
+    return View(final, states, seen)

@@ -1,0 +1,98 @@
+"""The types of a report.json, checked where one is read: what comes after may rely on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+_LARGE = 1e15
+Number = Annotated[float, Field(ge=-_LARGE, le=_LARGE, allow_inf_nan=False)]
+Positive = Annotated[float, Field(ge=0, le=_LARGE, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=int(_LARGE))]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=4000)]
+
+
+class _Typed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Metrics(_Typed):
+    exact_match: Share | None = None
+    f1: Share | None = None
+    valid_steps: Share | None = None
+    perplexity: Positive | None = None
+    kl_divergence: Number | None = None
+    top1_agreement: Share | None = None
+    prefill_tokens_per_s: Positive | None = None
+    decode_tokens_per_s: Positive | None = None
+    peak_bytes: Positive | None = None
+
+
+class _Experts(_Typed):
+    block: Count
+    tokens: list[Count]
+    starved: list[Any] = []
+
+
+class _Model(_Typed):
+    name: Name
+    path: Name | None = None
+    bytes: Count | None = None
+    parameters: Count | None = None
+    bits_per_weight: Positive | None = None
+    metrics: _Metrics | None = None
+    intervals: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)] | None] | None = None
+    lineage: list[dict[str, Any]] | None = None
+    about: Name | None = None
+    relative: dict[str, Number | None] | None = None
+    families: dict[Name, _Metrics | None] | None = None
+    error_by_layer: list[Positive] | None = None
+    kv_cache_bytes_per_token: Positive | None = None
+    expert_coverage: list[_Experts] | None = None
+
+
+class _Artifact(_Typed):
+    name: Name
+    target: Name | None = None
+    path: Name | None = None
+    bytes: Count | None = None
+    status: Name | None = None
+    note: Name | None = None
+
+
+class _Suite(_Typed):
+    name: Name
+    problems: Count
+    families: dict[Name, Count] = {}
+
+
+class _Text(_Typed):
+    source: Name
+    tokens: Count
+    windows: Count
+
+
+class _Record(_Typed):
+    name: Name | None = None
+    reference: Name | None = None
+    models: Annotated[list[_Model], Field(max_length=1000)] = []
+    ablations: Annotated[list[_Model], Field(max_length=1000)] | None = None
+    artifacts: list[_Artifact] = []
+    machine: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    suite: _Suite | None = None
+    text: _Text | None = None
+    notes: list[Annotated[str, Field(max_length=100_000)]] | None = None
+    recipe: Annotated[str, Field(max_length=1 << 20)] | None = None
+
+
+def mistyped(record: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Every value of a record that is not of its type: `PLACE: what is wrong`."""
+    try:
+        _Record.model_validate(dict(record))
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_input=False, include_context=False):
+            yield f"{where}: {'.'.join(map(str, item['loc']))[:200]}: {item['msg']}"

@@ -1,0 +1,87 @@
+"""Files with the names of libraries in the current directory, which may be a checkpoint: no command imports one."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_compress import processes
+
+PLANTED = ("torch", "blake3", "numpy", "sitecustomize", "usercustomize", "signal", "selectors", "tokenizers")
+ROOT = Path(__file__).parents[2]
+TEXT = ["--samples", "4", "--length", "32"]
+COMMANDS = {
+    "workers": ["quantize", ".", "-o", "w", "-r", "w4a16", "--group-size", "32", *TEXT, "--workers", "2"],
+    "evaluate": ["evaluate", ".", "-o", "r.json", "--problems", "2"],
+    "plan": ["plan", ".", "-r", "w4a16-fast", "--group-size", "32", "--measure"],
+    "inspect": ["inspect", "."],
+    "prune": ["prune", ".", "-o", "p", *TEXT],
+    "calibrate": ["calibrate", ".", "-o", "c", *TEXT],
+    "export": ["export", ".", "-o", "x", "--target", "onnx"],
+    "doctor": ["doctor"],
+    "list": ["list"],
+}
+
+
+def planted(model: Path, out: Path) -> Path:
+    """A copy of the checkpoint with modules that leave a mark when they are imported."""
+    shutil.copytree(model, out)
+    for name in PLANTED:
+        (out / f"{name}.py").write_text(f"open({str(out / 'MARK')!r}, 'a').write('{name} ')\n")
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "workers" else pytest.mark.verify) for name in COMMANDS]
+)
+def test_no_command_imports_from_the_current_directory(name: str, tiny_v3: Path, tmp_path: Path) -> None:
+    here = planted(tiny_v3, tmp_path / "here")
+    (tmp_path / "dsc").write_text("from deepseek_compress.cli import main\nmain()\n")  # as pip installs it
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "dsc"), *COMMANDS[name]], cwd=here, capture_output=True, text=True, check=False,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (here / "MARK").exists(), (here / "MARK").read_text()
+
+
+def test_python_m_leaves_the_current_directory(tiny_qwen2: Path, tmp_path: Path) -> None:
+    here = planted(tiny_qwen2, tmp_path / "here")
+    (here / "signal.py").unlink()  # what Python itself imports to run a module is beyond us
+    (here / "selectors.py").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "deepseek_compress", "inspect", "."],
+        cwd=here, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (here / "MARK").exists(), (here / "MARK").read_text()
+
+
+def test_the_environment_of_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    given = [str(tmp_path), "", ".", "relative", str(tmp_path / "other")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(given))
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    done = processes.run_python("-c", "import json, sys; print(json.dumps(sys.path))")
+    assert done.returncode == 0
+    assert {str(tmp_path), "", "."}.isdisjoint(json.loads(done.stdout))
+    assert str(tmp_path / "other") in json.loads(done.stdout)
+
+
+def test_one_place_starts_processes() -> None:
+    """And the compiler's, of a package that stands alone."""
+    starters = set()
+    for path in [*(ROOT / "deepseek_compress").rglob("*.py"), *(ROOT / "cuda_ops").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import) and any(alias.name == "subprocess" for alias in node.names):
+                starters.add(str(path.relative_to(ROOT)))
+    assert starters == {"deepseek_compress/processes.py", "cuda_ops/build.py"}
