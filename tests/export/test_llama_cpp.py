@@ -25,8 +25,8 @@ from .conftest import write_quantised
 
 NODE = Path(os.environ.get("DSC_LLAMA_CPP", "no-such-directory"))
 SCRIPT = """
-import {getLlama, LlamaLogLevel} from "node-llama-cpp";
-const {file, prompts, texts, count} = JSON.parse(process.argv[1]);
+const {module, file, prompts, texts, count} = JSON.parse(process.argv[2]);
+const {getLlama, LlamaLogLevel} = await import(module);
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, maxThreads: 1});
 const model = await llama.loadModel({modelPath: file, useMmap: false});
 const context = await model.createContext({contextSize: 256, threads: 1, sequences: 1});
@@ -51,9 +51,10 @@ pytestmark = [
 
 
 def asked(file: Path, prompts: list[list[int]], texts: list[str], count: int = 24) -> dict[str, Any]:
-    given = json.dumps({"file": str(file), "prompts": prompts, "texts": texts, "count": count})
-    command = ["node", "--input-type=module", "-e", SCRIPT, given]
-    done = subprocess.run(command, cwd=NODE, capture_output=True, text=True, check=False)
+    script, module = file.with_suffix(".mjs"), NODE / "node_modules" / "node-llama-cpp" / "dist" / "index.js"
+    script.write_text(SCRIPT)
+    given = {"module": str(module), "file": str(file), "prompts": prompts, "texts": texts, "count": count}
+    done = subprocess.run(["node", script, json.dumps(given)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
