@@ -161,7 +161,8 @@ class _Processes:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, *_PRELOAD])
             alive, self._alive = context.Pipe(duplex=False)
-            self._pool = ProcessPoolExecutor(self.count, context, _begin, (self._shared, alive))
+            with processes.safe_environment():  # its locks start the resource tracker
+                self._pool = ProcessPoolExecutor(self.count, context, _begin, (self._shared, alive))
         return self._pool
 
     def _stop(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deepseek_compress.checkpoint import open_checkpoint
-from deepseek_compress.checkpoint.files import hash_file
+from deepseek_compress.checkpoint.files import hash_file, write_sealed
 from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.evaluation import efficiency, reasoning, summary
 from deepseek_compress.evaluation.about import about
@@ -105,7 +105,7 @@ def test_judging_on_calibration_text_is_said(tiny_v3: Path, tmp_path: Path) -> N
         {"name": "a", "files": {"b.txt": "0" * 64}},
         {"name": "some.txt", "files": {"some.txt": hash_file(text)}},
     ]
-    (made / "dsc_manifest.json").write_text(json.dumps({"calibration": {"sources": sources}}))
+    write_sealed(made / "dsc_manifest.json", {"calibration": {"sources": sources}})
     found = [
         evaluate(
             {"a": tiny_v3, "made": made}, "a", Settings(suite=None, text=judge, windows=2, length=16, efficiency=False)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
+from deepseek_compress.checkpoint.files import read_sealed, write_sealed
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.gguf import export_gguf
 from deepseek_compress.export.gguf_blocks import PACKED, bound
@@ -55,10 +56,12 @@ def write_bpe(folder: Path, rule: str = LLAMA3, first: str = "<s>") -> None:
 def with_bpe(source: Path, out: Path, **config: Any) -> Checkpoint:
     """A copy of a checkpoint with a tokenizer that GGUF takes and keys of config.json changed."""
     shutil.copytree(source, out)
-    (out / "dsc_manifest.json").unlink(missing_ok=True)  # it would tell that files of it changed
     write_bpe(out)
     path = out / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    manifest = out / "dsc_manifest.json"
+    if manifest.is_file():  # it would tell of the files that changed
+        write_sealed(manifest, {**read_sealed(manifest), "files": {}})
     return open_checkpoint(out)
 
 

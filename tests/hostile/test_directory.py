@@ -44,7 +44,9 @@ def planted(model: Path, out: Path) -> Path:
 )
 def test_no_command_imports_from_the_current_directory(name: str, tiny_v3: Path, tmp_path: Path) -> None:
     here = planted(tiny_v3, tmp_path / "here")
-    (tmp_path / "dsc").write_text("from deepseek_compress.cli import main\nmain()\n")  # as pip installs it
+    (tmp_path / "dsc").write_text(
+        "from deepseek_compress.cli import main\nif __name__ == '__main__':\n    main()\n"
+    )  # as pip installs it
     done = subprocess.run(
         [sys.executable, str(tmp_path / "dsc"), *COMMANDS[name]], cwd=here, capture_output=True, text=True, check=False,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
