@@ -197,6 +197,7 @@ def test_the_target_and_what_it_refuses(
 ) -> None:
     stage, told = Export.model_validate({"target": "gguf"}), list[str]()
     source = with_bpe(quantised(tiny_llama, "w8a8"), tmp_path / "in")
+    monkeypatch.setattr(Checkpoint, "activations", property(lambda self: {"num_bits": 8}))  # its manifest is gone
     context = Context(name="export", out=tmp_path / "out", recipe_text="", seed=0, tell=told.append)
     assert not stage.problems(source.header)
     output = stage.run(source, context)
