@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import cuda_ops
 from cuda_ops import ops
@@ -26,7 +26,16 @@ WAITS = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal", "aten::masked_select", "aten::is_nonzero"
 }  # fmt: skip
 COPIES = {"aten::_to_copy", "aten::copy_"}
-_registered: list[str] = []
+
+
+class _Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Autocast asks it of every device that is there, where a checkpointed block is computed again."""
+        return [torch.bfloat16, torch.float16]
+
+
+# When imported: the first backward pass of a process counts the devices, and serves no other afterwards.
+_setup_privateuseone_for_python_backend(NAME, _Backend())
 
 
 class StrictTensor(torch.Tensor):
@@ -138,9 +147,6 @@ LIMIT = 256  # elements of a table of candidates, which a kernel takes from the 
 @contextlib.contextmanager
 def strict_device() -> Iterator[Counter[str]]:
     """Inside, `strict` is a device; yields the counts of `waits` and `copies`."""
-    if not _registered:
-        _setup_privateuseone_for_python_backend(NAME)
-        _registered.append(NAME)
     own = {name: getattr(ops, name) for name in KERNELS}
     try:
         for name, kernel in own.items():

@@ -67,7 +67,7 @@ def test_compress(how: str, name: str, text: Path, tmp_path: Path, request: pyte
     both("compress", COMPRESSIONS[how], request.getfixturevalue(name), text, tmp_path)
 
 
-@pytest.mark.parametrize("how", [pytest.param(k, marks=pytest.mark.verify) if k == "learned" else k for k in MORE])
+@pytest.mark.parametrize("how", MORE)
 def test_other_parts(how: str, tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     both("compress", MORE[how], tiny_llama, text, tmp_path)
 
@@ -87,7 +87,7 @@ def test_calibrate(name: str, text: Path, tmp_path: Path, request: pytest.Fixtur
     both("calibrate", {}, request.getfixturevalue(name), text, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["kl", pytest.param("fisher", marks=pytest.mark.verify)])
+@pytest.mark.parametrize("method", ["kl", "fisher"])
 def test_allocate(method: str, tiny_qwen2: Path, text: Path, tmp_path: Path) -> None:
     options = [{"num_bits": 3}, {"num_bits": 4}]
     knobs = {"target": "3.9 bits per weight", "method": method, "windows": 2, "options": options}
@@ -104,7 +104,6 @@ def test_allocate(method: str, tiny_qwen2: Path, text: Path, tmp_path: Path) -> 
             assert one["kl"] == pytest.approx(other["kl"], rel=1e-4, abs=1e-9)  # gradients add up in another order
 
 
-@pytest.mark.verify  # gradients on the strict device depend on what ran before
 @pytest.mark.parametrize("knobs", [{"passes": 1}, {"passes": 0, "by_block": {}}], ids=["whole", "by block"])
 def test_recover(knobs: dict[str, Any], tiny_v2: Path, text: Path, tmp_path: Path) -> None:
     packed = build(load("compress"), {"weights": {"rtn": {"group_size": 32}}}, "compress").run(
