@@ -88,6 +88,7 @@ ROWS = (
 )
 
 
+@functools.cache
 def version(tool: str) -> str:
     """Of a rival's package; of ours, what its sources and recipes hash to."""
     if tool != "dsc":

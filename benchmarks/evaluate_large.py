@@ -24,12 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, measure, present
+from benchmarks.common import measure, present
 from benchmarks.make_checkpoint import make
-from benchmarks.v2_lite import PROBE, check_room, disk_rates, drop, size_of
+from benchmarks.v2_lite import DSC, PROBE, check_room, disk_rates, drop, size_of
 from deepseek_compress.tasks import mixture
 
-DSC = str(ROOT / ".venv" / "bin" / "dsc")
 MEMORY_BAR, TIME_BAR = 4e9, 600.0
 WINDOWS, LENGTH = 4, 512
 ACTIVE = 2.66e9  # weights of V2-Lite that a token meets, head included

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, present
+from benchmarks.common import present
 from deepseek_compress import pipeline, resources
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
@@ -107,7 +107,7 @@ def main() -> None:
                     shutil.rmtree(scratch / "out", ignore_errors=True)
                     print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
                 shutil.rmtree(scratch / "packed", ignore_errors=True)
-    facts = {"samples": options.samples, "length": options.length, "machine": machine()}
+    facts = {"samples": options.samples, "length": options.length}
     present("targets_table" if options.model is None else f"targets_{options.model.name}", COLUMNS, rows, facts)
     if any(row[3] == FAILED for row in rows):
         raise SystemExit(1)

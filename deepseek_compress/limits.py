@@ -18,7 +18,7 @@ from typing import Any
 from deepseek_compress.errors import DscError
 
 JSON_BYTES = 512 << 20  # of a JSON file: the index of the largest model has 10 MB, a tokenizer 20 MB
-RECIPE_BYTES = 4 << 20
+RECIPE_BYTES = 1 << 20
 HEADER_BYTES = 100_000_000  # of a shard's header; the safetensors library refuses longer ones too
 HEADER_TENSORS = 1_000_000  # of a shard
 RANK = 8  # dimensions of a tensor

@@ -266,12 +266,12 @@ def _inputs(state: _Run) -> None:
 
 def _text_hashes(source: str) -> dict[str, str]:
     """Hash of each file of a calibration source."""
-    return {file.name: provenance.hash_file(file) for file in files_of(source)}
+    return {file.name: verified.hash_of(file) for file in files_of(source)}
 
 
 def _manifest_hash(statistics: str | None) -> str | None:
     """What tells saved statistics from others: their manifest has the hash of each file."""
-    return None if statistics is None else provenance.hash_file(Path(statistics) / MANIFEST)
+    return None if statistics is None else verified.hash_of(Path(statistics) / MANIFEST)
 
 
 def _identity(state: _Run) -> dict[str, Any]:

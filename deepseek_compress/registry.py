@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from importlib import import_module
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from deepseek_compress.errors import DscError, Problems
 
 Component = TypeVar("Component", bound=BaseModel)
+
+
+class Entry(NamedTuple):
+    """Where a component lives (module of a package, class) and what it does, in one line: a table imports none."""
+
+    module: str
+    name: str
+    summary: str
+
+    def load(self, package: str) -> Any:
+        """The class."""
+        return getattr(import_module(f"{package}.{self.module}"), self.name)
 
 
 def pick(table: Mapping[str, type[Component]], choice: Any, what: str = "component") -> Component:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from deepseek_compress import limits
 from deepseek_compress.calibration.settings import Calibration, Source
 from deepseek_compress.calibration.sources import Sample, files_of, read_samples
-from deepseek_compress.checkpoint.files import hash_file
+from deepseek_compress.checkpoint.verified import hash_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.models.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def source_facts(wanted: Calibration) -> list[dict[str, Any]]:
     return [
         {
             "name": source.name,
-            "files": {file.name: hash_file(file) for file in files_of(source.path)},
+            "files": {file.name: hash_of(file) for file in files_of(source.path)},
             "share": source.share,
         }
         for source in wanted.sources

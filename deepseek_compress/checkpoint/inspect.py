@@ -62,10 +62,7 @@ class _Key(NamedTuple):
 
 
 def _num_bits(info: TensorInfo) -> int:
-    codes = info.parts.get("weight_packed")
-    if info.encoding != "packed":
-        return 0
-    return 8 if codes is None else packed.bits_of(info.name, codes.shape[1], info.shape[1])
+    return packed.stored_bits(info) if info.encoding == "packed" else 0
 
 
 def _row(key: _Key, infos: list[TensorInfo], checkpoint: Checkpoint | None) -> dict[str, Any]:

@@ -117,14 +117,18 @@ class Checkpoint:
         """Raise DscError where a shard is another than when its header was read."""
         places = {part.file: part for info in self.header.tensors.values() for part in info.parts.values()}
         for file, place in places.items():
-            if place.identity[0] and identity(file) != place.identity:
-                raise changed(file)
+            check_same(place, file)
 
     def _info(self, name: str) -> TensorInfo:
         try:
             return self.header.tensors[name]
         except KeyError:
             raise DscError(f"{self.path}: no tensor {name}", "see `dsc inspect` for the names") from None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint lies in the directory `path`, as far as its files tell."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -178,9 +182,9 @@ def read_tensor(place: Location, what: str) -> Tensor:
     return buffer.view(place.dtype).view(place.shape)
 
 
-def check_same(place: Location, fd: int) -> None:
-    """Raise DscError where the file at `place` is another than when its header was read."""
-    if place.identity[0] and identity(fd) != place.identity:
+def check_same(place: Location, opened: Path | int) -> None:
+    """Raise DscError where the file at `place`, by path or descriptor, is another than when its header was read."""
+    if place.identity[0] and identity(opened) != place.identity:
         raise changed(place.file)
 
 

@@ -71,7 +71,7 @@ def expect(
     else:
         saved = bool(solver.needs)
         memory = Memory(0, 0, _largest(header, changed, quick, saved))
-        copied = sum(info.bytes for info in header.tensors.values()) - sum(header.tensors[n].bytes for n in changed)
+        copied = header.bytes - sum(header.tensors[n].bytes for n in changed)
         fast, all_ = (sum(header.tensors[name].elements for name in names) for names in (quick, changed))
         slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience
         costs.append(_Block(0, 0, 0, Work(), Work(packed=fast + slow + copied / 2)))

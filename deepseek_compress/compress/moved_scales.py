@@ -16,18 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import write_arrays
 from deepseek_compress.checkpoint.transformed import Transformed, transformed
 from deepseek_compress.compress.collect import Accumulator
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.solver import LinearSolver
-from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block
 from deepseek_compress.models.folds import Fold, folds
 from deepseek_compress.numerics.migration import Migration, power_of_two
 from deepseek_compress.streaming.loop import Facts, Progress
-from deepseek_compress.streaming.observe import Look, Observer, observe
+from deepseek_compress.streaming.observe import Look, Observer, feeding, observe
 
 Scales = dict[str, Tensor]  # producer by checkpoint name -> float32, what its channels are divided by
 
@@ -44,14 +43,6 @@ class Rescale:
         if self.rows is not None:
             tensor = tensor * (self.rows if tensor.dim() == 1 else self.rows[:, None])
         return tensor if self.columns is None else tensor * self.columns
-
-
-def problems(header: Header) -> list[DscError]:
-    """Why no scale can move."""
-    packed = [name for name, info in header.tensors.items() if info.encoding == "packed"]
-    if packed:
-        return [DscError(f"migration: {packed[0]} and others are packed already", "start from the 16-bit model")]
-    return []
 
 
 def migrate(job: Job, tokens: Tensor | None, method: Migration, progress: Progress) -> Job:
@@ -105,13 +96,7 @@ class _Sums(Observer):
         """Sum what the linears of each fold see."""
         served = [fold for fold in folds(block) if self.method.streams or fold.router is None]
         self.served = [(fold, Accumulator(self.method.needs)) for fold in served]
-        watched = {name: sums for fold, sums in self.served for name in _seen(fold)}
-
-        def look(name: str, x: Tensor) -> None:
-            if name in watched:
-                watched[name].add(x)
-
-        return look
+        return feeding({name: sums for fold, sums in self.served for name in _seen(fold)})
 
     def end(self, block: Block) -> Facts:
         """Keep the scales of the block."""

@@ -173,10 +173,6 @@ def _matches_nothing(pattern: str, groups: Sequence[FusedGroup]) -> DscError:
     return DscError(f"overrides: {pattern!r} matches no weight that changes", hint)
 
 
-def _expression(pattern: str) -> str:
-    return pattern[3:] if pattern.startswith("re:") else translate(pattern)
-
-
 def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
     """Whether a name matches one of `patterns`. Models have some ten thousand names: plain ones are looked up."""
     plain = {pattern for pattern in patterns if not pattern.startswith("re:") and not _SHELL.search(pattern)}

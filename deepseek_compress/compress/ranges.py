@@ -20,7 +20,7 @@ from deepseek_compress.numerics.activations import InputGrid, Static
 from deepseek_compress.numerics.ranges import BINS
 from deepseek_compress.numerics.ranges import Observer as RangeObserver
 from deepseek_compress.streaming.loop import Facts, Progress
-from deepseek_compress.streaming.observe import Look, Observer, observe
+from deepseek_compress.streaming.observe import Look, Observer, feeding, observe
 
 _Ends = tuple[float, float]
 
@@ -85,13 +85,7 @@ def _watch(linears: Iterable[Linear], sums: dict[str, RangeObserver]) -> Look:
     first: dict[str, str] = {}
     for linear in linears:
         first.setdefault(linear.input, linear.name)
-    watched = {name: sums[key] for key, name in first.items()}
-
-    def look(name: str, x: Tensor) -> None:
-        if name in watched:
-            watched[name].add(x)
-
-    return look
+    return feeding({name: sums[key] for key, name in first.items()})
 
 
 def _ends(

@@ -19,6 +19,7 @@ from torch import Tensor
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.transformed import Change, transformed
 from deepseek_compress.compress.job import Job
+from deepseek_compress.compress.selection import packed_problems
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.folds import Fold, folds
@@ -70,10 +71,7 @@ def problems(architecture: Architecture, mtp_kept: bool) -> list[DscError]:
         ]
     if mtp_kept and architecture.has_mtp:
         return [DscError("rotation: the MTP block reads the residual stream", "set mtp: drop")]
-    packed = [name for name, info in architecture.header.tensors.items() if info.encoding == "packed"]
-    if packed:
-        return [DscError(f"rotation: {packed[0]} and others are packed already", "start from the 16-bit model")]
-    return []
+    return packed_problems(architecture.header, "rotation")
 
 
 def rotated_header(architecture: Architecture) -> Header:

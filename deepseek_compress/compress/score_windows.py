@@ -29,7 +29,7 @@ def score_windows(run: PlainRun, tokens: Tensor, pool: Pool, progress: Progress)
     """Score each window of tokens, int64 (n, length); what an interrupted run left in `run.work` is taken up."""
     stream = Stream(run.architecture, "pool")
     loop = Loop((stream,), tokens, run.work, "pool", "reading the pool, block", last=True)
-    found = loop.run(_Count(run, tokens, pool), progress)
+    found = loop.run(_Count(run, pool), progress)
     experts = [torch.tensor(block["experts"]) for block in found if "experts" in block]
     with loop.output(stream) as hidden:
         entropy, states = _heads(run, hidden, Batches(tokens, device=run.architecture.device))
@@ -39,8 +39,8 @@ def score_windows(run: PlainRun, tokens: Tensor, pool: Pool, progress: Progress)
 class _Count:
     """Runs each block and counts which experts a window asks."""
 
-    def __init__(self, run: PlainRun, tokens: Tensor, pool: Pool) -> None:
-        self.run, self.tokens, self.pool = run, tokens, pool
+    def __init__(self, run: PlainRun, pool: Pool) -> None:
+        self.run, self.pool = run, pool
 
     def visit(self, at: Visit) -> dict[str, Any]:
         """{"experts": tokens of each expert by window}, where there are experts."""
@@ -49,9 +49,9 @@ class _Count:
         def count(routing: Routing) -> None:
             moe = at.blocks[0].moe
             assert moe is not None
-            window = torch.arange(len(routing.experts)) // self.tokens.shape[1]
+            window = torch.arange(len(routing.experts)) // at.batches.length
             places = (window[:, None] * moe.experts + routing.experts).flatten()
-            counts = torch.bincount(places, minlength=len(self.tokens) * moe.experts)
+            counts = torch.bincount(places, minlength=at.batches.samples * moe.experts)
             facts["experts"] = counts.view(-1, moe.experts).tolist()
 
         run_block(self.run, at.layer, at.before[0], at.batches, at.after[0], lambda name, parts: None, self.pool, count)
@@ -60,10 +60,10 @@ class _Count:
 
 def _heads(run: PlainRun, hidden: HiddenStore, batches: Batches) -> tuple[Tensor, Tensor]:
     """Mean entropy (n,) of the predictions and mean input (n, hidden) of the head, both float64, over each window."""
-    architecture, states = run.architecture, []
+    architecture, top, states = run.architecture, run.architecture.top(), []
     with HiddenStore(run.work / "final.tmp", hidden.rows, (architecture.cfg.hidden_size,)) as final:
         for batch in range(len(batches)):
-            x = architecture.final_hidden(architecture.top(), batches.read(hidden, batch)).float()
+            x = architecture.final_hidden(top, batches.read(hidden, batch)).float()
             batches.write(final, batch, x)
             states.append(x.double().mean(1).cpu())
         model = HeadInput(final.read, architecture.source.read(architecture.head, None, architecture.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deepseek_compress.checkpoint import Header
 from deepseek_compress.compress.fused_groups import fused_groups
 from deepseek_compress.compress.overrides import Override, assigned
 from deepseek_compress.compress.overrides import problems as override_problems
@@ -16,6 +17,14 @@ CHANGEABLE = (Role.ATTENTION, Role.MLP, Role.EXPERT, Role.SHARED_EXPERT, Role.IN
 GROUP_SIZES = (128, 64, 32)
 LEFT_AT_MOST = 0.01  # share of the weights that a chosen group size may leave in 16 bits
 PROVIDED = frozenset({"hessian", "input_absmax", "input_absmean", "cross_covariance", "half"})  # by the block loop
+
+
+def packed_problems(header: Header, what: str) -> list[DscError]:
+    """Why `what` of a recipe, which changes 16-bit weights, has nothing to change."""
+    packed = [name for name, info in header.tensors.items() if info.encoding == "packed"]
+    if packed:
+        return [DscError(f"{what}: {packed[0]} and others are packed already", "start from the 16-bit model")]
+    return []
 
 
 @dataclass(frozen=True)

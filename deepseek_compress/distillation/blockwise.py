@@ -211,8 +211,7 @@ class _Block:
 
     @torch.no_grad()
     def _advance(self, block: Block, weights: Weights, before: HiddenStore, after: HiddenStore) -> None:
-        for batch in range(len(self.batches)):
-            self.batches.write(after, batch, self._run(block, weights, before, batch))
+        self.batches.advance(block, weights, before, after)
 
 
 def _size(target: Tensor) -> Tensor:

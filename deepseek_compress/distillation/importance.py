@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepseek_compress.distillation.documents import Batch
+from deepseek_compress.distillation.objective import pieces
 from deepseek_compress.distillation.views import tapped, view
 from deepseek_compress.models import moe
 from deepseek_compress.models.runtime import Model
@@ -27,7 +28,6 @@ from deepseek_compress.models.weights import Weights
 
 LAYERS = ("influence", "loss", "even")
 EXPERTS = ("activation", "frequency")
-PIECE = 1 << 24  # logits at a time
 
 
 @torch.no_grad()
@@ -66,9 +66,9 @@ def _final(model: Model, state: Tensor, batch: Batch) -> Tensor:
 
 
 def _kl(head: Tensor, wanted: Tensor, given: Tensor) -> float:
-    total, step = 0.0, max(1, PIECE // len(head))
-    for start in range(0, len(wanted), step):
-        p, q = (functional.linear(h[start : start + step], head).log_softmax(-1) for h in (wanted, given))
+    total = 0.0
+    for rows in pieces(len(wanted), len(head)):
+        p, q = (functional.linear(h[rows], head).log_softmax(-1) for h in (wanted, given))
         total += float(functional.kl_div(q, p, reduction="sum", log_target=True))
     return total
 

@@ -75,7 +75,7 @@ class Objective:
             seen = self._view(model, batch, checkpointing=self.checkpointing)
             h = seen.final.detach().requires_grad_(seen.final.requires_grad)
             loss = 0.0
-            for rows in _pieces(len(h), self.vocabulary):
+            for rows in pieces(len(h), self.vocabulary):
                 each = self._each(self._logits(model, h[rows]), said.target(rows), batch.labels[rows])
                 part = (each * batch.weights[rows].to(each.device)).sum() / weight
                 if part.requires_grad:
@@ -100,7 +100,7 @@ class Objective:
         right = 0
         with self._products(model):
             seen = self._view(model, batch)
-            for rows in _pieces(len(seen.final), self.vocabulary):
+            for rows in pieces(len(seen.final), self.vocabulary):
                 logits, labels = self._logits(model, seen.final[rows]), batch.labels[rows].to(seen.final.device)
                 target = said.target(rows)
                 loss += float((self._each(logits, target, labels) * batch.weights[rows].to(logits.device)).sum())
@@ -139,6 +139,7 @@ class Objective:
         return torch.autocast(model.head.device.type, torch.bfloat16) if self.mixed else nullcontext()
 
 
-def _pieces(count: int, vocabulary: int) -> Iterator[slice]:
+def pieces(count: int, vocabulary: int) -> Iterator[slice]:
+    """Of `count` positions, each with at most `PIECE` logits."""
     step = max(1, PIECE // vocabulary)
     return (slice(start, start + step) for start in range(0, count, step))

@@ -7,7 +7,7 @@ number alone, so that neither batches nor an interruption change what is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -21,18 +21,17 @@ from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.distillation import words
 from deepseek_compress.distillation.cache import CacheWriter
 from deepseek_compress.distillation.documents import Batch, Document, batch_of, batches_by_length
+from deepseek_compress.distillation.objective import pieces
 from deepseek_compress.distillation.server import Server
 from deepseek_compress.distillation.views import view
 from deepseek_compress.distillation.words import Words
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import Tokenizer
+from deepseek_compress.streaming.loop import Progress
 
 TOKENS_AT_ONCE = 4096  # of a forward pass
 SHARD_TOKENS = 1 << 15  # of a shard: about 3 MB at the default
-PIECE = 1 << 24  # logits at a time
 SMALL = 1024  # tokens of a vocabulary that is kept whole
-
-Progress = Callable[[int, int, str], None]
 
 
 class Settings(NamedTuple):
@@ -90,9 +89,8 @@ class ModelSpeaker:
         found: dict[int, Words] = {}
         for batch, final in zip(prepared, self.inputs.batches(prepared), strict=True):
             draws = torch.cat([self._draws(first + number, len(documents[number].ids) - 1) for number in batch.numbers])
-            step = max(1, PIECE // len(self.inputs.head))
-            pieces = [slice(start, start + step) for start in range(0, len(final), step)]
-            said = _joined([self._words(final[rows], draws[rows]) for rows in pieces])
+            rows_of = pieces(len(final), len(self.inputs.head))
+            said = _joined([self._words(final[rows], draws[rows]) for rows in rows_of])
             parts = zip(*(torch.split(part, batch.sizes) for part in said), strict=True)
             found |= {number: Words(*part) for number, part in zip(batch.numbers, parts, strict=True)}
         return _joined([found[number] for number in range(len(documents))])

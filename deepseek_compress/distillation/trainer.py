@@ -32,10 +32,12 @@ from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.rounding import Straight
 from deepseek_compress.distillation.teachers import Teacher
 from deepseek_compress.errors import DscError
+from deepseek_compress.evaluation.statistics import safe_exp
 from deepseek_compress.models import Role
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics import pattern
+from deepseek_compress.streaming.loop import Progress, silent
 
 WARM_UP = 10  # steps until the learning rate is reached
 BETAS = (0.9, 0.95)
@@ -45,8 +47,6 @@ EPS = 1e-6
 LARGEST_NORM = 1.0  # of the gradient of all weights together
 VALIDATIONS = 10  # in a training, or fewer:
 VALIDATED = 5  # times as many tokens are trained on between two as one reads, so that they take a tenth of the time
-
-Progress = Callable[[int, int, str], None]
 
 
 class Schedule(NamedTuple):
@@ -129,7 +129,7 @@ class Trainer:
         schedule = self.schedule
         self.schedule = schedule._replace(steps=steps, held_back=0)
         began = time.monotonic()
-        self.run(lambda done, total, note: None)
+        self.run(silent)
         seconds = (time.monotonic() - began) / steps
         self.schedule = schedule
         for name, tensor in before.items():
@@ -183,7 +183,7 @@ class Trainer:
             parts.append(self.objective.measure(model, batch, said, projections or self._projections))
         loss, weight, kl, surprise, right, positions = (sum(values) for values in zip(*parts, strict=True))
         mean = surprise / positions
-        perplexity = math.exp(mean) if mean < 709.0 else math.inf
+        perplexity = safe_exp(mean)
         return Measured(step, loss / weight, kl / positions, perplexity, right / positions)
 
     def _trains(self, name: str) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor
 from deepseek_compress import limits
 from deepseek_compress.checkpoint.files import read_bytes
 from deepseek_compress.errors import DscError
+from deepseek_compress.evaluation.statistics import safe_exp
 from deepseek_compress.streaming.head import HeadInput, scores
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ class Divergence:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood per predicted token; infinite where it overflows."""
-        mean = math.fsum(self.nll) / sum(self.tokens)
-        return math.exp(mean) if mean < 709.0 else math.inf
+        return safe_exp(math.fsum(self.nll) / sum(self.tokens))
 
     @property
     def kl_divergence(self) -> float | None:
@@ -144,16 +144,15 @@ def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace
     """
     check(samples, len(model.head))
     trace = Trace(folder, model.head, batches(samples), (model.cfg.num_hidden_layers, model.cfg.hidden_size))
-    nll, seen = [0.0] * len(samples), 0
+    nll, compared = [0.0] * len(samples), layered(samples)
     for number, chosen in enumerate(trace.batches):
         batch = _batch(samples, chosen, model.head.device)
         states = model.hidden_states(batch.tokens)
         hidden = _head_input(model, states[-1], batch)
         np.save(folder / f"final-{number}.npy", _numpy(hidden))
-        if seen < LAYER_TOKENS:
+        if chosen[0] in compared:
             np.save(folder / f"blocks-{number}.npy", np.stack([_numpy(state[batch.valid]) for state in states[1:]]))
             trace.layered = number + 1
-        seen += int(batch.valid.sum())
         _add(nll, batch.owner, scores([HeadInput.of(hidden, model.head)], batch.following).nll[0].tolist())
     counts = [sample.predicted for sample in samples]
     return trace, Divergence(counts, nll, [0.0] * len(samples), counts)

@@ -103,7 +103,6 @@ def _block(search: Search, task: tuple[int, Path, Path]) -> list[list[float]]:
             }
             for option in choice.options
             if option is not None
-            for found in [quantized(search, choice.group, option, block, statistics)]
         ]
         for choice in choices
     ]

@@ -7,7 +7,7 @@ measured and forgotten. Keys of the record are stable and unknown values are Non
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from typing import Any
 
 from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
-from deepseek_compress.checkpoint.files import hash_file
+from deepseek_compress.checkpoint.verified import hash_of
 from deepseek_compress.compress.summary import coverage
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.evaluation import divergence, efficiency, reasoning, streamed, summary
@@ -30,11 +30,11 @@ from deepseek_compress.models.resolve import name_of
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
 from deepseek_compress.numerics.kv_cache import KvRounding
+from deepseek_compress.streaming.loop import Progress, silent
 from deepseek_compress.tasks import Verdict
 
 SCHEMA = 1
 METRICS = (*summary.REASONING, *summary.FIDELITY, *efficiency.UNKNOWN)
-Progress = Callable[[int, int, str], None]
 
 OTHER_TOKENIZER = "{} has another tokenizer than the reference: perplexity and KL are unknown."
 TEACHER_FORCED = "Run block by block over given text (teacher-forced): nothing was generated; no exact match, no speed."
@@ -90,7 +90,7 @@ def evaluate(
     reference: str | None,
     settings: Settings = Settings(),
     ablations: Mapping[str, Path] | None = None,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
     work: Path | None = None,
 ) -> dict[str, Any]:
     """The record of `models` (name -> directory, in the order of the pipeline) and of `ablations` beside them.
@@ -181,7 +181,7 @@ def _cache_problems(
 
 def _seen_before(text: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     """A note on each model whose manifest says that it was calibrated on the file that judges it."""
-    here, notes = hash_file(text), []
+    here, notes = hash_of(text), []
     for name, checkpoint in checkpoints.items():
         calibration = (checkpoint.manifest or {}).get("calibration") or {}
         if any(here in (source.get("files") or {}).values() for source in calibration.get("sources") or []):

@@ -36,6 +36,7 @@ from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.head import HeadInput
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
+from deepseek_compress.streaming.observe import feeding
 from deepseek_compress.workers import Pool
 
 Tensors = Mapping[str, Tensor]  # of a block, by local name, float32
@@ -196,8 +197,7 @@ def _advance(search: Search, block: Block, tensors: Tensors, tokens: Tensor, bef
     batches, weights, shape = search.batches(tokens), ResidentWeights(tensors), search.architecture.row_shape
     stores = (HiddenStore(path, tokens.numel(), shape, existing=True, held=0) for path in (before, after))
     with next(stores) as source, next(stores) as target:
-        for batch in range(len(batches)):
-            batches.write(target, batch, block.run(weights, batches.read(source, batch), batches.ids(batch)))
+        batches.advance(block, weights, source, target)
 
 
 def _joint_loss(search: Search, _: None) -> float:
@@ -239,9 +239,7 @@ class _Last:
         block = at.blocks[0]
         weights = ResidentWeights(block.resident())
         for before, after in zip(at.before, at.after, strict=True):
-            for batch in range(len(at.batches)):
-                out = block.run(weights, at.batches.read(before, batch), at.batches.ids(batch))
-                at.batches.write(after, batch, out)
+            at.batches.advance(block, weights, before, after)
         self.states = at.after
         return {}
 
@@ -249,9 +247,7 @@ class _Last:
 def _in_memory(search: Search, block: Block, tensors: Tensors, batches: Batches, before: HiddenStore) -> HiddenStore:
     """What a block gives for the judging windows."""
     after = HiddenStore(None, search.judging.numel(), search.architecture.row_shape)
-    weights = ResidentWeights(tensors)
-    for batch in range(len(batches)):
-        batches.write(after, batch, block.run(weights, batches.read(before, batch), batches.ids(batch)))
+    batches.advance(block, ResidentWeights(tensors), before, after)
     return after
 
 
@@ -263,10 +259,7 @@ def statistics_of(search: Search, block: Block, tensors: Tensors) -> dict[str, S
     first = {group[0].name: group[0].input for group in by_input(wanted)}
     sums = {source: Accumulator(search.needs) for source in first.values()}
 
-    def look(name: str, x: Tensor) -> None:
-        if name in first:
-            sums[first[name]].add(x)
-
+    look = feeding({name: sums[source] for name, source in first.items()})
     watched = ObservingWeights(ResidentWeights(tensors), look)
     batches = search.batches(search.fitting)
     with search.open("fitting", block.layer) as source:

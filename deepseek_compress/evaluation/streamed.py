@@ -93,9 +93,9 @@ def measure(
             chosen = tuple(replace(runs[name], work=folder) for name in together)
             pool = stack.enter_context(open_pool(chosen, _workers(subjects, tokens, limits)))
             compared = _compared(samples, tokens) if depth == depths[0] else None
-            heads, facts = stack.enter_context(predictions(chosen, tokens, folder, pool, progress, compared))
+            heads, facts = stack.enter_context(predictions(chosen, tokens, places, folder, pool, progress, compared))
             for number, name in enumerate(together):
-                found[name] = heads[number]._replace(rows=_at(heads[number], places))
+                found[name] = heads[number]
                 layers = [block["errors"][number] for block in facts]
                 errors[name] = None if None in layers else layers
         return _divergences({name: found[name] for name in subjects}, errors, samples, following, owner)
@@ -111,7 +111,7 @@ def _workers(subjects: Mapping[str, Subject], tokens: Tensor, limits: Limits) ->
         return 1
     header = next(iter(subjects.values())).checkpoint.header
     memory, _, _ = cost(header, len(tokens), tokens.shape[1], len(subjects))
-    size = sum(info.bytes for info in header.tensors.values())
+    size = header.bytes
     return memory.workers(limits.workers, useful(machine.cores(), size), limits.memory)
 
 
@@ -131,17 +131,9 @@ def _tokens(samples: Sequence[Sample]) -> tuple[Tensor, list[int], Tensor, list[
 def _compared(samples: Sequence[Sample], tokens: Tensor) -> Tensor:
     """bool (samples, width): the rows whose states are compared after every block; padding is not among them."""
     lengths = torch.tensor([len(sample.tokens) for sample in samples])
-    chosen = torch.tensor([index in layered(samples) for index in range(len(samples))])
+    chosen = torch.zeros(len(samples), dtype=torch.bool)
+    chosen[list(layered(samples))] = True
     return (torch.arange(tokens.shape[1]) < lengths[:, None]) & chosen[:, None]
-
-
-def _at(model: HeadInput, places: list[int]) -> head.Rows:
-    """The rows at `places` alone."""
-
-    def rows(start: int, count: int) -> Tensor:
-        return torch.cat([model.rows(place, 1) for place in places[start : start + count]])
-
-    return rows
 
 
 def _divergences(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
+
+from deepseek_compress.registry import Entry
 
 if TYPE_CHECKING:
     from deepseek_compress.export.target import Target
@@ -23,14 +24,6 @@ PAST = Range(0, 128, 1024)  # tokens in the cache
 COMPUTE_CAPABILITIES = ("sm89", "sm120")
 
 
-class Entry(NamedTuple):
-    """Where a target lives (module of `targets`, class) and what it writes, in one line."""
-
-    module: str
-    name: str
-    summary: str
-
-
 TARGETS: dict[str, Entry] = {
     "onnx": Entry("onnx", "Onnx", "model.onnx, standard operators only, for any run-time that knows opset 21"),
     "onnxruntime": Entry("onnxruntime", "OnnxRuntime", "model.onnx with MatMulNBits, for onnxruntime"),
@@ -46,6 +39,5 @@ TARGETS: dict[str, Entry] = {
 
 def load(name: str) -> type[Target]:
     """The class of a target; `name` is a key of `TARGETS`."""
-    entry = TARGETS[name]
-    found: type[Target] = getattr(import_module(f"{__name__}.targets.{entry.module}"), entry.name)
+    found: type[Target] = TARGETS[name].load(f"{__name__}.targets")
     return found

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.files import remove
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export.gguf_metadata import check_model, describe, divisors_of
 from deepseek_compress.export.gguf_tensors import ARCHITECTURES, Part, left_out, parts_of, pieces
@@ -57,7 +58,7 @@ def export_gguf(source: Checkpoint, path: Path) -> dict[str, Any]:
         partial.replace(path)
     finally:
         writer.close()
-        partial.unlink(missing_ok=True)
+        remove(partial)
     return {
         "bytes": path.stat().st_size,
         "types": dict(sorted(kinds.items())),

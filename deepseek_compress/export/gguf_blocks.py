@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint import TensorInfo
-from deepseek_compress.checkpoint.formats.packed import bits_of
+from deepseek_compress.checkpoint.formats.packed import stored_bits
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.graph import Array
 from deepseek_compress.numerics.types import Quantized
@@ -29,7 +29,7 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def kept_as(info: TensorInfo) -> str | None:
     """The type that keeps the codes of a packed weight; None where there is none."""
     columns = info.shape[1]
-    bits = bits_of(info.name, info.parts["weight_packed"].shape[1], columns) if "weight_packed" in info.parts else 8
+    bits = stored_bits(info)
     symmetric = "weight_zero_point" not in info.parts
     if columns // info.parts["weight_scale"].shape[1] % BLOCK:
         return None

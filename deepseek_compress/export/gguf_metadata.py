@@ -15,6 +15,7 @@ import torch
 
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.errors import DscError
+from deepseek_compress.export.gguf_blocks import PACKED
 from deepseek_compress.export.graph import Array
 from deepseek_compress.export.vocabulary import Vocabulary
 from deepseek_compress.models.config import Mla, ModelConfig, Moe, Rope
@@ -79,7 +80,7 @@ def describe(writer: Any, source: Checkpoint, cfg: ModelConfig, words: Vocabular
     """Add sizes, rotary embedding and tokenizer to a `gguf.GGUFWriter`. `kinds`: how many tensors each type has."""
     import gguf
 
-    packed = [kind for kind in ("Q4_1", "Q4_0", "Q8_0") if kind in kinds]
+    packed = [kind for kind in PACKED if kind in kinds]
     most = max(packed, key=lambda kind: kinds[kind]) if packed else "BF16"
     writer.add_type("model")
     writer.add_name(source.path.resolve().name)

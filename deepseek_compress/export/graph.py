@@ -23,6 +23,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from deepseek_compress.checkpoint.files import remove
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export import hazards
 
@@ -81,7 +82,7 @@ class Graph:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._data.close()
-        self._partial.unlink(missing_ok=True)
+        remove(self._partial)
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:

@@ -20,6 +20,7 @@ the weight has 8 bits and one scale a row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,13 +78,14 @@ def write_codes(build: Build, weight: Weight, signed: bool, split: bool = False)
     scales: list[Array] = []
     zeros: list[Array] = []
     sums: list[Array] = []
-    first = next(read(build, weight))
+    given = read(build, weight)
+    first = next(given)
     rows, columns = first.codes.shape
     centre = 1 << (first.num_bits - 1)
     narrow = first.num_bits <= 4
 
     def parts() -> Iterator[bytes]:
-        for found in read(build, weight):
+        for found in itertools.chain((first,), given):
             codes = to_numpy(found.codes).T.astype(np.int16) - (centre if signed else 0)
             scales.append(to_numpy(found.scale).T)
             zeros.append(to_numpy(found.zero_point).T.astype(np.float32) - centre)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.files import remove, remove_tree
 from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.checkpoint.writer import copied_files
 from deepseek_compress.errors import DscError
@@ -71,15 +72,15 @@ def staged(out: Path, last: str) -> Iterator[Path]:
     A `last` of an earlier run goes first: what does not pass its check must not leave an older file to be loaded.
     """
     folder = out / PARTIAL
-    shutil.rmtree(folder, ignore_errors=True)
-    (out / last).unlink(missing_ok=True)
+    remove_tree(folder)
+    remove(out / last)
     folder.mkdir(parents=True)
     try:
         yield folder
         for file in sorted(folder.iterdir(), key=lambda file: file.name == last):
             os.replace(file, out / file.name)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
 
 
 def copy_words(source: Checkpoint, folder: Path) -> None:

@@ -18,8 +18,9 @@ import onnx
 
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, NEW, PAST, Range, hazards
+from deepseek_compress.export.target import BUILT
+from deepseek_compress.generation.backends.engine import MODULES
 
-MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 REFUSED = {"sm75": "Turing has no BF16 and the builder refuses its FP32 products"}
 
 
@@ -74,7 +75,7 @@ def build_engine(
         "version": trt.__version__,
         "compute_capabilities": list(capabilities),
         "profile": {"batch": list(batch), "new": list(new), "past": list(past)},
-        "status": "built, not run",
+        "status": BUILT,
     }
 
 

@@ -33,8 +33,7 @@ from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.export.onnx import hidden_name, rounded_table
 from deepseek_compress.export.rounding import in_blocks, rounded_rows, without_rounding
 from deepseek_compress.generation.backends.graph import GraphModel, Ints
-from deepseek_compress.generation.backends.onnx import OnnxRunner, open_session
-from deepseek_compress.models.cache import KvCache
+from deepseek_compress.generation.backends.onnx import OnnxRunner
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import QuantizedInputs
@@ -126,16 +125,9 @@ class Rounded(Model):
                 found = {**block.roundings, **found}  # what MatMulNBits rounds, it rounds in its own way
             self.blocks[layer] = QuantizedInputs(self.blocks[layer], found)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: KvCache | None = None,
-        left_padding: Tensor | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """As the runtime's."""
-        hidden = self.hidden_states(tokens, cache, left_padding)[-1]
-        hidden = self.family.final_hidden(self.cfg, self.top, hidden[:, -1:] if last_only else hidden)
+        hidden = self.family.final_hidden(self.cfg, self.top, hidden)
         hidden = self.rounds_head(hidden) if self.rounds_head else hidden
         return functional.linear(hidden, self.head if self.rounded_head is None else self.rounded_head)
 
@@ -190,7 +182,8 @@ def _tables(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> Tab
     """Embedding and head as the file rounds them: 8 bits in the file, or a head that becomes 8 bits at load."""
     nodes, modules = graph.graph.node, _modules(cfg)
     if any(node.op_type == "GatherBlockQuantized" for node in nodes):
-        return Tables(*(rounded_table(source, name).dequantize() for name in modules))
+        tables = {name: rounded_table(source, name).dequantize() for name in dict.fromkeys(modules)}
+        return Tables(*(tables[name] for name in modules))
     made = any(node.op_type == "MatMulNBits" and node.name.startswith(f"{modules[1]}/") for node in nodes)
     if not made or source.header.tensors[f"{modules[1]}.weight"].encoding == "packed":
         return Tables()
@@ -202,7 +195,7 @@ def _generate(model: Model, prompts: Sequence[Sequence[int]], decoded: int) -> t
     """The calls: the prompts, then a greedy token each; and the model's logits after each call."""
     tokens, mask = left_padded(prompts)
     padding = torch.from_numpy((mask == 0).sum(1))
-    cache = KvCache(model.cfg.num_hidden_layers, tokens.shape[1] + decoded)
+    cache = model.cache(tokens.shape[1] + decoded)
     calls, logits = [], []
     for _ in range(decoded + 1):
         calls.append((tokens, mask))
@@ -221,7 +214,7 @@ def _replay(model: OnnxModel, calls: Sequence[Call]) -> tuple[list[Floats], list
 
 
 def _runtime(model: Model, calls: Sequence[Call], like: Sequence[Floats]) -> list[Floats]:
-    cache = KvCache(model.cfg.num_hidden_layers, sum(tokens.shape[1] for tokens, _ in calls), int8=model.int8)
+    cache = model.cache(sum(tokens.shape[1] for tokens, _ in calls))
     padding = torch.from_numpy((calls[0][1] == 0).sum(1))
     with torch.no_grad():
         every = [model.forward(torch.from_numpy(tokens), cache, padding).numpy() for tokens, _ in calls]
@@ -264,11 +257,9 @@ def _differs(graph: onnx.ModelProto, path: Path, exact: Model, model: Model, cal
     names = [hidden_name(layer) for layer in range(model.cfg.num_hidden_layers + 1)]
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     tokens, mask = call
-    session = open_session(copy.SerializeToString(), torch.get_num_threads(), path.parent)
-    runner = OnnxModel(path)
-    runner.start(len(tokens))
+    runner = OnnxRunner(copy.SerializeToString(), torch.get_num_threads(), path.parent)
     feed = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
-    files = session.run(names, {**feed, **runner.past})
+    files = runner.session.run(names, {**feed, **runner.empty(len(tokens))})
     padding, real = torch.from_numpy((mask == 0).sum(1)), mask.astype(bool).reshape(-1)
     with torch.no_grad():
         want, other = (m.hidden_states(torch.from_numpy(tokens), None, padding) for m in (exact, model))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deepseek_compress.checkpoint import is_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.generation.speaker import Local, Speaker
 from deepseek_compress.models.resolve import BUILTIN, resolve_model
@@ -45,7 +46,7 @@ def open_target(target: str, threads: int = 0) -> Speaker:
         return _genai(folder, threads)
     if path.suffix == ".onnx" or (not named and (folder / ONNX).is_file()):
         return _onnx(path if named else folder / ONNX, threads)
-    if not named and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+    if not named and is_checkpoint(folder):
         from deepseek_compress.generation.backends.runtime import RuntimeBackend
 
         tokenizer = _tokenizer(folder)

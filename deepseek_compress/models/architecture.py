@@ -85,11 +85,6 @@ class Architecture:
         """The tensor that makes logits: the embedding where the two are tied."""
         return self.embedding if self.cfg.tie_word_embeddings else self.cfg.names.head
 
-    @property
-    def norm(self) -> str:
-        """The last norm's tensor."""
-        return self.cfg.names.norm
-
     @cached_property
     def row_shape(self) -> tuple[int, ...]:
         """The shape of a token's hidden state between blocks: (hidden,), or (streams, hidden)."""
@@ -135,8 +130,7 @@ class Block:
     def __init__(self, architecture: Architecture, layer: int) -> None:
         self.architecture = architecture
         self.family, self.cfg, self.layer = architecture.family, architecture.cfg, layer
-        self.name = self.family.prefix(layer)  # "model.layers.3"
-        self.prefix = self.name + "."
+        self.prefix = f"{self.family.prefix(layer)}."  # "model.layers.3."
 
     @cached_property
     def linears(self) -> list[Linear]:

@@ -256,12 +256,15 @@ class Fields:
     def eos(self) -> tuple[int, ...]:
         """The ids that end a text."""
         value = self.config.get("eos_token_id")
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and 0 <= item < limits.SIZE for item in found):
-            raise DscError(
-                f"config.json: eos_token_id is {str(value)[:80]!r}", "it must be a token id, or a list of them"
-            )
-        return tuple(found)
+        return () if value is None or value == [] else token_ids("config.json: eos_token_id", value)
+
+
+def token_ids(what: str, value: Any) -> tuple[int, ...]:
+    """A token id or a list of them. Raises DscError for anything else."""
+    found = value if isinstance(value, list) else [value]
+    if not found or not all(type(item) is int and 0 <= item < limits.SIZE for item in found):
+        raise DscError(f"{what} is {str(value)[:80]!r}", "it must be a token id, or a list of them")
+    return tuple(found)
 
 
 ROPE_KINDS = ("default", "linear", "yarn", "llama3")

@@ -90,12 +90,13 @@ class Model:
         (of the cache, where there is one) are padding. Padding at the right needs no mask: attention is causal.
         """
         hidden = self.hidden_states(tokens, cache, left_padding)[-1]
-        if last_only:
-            hidden = hidden[:, -1:]
-        hidden = self.family.final_hidden(self.cfg, self.top, hidden)
-        return functional.linear(hidden, self.head).float()
+        return self.logits(hidden[:, -1:] if last_only else hidden)
 
     __call__ = forward
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the last block gives (B, T, *row_shape) -> float32 (B, T, vocab)."""
+        return functional.linear(self.family.final_hidden(self.cfg, self.top, hidden), self.head).float()
 
     @property
     def head(self) -> Tensor:

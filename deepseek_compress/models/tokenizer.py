@@ -13,6 +13,7 @@ from typing import Any
 from deepseek_compress import limits
 from deepseek_compress.checkpoint.files import read_bytes, read_json
 from deepseek_compress.errors import DscError
+from deepseek_compress.models.config import token_ids
 
 
 class Tokenizer:
@@ -130,14 +131,6 @@ class Tokenizer:
         """A JSON file beside the tokenizer; nothing in it where there is none. Raises DscError for what is no JSON."""
         file = self.path / name
         return read_json(file) if file.is_file() else {}
-
-
-def token_ids(what: str, value: Any) -> tuple[int, ...]:
-    """A token id or a list of them. Raises DscError for anything else."""
-    found = value if isinstance(value, list) else [value]
-    if not found or not all(type(item) is int and 0 <= item < limits.SIZE for item in found):
-        raise DscError(f"{what} is {str(value)[:80]!r}", "it must be a token id, or a list of them")
-    return tuple(found)
 
 
 @contextmanager

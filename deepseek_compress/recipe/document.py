@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+from deepseek_compress import limits
 from deepseek_compress.errors import DscError
 
 Path_ = Sequence["str | int"]  # where a value stands: keys and list indices
-MAX_BYTES = 1 << 20
 _COLLECTIONS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 _NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
 
@@ -87,9 +87,9 @@ class Document:
 def read(path: Path) -> str:
     """The text of the file, at most 1 MiB of UTF-8."""
     with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise DscError(f"{path}: more than {MAX_BYTES} bytes", "a recipe is a short YAML file")
+        content = file.read(limits.RECIPE_BYTES + 1)
+    if len(content) > limits.RECIPE_BYTES:
+        raise DscError(f"{path}: more than {limits.RECIPE_BYTES} bytes", "a recipe is a short YAML file")
     try:
         return content.decode()
     except UnicodeDecodeError:

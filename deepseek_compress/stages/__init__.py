@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from deepseek_compress.registry import Entry
 
 if TYPE_CHECKING:
     from deepseek_compress.stages.base import Stage
-
-
-class Entry(NamedTuple):
-    """Where a stage lives (module of this package, class) and what it does, in one line."""
-
-    module: str
-    name: str
-    summary: str
 
 
 STAGES: dict[str, Entry] = {
@@ -35,6 +28,5 @@ STAGES: dict[str, Entry] = {
 
 def load(kind: str) -> type[Stage]:
     """The class of a stage; `kind` is a key of `STAGES`."""
-    entry = STAGES[kind]
-    stage: type[Stage] = getattr(import_module(f"{__name__}.{entry.module}"), entry.name)
+    stage: type[Stage] = STAGES[kind].load(__name__)
     return stage

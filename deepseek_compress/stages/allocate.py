@@ -85,7 +85,7 @@ class Allocate(Stage, frozen=True):
         fitted = samples * length if self.weights.needs else 0
         cost = {"kl": sensitivity.cost, "fisher": fisher.cost}[self.method]
         memory, tasks, disk = cost(architecture.cfg, choices, self.windows * length, fitted)
-        read = sum(info.bytes for info in header.tensors.values())
+        read = header.bytes
         return Forecast(header, len(choices), disk, memory, Work(), tasks, read)
 
     def run(self, source: Checkpoint, context: Context) -> Output:

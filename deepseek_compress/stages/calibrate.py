@@ -54,7 +54,7 @@ class Calibrate(Stage, frozen=True):
         """Sizes, memory and work from shapes."""
         architecture = Architecture.of(header)
         size, memory, work, tasks = expected(architecture, self.fields, samples, length)
-        read = sum(info.bytes for info in header.tensors.values())
+        read = header.bytes
         return Forecast(
             header,
             bytes=size,

@@ -101,7 +101,7 @@ class Compress(Stage, frozen=True):
         cfg, roles = architecture.cfg, self._changed(header)
         found = selection.problems(architecture, roles, self.weights, self.sparsity, self._overrides(architecture))
         found += [] if self.rotation is None else rotation.problems(architecture, self.mtp == "keep")
-        found += [] if self.migration is None else moved_scales.problems(header)
+        found += [] if self.migration is None else selection.packed_problems(header, "migration")
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
     def reads_text(self, header: Header) -> bool:
@@ -151,7 +151,7 @@ class Compress(Stage, frozen=True):
             Memory(alone + loads, memory.beside + loads, task and task + loads),
             total((before.work, looked.work, expected.work)),
             expected.tasks,
-            read=sum(info.bytes for info in header.tensors.values()),
+            read=header.bytes,
             scratch=scratch(architecture, samples * length) if solver.needs else 0,
         )
 

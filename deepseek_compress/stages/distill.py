@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
-from deepseek_compress.checkpoint.files import read_json, write_json
+from deepseek_compress.checkpoint.files import read_json, remove_tree, write_json
 from deepseek_compress.distillation import report, shrink
 from deepseek_compress.distillation.cache import INDEX, CachedTeacher, is_cache
 from deepseek_compress.distillation.documents import Document, read_documents
@@ -142,14 +141,11 @@ class Distill(Stage, frozen=True):
         architecture = Architecture.of(header)
         cfg = architecture.cfg
         plan = shrink.shrink(architecture.family, cfg, shrink.any_experts(cfg), *self.size.of(cfg))
-        total = sum(math.prod(info.shape) for info in header.tensors.values())
+        total = sum(info.elements for info in header.tensors.values())
         kept = sum(
-            math.prod(header.tensors[origin.name].shape)
-            for origin in plan.tensors.values()
-            if origin.name in header.tensors
+            header.tensors[origin.name].elements for origin in plan.tensors.values() if origin.name in header.tensors
         )
-        trained = self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
-        work = Work((2.0 * total + 6.0 * kept) * trained)
+        work = Work((2.0 * total + 6.0 * kept) * self._wanted)
         weight = 2 if self.precision == "bfloat16" else 4
         moments = 2 if self.optimizer == "adamw" else 0
         copies = 2 + moments + (self.validation > 0)
@@ -160,6 +156,11 @@ class Distill(Stage, frozen=True):
             memory=Memory(weight * (total + copies * kept) + self._activations(cfg)),
             work=None if self.minutes else work,
         )
+
+    @property
+    def _wanted(self) -> int:
+        """Tokens to train on, where no minutes are asked for."""
+        return self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
 
     def _activations(self, cfg: ModelConfig) -> int:
         """Bytes that a part of a step keeps for the way back, and the logits of a piece of it."""
@@ -191,8 +192,7 @@ class Distill(Stage, frozen=True):
         if trainer.schedule.steps:
             state = trainer.run(context.progress, state, keeper.save)
             facts |= report.facts(state)
-            for line in report.told(state, trainer.schedule):
-                context.tell(line)
+            context.tell_all(report.told(state, trainer.schedule))
         state = state or trainer.begin()
         stored = (
             {}
@@ -200,7 +200,7 @@ class Distill(Stage, frozen=True):
             else {name: straight.stored(name, student.model.weights[name], state.projections) for name in packed}
         )
         notes = self._write(source, student, stored, facts, report.card(state), context)
-        shutil.rmtree(work, ignore_errors=True)
+        remove_tree(work)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
     def _begin(self, source: Checkpoint, context: Context) -> tuple[_Lesson, Student]:
@@ -213,7 +213,8 @@ class Distill(Stage, frozen=True):
                 self._record(source, open_checkpoint(path), words, context)
             return self._from_cache(source, words, context)
         assert path is not None
-        teacher = self._load(open_checkpoint(path))
+        opened = open_checkpoint(path)
+        teacher = self._load(opened)
         same = path.resolve() == source.path.resolve()
         loaded = teacher if same else self._load(source)
         documents = self._documents(source, teacher.cfg, context)
@@ -224,7 +225,7 @@ class Distill(Stage, frozen=True):
         if not same:
             student = student._replace(pairs=even_pairs(student.model.cfg, teacher.cfg))
         vocabulary = min(sizes)
-        print_ = provenance.fingerprint(open_checkpoint(path))
+        print_ = provenance.fingerprint(opened)
         live = LiveTeacher(teacher, vocabulary, self.temperature)
         return _Lesson(live, documents, vocabulary, print_, teacher), student
 
@@ -255,8 +256,7 @@ class Distill(Stage, frozen=True):
 
     def _documents(self, source: Checkpoint, cfg: ModelConfig, context: Context) -> list[Document]:
         tokenizer = load_tokenizer(source.path)
-        wanted = self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
-        wanted = int(60 * self.minutes * FASTEST) if self.minutes else wanted
+        wanted = int(60 * self.minutes * FASTEST) if self.minutes else self._wanted
         tokens = round(wanted / (1 - self.validation))
         documents = read_documents(context.text.sources, tokenizer, self.length, self.documents, tokens)
         largest = max(max(document.ids) for document in documents)
@@ -270,8 +270,7 @@ class Distill(Stage, frozen=True):
     ) -> Student:
         """The source, cut to size, with tensors of its own."""
         student = cut(loaded, source.config, self.size, documents, shared)
-        for line in report.kept(student, self.size):
-            context.tell(line)
+        context.tell_all(report.kept(student, self.size))
         return student
 
     def _teacher_path(self, context: Context) -> Path | None:

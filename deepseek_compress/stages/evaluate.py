@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
+from deepseek_compress.checkpoint import Checkpoint, Header, is_checkpoint, open_checkpoint
+from deepseek_compress.checkpoint.files import remove_tree
+from deepseek_compress.checkpoint.verified import MANIFEST, RUN, hash_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.reasoning import SUITES
 from deepseek_compress.numerics.kv_cache import KvRounding
@@ -61,7 +62,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         if self.streamed is False or (self.streamed is None and streamed.fits(header, None)):
             return Forecast(header)
         memory, work, tasks = streamed.cost(header, windows, tokens)
-        read = 2 * sum(info.bytes for info in header.tensors.values())
+        read = 2 * header.bytes
         return Forecast(header, bytes=16 * windows * tokens * 4, memory=memory, work=work, tasks=tasks, read=read)
 
     def run(self, source: Checkpoint, context: Context) -> Output:
@@ -80,7 +81,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         record["recipe"] = context.recipe_text
         path = context.out / "report.json"
         write(record, path)
-        shutil.rmtree(work, ignore_errors=True)
+        remove_tree(work)
         return Output("report", path, {"report": str(path), "models": len(models)})
 
     def _models(self, outputs: Mapping[str, Path]) -> dict[str, Path]:
@@ -95,7 +96,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         from deepseek_compress import provenance
 
         prints = {name: provenance.fingerprint(open_checkpoint(path)) for name, path in models.items()}
-        text = None if self.text is None else provenance.hash_file(self.text)
+        text = None if self.text is None else hash_of(self.text)
         knobs = {**self.model_dump(mode="json"), "models": prints}
         Resumable.of(source, knobs, text, seed=context.seed, device=context.device).claim(context.out, work)
 
@@ -156,11 +157,6 @@ def _note(facts: Mapping[str, Any]) -> str:
     return "; ".join([*parts, *([facts["sparsity"]] if facts.get("sparsity") else [])])
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint that loads lies there."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-
-
 def _path(outputs: Mapping[str, Path], name: str) -> Path:
     if name not in outputs:
         raise DscError(f"{name!r} is no earlier output", f"valid names: {', '.join(outputs)}")
@@ -178,7 +174,7 @@ def _unique(outputs: Mapping[str, Path]) -> dict[str, Path]:
 def _facts(folder: Path) -> dict[str, Any]:
     """What the stage that wrote the artifact recorded: its manifest, then the facts of its run."""
     found: dict[str, Any] = {}
-    for name in ("dsc_manifest.json", "dsc_run.json"):
+    for name in (MANIFEST, RUN):
         file = folder / name
         if file.is_file():
             content = json.loads(file.read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +11,8 @@ from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import read_json
 from deepseek_compress.distillation.cache import INDEX, bytes_a_token
 from deepseek_compress.distillation.documents import Document, read_documents
-from deepseek_compress.distillation.record import PIECE, Kept, record_model, record_server
+from deepseek_compress.distillation.objective import PIECE
+from deepseek_compress.distillation.record import Kept, record_model, record_server
 from deepseek_compress.distillation.server import Server
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
@@ -44,7 +44,7 @@ class Record(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """The teacher in float32; what is kept of each token, where the recipe says how many."""
-        sizes = [math.prod(info.shape) for info in header.tensors.values()]
+        sizes = [info.elements for info in header.tensors.values()]
         cfg = Architecture.of(header).cfg
         tokens = self.tokens or (self.documents or 0) * self.length
         form = self.kept.settings(cfg.vocab_size, 1.0, 0).form

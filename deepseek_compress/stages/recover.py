@@ -7,7 +7,6 @@ tells the memory beforehand.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ class Recover(Stage, frozen=True):
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """One block and its batch; end to end both models in float32, the codes, the largest gradient."""
-        sizes = [math.prod(info.shape) for info in header.tensors.values()]
+        sizes = [info.elements for info in header.tensors.values()]
         whole, tokens = sum(sizes), (self.samples or samples) * length
         memory, works = 0, []
         if self.by_block is not None:
@@ -80,7 +79,7 @@ class Recover(Stage, frozen=True):
         return Forecast(
             header,
             tensors=sum(info.encoding == "packed" for info in header.tensors.values()),
-            bytes=sum(info.bytes for info in header.tensors.values()),
+            bytes=header.bytes,
             memory=Memory(memory),
             work=total(works),
         )

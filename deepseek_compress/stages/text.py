@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_compress import machine, provenance
+from deepseek_compress import provenance
 from deepseek_compress.calibration.selection import Candidates, Quota, by_coverage, by_quality, coverage
 from deepseek_compress.calibration.settings import Calibration, Select
 from deepseek_compress.calibration.tokens import Windows, apportion, digest_of, facts, read_windows
@@ -18,8 +18,8 @@ from deepseek_compress.compress import score_windows
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.tokenizer import load_tokenizer
-from deepseek_compress.planning.costs import Memory, Work, useful
-from deepseek_compress.stages.base import Context
+from deepseek_compress.planning.costs import Memory, Work
+from deepseek_compress.stages.base import Context, Forecast
 from deepseek_compress.stages.resumable import CHOSEN
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.workers import open_pool
@@ -82,14 +82,11 @@ def _choose(
     reading = work / f"pool-{key[:16]}"  # of this text, model and machine alone
     run = PlainRun(context.architecture(source), reading)
     memory = score_windows.cost(run.architecture, *pool.tokens.shape)[0]
-    size = sum(info.bytes for info in source.header.tensors.values())
-    workers = memory.workers(context.workers, useful(machine.cores(), size), context.memory)
-    workers = workers if context.device == "cpu" else 1
+    workers = context.count(Forecast(source.header, memory=memory, read=source.header.bytes))
     with open_pool(run, workers, context.ray, memory.task) as workforce:
         made = score_windows.score_windows(run, pool.tokens, workforce, context.progress)
     found = _decide(made, wanted, select, pool)
-    for line in _told(found, select):
-        context.tell(line)
+    context.tell_all(_told(found, select))
     write_sealed(file, {"key": key, "found": found})
     remove_tree(reading)
     return found

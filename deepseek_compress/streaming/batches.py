@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepseek_compress.models import Block
+from deepseek_compress.models.weights import Weights
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.streaming.paired_forward import Split, pairs
 
@@ -48,3 +50,8 @@ class Batches:
     def split(self, batch: int) -> Split | None:
         """Which samples of the batch are the original model's."""
         return pairs(len(self.ids(batch)), self.device) if self.paired else None
+
+    def advance(self, block: Block, weights: Weights, before: HiddenStore, after: HiddenStore) -> None:
+        """Run a block for all rows of a store, into another."""
+        for batch in range(len(self)):
+            self.write(after, batch, block.run(weights, self.read(before, batch), self.ids(batch)))

@@ -5,9 +5,9 @@ Each weight is read when it is used. Everything is computed in this process and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,23 @@ from deepseek_compress.streaming.hidden_store import HELD
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 
 Look = Callable[[str, Tensor], None]  # (name of a linear in its block, its input)
+
+
+class Adds(Protocol):
+    """Sums what it is given."""
+
+    def add(self, x: Tensor) -> object:
+        """Take up x (..., columns)."""
+
+
+def feeding(watched: Mapping[str, Adds]) -> Look:
+    """Adds the input of each linear that is `watched` to its sums."""
+
+    def look(name: str, x: Tensor) -> None:
+        if name in watched:
+            watched[name].add(x)
+
+    return look
 
 
 class Observer:

@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.streaming.forward import run_block
-from deepseek_compress.streaming.head import HeadInput
+from deepseek_compress.streaming.head import HeadInput, Rows
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 from deepseek_compress.workers import Pool
@@ -30,10 +30,17 @@ Runs = Sequence[PlainRun]
 
 @contextmanager
 def predictions(
-    runs: Runs, tokens: Tensor, work: Path, pool: Pool, progress: Progress, compared: Tensor | None = None
+    runs: Runs,
+    tokens: Tensor,
+    places: list[int],
+    work: Path,
+    pool: Pool,
+    progress: Progress,
+    compared: Tensor | None = None,
 ) -> Iterator[tuple[list[HeadInput], list[Facts]]]:
     """Run models of one depth over tokens int64 (samples, length), padded at the right: inputs of their heads, facts.
 
+    The former have the rows at `places`, which count through the samples.
     `pool` shares `runs`. Facts of a block: {"errors": [||h - h'|| / ||h|| of each model, h of the first]} over the
     rows where `compared`, bool (samples, length), is true; null for a model of another width. An interrupted run goes
     on from `work`.
@@ -49,8 +56,12 @@ def predictions(
             final = stack.enter_context(HiddenStore(path, states.rows, (run.architecture.cfg.hidden_size,)))
             _finish(run, states, final, Batches(tokens, device=run.architecture.device))
             weight = run.architecture.source.read(run.architecture.head, None, run.architecture.device)
-            found.append(HeadInput(final.read, weight))
+            found.append(HeadInput(_rows(final, places), weight))
         yield found, facts
+
+
+def _rows(final: HiddenStore, places: list[int]) -> Rows:
+    return lambda start, count: final.gather(places[start : start + count])
 
 
 def _finish(run: PlainRun, states: HiddenStore, final: HiddenStore, batches: Batches) -> None:
@@ -74,19 +85,21 @@ class _Together:
         for number, (run, before, after) in enumerate(zip(self.runs, at.before, at.after, strict=True)):
             mine = _One(self.pool, number)
             run_block(run, at.layer, before, at.batches, after, lambda name, parts: None, mine)
-        return {"errors": [self._error(at, number) for number in range(len(self.runs))]}
+        return {"errors": self._errors(at)}
 
-    def _error(self, at: Visit, number: int) -> float | None:
-        first, other = at.after[0], at.after[number]
-        if self.compared is None or first.row_shape != other.row_shape:
-            return None
-        apart = whole = 0.0
+    def _errors(self, at: Visit) -> list[float | None]:
+        if self.compared is None:
+            return [None] * len(self.runs)
+        first, whole, apart = at.after[0], 0.0, [0.0] * len(self.runs)
+        alike = [number for number, other in enumerate(at.after) if other.row_shape == first.row_shape]
         for batch in range(len(at.batches)):
             rows = self.compared[batch * at.batches.step : (batch + 1) * at.batches.step].to(at.batches.device)
             expected = at.batches.read(first, batch)[rows].double()
-            apart += float((at.batches.read(other, batch)[rows].double() - expected).square().sum())
             whole += float(expected.square().sum())
-        return (apart / whole) ** 0.5 if whole else None
+            for number in alike:
+                given = at.batches.read(at.after[number], batch)[rows].double() if number else expected
+                apart[number] += float((given - expected).square().sum())
+        return [(apart[n] / whole) ** 0.5 if whole and n in alike else None for n in range(len(self.runs))]
 
 
 @dataclass(frozen=True)

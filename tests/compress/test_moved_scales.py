@@ -19,6 +19,7 @@ from deepseek_compress.models.folds import folds
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics.migration import SmoothQuant
 from deepseek_compress.numerics.rtn import Rtn
+from deepseek_compress.streaming.loop import silent
 from tests.models.reference import relative
 from tests.stages.test_compress import context, stage
 
@@ -30,10 +31,6 @@ def job_of(path: Path, work: Path, weights: Rtn | None) -> Job:
     architecture = Architecture.of(open_checkpoint(path))
     roles = {linear.role for block in architecture.blocks for linear in block.linears}
     return Job(architecture, LinearSolver(select(architecture, roles, weights), None, weights, 0), work)
-
-
-def silent(done: int, total: int, note: str) -> None:
-    return None
 
 
 @pytest.mark.parametrize("weights", [None, Rtn(num_bits=8, symmetric=True)], ids=["16 bits", "8 bits"])

@@ -21,6 +21,7 @@ from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.stages.recover import Recover
+from deepseek_compress.streaming.loop import silent
 from deepseek_compress.tasks import mixture
 
 TOKENS = torch.randint(2, 500, (6, 32), generator=torch.Generator().manual_seed(9))
@@ -30,10 +31,6 @@ PASSES, RATE, SEED = 2, 5e-3, 1
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepseek_compress.streaming.batches.BATCH_TOKENS", 64)
-
-
-def silent(done: int, total: int, note: str) -> None:
-    return None
 
 
 def context(out: Path, original: Path, text: Path | None = None) -> Context:

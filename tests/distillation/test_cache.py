@@ -29,6 +29,7 @@ from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.distill import Distill
 from deepseek_compress.stages.record import Record
+from deepseek_compress.streaming.loop import silent
 
 TEMPERATURE = 2.0
 
@@ -36,10 +37,6 @@ TEMPERATURE = 2.0
 @pytest.fixture
 def documents(tiny_v3: Path, text: Path) -> list[Document]:
     return read_documents([Source(path=str(text))], load_tokenizer(tiny_v3), 512, 14)
-
-
-def silent(done: int, total: int, note: str) -> None:
-    return None
 
 
 def context(out: Path, text: Path, **outputs: Path) -> Context:

@@ -26,6 +26,7 @@ from deepseek_compress.numerics.types import Statistics
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.distill import Distill
+from deepseek_compress.streaming.loop import silent
 from deepseek_compress.tasks import mixture
 
 
@@ -36,10 +37,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"prompt": problem.prompt, "completion": problem.solution}) for problem in problems]
     file.write_text("\n".join(lines))
     return file
-
-
-def silent(done: int, total: int, note: str) -> None:
-    return None
 
 
 def context(out: Path, model: Path, text: Path) -> Context:

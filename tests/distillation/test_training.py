@@ -28,13 +28,10 @@ from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.distill import Distill
+from deepseek_compress.streaming.loop import silent
 from tests.house.conftest import Dsc, dsc
 
 __all__ = ["dsc"]  # a fixture
-
-
-def silent(done: int, total: int, note: str) -> None:
-    return None
 
 
 def documents_of(model: Path, text: Path, count: int) -> list[Document]:

@@ -13,7 +13,7 @@ import torch
 from deepseek_compress.export.build import Build, Weight
 from deepseek_compress.export.graph import Graph
 from deepseek_compress.export.lowering import LOWERINGS
-from deepseek_compress.export.verify import open_session
+from deepseek_compress.generation.backends.onnx import open_session
 from deepseek_compress.numerics.types import Quantized
 
 COLUMNS, ROWS, EXPERTS, TOKENS = 128, 48, 3, 5

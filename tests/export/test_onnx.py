@@ -14,7 +14,8 @@ from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.onnx import export_onnx
 from deepseek_compress.export.pieces import row_softmax
-from deepseek_compress.export.verify import OnnxModel, open_session, random_prompts, verify
+from deepseek_compress.export.verify import OnnxModel, random_prompts, verify
+from deepseek_compress.generation.backends.onnx import open_session
 from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
 

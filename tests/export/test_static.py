@@ -18,7 +18,8 @@ from deepseek_compress.export.graph import Graph
 from deepseek_compress.export.lowering import LOWERINGS
 from deepseek_compress.export.onnx import export_onnx
 from deepseek_compress.export.tensorrt import Range, build_engine
-from deepseek_compress.export.verify import open_session, random_prompts, verify
+from deepseek_compress.export.verify import random_prompts, verify
+from deepseek_compress.generation.backends.onnx import open_session
 from deepseek_compress.numerics.activations import InputGrid
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.export import TARGETS, load
-from deepseek_compress.export.verify import open_session
+from deepseek_compress.generation.backends.onnx import open_session
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.stages.base import Context, Output
 from deepseek_compress.stages.export import Export

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.header import Location
+from deepseek_compress.checkpoint.header import Location, TensorInfo
 from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Quantized
 
@@ -120,6 +120,12 @@ def bits_of(name: str, words: int, columns: int) -> int:
         if -(-columns * num_bits // _WORD) == words:
             return num_bits
     raise DscError(f"{name}: {words} words a row do not hold {columns} columns at 1 to 8 bits", _AGAIN)
+
+
+def stored_bits(info: TensorInfo) -> int:
+    """How many bits a code of a packed weight has, from its header."""
+    codes = info.parts.get("weight_packed")
+    return 8 if codes is None else bits_of(info.name, codes.shape[1], info.shape[1])
 
 
 def logical_shape(name: str, parts: Mapping[str, Location]) -> tuple[int, int]:

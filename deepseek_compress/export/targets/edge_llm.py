@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint import Checkpoint, Header, TensorInfo
 from deepseek_compress.checkpoint.files import write_json
-from deepseek_compress.checkpoint.formats.packed import bits_of
+from deepseek_compress.checkpoint.formats.packed import stored_bits
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.checkpoint.reader import INDEX
 from deepseek_compress.checkpoint.shards import ShardFile
@@ -74,7 +74,7 @@ def _misfits(info: TensorInfo) -> list[DscError]:
     """What stands against one packed weight."""
     rows, columns = info.shape
     size = columns // info.parts["weight_scale"].shape[1]
-    bits = bits_of(info.name, info.parts["weight_packed"].shape[1], columns) if "weight_packed" in info.parts else 8
+    bits = stored_bits(info)
     if bits != 4 or "weight_zero_point" in info.parts:
         form = f"{bits} bits" if bits != 4 else "zero points"
         return [DscError(f"{info.name}: {form}; TensorRT-Edge-LLM takes 4 symmetric bits", RECIPE)]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, NEW, PAST, Range
-from deepseek_compress.export.target import BUILT, Job, collected
+from deepseek_compress.export.target import Job, collected
 from deepseek_compress.export.targets.graph import ONNX, GraphTarget, Logits
 
 ENGINE = "model.engine"
@@ -58,7 +58,7 @@ class TensorRt(GraphTarget, frozen=True, extra="forbid"):
             folder / ONNX, folder / ENGINE, target=self.name, compute_capabilities=self.capabilities,
             timing_cache=cache, **ranges,
         )  # fmt: skip
-        return {"onnx_bytes": facts["bytes"], **built, "status": BUILT, **self.plan(folder)}
+        return {"onnx_bytes": facts["bytes"], **built, **self.plan(folder)}
 
     def plan(self, folder: Path) -> dict[str, Any]:
         """Facts about the engine's plan; raises for one that is not what the graph says."""

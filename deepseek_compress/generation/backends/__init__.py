@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ Floats = NDArray[np.float32]
 class Backend(ABC):
     """Logits of the token that follows one text, which grows; what two texts in turn begin with is computed once."""
 
-    name: ClassVar[str]
+    name: str
     context: int | None = None  # tokens it can hold; None: not known
 
     def __init__(self) -> None:
@@ -51,7 +50,3 @@ class Backend(ABC):
     @abstractmethod
     def truncate(self, length: int) -> int:
         """Forget all but the first `length` tokens; returns how many are left, which may be fewer."""
-
-    def facts(self) -> dict[str, Any]:
-        """For a report."""
-        return {"backend": self.name}

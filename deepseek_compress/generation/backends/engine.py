@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.errors import DscError
 from deepseek_compress.generation.backends import Floats
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-MANIFEST = "dsc_manifest.json"
 
 
 def unusable(folder: Path, capability: tuple[int, int] | None = None) -> DscError | None:

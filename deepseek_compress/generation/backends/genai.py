@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def installed() -> bool:
 class GenaiBackend(Backend):
     """One generator, whose tokens we choose."""
 
-    name: ClassVar[str] = "onnxruntime-genai"
+    name = "onnxruntime-genai"
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         super().__init__()
@@ -48,10 +48,9 @@ class GenaiBackend(Backend):
     def feed(self, ids: Sequence[int]) -> Floats:
         """Logits (vocabulary,) after `ids`."""
         self._generator.append_tokens(np.array([ids], np.int32))
-        logits: Floats = np.asarray(self._generator.get_logits(), np.float32).reshape(
-            -1, self._generator.get_logits().shape[-1]
-        )[-1]
-        return logits
+        logits = np.asarray(self._generator.get_logits(), np.float32)
+        last: Floats = logits.reshape(-1, logits.shape[-1])[-1]
+        return last
 
     def truncate(self, length: int) -> int:
         """Go back, or begin anew."""

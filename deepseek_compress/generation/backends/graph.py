@@ -64,11 +64,9 @@ class GraphModel:
 class GraphBackend(Backend):
     """One text through a graph. `most`: tokens that the cache takes; `chunk`: tokens of a call."""
 
-    name = "graph"
-
     def __init__(self, runner: Runner, context: int | None = None, chunk: int = CHUNK) -> None:
         super().__init__()
-        self.name = runner.name  # type: ignore[misc]  # of the runner, not of the class
+        self.name = runner.name
         self.model = GraphModel(runner)
         self.context, self.chunk = context, chunk
         self.model.start(1)

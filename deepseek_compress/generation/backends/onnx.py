@@ -43,7 +43,7 @@ class OnnxRunner:
         return logits, {name.replace("present", "past"): value for name, value in values.items()}
 
 
-def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = None, accuracy_level: int = 0) -> Any:
+def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = None) -> Any:
     """An onnxruntime session on the CPU that computes what the graph says; `folder`: where data of bytes lies.
 
     Its optimiser would replace DequantizeLinear + MatMul by 8-bit activations of its own; here it may not.
@@ -53,7 +53,7 @@ def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = Non
     except ImportError:
         raise DscError("onnxruntime is not installed", "pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not machine.exact_integer_products():
         # onnxruntime's u8 x s8 products saturate at 16 bits there; its other mode (x64quantprecision) breaks weights in

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -17,7 +16,7 @@ LARGEST = 32768  # tokens that the cache has room for: memory is taken where tok
 class RuntimeBackend(Backend):
     """Weights in memory, and one row's cache."""
 
-    name: ClassVar[str] = "runtime"
+    name = "runtime"
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

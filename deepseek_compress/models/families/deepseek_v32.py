@@ -36,14 +36,7 @@ class DeepseekV32(DeepseekV3):
         name, role, source = "self_attn.indexer.", Role.INDEXER, f"{self.names.attention}.in"
         extra = [
             Linear(name + "wk", role, indexer.head_dim, hidden, source, "indexer.wk+weights_proj"),
-            Linear(
-                name + "weights_proj",
-                role,
-                indexer.heads,
-                hidden,
-                f"{self.names.attention}.in",
-                "indexer.wk+weights_proj",
-            ),
+            Linear(name + "weights_proj", role, indexer.heads, hidden, source, "indexer.wk+weights_proj"),
             Linear(name + "wq_b", role, indexer.heads * indexer.head_dim, q_rank or hidden, self.names.q_b),
         ]
         return [*found[:-1], *extra, found[-1]]

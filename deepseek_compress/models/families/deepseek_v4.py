@@ -45,16 +45,6 @@ NAMES = Names(
 KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 RATES = {KINDS[1]: 4, KINDS[2]: 128}
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
-ROLES: tuple[tuple[str, Role], ...] = (
-    ("mtp.", Role.MTP),
-    ("embed.", Role.EMBEDDING),
-    ("head.", Role.HEAD),
-    (".indexer.", Role.INDEXER),
-    (".experts.", Role.EXPERT),
-    (".shared_experts.", Role.SHARED_EXPERT),
-    ("ffn.gate.", Role.ROUTER),
-    ("attn.", Role.ATTENTION),
-)
 
 
 class DeepseekV4(Family):
@@ -94,15 +84,8 @@ class DeepseekV4(Family):
         )
 
     def role(self, name: str) -> Role:
-        """What a tensor is for."""
-        if name.rsplit(".", 1)[0].endswith("norm") and not name.startswith("mtp."):
-            return Role.NORM
-        for part, role in ROLES:
-            if name.startswith(part) or (part[0] == "." and part in name) or f".{part}" in name:
-                return role
-        if "hc_" in name:
-            return Role.NORM  # hyper-connections: small, float32, never changed
-        raise DscError(f"{name}: not a tensor of {self.model_type}", "check that config.json belongs to these shards")
+        """What a tensor is for; hyper-connections are small, float32 and never changed, like norms."""
+        return Role.NORM if "hc_" in name and not name.startswith("mtp.") else super().role(name)
 
     def problems(self, header: Header) -> list[DscError]:
         """Every missing, unknown and misshaped tensor; the layout of MTP blocks is not published, they pass."""
