@@ -155,7 +155,7 @@ def _solving(linears: list[Linear], models: int) -> int:
     sizes = [(HESSIANS + crossed) * x.columns**2 + crossed * x.rows * x.columns for x in linears]
     sizes += [(2 + crossed) * x.columns**2 + (COPIES + 2 * crossed) * x.rows * x.columns for x in linears]
     # the sums of both halves, a factor, and what a correction from one gives on the other: see `numerics.gptaq`
-    sizes += [crossed * (8 * x.columns**2 + 6 * x.rows * x.columns) for x in linears]
+    sizes += [crossed * (10 * x.columns**2 + 6 * x.rows * x.columns) for x in linears]
     return 4 * max(sizes, default=0)
 
 

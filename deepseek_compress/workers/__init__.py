@@ -207,4 +207,8 @@ def _end_with(alive: Connection) -> None:
 
 
 def _compute(function: Callable[[Any, Task], Result], task: Task) -> Result:
-    return compute(function, _given[0], task)
+    try:
+        return compute(function, _given[0], task)
+    finally:
+        # What is kept falls into pieces from task to task, and would stay while the run itself needs memory
+        machine.return_freed_memory()
