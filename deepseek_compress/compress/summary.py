@@ -60,10 +60,10 @@ def coverage(path: Path) -> list[Facts] | None:
 
 def _counted(experts: Any) -> TypeGuard[Facts]:
     """Whether this has the tokens of each expert, and those that starved."""
-    if not isinstance(experts, dict) or not isinstance(experts.get("starved", []), list):
+    if not isinstance(experts, dict) or not isinstance(experts.get("starved"), list):
         return False
     tokens = experts.get("tokens")
-    return isinstance(tokens, list) and all(type(count) is int and count >= 0 for count in tokens)
+    return isinstance(tokens, list) and bool(tokens) and all(type(count) is int and count >= 0 for count in tokens)
 
 
 def _block(layer: int, block: Facts) -> Facts:

@@ -33,8 +33,8 @@ class _Metrics(_Typed):
 
 class _Experts(_Typed):
     block: Count
-    tokens: list[Count]
-    starved: list[Any] = []
+    tokens: Annotated[list[Count], Field(min_length=1)]
+    starved: list[Count | Name]
 
 
 class _Model(_Typed):
