@@ -175,3 +175,23 @@ def test_killed_and_a_state_file_damaged(name: str, tiny_qwen2: Path, tmp_path: 
         left = contents(folder)
         assert left.keys() == expected.keys(), (after, file)
         assert [name for name in left if left[name] != expected[name]] == [], (after, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text", pytest.param("data-free", marks=pytest.mark.verify)])
+def test_each_file_of_an_interrupted_run_damaged(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Spool, ledger, shard, facts of a block, identity, state: each is made again, or not needed any more."""
+    expected, count = uninterrupted(name, tiny_qwen2, tmp_path)
+    stopped = tmp_path / "stopped"
+    assert run(name, tiny_qwen2, stopped, dying(3 * count // 4)).code == 137
+    left = [str(file.relative_to(stopped)) for file in state_files(stopped) if file.stat().st_size]
+    assert name != "text" or {"f32", "json", "safetensors"} <= {Path(file).suffix.strip(".") for file in left}, left
+    for number, file in enumerate(left):
+        folder = tmp_path / str(number)
+        shutil.copytree(stopped, folder)
+        content = bytearray((folder / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / file).write_bytes(content)
+        again = run(name, tiny_qwen2, folder)
+        assert again.code == 0, (file, again.err)
+        assert contents(folder) == expected, file
