@@ -27,6 +27,7 @@ from deepseek_compress.checkpoint.files import (
     inside,
     json_text,
     remove,
+    remove_empty,
     remove_tree,
     replacing,
     sync_directory,
@@ -237,8 +238,7 @@ class CheckpointWriter:
         self._remove_output()
         if not self._resume:
             remove_tree(self._partial)
-        if not any(self.out.iterdir()):
-            self.out.rmdir()
+        remove_empty(self.out)
 
     def _claim(self, expected_bytes: int) -> None:
         if self.out.resolve() == self.source.path.resolve():

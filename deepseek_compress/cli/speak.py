@@ -45,11 +45,12 @@ def generate(
     greedy: Greedy = False,
     seed: o.Seed = None,
     threads: Threads = 0,
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Answer one prompt: text on standard output, statistics on standard error."""
     text = _prompt(prompt, file)
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, json)
+    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick, json)
     messages = [*_system(system), {"role": "user", "content": text}]
     asked: Prompt = text if raw or not speaker.has_chat else messages
     answer, pieces = speaker.reply(asked, sampling, max_tokens)
@@ -76,9 +77,10 @@ def chat(
     greedy: Greedy = False,
     seed: o.Seed = None,
     threads: Threads = 0,
+    quick: o.Quick = False,
 ) -> None:
     """Talk with a model: a line is a message, Ctrl-C stops an answer, Ctrl-D ends."""
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, False)
+    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick, False)
     if not speaker.has_chat:
         raise DscError(f"{target}: has no chat template", f"use dsc generate {quote(target)} --prompt TEXT")
     messages = _system(system)
@@ -156,6 +158,7 @@ def _open(
     top_k: int | None,
     greedy: bool,
     seed: int | None,
+    quick: bool,
     quiet: bool,
 ) -> tuple[Speaker, Sampling]:
     """What answers, and how it chooses: the model's own settings, changed by what was given."""
@@ -166,7 +169,7 @@ def _open(
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     given = {key: value for key, value in given.items() if value is not None}
     build(Sampling, given, "sampling")  # before a model is loaded
-    speaker = open_target(target, threads)
+    speaker = open_target(target, threads, quick)
     own = (
         {"temperature": 1.0, **given} if {"top_p", "top_k"} & set(given) and not speaker.defaults.temperature else given
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepseek_compress.checkpoint import is_checkpoint
+from deepseek_compress.checkpoint import is_checkpoint, verified
 from deepseek_compress.errors import DscError
 from deepseek_compress.generation.speaker import Local, Speaker
 from deepseek_compress.models.resolve import BUILTIN, resolve_model
@@ -25,13 +25,18 @@ UNDERSTOOD = (
 )
 
 
-def open_target(target: str, threads: int = 0) -> Speaker:
-    """Load it. Raises `DscError` with what is understood."""
+def open_target(target: str, threads: int = 0, quick: bool = False) -> Speaker:
+    """Load it, once all of an output of ours is seen to be what was written; `quick`: of large files, their sizes.
+
+    Raises `DscError` for what is damaged, and with what is understood.
+    """
     if target.startswith(("http://", "https://")):
         from deepseek_compress.generation.backends.server import Server
 
         return Server(target)
     path = resolve_model(target) if target.startswith(BUILTIN) else Path(target).expanduser()
+    if path.exists():
+        verified.check(path if path.is_dir() else path.parent, quick)
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         file = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))))
         fix = f"start `llama-server -m {file}`, then give http://127.0.0.1:8080"

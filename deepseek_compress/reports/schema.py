@@ -33,8 +33,8 @@ class _Metrics(_Typed):
 
 class _Experts(_Typed):
     block: Count
-    tokens: list[Count]
-    starved: list[Any] = []
+    tokens: Annotated[list[Count], Field(min_length=1)]
+    starved: list[Count | Name]
 
 
 class _Model(_Typed):
@@ -43,7 +43,7 @@ class _Model(_Typed):
     bytes: Count | None = None
     parameters: Count | None = None
     bits_per_weight: Positive | None = None
-    metrics: _Metrics | None = None
+    metrics: _Metrics = _Metrics()  # that it is there is checked with the other keys
     intervals: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)] | None] | None = None
     lineage: list[dict[str, Any]] | None = None
     about: Name | None = None
@@ -95,4 +95,5 @@ def mistyped(record: Mapping[str, Any], where: str) -> Iterator[str]:
         _Record.model_validate(dict(record))
     except ValidationError as error:
         for item in error.errors(include_url=False, include_input=False, include_context=False):
-            yield f"{where}: {'.'.join(map(str, item['loc']))[:200]}: {item['msg']}"
+            what = "Input should be an object" if item["type"] == "model_type" else item["msg"]
+            yield f"{where}: {'.'.join(map(str, item['loc']))[:200]}: {what}"

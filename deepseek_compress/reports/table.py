@@ -193,7 +193,7 @@ def artifact_rows(record: Record) -> Table:
             a["target"] or UNKNOWN,
             UNKNOWN if a["bytes"] is None else size(a["bytes"]),
             "; ".join(filter(None, (a["status"], a.get("note")))) or UNKNOWN,
-            a["path"],
+            a["path"] or UNKNOWN,
         ]
         for a in record.get("artifacts") or []
     ]

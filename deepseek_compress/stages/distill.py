@@ -19,9 +19,9 @@ from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
-from deepseek_compress.checkpoint.files import read_json, remove_tree, write_json
+from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
 from deepseek_compress.distillation import report, shrink
-from deepseek_compress.distillation.cache import INDEX, CachedTeacher, is_cache
+from deepseek_compress.distillation.cache import CachedTeacher, is_cache, read_index
 from deepseek_compress.distillation.documents import Document, read_documents
 from deepseek_compress.distillation.features import INSIDE, even_pairs, projections
 from deepseek_compress.distillation.losses import Loss, losses_of
@@ -251,7 +251,7 @@ class Distill(Stage, frozen=True):
         tokenizer = load_tokenizer(teacher.path)
         documents = self._documents(source, Architecture.of(teacher).cfg, context)
         record_model(teacher, tokenizer, documents, self.kept, self.temperature, words, context.seed, context.progress)
-        index = read_json(words / INDEX)
+        index = read_index(words)
         context.tell(f"{words}: {index['form']} words of {index['tokens']} tokens, {index['bytes_a_token']} bytes each")
 
     def _documents(self, source: Checkpoint, cfg: ModelConfig, context: Context) -> list[Document]:
@@ -324,13 +324,15 @@ class Distill(Stage, frozen=True):
             return trainer.steps_for(self.tokens)
         if self.minutes is None:
             return STEPS if self.steps is None else self.steps
-        kept = work / "steps.json"
-        if not kept.is_file():
-            seconds = trainer.seconds_a_step(TRIED)
-            steps = max(1, int(60 * self.minutes / seconds))
-            write_json(kept, {"steps": steps})
-            context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
-        return int(read_json(kept)["steps"])
+        file = work / "steps.json"
+        before = kept(file)
+        if before is not None:
+            return int(before["steps"])
+        seconds = trainer.seconds_a_step(TRIED)
+        steps = max(1, int(60 * self.minutes / seconds))
+        write_sealed(file, {"steps": steps})
+        context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
+        return steps
 
     def _identity(self, source: Checkpoint, lesson: _Lesson, seed: int) -> Resumable:
         """Everything that the bytes follow from; a resume is refused if one of them differs."""
