@@ -27,6 +27,7 @@ class Server(Speaker):
         with self._open("models") as answer:
             try:
                 self.model = str(json.load(answer)["data"][0]["id"])
+                self.name = f"{self.model} at {self.url}"
             except (ValueError, LookupError, TypeError):
                 raise DscError(
                     f"{self.url}/models: no list of models", "give the address of an OpenAI server"
@@ -42,7 +43,7 @@ class Server(Speaker):
         }  # fmt: skip
         asked |= {"top_k": sampling.top_k} if sampling.top_k else {}
         asked |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": [*prompt]}
-        answer = Answer(f"{self.model} at {self.url}")
+        answer = Answer(self.name)
         return answer, self._pieces(answer, "completions" if isinstance(prompt, str) else "chat/completions", asked)
 
     def _pieces(self, answer: Answer, road: str, asked: Mapping[str, Any]) -> Iterator[Piece]:
