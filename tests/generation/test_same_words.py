@@ -1,4 +1,4 @@
-"""`make verify`: a model in 4 bits, exported to each target, says the runtime's 64 greedy tokens where its lead is clear.
+"""`make verify`: a model in 4 bits, exported to each target, says the runtime's 64 greedy tokens where these are clear.
 
 The built-in model always; SmolLM2-135M, or another Llama or Qwen2, where DSC_SMOLLM2 names its directory.
 """
