@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from deepseek_compress.errors import DscError
@@ -95,8 +96,8 @@ class Server(Speaker):
         try:
             return urllib.request.urlopen(request, timeout=PATIENCE)
         except urllib.error.HTTPError as error:
-            what = f"{self.url}/{road}: {error.code} {_message(error.read(4000))}"
-            raise DscError(what, "give a shorter prompt where that is too long, else see the server's log") from None
+            said = f"{self.url}/{road}: {error.code} {_message(error.read(4000))}"
+            raise DscError(said, "give a shorter prompt where that is too long, else see the server's log") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             what = getattr(error, "reason", None) or error or type(error).__name__
             raise DscError(f"{self.url}: no answer ({what})", "start the server, or check the address") from None
@@ -105,8 +106,6 @@ class Server(Speaker):
 def _message(body: bytes) -> str:
     """What a server says about an error: the message of OpenAI's form, else the text, on one line."""
     text = body.decode("utf-8", "replace")
-    try:
-        found = json.loads(text)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        found = text
-    return " ".join(str(found).split())[:300]
+    with suppress(ValueError, LookupError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:300]
