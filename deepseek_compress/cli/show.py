@@ -173,11 +173,20 @@ def _words(values: Mapping[str, Any]) -> str:
 def _after(kind: str, out: Path, model: str) -> str:
     """The command after a stage of this kind has written `out` from `model`."""
     path, model = quote(str(out)), quote(model)
+    if kind == "export":
+        return _spoken(out)
     return {
         "calibrate": f"dsc quantize {model} -o OUT --statistics {path}",
         "allocate": f"dsc quantize {model} -o OUT -r {quote(f'{out}/recipe.yaml')}",
-        "export": f"dsc generate {path} --prompt TEXT",
     }.get(kind, f"dsc evaluate {path} --reference {model} -o report.json")
+
+
+def _spoken(out: Path) -> str:
+    """The command that uses an export."""
+    target = ((_read(out / "dsc_manifest.json") or {}).get("knobs") or {}).get("target")
+    if target == "edge-llm":
+        return f"tensorrt-edgellm-export {quote(str(out))} OUT, with NVIDIA's TensorRT-Edge-LLM"
+    return f"dsc generate {quote(str(out))} --prompt TEXT"
 
 
 def _record(record: Mapping[str, Any]) -> None:

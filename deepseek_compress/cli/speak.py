@@ -22,11 +22,14 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="A checkpoint, an output of dsc export, or http://HOST:PORT.")
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0: greedy. [default: the model's]")]
+OWN = "the model's"
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0: greedy.", show_default=OWN)]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Draw from the likeliest tokens of this share.")]
 TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Draw from so many tokens; 0: all.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="Of onnxruntime. [default: one a core]")]
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, help="Of onnxruntime or llama.cpp.", show_default="one a core")
+]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A first message to the model.")]
 
 
@@ -50,7 +53,9 @@ def generate(
 ) -> None:
     """Answer one prompt: text on standard output, statistics on standard error."""
     text = _prompt(prompt, file)
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick, json)
+    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick)
+    if not json:
+        _tell(speaker, sampling)
     messages = [*_system(system), {"role": "user", "content": text}]
     asked: Prompt = text if raw or not speaker.has_chat else messages
     answer, pieces = speaker.reply(asked, sampling, max_tokens)
@@ -80,14 +85,22 @@ def chat(
     quick: o.Quick = False,
 ) -> None:
     """Talk with a model: a line is a message, Ctrl-C stops an answer, Ctrl-D ends."""
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick, False)
+    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick)
     if not speaker.has_chat:
         raise DscError(f"{target}: has no chat template", f"use dsc generate {quote(target)} --prompt TEXT")
+    speaker.prepare()
+    _tell(speaker, sampling)
+    if sys.stdin.isatty():
+        console.note("a line is a message; Ctrl-C stops an answer, Ctrl-D ends")
     messages = _system(system)
     for line in _lines():
         messages.append({"role": "user", "content": line})
         try:
-            messages.append({"role": "assistant", "content": _turn(speaker, messages, sampling, max_tokens)})
+            said = _turn(speaker, messages, sampling, max_tokens)
+            if said:
+                messages.append({"role": "assistant", "content": said})
+            else:  # stopped before a word came: as if nothing had been asked
+                messages.pop()
         except DscError as error:
             if not sys.stdin.isatty():
                 raise
@@ -98,20 +111,24 @@ def chat(
 
 def _turn(speaker: Speaker, messages: list[dict[str, str]], sampling: Sampling, limit: int) -> str:
     """Show one answer; returns it without its thoughts, as far as it came before Ctrl-C."""
-    answer: Answer
-    answer, pieces = speaker.reply(messages, sampling, limit)
-    written = []
+    answer: Answer | None = None
+    shown, written = False, []
     try:
+        answer, pieces = speaker.reply(messages, sampling, limit)
         for piece in pieces:
+            shown = True
             console.stream(piece.text, piece.thought)
             written += [] if piece.thought else [piece.text]
     except KeyboardInterrupt as error:
         if type(error) is not KeyboardInterrupt:  # SIGTERM ends the session
             raise
-        answer.stopped = "interrupted"
+        if answer is not None:
+            answer.stopped = "interrupted"
     finally:
-        console.stream("\n")
-    console.note(f"{answer}{' (stopped)' if answer.stopped == 'interrupted' else ''}")
+        console.stream("\n" if shown else "")
+    made = answer if answer is not None and answer.tokens else ""
+    stopped = answer is None or answer.stopped == "interrupted"
+    console.note(f"{made}{' (stopped)' if stopped else ''}".strip())
     return "".join(written).strip()
 
 
@@ -125,7 +142,8 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt as error:
             if type(error) is not KeyboardInterrupt or not sys.stdin.isatty():
                 raise
-            console.note("\nCtrl-D ends the session")
+            console.stream("\n")
+            console.note("Ctrl-D ends the session")
             continue
         if not line and not sys.stdin.isatty():
             return
@@ -159,7 +177,6 @@ def _open(
     greedy: bool,
     seed: int | None,
     quick: bool,
-    quiet: bool,
 ) -> tuple[Speaker, Sampling]:
     """What answers, and how it chooses: the model's own settings, changed by what was given."""
     from deepseek_compress.generation.sampling import Sampling
@@ -174,7 +191,10 @@ def _open(
         {"temperature": 1.0, **given} if {"top_p", "top_k"} & set(given) and not speaker.defaults.temperature else given
     )
     sampling = Sampling(seed=given.get("seed", 0)) if greedy else speaker.defaults.model_copy(update=own)
-    if not quiet:
-        for text in [speaker.note, f"sampling: {sampling}"]:
-            console.note(text) if text else None
     return speaker, sampling
+
+
+def _tell(speaker: Speaker, sampling: Sampling) -> None:
+    """What was decided."""
+    for text in [speaker.note, f"sampling: {sampling}"]:
+        console.note(text) if text else None

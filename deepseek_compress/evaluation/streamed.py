@@ -56,8 +56,13 @@ NO_LIMITS = Limits()
 
 def fits(header: Header, limit: int | None) -> bool:
     """Whether a model can be held in float32 within `limit` bytes, or within this machine's memory."""
-    room = limit or int(ROOM * (machine.memory() or 0)) or None
-    return room is None or 4 * sum(info.elements for info in header.tensors.values()) + WHOLE <= room
+    most = room(limit)
+    return most is None or 4 * sum(info.elements for info in header.tensors.values()) + WHOLE <= most
+
+
+def room(limit: int | None) -> int | None:
+    """Bytes there are: `limit`, or a share of this machine's memory; None: not known."""
+    return limit or int(ROOM * (machine.memory() or 0)) or None
 
 
 def cost(header: Header, samples: int, length: int, models: int = 2) -> tuple[Memory, Work, Work]:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
+from torch import Tensor
 
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import module_of
@@ -251,14 +252,22 @@ def _rounded_head(build: Build, x: str, weight: Weight) -> str:
 
 def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
     """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet."""
-    quantize = WEIGHTS["rtn"](num_bits=8, group_size=None)
     plain = checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
     table = checkpoint.read(f"{name}.weight", None if plain else torch.float32)
     starts = range(0, len(table), ROWS_AT_ONCE)
-    parts = [quantize(table[start : start + ROWS_AT_ONCE].float(), Statistics()) for start in starts]
+    parts = [_in_8_bits(table[start : start + ROWS_AT_ONCE]) for start in starts]
     return Quantized(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scale for part in parts]),
         torch.cat([part.zero_point for part in parts]),
         num_bits=8,
     )
+
+
+def rounded_to_8(rows: Tensor) -> Tensor:
+    """Rows of such a table, float32, as the file has them."""
+    return _in_8_bits(rows).dequantize()
+
+
+def _in_8_bits(rows: Tensor) -> Quantized:
+    return WEIGHTS["rtn"](num_bits=8, group_size=None)(rows.float(), Statistics())

@@ -5,6 +5,7 @@
 | a checkpoint directory, builtin:nano | our runtime |
 | a directory of target onnx or onnxruntime, or its model.onnx | onnxruntime |
 | a directory of target genai | onnxruntime-genai; onnxruntime where that is not installed |
+| a .gguf file, or a directory with one | llama.cpp |
 | a directory of target tensorrt-rtx or tensorrt | the engine where a GPU is, else the graph beside it |
 | http://HOST:PORT | that OpenAI-compatible server |
 """
@@ -21,7 +22,8 @@ from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
 
 ONNX, ENGINE, GENAI = "model.onnx", "model.engine", "genai_config.json"
 UNDERSTOOD = (
-    "give a checkpoint, a directory of target onnx, onnxruntime, genai, tensorrt-rtx or tensorrt, or http://HOST:PORT"
+    "give a checkpoint, a directory of target onnx, onnxruntime, genai, gguf, tensorrt-rtx or tensorrt, or "
+    "http://HOST:PORT"
 )
 
 
@@ -35,14 +37,16 @@ def open_target(target: str, threads: int = 0, quick: bool = False) -> Speaker:
 
         return Server(target)
     path = resolve_model(target) if target.startswith(BUILTIN) else Path(target).expanduser()
-    if path.exists():
-        verified.check(path if path.is_dir() else path.parent, quick)
-    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
-        file = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))))
-        fix = f"start `llama-server -m {file}`, then give http://127.0.0.1:8080"
-        raise DscError(f"{target}: llama.cpp runs GGUF files", fix)
     if not path.exists():
         raise DscError(f"{target}: no such file or directory", UNDERSTOOD)
+    verified.check(path if path.is_dir() else path.parent, quick)
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        from deepseek_compress.generation.backends.llama_cpp import LlamaCpp
+
+        return LlamaCpp(path if path.is_file() else min(path.glob("*.gguf")), threads)
+    if path.is_dir() and written_for(path) == "edge-llm":
+        what = f"{target}: written for TensorRT-Edge-LLM, which alone reads these weights"
+        raise DscError(what, f"run `tensorrt-edgellm-export {target} OUT` in its environment")
     folder = path if path.is_dir() else path.parent
     named = path.name if path.is_file() else ""
     if named == ENGINE or (not named and (folder / ENGINE).is_file()):
@@ -57,6 +61,14 @@ def open_target(target: str, threads: int = 0, quick: bool = False) -> Speaker:
         tokenizer = _tokenizer(folder)
         return Local(RuntimeBackend(folder), tokenizer)
     raise DscError(f"{target}: nothing here that answers", UNDERSTOOD)
+
+
+def written_for(folder: Path) -> str | None:
+    """The target of `dsc export` that wrote a directory; None where none says so."""
+    from deepseek_compress.generation.backends.engine import manifest_knobs
+
+    knobs = manifest_knobs(folder)
+    return str(knobs["target"]) if "target" in knobs else None
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

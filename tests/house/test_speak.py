@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_compress.models.resolve import resolve_model
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.tasks import mixture
 from tests.export.conftest import write_quantised
 from tests.house.conftest import Dsc
 from tests.house.test_cli import dsc_process, errors
@@ -75,11 +77,16 @@ def test_generate_as_json_and_from_a_file(dsc: Dsc, talker: Path) -> None:
         (["generate", "nowhere", "--prompt", "a"], "error: nowhere: no such file or directory; give a checkpoint, "),
         (["chat", "MODEL"], "error: MODEL: has no chat template; use dsc generate MODEL --prompt TEXT"),
         (["chat", "http://127.0.0.1:9"], "error: http://127.0.0.1:9/v1: no answer"),
-        (["generate", "x.gguf", "--prompt", "a"], "error: x.gguf: llama.cpp runs GGUF files; start `llama-server -m x"),
+        (["generate", "x.gguf", "--prompt", "a"], "error: x.gguf: no such file or directory; give a checkpoint, "),
+        (["generate", "config.gguf", "--prompt", "a"], "error: config.gguf: no GGUF file; export it again"),
+        (["generate", "edge", "--prompt", "a"], "error: edge: written for TensorRT-Edge-LLM, which alone reads these"),
     ],
 )
 def test_a_mistake_is_one_line(dsc: Dsc, tiny_llama: Path, words: list[str], line: str) -> None:
     Path("MODEL").symlink_to(tiny_llama)
+    Path("config.gguf").write_text("{}")
+    Path("edge").mkdir()
+    Path("edge/dsc_manifest.json").write_text('{"knobs": {"target": "edge-llm"}}')
     shown = dsc(*words)
     assert shown.exit_code == 1
     (found,) = (text for text in errors(shown.stderr) if not text.startswith("sampling"))
@@ -115,3 +122,20 @@ def test_ctrl_c_stops_the_answer(talker: Path, tmp_path: Path, command: str, cod
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert ("(stopped)" in err) == (command == "chat")
+
+
+def test_a_gguf_file_answers_in_llama_cpp(dsc: Dsc) -> None:
+    """The built-in model says what our runtime says; what is too long, or no chat, is one line."""
+    pytest.importorskip("xllamacpp")
+    shown = dsc("export", "builtin:nano", "-o", "g", "--target", "gguf")
+    assert shown.stdout.splitlines()[-1] == "next: dsc generate g --prompt TEXT"
+    prompt = next(iter(mixture(5, 1, split="calibration"))).prompt
+    found = json.loads(dsc("generate", "g", "--prompt", prompt, "--raw", "--max-tokens", 12, "--json").stdout)
+    assert found["text"].split() == expected(resolve_model("builtin:nano"), prompt, 12, special=True).split()
+    assert (found["tokens"], found["stopped"], found["backend"]) == (12, "length", "llama.cpp")
+    shown = dsc("generate", "g/model.gguf", "--prompt", "3 + " * 2000)
+    assert shown.exit_code == 1
+    (line,) = (text for text in errors(shown.stderr) if not text.startswith("sampling"))
+    assert "400" in line and "exceeds the available context size" in line
+    shown = dsc("chat", "g")
+    assert "error: g: has no chat template; " in shown.stderr

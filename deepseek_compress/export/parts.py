@@ -1,0 +1,125 @@
+"""An ONNX file cut where its blocks begin: each part runs with its own weights alone in memory.
+
+`hidden_name(0)` to `hidden_name(blocks)` are values that every part but one reads and every part but one gives. A part
+holds the nodes that lead from what it reads to what it gives; what blocks share (mask, rotary table) stands in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from deepseek_compress.export.graph import FLOATS
+from deepseek_compress.generation.backends.graph import Ints
+from deepseek_compress.generation.backends.onnx import TYPES, open_session
+
+Floats = NDArray[np.float32]
+Pieces = Sequence[slice]  # of the columns of a text: the calls it is given in
+WORDS = ("input_ids", "attention_mask", "position_ids")
+
+
+class Parts:
+    """A graph of float type `dtype` whose data lies in `folder`."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path, dtype: str) -> None:
+        self.model, self.folder = model, folder
+        self.dtype, self.numpy = FLOATS[dtype]
+        self._nodes = model.graph.node
+        self._maker = {name: place for place, node in enumerate(self._nodes) for name in node.output if name}
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._inputs = {value.name: value for value in model.graph.input}
+        self._outputs = [value.name for value in model.graph.output]
+
+    def cut(self, gives: str, reads: str | None) -> onnx.ModelProto:
+        """What leads from `reads` (tokens, hidden) to `gives`, and to the caches on the way."""
+        nodes, names = self._closure([gives], reads)
+        caches = [name.replace("past.", "present.") for name in sorted(names) if name.startswith("past.")]
+        nodes, names = self._closure([gives, *caches], reads)
+        inputs = [self._inputs[name] for name in sorted(names) if name in self._inputs]
+        if reads is not None:
+            inputs.append(helper.make_tensor_value_info(reads, self.dtype, ["tokens", "hidden"]))
+        graph = helper.make_graph(
+            [self._nodes[place] for place in sorted(nodes)], "part", inputs,
+            [onnx.ValueInfoProto(name=name) for name in (gives, *caches)],
+            [self._tensors[name] for name in sorted(names) if name in self._tensors],
+        )  # fmt: skip
+        return helper.make_model(
+            graph, functions=list(self.model.functions), opset_imports=list(self.model.opset_import),
+            ir_version=self.model.ir_version,
+        )  # fmt: skip
+
+    def memory(self, gives: str, reads: str | None) -> int:
+        """Bytes a session of that part takes: its data, a copy that is packed for products, one tensor in FP32."""
+        _, names = self._closure([gives], reads)
+        tensors = [self._tensors[name] for name in names if name in self._tensors]
+        largest = max((int(np.prod(tensor.dims)) for tensor in tensors), default=0)
+        return 2 * sum(_bytes(tensor) for tensor in tensors) + 8 * largest
+
+    def open(self, gives: str, reads: str | None, fold: bool = False) -> Part:
+        """A session of that part. Without `fold`, what depends on no input is computed in each call, not kept."""
+        return Part(self.cut(gives, reads), self.folder, reads, self.numpy, fold)
+
+    def _closure(self, ends: Iterable[str], stop: str | None) -> tuple[set[int], set[str]]:
+        """Places of the nodes that `ends` follow from, and the names of all that these read."""
+        nodes: set[int] = set()
+        names: set[str] = set()
+        left = list(ends)
+        while left:
+            place = self._maker.get(left.pop())
+            if place is None or place in nodes:
+                continue
+            nodes.add(place)
+            fresh = {name for name in self._nodes[place].input if name and name != stop} - names
+            names |= fresh
+            left += fresh
+        return nodes, names
+
+
+class Part:
+    """One part in onnxruntime."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path, reads: str | None, dtype: Any, fold: bool) -> None:
+        off = () if fold else ("ConstantFolding",)
+        self.session = open_session(model.SerializeToString(), 0, folder, off)
+        self.reads, self.numpy = reads, dtype
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+
+    def __call__(self, tokens: Ints, mask: Ints, hidden: Floats | None, pieces: Pieces) -> Floats:
+        """tokens, mask (B, S), hidden (B, S, channels) of what it reads -> the same of what it gives, in FP32.
+
+        The columns are given in `pieces`, each behind the cache of those before it.
+        """
+        past = {
+            name: np.zeros(
+                [size if isinstance(size, int) else 0 for size in (len(tokens), *i.shape[1:])], TYPES[i.type]
+            )
+            for name, i in self.inputs.items()
+            if name.startswith("past.")
+        }
+        positions, found = np.maximum(mask.cumsum(1) - 1, 0), []
+        for piece in pieces:
+            values = (tokens[:, piece], mask[:, : piece.stop], positions[:, piece])
+            feed: dict[str, Any] = dict(zip(WORDS, values, strict=True)) | past
+            if self.reads is not None and hidden is not None:
+                feed[self.reads] = hidden[:, piece].reshape(-1, hidden.shape[-1]).astype(self.numpy)
+            feed = {name: value for name, value in feed.items() if name in self.inputs}
+            given, *caches = self.session.run(self.outputs, feed)
+            found.append(np.asarray(given, np.float32).reshape(*values[0].shape, -1))
+            past = {
+                name.replace("present", "past"): value for name, value in zip(self.outputs[1:], caches, strict=True)
+            }
+        joined: Floats = np.concatenate(found, axis=1)
+        return joined
+
+
+def _bytes(tensor: TensorProto) -> int:
+    """Of a tensor's data, in the file or beside it."""
+    beside = {entry.key: entry.value for entry in tensor.external_data}
+    return int(beside["length"]) if "length" in beside else tensor.ByteSize()
