@@ -55,17 +55,17 @@ def metrics(report: Path) -> dict[str, Any]:
     return {**{name: row["metrics"][name] for name in chosen}, "error_by_layer": row["error_by_layer"]}
 
 
-def killed(command: list[str], seconds: float, kills: int) -> None:
+def killed(command: list[str], threads: dict[str, str], seconds: float, kills: int) -> None:
     """Run the command, killed `kills` times at random shares of the time that it takes."""
-    draw = random.Random(0)
+    draw, env = random.Random(0), os.environ | threads
     for number in range(kills):
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=env
         )
         time.sleep(seconds * (0.15 + 0.5 * draw.random() + 0.2 * number) / kills)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
 
 
 def main() -> None:
@@ -87,13 +87,14 @@ def main() -> None:
         load, rate = os.getloadavg()[0], floating_rate()
         command = [DSC, "evaluate", str(out), "--reference", str(source), "--text", str(text)]
         command += ["--windows", str(WINDOWS), "--length", str(LENGTH), "--memory", "4GB"]
-        cost = measure([*command, "-o", str(scratch / "report.json")])
+        threads = {"OMP_NUM_THREADS": str(os.cpu_count())}  # of every run: sums depend on their number
+        cost = measure([*command, "-o", str(scratch / "report.json")], threads)
         if cost.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{cost.output[-3000:]}")
         found = metrics(scratch / "report.json")
         same = None
         if options.kills:
-            killed([*command, "-o", str(scratch / "again.json")], cost.wall_s, options.kills)
+            killed([*command, "-o", str(scratch / "again.json")], threads, cost.wall_s, options.kills)
             same = metrics(scratch / "again.json") == found
         size = size_of(source) + size_of(out)
     shutil.rmtree(scratch, ignore_errors=True)

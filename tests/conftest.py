@@ -60,6 +60,15 @@ QWEN2_CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
     "rope_theta": 1000000.0, "use_sliding_window": False, "max_window_layers": 2, "attention_dropout": 0.0,
 }  # fmt: skip
+QWEN3_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16", "vocab_size": VOCABULARY,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 256, "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+    "rope_theta": 1000000.0, "use_sliding_window": False, "max_window_layers": 2, "attention_dropout": 0.0,
+    "attention_bias": False, "head_dim": 64,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}  # fmt: skip
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": VOCABULARY,
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -116,6 +125,12 @@ def tiny_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """R1-Distill-Qwen in small: q/k/v biases that are not zero, tied head, one file."""
     return _plain(tmp_path_factory.mktemp("tiny_qwen2"), QWEN2_CONFIG, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """R1-0528-Qwen3 in small: norms of q and k, heads wider than hidden_size / heads, yarn, own head, one file."""
+    return _plain(tmp_path_factory.mktemp("tiny_qwen3"), QWEN3_CONFIG, seed=6)
 
 
 @pytest.fixture(scope="session")

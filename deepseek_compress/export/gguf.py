@@ -1,4 +1,4 @@
-"""A checkpoint as one GGUF file, which llama.cpp and what is built on it run: Llama, Qwen2, DeepSeek-V2 and V3.
+"""A checkpoint as one GGUF file, which llama.cpp and what is built on it run: Llama, Qwen2, Qwen3, DeepSeek-V2 and V3.
 
 Codes stay where GGUF has a type for them (`gguf_blocks`); what loses its codes becomes Q8_0, or BF16 where 32 does not
 divide its columns, and is counted. Matrices that are not packed keep their 16 bits; vectors and routers are FP32, as

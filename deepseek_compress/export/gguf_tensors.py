@@ -22,7 +22,9 @@ from deepseek_compress.export.graph import Array
 from deepseek_compress.models.config import Mla, ModelConfig
 from deepseek_compress.models.family import IGNORED
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
+ARCHITECTURES = {
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"
+}  # fmt: skip
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)$")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 

@@ -9,8 +9,8 @@
 | past.L.key, past.L.value | (batch, key heads, past, head_dim) | grouped-query attention |
 
 Outputs: logits float32 (batch, new, vocabulary) and present.L.*, which are the next step's past.L.*. Calls may take the
-tokens in any pieces; only onnxruntime's GroupQueryAttention (target `onnxruntime`, Llama and Qwen2) wants one token a
-row, or one row, in every call after the first.
+tokens in any pieces; only onnxruntime's GroupQueryAttention (target `onnxruntime`: Llama, Qwen2, Qwen3) wants one token
+a row, or one row, in every call after the first.
 
 The graph is written from the configuration, not traced: all experts are there whatever the sample, and a tensor keeps
 its name in the checkpoint, so that a value in the engine can be followed back to the file it came from.
@@ -49,7 +49,7 @@ SCORES, METHODS = ("softmax", "sigmoid"), ("greedy", "group_limited_greedy", "no
 READ = {  # fields of a configuration that the emitters, or the runtime's functions they call, compute with
     ModelConfig: frozenset(
         "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "head_dim rms_norm_eps rope tie_word_embeddings qkv_bias o_bias mlp_bias max_position_embeddings "
+        "head_dim rms_norm_eps rope tie_word_embeddings qkv_bias o_bias mlp_bias qk_norm max_position_embeddings "
         "num_nextn_predict_layers mla moe eos_token_ids names".split()
     ),
     Rope: frozenset(

@@ -215,11 +215,17 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     """Grouped-query attention: x (B S, hidden) -> (B S, hidden). Queries that share a key head become rows of it."""
     g, cfg = build.graph, build.cfg
     heads, shared, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    counts = ((cfg.names.q, heads), (cfg.names.k, shared), (cfg.names.v, shared))
+    names = cfg.names
+    counts = ((names.q, heads), (names.k, shared), (names.v, shared))
     parts = [(linear(build, f"{stem}.{name}", x), count) for name, count in counts]
+    if cfg.qk_norm:
+        norms = (names.q_norm, names.k_norm)
+        parts[:2] = [
+            (_head_norm(build, f"{stem}.{name}", *part), part[1]) for name, part in zip(norms, parts, strict=False)
+        ]
     if build.contrib and not build.attention8:
         q, k, v = (_unflatten(build, part, _steps(build), count * dim) for part, count in parts)
-        return linear(build, f"{stem}.{build.cfg.names.o}", _attention_node(build, layer, q, k, v))
+        return linear(build, f"{stem}.{names.o}", _attention_node(build, layer, q, k, v))
     q, k, v = (_unflatten(build, part, _steps(build), count, dim) for part, count in parts)
     q = g.op("Mul", rotate(build, q), g.scalar(softmax_scale(cfg.rope, dim)))
     q, k, v = (g.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, rotate(build, k), v))
@@ -236,7 +242,14 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
         shares = g.op("Reshape", shares, g.op("Concat", g.ints(0, shared, -1), seen, axis=0))
     out = attention_product(build, shares, _real(build, v), shares=True)
     out = g.op("Reshape", out, g.ints(0, heads, -1, dim)) if shared != heads else out
-    return linear(build, f"{stem}.{build.cfg.names.o}", _merge_heads(build, out, heads * dim))
+    return linear(build, f"{stem}.{names.o}", _merge_heads(build, out, heads * dim))
+
+
+def _head_norm(build: Build, name: str, x: str, heads: int) -> str:
+    """Normalise each head of x (B S, heads dim) by the norm `name` over its channels."""
+    g, dim = build.graph, build.cfg.head_dim
+    normed = rms_norm(build, name, g.op("Reshape", x, g.ints(-1, heads, dim)), build.cfg.rms_norm_eps)
+    return g.op("Reshape", normed, g.ints(-1, heads * dim))
 
 
 def _attention_node(build: Build, layer: int, q: str, k: str, v: str) -> str:

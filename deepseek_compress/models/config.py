@@ -120,6 +120,8 @@ class Names(NamedTuple):
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"  # over the channels of a head, in families that have them
+    k_norm: str = "self_attn.k_norm"
     q_a: str = "self_attn.q_a_proj"  # latent attention: down and up again
     q_a_norm: str = "self_attn.q_a_layernorm"
     q_b: str = "self_attn.q_b_proj"
@@ -193,6 +195,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # each head of q and k is normalised before its rotation
     max_position_embeddings: int = 0
     num_nextn_predict_layers: int = 0
     mla: Mla | None = None

@@ -37,6 +37,7 @@ class Family:
 
     model_type: ClassVar[str] = "llama"
     qkv_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
     names: ClassVar[Names] = NAMES
     cached: ClassVar[bool] = True  # generation may keep what it knows of earlier tokens
 
@@ -69,6 +70,7 @@ class Family:
             qkv_bias=self.qkv_bias or bias,
             o_bias=bias,
             mlp_bias=fields.flag("mlp_bias"),
+            qk_norm=self.qk_norm,
             max_position_embeddings=fields.whole("max_position_embeddings", 0),
             eos_token_ids=fields.eos(),
             names=self.names,
@@ -132,7 +134,8 @@ class Family:
 
     def attention_norms(self, cfg: ModelConfig) -> dict[str, Shape]:
         """Tensors of the attention that no linear owns."""
-        return {}
+        norms = (self.names.q_norm, self.names.k_norm) if cfg.qk_norm else ()
+        return {f"{name}.weight": (cfg.head_dim,) for name in norms}
 
     def has_bias(self, cfg: ModelConfig, name: str) -> bool:
         """Whether the linear `name` of a block has a bias."""

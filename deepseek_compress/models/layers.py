@@ -111,11 +111,15 @@ def grouped_attention(
     mask: Tensor | None,
     cache: KvCache | None,
 ) -> Tensor:
-    """Grouped-query attention of Llama and Qwen2: x (B, T, hidden) -> (B, T, hidden)."""
+    """Grouped-query attention of Llama, Qwen2 and Qwen3: x (B, T, hidden) -> (B, T, hidden)."""
     batch, new, _ = x.shape
     heads, kv_heads, dim, names = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.names
-    q = weights.linear(names.q, x).view(batch, new, heads, dim).transpose(1, 2)
-    k = weights.linear(names.k, x).view(batch, new, kv_heads, dim).transpose(1, 2)
+    q = weights.linear(names.q, x).view(batch, new, heads, dim)
+    k = weights.linear(names.k, x).view(batch, new, kv_heads, dim)
+    if cfg.qk_norm:
+        q = rms_norm(q, weights[f"{names.q_norm}.weight"], cfg.rms_norm_eps)
+        k = rms_norm(k, weights[f"{names.k_norm}.weight"], cfg.rms_norm_eps)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
     v = weights.linear(names.v, x).view(batch, new, kv_heads, dim).transpose(1, 2)
     cos, sin = cos_sin(cfg.rope, positions)
     q, k = rotate(cfg.rope, q, cos, sin), rotate(cfg.rope, k, cos, sin)

@@ -23,7 +23,7 @@ from deepseek_compress.streaming.loop import silent
 from tests.models.reference import relative
 from tests.stages.test_compress import context, stage
 
-FAMILIES = ["tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_llama"]
+FAMILIES = ["tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_qwen3", "tiny_llama"]
 TOKENS = torch.randint(2, 512, (4, 48), generator=torch.Generator().manual_seed(5))
 
 

@@ -89,7 +89,7 @@ def test_blocks_come_back_within_the_bound(seed: int, size: int, bits: int, symm
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8", None])
-@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2"])
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2", "tiny_qwen3"])
 def test_every_tensor_is_ours(
     tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str, scheme: str | None
 ) -> None:
@@ -115,7 +115,7 @@ def test_every_tensor_is_ours(
     assert facts["bytes"] == (tmp_path / "model.gguf").stat().st_size
 
 
-@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2"])
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2", "tiny_qwen3"])
 def test_transformers_computes_the_same(
     tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str
 ) -> None:
@@ -127,7 +127,9 @@ def test_transformers_computes_the_same(
     source = with_bpe(packed, tmp_path / "in", rope_scaling=None, rope_parameters=None)
     export_gguf(source, tmp_path / "model.gguf")
     path = str(tmp_path / "model.gguf")  # what from_pretrained(gguf_file=...) does, which wants accelerate besides
-    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**load_gguf_checkpoint(path)["config"]))
+    config = load_gguf_checkpoint(path)["config"]
+    config["head_dim"] = family_of(source.config).parse(source.config).head_dim  # Qwen3's is taken for 128
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=other)["tensors"]
     missing, unexpected = other.eval().load_state_dict(state, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if family == "tiny_qwen2" else [], [])  # tied

@@ -21,7 +21,7 @@ from deepseek_compress.models.runtime import Model
 
 from .conftest import Quantise
 
-FAMILIES = ("tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_llama")
+FAMILIES = ("tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_qwen3", "tiny_llama")
 PROMPTS = random_prompts(512, (5, 19, 24))
 
 
@@ -119,7 +119,7 @@ def test_a_tied_head_is_stored_once(tmp_path: Path, tiny_qwen2: Path) -> None:
     assert facts["bytes"] < 1.1 * stored  # a BF16 checkpoint's weights stay 16-bit in an FP32 graph
 
 
-@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_llama"])
+@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_qwen3", "tiny_llama"])
 def test_an_8_bit_embedding(tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str) -> None:
     source = open_checkpoint(quantised(request.getfixturevalue(family), "w4a16"))
     path = tmp_path / "model.onnx"
@@ -130,7 +130,7 @@ def test_an_8_bit_embedding(tmp_path: Path, request: pytest.FixtureRequest, quan
     assert small < export_onnx(source, tmp_path / "large.onnx", "matmulnbits")["bytes"]
 
 
-@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_llama"])
+@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_qwen3", "tiny_llama"])
 def test_the_head_at_level_4_is_rounded_at_load(
     tmp_path: Path, request: pytest.FixtureRequest, quantised: Quantise, family: str
 ) -> None:

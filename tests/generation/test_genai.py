@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_llama"])
+@pytest.mark.parametrize("family", ["tiny_qwen2", "tiny_qwen3", "tiny_llama"])
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8-attention"])
 def test_it_says_what_the_runtime_says(
     request: pytest.FixtureRequest, tmp_path: Path, exported: Callable[..., Path], family: str, scheme: str

@@ -26,7 +26,7 @@ from deepseek_compress.models.tokenizer import load_tokenizer
 
 Exported = Callable[..., Path]
 IDS = list(np.random.default_rng(0).integers(10, 500, 40))
-FAMILIES = ("tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_llama")
+FAMILIES = ("tiny_v3", "tiny_v2", "tiny_qwen2", "tiny_qwen3", "tiny_llama")
 
 
 def greedy(backend: RuntimeBackend | GraphBackend, ids: list[int], count: int) -> list[int]:

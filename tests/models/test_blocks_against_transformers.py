@@ -14,7 +14,7 @@ from deepseek_compress.models.weights import ResidentWeights, StreamedWeights
 from tests.models.reference import relative, state_of, transformers_model
 
 BOUND = 2e-6  # largest difference over largest value, float32; measured 3.5e-7
-FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v4", "tiny_v3_bf16", "tiny_v2", "tiny_qwen2", "tiny_llama"]
+FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v4", "tiny_v3_bf16", "tiny_v2", "tiny_qwen2", "tiny_qwen3", "tiny_llama"]
 TOKENS = torch.randint(0, 512, (3, 80), generator=torch.Generator().manual_seed(7))  # 80 > 64 = original length
 
 

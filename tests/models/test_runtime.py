@@ -17,7 +17,7 @@ from deepseek_compress.numerics.activations import round_tokens
 from tests.models.reference import relative, transformers_model
 
 BOUND = 2e-6
-FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v4", "tiny_v2", "tiny_qwen2", "tiny_llama"]
+FAMILIES = ["tiny_v3", "tiny_v32", "tiny_v4", "tiny_v2", "tiny_qwen2", "tiny_qwen3", "tiny_llama"]
 PROMPTS = [torch.randint(2, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 3, 17, 9, 30)]
 
 

@@ -43,7 +43,8 @@ class EdgeLlm(Target, frozen=True, extra="forbid"):
         found = []
         cfg = Architecture.of(header).cfg
         if cfg.model_type not in TYPES:
-            what = f"{cfg.model_type}: TensorRT-Edge-LLM has no latent attention; its exporter takes {', '.join(TYPES)}"
+            why = "TensorRT-Edge-LLM has no latent attention; " if cfg.mla else ""
+            what = f"{cfg.model_type}: {why}what is written for its exporter is {' or '.join(TYPES)}"
             return [DscError(what, "export tensorrt-rtx or onnxruntime")]
         packed = [info for info in header.tensors.values() if info.encoding == "packed"]
         if not packed:

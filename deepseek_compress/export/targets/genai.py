@@ -21,7 +21,7 @@ from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.tokenizer import load_tokenizer
 
 CONFIG = "genai_config.json"
-TYPES = ("llama", "qwen2")
+TYPES = ("llama", "qwen2", "qwen3")
 
 
 class Genai(GraphTarget, frozen=True, extra="forbid"):

@@ -12,10 +12,11 @@ from deepseek_compress.models.families.deepseek_v4 import DeepseekV4
 from deepseek_compress.models.families.deepseek_v32 import DeepseekV32
 from deepseek_compress.models.families.llama import Llama
 from deepseek_compress.models.families.qwen2 import Qwen2
+from deepseek_compress.models.families.qwen3 import Qwen3
 from deepseek_compress.models.family import Family
 
 FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, Llama, Qwen2)
+    family.model_type: family for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, Llama, Qwen2, Qwen3)
 }
 
 
