@@ -316,7 +316,7 @@ class CheckpointWriter:
             return
         assert self._activations is not None
         there = {name for ledger in self.ledgers for name in ledger.shard.names}
-        for name in assign_schemes(self._stored())[0]:
+        for name in [module for module, its in assign_schemes(self._stored())[0].items() if not its.table]:
             scale, zero_point = self._activations["inputs"][name]
             for part, tensor in input_parts(scale, zero_point, self._activations["symmetric"]).items():
                 if f"{name}.{part}" not in there:
@@ -369,6 +369,7 @@ def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, S
     kernels for experts.
     """
     granularity = (scheme or {}).get("granularity")
+    schemes = {name: its for name, its in schemes.items() if not its.table}
     if not scheme or granularity not in ("token", "tensor") or not all(s.symmetric for s in schemes.values()):
         return None
     symmetric, static = bool(scheme.get("symmetric", True)), granularity == "tensor"
