@@ -81,13 +81,13 @@ def decisions(architecture: Architecture, embedding: Embedding | None, head: Hea
     if embedding is not None:
         table = "embedding and head, which are one table" if cfg.tie_word_embeddings else "embedding"
         lines.append(
-            f"{table}: {embedding.num_bits} bits; read by compressed-tensors and, as GGUF, by llama.cpp; "
-            "vLLM and SGLang load it for few models or none"
+            f"{table}: {embedding.num_bits} bits; read by dsc and, exported as GGUF, by llama.cpp; not by transformers, "
+            "SGLang, or vLLM for most models"
         )
     if head is not None and cfg.tie_word_embeddings and embedding is None:
         lines.append("head: tied to the embedding, which stays 16-bit (embedding: {num_bits: 8} changes both)")
     elif head is not None and not cfg.tie_word_embeddings:
-        lines.append(f"head: {head.num_bits} bits; read by vLLM from March 2026 on, SGLang and compressed-tensors")
+        lines.append(f"head: {head.num_bits} bits; read by vLLM from March 2026 on and SGLang")
     return lines
 
 
