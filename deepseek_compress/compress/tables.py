@@ -81,8 +81,8 @@ def decisions(architecture: Architecture, embedding: Embedding | None, head: Hea
     if embedding is not None:
         table = "embedding and head, which are one table" if cfg.tie_word_embeddings else "embedding"
         lines.append(
-            f"{table}: {embedding.num_bits} bits; read by dsc and, exported as GGUF, by llama.cpp; not by transformers, "
-            "SGLang, or vLLM for most models"
+            f"{table}: {embedding.num_bits} bits; read by dsc and, exported as GGUF, by llama.cpp; not by "
+            "transformers, SGLang, or vLLM for most models"
         )
     if head is not None and cfg.tie_word_embeddings and embedding is None:
         lines.append("head: tied to the embedding, which stays 16-bit (embedding: {num_bits: 8} changes both)")
