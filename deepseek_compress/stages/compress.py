@@ -189,6 +189,8 @@ class Compress(Stage, frozen=True):
             open_pool(job, workers, context.ray, memory.task) as pool,
         ):
             done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
+            if job.solver.needs and tokens is not None:
+                writer.join()  # a shard a block
             corrected = summary.corrections(done.blocks)
             context.tell_all(corrected)
             facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}

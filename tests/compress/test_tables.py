@@ -256,7 +256,7 @@ def test_transformers_reads_a_head_beside_symmetric_weights(tiny_llama: Path, te
 
 
 def test_compressed_tensors_unpacks_both(llama: Path) -> None:
-    """transformers 5.23 loads no packed embedding: it initialises a weight that is not there. The package unpacks it."""
+    """transformers 5.23 loads no packed embedding: it initialises a weight that is not there."""
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
