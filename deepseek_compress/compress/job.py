@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Linear, ModelConfig
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.numerics.hessian import Unsolvable
-from deepseek_compress.numerics.types import Quantized, Statistics
+from deepseek_compress.numerics.types import Quantized, Statistics, WeightQuantizer
 from deepseek_compress.streaming.block_run import BlockRun, Part, Store
 from deepseek_compress.streaming.hidden_store import HiddenStore
 
@@ -64,6 +64,7 @@ class Job:
     keep_mtp: bool = True
     observing: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run
+    tables: Mapping[str, WeightQuantizer] = field(default_factory=dict)  # embedding and head that change, see `tables`
 
     @property
     def source(self) -> Checkpoint:

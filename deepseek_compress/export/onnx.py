@@ -251,7 +251,13 @@ def _rounded_head(build: Build, x: str, weight: Weight) -> str:
 
 
 def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
-    """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet."""
+    """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet.
+
+    One that the checkpoint holds on such a grid stays as it is.
+    """
+    held = checkpoint.read_quantized(f"{name}.weight")
+    if held is not None and held.num_bits == 8 and held.group_size == fit_group_size(held.codes.shape[1], None):
+        return held
     plain = checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
     table = checkpoint.read(f"{name}.weight", None if plain else torch.float32)
     starts = range(0, len(table), ROWS_AT_ONCE)

@@ -85,6 +85,12 @@ class Architecture:
         """The tensor that makes logits: the embedding where the two are tied."""
         return self.embedding if self.cfg.tie_word_embeddings else self.cfg.names.head
 
+    def table(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The embedding or the head in the type it is stored in: float32 takes twice the memory, which a packed one,
+        whose values need more than 16 bits, is worth."""
+        packed = self.header.tensors[name].encoding == "packed"
+        return self.source.read(name, torch.float32 if packed else None, device)
+
     @cached_property
     def row_shape(self) -> tuple[int, ...]:
         """The shape of a token's hidden state between blocks: (hidden,), or (streams, hidden)."""

@@ -178,7 +178,8 @@ class Distill(Stage, frozen=True):
         self._identity(source, lesson, context.seed).claim(context.out, work)
         names = [name for name in student.model.weights if _is_linear(student.model, name)]
         masks = masks_of(student.model.weights, names)
-        packed = {name: part for name in names if (part := source.read_quantized(name)) is not None}
+        read = ((name, source.read_quantized(name)) for name in student.model.weights if name in source.header.tensors)
+        packed = {name: part for name, part in read if part is not None}  # embedding and head may be among them
         straight = Straight(packed) if packed else None
         if straight is not None:
             near = lesson.model.weights if lesson.model is not None else {}

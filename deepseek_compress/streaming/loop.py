@@ -203,7 +203,7 @@ class Loop:
     def embed(self, stream: Stream, store: HiddenStore) -> None:
         """Fill `store` with the first block's input."""
         architecture = stream.architecture
-        table = architecture.source.read(architecture.embedding, dtype=None)  # float32 would take twice the memory
+        table = architecture.table(architecture.embedding)
         batches = Batches(self.tokens)
         for batch in range(len(batches)):
             batches.write(store, batch, architecture.embed(table, batches.ids(batch)))
@@ -225,7 +225,8 @@ class Loop:
         if self.work is None or kept(self._facts_path(layer)) is None:
             return False
         target = layer if self.backward else layer + 1
-        return not self.keep or (target in (0, self.layers) and not self.last) or self._intact(target - self.backward)
+        wanted = self.last if target in (0, self.layers) else self.keep
+        return not wanted or self._intact(target - self.backward)
 
     def _facts(self, layer: int) -> Facts:
         return read_sealed(self._facts_path(layer))

@@ -55,7 +55,7 @@ def predictions(
             path = work / f"{stream.name}-final.tmp"
             final = stack.enter_context(HiddenStore(path, states.rows, (run.architecture.cfg.hidden_size,)))
             _finish(run, states, final, Batches(tokens, device=run.architecture.device))
-            weight = run.architecture.source.read(run.architecture.head, None, run.architecture.device)
+            weight = run.architecture.table(run.architecture.head, run.architecture.device)
             found.append(HeadInput(_rows(final, places), weight))
         yield found, facts
 
