@@ -89,10 +89,16 @@ def verify(problem: Problem, completion: str) -> Verdict:
     answer = words[end + 1 :]
     steps = [step for step in programs.split(words[1:end], ";") if step]
     held: list[list[str]] = []
-    for step in steps:
+    wrong = None
+    for number, step in enumerate(steps):
         if _step_holds(problem, step, held, len(held)):
             held.append(step)
-    return Verdict(_right(problem, answer), token_f1(answer, problem.answer.split()), len(held), len(steps))
+        elif wrong is None:
+            wrong = number
+    right, expected = _right(problem, answer), problem.answer.split()
+    midway = not right and any(step[-len(expected) :] == expected for step in held)
+    f1 = token_f1(answer, expected)
+    return Verdict(right, f1, len(held), len(steps), wrong, " ".join(answer) or None, midway)
 
 
 def token_f1(answer: list[str], reference: list[str]) -> float:
