@@ -17,7 +17,9 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any] | DscError]]:
     """(number from 1, row) of `file`; the error of a row that cannot be decoded in its place.
 
-    `columns`: read those of them that are there, instead of the forms of calibration text. Raises DscError for a file that is no Parquet, or has no columns with text.
+    `columns`: read those of them that are there, instead of the forms of calibration text.
+
+    Raises DscError for a file that is no Parquet, or has no columns with text.
     """
     try:
         from pyarrow import ArrowException

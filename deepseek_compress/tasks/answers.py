@@ -1,8 +1,8 @@
 """The final answer of a completion, and whether it is the reference's: `####`, `\\boxed{}`, a choice, a number.
 
-What is read is the text after the chain of thought. In this order: the last `\\boxed{...}`, what follows the last `####`,
-what follows the last "answer is"; of a question with choices a letter; else the last number. Two answers are equal where
-both are numbers of equal value (`1,000.0` and `$1000`), or the same words whatever their case, spaces and LaTeX dollars.
+What is read is the text after the chain of thought. In this order: the last `\\boxed{...}`, what follows the last
+`####`, what follows the last "answer is"; of a question with choices a letter; else the last number. Two answers are
+equal where both are numbers of equal value (`1,000.0` and `$1000`), or the same words whatever their case and spaces.
 An unclosed `<think>` has no answer: a model that was cut in its thoughts did not answer.
 
 `strict` and `flexible` are the two filters of lm-evaluation-harness for GSM8K, to compare with its figures.

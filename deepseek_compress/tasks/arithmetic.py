@@ -1,4 +1,4 @@
-"""Arithmetic as people and models write it, `1,000 * .5`, `20% of`, `3 × 4`: an exact fraction, and nothing is executed.
+"""Arithmetic as people and models write it, `1,000 * .5`, `20%`, `3 × 4`: exact fractions, and nothing is executed.
 
     sum     := product (("+" | "-") product)*
     product := factor (("*" | "/") factor)*

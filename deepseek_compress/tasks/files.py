@@ -11,10 +11,11 @@ reported together, with file and line.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deepseek_compress import limits
 from deepseek_compress.checkpoint.files import open_regular
@@ -110,7 +111,9 @@ def _chosen(origin: str, answer: Any, choices: tuple[str, ...]) -> str:
         return text.upper()
     same = [letter for letter, words in zip(letters, choices, strict=True) if words.casefold() == text.casefold()]
     if len(same) != 1:
-        raise DscError(f"{origin}: the answer {text[:40]!r} is not one of the choices", f"give one of {', '.join(letters)}")
+        raise DscError(
+            f"{origin}: the answer {text[:40]!r} is not one of the choices", f"give one of {', '.join(letters)}"
+        )
     return same[0]
 
 
@@ -122,7 +125,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         for number, row in read_rows(path, (*QUESTION, *ANSWER, "choices"), FORM):
             yield f"{path}: row {number}", row
         return
-    with open_regular(path) as file:
+    with io.BufferedReader(cast(io.RawIOBase, open_regular(path))) as file:
         for number, line in enumerate(iter(lambda: file.readline(limits.LINE_BYTES + 1), b""), start=1):
             origin = f"{path}:{number}"
             if len(line) > limits.LINE_BYTES:
