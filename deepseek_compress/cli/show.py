@@ -182,13 +182,21 @@ def _after(kind: str, out: Path, model: str) -> str:
 
 def _record(record: Mapping[str, Any]) -> None:
     """Verdict and table of a report, as narrow as a terminal; intervals stand in the report."""
-    from deepseek_compress.reports import table, words
+    from deepseek_compress.reports import proof, table, words
 
-    columns = table.shown(record, ("bytes", "bits_per_weight", "exact_match", "exact_match_ratio", "kl_divergence"))
-    rows = ([model["name"], *(table.cell(c, model).value for c in columns)] for model in table.everything(record))
-    headers = [column.header for column in columns]
+    keys = ("bytes", "exact_match", "exact_match_ratio", "kl_divergence", "top1_agreement", "perplexity")
+    columns = table.shown(record, keys)
+    speeds = {line[0]: line[3].partition(" [")[0] for line in proof.speed_rows(record).rows}
+    rows = []
+    for model in table.everything(record):
+        more = [speeds.get(table.label(record, model), "")] if speeds else []
+        rows.append([model["name"], *(table.cell(c, model).value for c in columns), *more])
+    headers = [*(column.header for column in columns), *(["tok/s"] if speeds else [])]
     console.line(words.verdict(record), "next")
     console.table("", ["model", *headers], rows, right=headers)
+    for model in table.everything(record)[:-1]:
+        if proof.certain(model):
+            console.line(f"{model['name']}: {proof.certain(model)}")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

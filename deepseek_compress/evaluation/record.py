@@ -25,6 +25,7 @@ from deepseek_compress.evaluation import (
     efficiency,
     process,
     reasoning,
+    speed,
     streamed,
     summary,
     where,
@@ -106,6 +107,8 @@ def evaluate(
         for name, target in settings.deployed.items():
             rows[name] = deployed_row(run, name, target)
             run.done += 1
+        if settings.deployed and settings.efficiency and run.streamed is None:
+            _speeds(run, rows, checkpoints)
     run.step("done")
     return finish(run, rows, [*models, *settings.deployed], reference)
 
@@ -218,7 +221,7 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
         _reasoning(run, row, model, checkpoint, folder is not None)
         del model
         gc.collect()
-    if run.settings.efficiency:
+    if run.settings.efficiency and not run.settings.deployed:  # else all are timed in turns
         run.step(f"{name}: speed and memory", 0.9)
         row["metrics"] |= efficiency.speed_and_memory(checkpoint.path)
     return row
@@ -316,6 +319,19 @@ def deployed_row(run: _Run, name: str, target: str) -> dict[str, Any]:
             prompts = reasoning.prepare(prompts.problems, tokenizer, prompts.asking)
         _answers(run, row, opened.answerer, tokenizer, prompts, False)
     return row
+
+
+def _speeds(run: _Run, rows: Mapping[str, dict[str, Any]], checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Speed of the models and of the deployed files in turns, as far as all fit into memory together."""
+    targets = {name: str(checkpoint.path) for name, checkpoint in checkpoints.items()}
+    targets |= {name: t for name, t in run.settings.deployed.items() if not t.startswith(deployed.HTTP)}
+    need = sum(4 * (rows[name]["parameters"] or 0) or 2 * (rows[name]["bytes"] or 0) for name in targets)
+    if need > (machine.memory() or need) / 2:
+        run.notes.append("Speed: not measured in turns, the models do not fit into memory together.")
+        return
+    found = speed.measure(targets, progress=lambda done, total: run.step(f"speed: turn {done} of {total}"))
+    for name, entry in found.items():
+        rows[name]["speed"] = entry
 
 
 def _empty(name: str, path: str) -> dict[str, Any]:
