@@ -117,15 +117,18 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
     console.next_step(following)
 
 
-def report(path: Path, as_json: bool, page: Path | None = None) -> None:
-    """A report that was written to `path` (.json)."""
-    record = _read(path) or {}
-    following = "dsc list" if page else f"dsc compare {quote(str(path))} OTHER.json -o compare.html"
+def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) -> None:
+    """A report: the record, or its file (.json); `page`: where people read it."""
+    record = (_read(found) or {}) if isinstance(found, Path) else found
+    again = quote(str(found)) if isinstance(found, Path) else "REPORT.json"
+    following = f"dsc compare {again} OTHER.json -o compare.html"
     if as_json:
         console.print_json({**record, "next": following})
         return
     _record(record)
-    console.line(f"report: {page or path} (also .md, {'.json' if page else '.html'})")
+    if page is not None:
+        others = [suffix for suffix in (".html", ".md", ".json") if suffix != page.suffix]
+        console.line(f"report: {page} (also {', '.join(others)})")
     console.next_step(following)
 
 

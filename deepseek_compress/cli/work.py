@@ -215,6 +215,9 @@ def evaluate(
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of the text.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens a window.")] = None,
     problems: Annotated[int | None, typer.Option("--problems", min=0, help="Reasoning problems.")] = None,
+    until: Annotated[
+        float | None, typer.Option("--until", metavar="POINTS", help="Ask until such a difference is settled.")
+    ] = None,
     kv_cache: Annotated[
         int | None, typer.Option("--kv-cache", metavar="BITS", help="Keep MODEL's keys and values in 8 or 4 bits.")
     ] = None,
@@ -243,6 +246,7 @@ def evaluate(
         "evaluate.windows": windows,
         "evaluate.length": length,
         "evaluate.problems": problems,
+        "evaluate.until": until,
         "evaluate.kv_cache": None if kv_cache is None else {"num_bits": kv_cache},
         "seed": seed,
     }
@@ -251,7 +255,7 @@ def evaluate(
 
     with console.progress(quiet=json) as progress:
         page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory, quick), progress)
-    show.report(page, json)
+    show.report(page, page.with_suffix(".html"), json)
 
 
 def _calibration(

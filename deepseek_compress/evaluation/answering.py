@@ -69,11 +69,12 @@ class Answers:
         found = self._read(requests)
         progress(len(found), len(requests))
         for batch in batches(requests):
-            if all(index in found for index in batch):
+            new = [index for index in batch if index not in found]  # all, or none, where nobody asked for fewer before
+            if not new:
                 continue
-            attempts = answerer([requests[index] for index in batch])
-            found |= dict(zip(batch, attempts, strict=True))
-            self._append([{"index": index, **found[index]._asdict()} for index in batch])
+            attempts = answerer([requests[index] for index in new])
+            found |= dict(zip(new, attempts, strict=True))
+            self._append([{"index": index, **found[index]._asdict()} for index in new])
             progress(len(found), len(requests))
         return [found[index] for index in range(len(requests))]
 
@@ -87,7 +88,8 @@ class Answers:
             with self.file.open("r+b") as file:
                 file.truncate(len(whole))
         rows = [row for line in whole.splitlines() for row in json.loads(line)]
-        return {row["index"]: Attempt(row["text"], row["tokens"], row["cut"]) for row in rows}
+        known = (row for row in rows if row["index"] < len(requests))
+        return {row["index"]: Attempt(row["text"], row["tokens"], row["cut"]) for row in known}
 
     def _append(self, rows: Sequence[dict[str, object]]) -> None:
         if self.file is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ def tango(lost: int, gained: int, problems: int, level: float = LEVEL) -> Interv
     return low, high
 
 
+@lru_cache(maxsize=1 << 16)
 def critical(count: int, level: float = LEVEL) -> int:
     """The largest number of flips in the rarer direction that still is a difference; -1 where none is."""
     few = int(binom.ppf(level / 2, count, 0.5)) + 1
@@ -120,18 +122,21 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def paired(
-    mine: Sequence[float], theirs: Sequence[float], draws: Bootstrap, level: float = LEVEL, seed: int = 0
+    mine: Sequence[float], theirs: Sequence[float], draws: Bootstrap | None = None, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Any]:
     """What the scores of two models on the same problems tell: the entry `certainty` of a report.
 
     `hidden`: points of loss that this number of problems cannot rule out; `needed`: problems that would show a loss of
-    one point, at the share of flips seen here.
+    one point, at the share of flips seen here. `draws` resample shares of sampled answers.
     """
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
     lost, gained = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
     binary = all(value in (0.0, 1.0) for value in (*mine, *theirs))
     count, mean = len(differences), math.fsum(differences) / len(differences)
-    interval = tango(lost, gained, count, level) if binary else draws.difference(mine, theirs)
+    if binary:
+        interval = tango(lost, gained, count, level)
+    else:
+        interval = (draws or Bootstrap(count, seed)).difference(mine, theirs)
     p = mcnemar(lost, gained) if binary else sign_flips(differences, seed)
     if binary:
         enough = needed(POINT, (lost + gained) / count)

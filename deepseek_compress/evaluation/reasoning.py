@@ -112,6 +112,12 @@ def prepare(problems: Sequence[Problem], tokenizer: Tokenizer, asking: Asking = 
     return Prompts(problems, ids, opened, solutions, asking.max_new_tokens or limit, asked, stop, asking)
 
 
+def first(prompts: Prompts, count: int) -> Prompts:
+    """The first `count` problems."""
+    found = replace(prompts, problems=prompts.problems[:count], ids=prompts.ids[:count], asked=prompts.asked[:count])
+    return replace(found, solutions=prompts.solutions[:count])
+
+
 def _messages(problem: Problem, asking: Asking) -> list[dict[str, str]]:
     found = []
     for example in asking.examples:

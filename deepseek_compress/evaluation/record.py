@@ -28,6 +28,7 @@ from deepseek_compress.evaluation import (
     speed,
     streamed,
     summary,
+    until,
     where,
 )
 from deepseek_compress.evaluation.about import about
@@ -66,6 +67,7 @@ class _Run:
     trace: Trace | None = None
     reference: Sequence[Judged] | None = None
     work: Path | None = None  # where answers are kept as they come
+    level: float = certainty.LEVEL
     done: int = 0
 
     def step(self, note: str, share: float = 0.0) -> None:
@@ -95,9 +97,12 @@ def evaluate(
     tokenizer = load_tokenizer(checkpoints[first].path)
     task = prepare(settings, tokenizer)
     notes = [] if settings.text is None else _seen_before(settings.text, checkpoints)
-    run = _Run(settings, tokenizer, task, notes, progress, len(everything) + len(settings.deployed), work=work)
+    run = _Run(settings, tokenizer, task, notes, progress, len(everything) + len(settings.deployed))
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="dsc-evaluate-") as folder:
+        run.work = work or Path(folder)
+        if settings.until is not None and reference is not None and task.prompts is not None:
+            _until(run, checkpoints, reference, settings.until)
         if _is_streamed(settings, checkpoints):
             ordered = dict(sorted(checkpoints.items(), key=lambda item: item[0] != first))
             run.streamed = _streamed(run, ordered, reference, work or Path(folder))
@@ -298,8 +303,41 @@ def _answers(
         row["relative"], paired = summary.against(verdicts, theirs, draws, many)
         row["intervals"] |= paired
         mine = summary.scores(verdicts, many)["exact_match"]
-        row["certainty"] = certainty.paired(mine, summary.scores(theirs, many)["exact_match"], draws)
+        row["certainty"] = certainty.paired(mine, summary.scores(theirs, many)["exact_match"], draws, run.level)
         row["flips"] = process.flips(prompts.problems, found, run.reference, many)
+
+
+def _until(run: _Run, checkpoints: Mapping[str, Checkpoint], reference: str, points: float) -> None:
+    """Ask as many problems as settle the difference; the report is about those."""
+    prompts = run.task.prompts
+    assert prompts is not None
+    others = [name for name in (*checkpoints, *run.settings.deployed) if name != reference]
+
+    def scores(name: str, count: int) -> list[float]:
+        run.step(f"{name}: {count} problems")
+        tokenizer: Tokenizer | None = run.tokenizer
+        if name in checkpoints:
+            rounding = _rounding(run, name == reference, checkpoints[name])
+            model = Model.load(checkpoints[name], kv_cache=rounding, device=run.settings.limits.device)
+            tokenizer = load_tokenizer(checkpoints[name].path)
+            answerer: Answerer = FromModel(model, tokenizer)
+        else:
+            opened = deployed.open_file(run.settings.deployed[name])
+            answerer, tokenizer = opened.answerer, opened.tokenizer
+        tokenizer = tokenizer or run.tokenizer
+        mine = prompts
+        if tokenizer.digest != run.tokenizer.digest:
+            mine = reasoning.prepare(prompts.problems, tokenizer, prompts.asking)
+        some = reasoning.first(mine, count)
+        kept = Answers(run.work / f"answers-{name}.jsonl" if run.work else None)
+        verdicts = [one.verdict for one in reasoning.ask(answerer, tokenizer, some, kept)]
+        return summary.scores(verdicts, some.asking.samples)["exact_match"]
+
+    found = until.settle(points, len(prompts.problems), reference, others, scores, run.settings.seed)
+    run.level = found.level
+    run.task = run.task.first(found.problems, run.settings.seed)
+    what = "settled" if found.done else "not settled"
+    run.notes.append(f"A difference of {points:g} points was {what} after {found.problems:,} problems.")
 
 
 def deployed_row(run: _Run, name: str, target: str) -> dict[str, Any]:

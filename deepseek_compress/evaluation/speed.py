@@ -1,9 +1,9 @@
 """Speed of models in their own runtimes, each in a quiet process of its own, in turns.
 
-`python -m deepseek_compress.evaluation.speed TARGET PROMPT NEW` opens a target as `dsc generate` does, answers one line
-`ready`, and then, for each line that comes, one prompt and its answer, token by token: a line of JSON with the seconds of
-the prompt and of each token, and CPU seconds. The parent lets the processes take turns, so that what else the machine
-does meets all of them alike, and gives medians with bootstrap intervals over the rounds.
+`python -m deepseek_compress.evaluation.speed TARGET PROMPT NEW` opens a target as `dsc generate` does, writes a line
+that says so, and then, for each line that comes, one prompt and its answer, token by token: a line of JSON with the
+seconds of the prompt and of each token, and CPU seconds. The processes take turns, so that what else the machine does
+meets all of them alike; medians have bootstrap intervals over the rounds.
 
 Left out: batches, and energy; CPU seconds a token stand for it.
 """
@@ -145,7 +145,12 @@ def _serve(target: str, prompt: int, new: int) -> None:
             before = time.perf_counter()
             token = int(backend.step(token).argmax())
             seconds.append(time.perf_counter() - before)
-        turn = {"prompt": count, "prefill_s": first - began, "tokens_s": seconds, "cpu_s": time.process_time() - cpu}
+        turn = {
+            "prompt": max(count - 1, 1),
+            "prefill_s": first - began,
+            "tokens_s": seconds,
+            "cpu_s": time.process_time() - cpu,
+        }
         print(json.dumps({**turn, "peak_bytes": peak()}), flush=True)
 
 

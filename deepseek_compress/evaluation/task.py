@@ -38,6 +38,7 @@ class Settings:
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1  # answers to each question
+    until: float | None = None  # points of difference that shall be settled; `problems` is the limit
     deployed: Mapping[str, str] = field(default_factory=dict)  # name -> what `dsc generate` opens
 
     @property
@@ -54,6 +55,11 @@ class Task:
     samples: Sequence[Sample]
     problem_draws: Bootstrap | None
     sample_draws: Bootstrap | None
+
+    def first(self, count: int, seed: int) -> Task:
+        """The first `count` problems; the tokens that are predicted stay."""
+        prompts = None if self.prompts is None else reasoning.first(self.prompts, count)
+        return Task(prompts, self.samples, Bootstrap(count, seed), self.sample_draws)
 
 
 def prepare(settings: Settings, tokenizer: Tokenizer) -> Task:

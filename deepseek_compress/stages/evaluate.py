@@ -20,6 +20,7 @@ from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.resumable import Resumable
 
+LIMIT = 8000  # built-in problems that `until` asks at most
 WORK = ".dsc_evaluate"  # in the output directory, while a streamed run is unfinished
 
 
@@ -40,6 +41,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
     max_new_tokens: int | None = Field(None, gt=0)  # of an answer; None: half again the longest reference solution
     sampling: Sampling = Sampling()  # greedy; R1 is judged at {temperature: 0.6, top_p: 0.95}
     samples: int = Field(1, gt=0, le=1000)  # answers to each question: pass@k
+    until: float | None = Field(None, gt=0)  # points: ask more problems until such a difference is settled
     deployed: Mapping[str, str] = Field({})  # name -> what `dsc generate` opens: an exported file, or a server
     asked: int | None = Field(None, ge=0, alias="problems")  # `problems` is what every stage tells about a header
     text: Path | None = None
@@ -145,13 +147,14 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         asks = self.asked != 0 and (self.asked is not None or self.text is None or self.suite != BUILTIN)
         return Settings(
             suite=self.suite if asks else None,
-            problems=self.asked,
+            problems=self.asked if self.asked or not self.until or self.suite != BUILTIN else LIMIT,
             instruction=self.instruction,
             shots=self.shots,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
             samples=self.samples,
             deployed=self.deployed,
+            until=self.until,
             text=self.text,
             windows=self.windows,
             length=self.length,
