@@ -117,15 +117,18 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
     console.next_step(following)
 
 
-def report(path: Path, as_json: bool, page: Path | None = None) -> None:
-    """A report that was written to `path` (.json)."""
-    record = _read(path) or {}
-    following = "dsc list" if page else f"dsc compare {quote(str(path))} OTHER.json -o compare.html"
+def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) -> None:
+    """A report: the record, or its file (.json); `page`: where people read it."""
+    record = (_read(found) or {}) if isinstance(found, Path) else found
+    again = quote(str(found)) if isinstance(found, Path) else "REPORT.json"
+    following = f"dsc compare {again} OTHER.json -o compare.html"
     if as_json:
         console.print_json({**record, "next": following})
         return
     _record(record)
-    console.line(f"report: {page or path} (also .md, {'.json' if page else '.html'})")
+    if page is not None:
+        others = [suffix for suffix in (".html", ".md", ".json") if suffix != page.suffix]
+        console.line(f"report: {page} (also {', '.join(others)})")
     console.next_step(following)
 
 
@@ -191,13 +194,21 @@ def _spoken(out: Path) -> str:
 
 def _record(record: Mapping[str, Any]) -> None:
     """Verdict and table of a report, as narrow as a terminal; intervals stand in the report."""
-    from deepseek_compress.reports import table, words
+    from deepseek_compress.reports import proof, table, words
 
-    columns = table.shown(record, ("bytes", "bits_per_weight", "exact_match", "exact_match_ratio", "kl_divergence"))
-    rows = ([model["name"], *(table.cell(c, model).value for c in columns)] for model in table.everything(record))
-    headers = [column.header for column in columns]
+    keys = ("bytes", "exact_match", "exact_match_ratio", "kl_divergence", "top1_agreement", "perplexity")
+    columns = table.shown(record, keys)
+    speeds = {line[0]: line[3].partition(" [")[0] for line in proof.speed_rows(record).rows}
+    rows = []
+    for model in table.everything(record):
+        more = [speeds.get(table.label(record, model), "")] if speeds else []
+        rows.append([model["name"], *(table.cell(c, model).value for c in columns), *more])
+    headers = [*(column.header for column in columns), *(["tok/s"] if speeds else [])]
     console.line(words.verdict(record), "next")
     console.table("", ["model", *headers], rows, right=headers)
+    for model in table.everything(record)[:-1]:
+        if proof.certain(model):
+            console.line(f"{model['name']}: {proof.certain(model)}")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
@@ -204,13 +203,21 @@ def export(
 
 
 def evaluate(
-    model: o.Model,
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoints, builtin:nano, outputs of export, http://HOST.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="REPORT.json", help="The report; .md and .html beside.")],
     reference: Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="To compare with.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="FILE", help="builtin, or .jsonl/.parquet questions.")
+    ] = None,
     text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="Text for perplexity and KL.")] = None,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of the text.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens a window.")] = None,
     problems: Annotated[int | None, typer.Option("--problems", min=0, help="Reasoning problems.")] = None,
+    until: Annotated[
+        float | None, typer.Option("--until", metavar="POINTS", help="Ask until such a difference is settled.")
+    ] = None,
     kv_cache: Annotated[
         int | None, typer.Option("--kv-cache", metavar="BITS", help="Keep MODEL's keys and values in 8 or 4 bits.")
     ] = None,
@@ -225,25 +232,30 @@ def evaluate(
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
-    names = _names(model, reference)
+    from deepseek_compress.evaluation.subjects import subjects
+
+    found = subjects(models, reference)
     values = {
-        "as": names[0],
-        "inputs": {names[1]: reference} if reference else None,
-        "evaluate.models": [names[1], names[0]] if reference else [names[0]],
-        "evaluate.reference": names[1] if reference else None,
+        "as": found.main,
+        "inputs": found.inputs or None,
+        "evaluate.models": found.names,
+        "evaluate.reference": found.reference,
+        "evaluate.deployed": found.deployed or None,
+        "evaluate.suite": tasks[0] if tasks and len(tasks) == 1 else tasks,
         "evaluate.text": text,
         "evaluate.windows": windows,
         "evaluate.length": length,
         "evaluate.problems": problems,
+        "evaluate.until": until,
         "evaluate.kv_cache": None if kv_cache is None else {"num_bits": kv_cache},
         "seed": seed,
     }
-    wanted = _recipe(recipe, model, settings, values, kind="evaluate")
+    wanted = _recipe(recipe, found.model, settings, values, kind="evaluate")
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
         page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory, quick), progress)
-    show.report(page, json)
+    show.report(page, page.with_suffix(".html"), json)
 
 
 def _calibration(
@@ -275,17 +287,6 @@ def _recipe(
     if kind and kinds != [kind]:
         raise DscError(f"{name}: has the stages {', '.join(kinds)}, not one {kind}", f"use dsc run {name}")
     return wanted
-
-
-def _names(model: str, reference: str | None) -> tuple[str, str]:
-    """What a report calls the model and the reference: the last part of each path."""
-    first, second = (_label(name) for name in (model, reference or "reference"))
-    return first, second if second not in (first, "model") else f"{second}-reference"
-
-
-def _label(model: str) -> str:
-    last = Path(model.removeprefix("builtin:")).resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-") or "model"
 
 
 def _options(

@@ -76,11 +76,11 @@ def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:
     return {
         "prefill_tokens_per_s": statistics.median(run[0] for run in runs),
         "decode_tokens_per_s": statistics.median(run[1] for run in runs),
-        "peak_bytes": _peak(),
+        "peak_bytes": peak(),
     }
 
 
-def _peak() -> int | None:
+def peak() -> int | None:
     """Highest resident size of this process in bytes, None where the system does not tell it."""
     try:
         text = Path("/proc/self/status").read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -132,34 +132,58 @@ class Model:
         max_new_tokens: int,
         eos: int | Collection[int] | None = None,
         batch_size: int = 256,
+        choose: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
+        ended: Callable[[Sequence[int]], bool] = lambda ids: False,
     ) -> list[list[int]]:
-        """Greedy continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
+        """Continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
 
         Prompts of similar length share a batch, padded at the left; finished rows leave it. `eos` None: the model's.
+        `choose(logits (B, vocab), indices of the prompts)` gives the next tokens (B,), the likeliest by default;
+        `ended` says after each token of a row whether what it wrote is enough.
         """
         ends = self.cfg.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         if not self.family.cached:
-            return [self._without_cache(prompt, max_new_tokens, ends) for prompt in prompts]
+            return [self._without_cache(i, p, max_new_tokens, ends, choose, ended) for i, p in enumerate(prompts)]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], max_new_tokens, ends), strict=True):
+            found = self._batch([prompts[i] for i in chosen], chosen, max_new_tokens, ends, choose, ended)
+            for index, ids in zip(chosen, found, strict=True):
                 out[index] = ids
         return out
 
-    def _without_cache(self, prompt: Sequence[int], limit: int, ends: Collection[int]) -> list[int]:
+    def _without_cache(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        limit: int,
+        ends: Collection[int],
+        choose: Callable[[Tensor, Sequence[int]], Tensor] | None,
+        ended: Callable[[Sequence[int]], bool],
+    ) -> list[int]:
         """One prompt, the whole text again for each token."""
         tokens, device = list(prompt), self.head.device
         while len(tokens) < len(prompt) + limit:
-            logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)
-            following = int(greedy(logits[:, -1]))
+            logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)[:, -1]
+            following = int(greedy(logits) if choose is None else choose(logits, [index]))
             if following in ends:
                 break
             tokens.append(following)
+            if ended(tokens[len(prompt) :]):
+                break
         return tokens[len(prompt) :]
 
-    def _batch(self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int]) -> list[list[int]]:
+    def _batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        limit: int,
+        ends: Collection[int],
+        choose: Callable[[Tensor, Sequence[int]], Tensor] | None,
+        ended: Callable[[Sequence[int]], bool],
+    ) -> list[list[int]]:
+        """`indices`: what `choose` knows the prompts by."""
         device = self.head.device
         width = max(1, *(len(prompt) for prompt in prompts))
         padding = torch.tensor([width - len(prompt) for prompt in prompts]).to(device)
@@ -171,11 +195,13 @@ class Model:
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(limit):
-            following = greedy(self.forward(tokens, cache, left, last_only=True)[:, -1])
+            logits = self.forward(tokens, cache, left, last_only=True)[:, -1]
+            following = greedy(logits) if choose is None else choose(logits, [indices[row] for row in rows.tolist()])
             alive &= ~torch.isin(following, stop)
-            for row, token, going in zip(rows.tolist(), following.tolist(), alive.tolist(), strict=True):
-                if going:
+            for place, (row, token) in enumerate(zip(rows.tolist(), following.tolist(), strict=True)):
+                if alive[place]:
                     out[row].append(token)
+                    alive[place] = not ended(out[row])
             going_on = int(alive.sum())
             if not going_on or step + 1 == limit:
                 break
