@@ -15,6 +15,7 @@ from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.compress import data_free
 from deepseek_compress.compress.job import Job
+from deepseek_compress.compress.loss import Loss, judged, measure
 from deepseek_compress.streaming.forward import run_block
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit, silent
 from deepseek_compress.workers import Pool
@@ -50,6 +51,7 @@ class Done(NamedTuple):
 
     blocks: list[Facts]  # {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}
     hashes: dict[str, str]  # BLAKE3 of the source's files that its manifest does not list
+    loss: Loss | None = None  # where the job is judged
 
 
 @torch.no_grad()
@@ -71,16 +73,21 @@ def convert(
 @torch.no_grad()
 def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, progress: Progress = silent) -> Done:
     """`convert` with text: each block is run, and what comes of it goes to `writer`."""
+    plain, stream = tokens, Stream(job.architecture)
     if job.paired:
         tokens = tokens.repeat_interleave(2, dim=0)
     writer.in_sequence()
     visitor = _Solve(job, writer, pool)
     visitor.keep(_around(job, before=True))
-    loop = Loop((Stream(job.architecture),), tokens, job.work, paired=job.paired)
+    loop = Loop((stream,), tokens, job.work, paired=job.paired, last=job.judged)
     blocks = loop.run(visitor, progress, visitor.finished)
     visitor.keep(_around(job, before=False))
+    loss = None
+    if job.judged:
+        with loop.output(stream) as changed:
+            loss = measure(job, plain[: judged(*plain.shape)], changed, progress)
     files = provenance.unhashed(job.source)
-    return Done(blocks, {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)})
+    return Done(blocks, {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)}, loss)
 
 
 def clean(job: Job) -> None:

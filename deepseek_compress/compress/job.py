@@ -64,6 +64,7 @@ class Job:
     keep_mtp: bool = True
     observing: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run
+    judged: bool = False  # what it cost on the text is measured at the end
 
     @property
     def source(self) -> Checkpoint:

@@ -1,8 +1,8 @@
-"""A whole model in memory: logits, hidden states, greedy generation with a cache. The runtime that evaluates."""
+"""A whole model in memory: logits, hidden states, generation with a cache. The runtime that evaluates."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from deepseek_compress.models.layers import causal_mask
 from deepseek_compress.models.weights import ResidentWeights, Weights
 from deepseek_compress.numerics.kv_cache import KvRounding
 
+Choose = Callable[[Tensor], Tensor]  # logits (B, vocabulary) -> the next token of each row, int64 (B,)
 COMPACT_BELOW = 0.75  # share of a batch still generating below which finished rows are dropped from the cache
 
 
@@ -132,34 +133,40 @@ class Model:
         max_new_tokens: int,
         eos: int | Collection[int] | None = None,
         batch_size: int = 256,
+        choose: Choose | None = None,
     ) -> list[list[int]]:
-        """Greedy continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
+        """Continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
 
         Prompts of similar length share a batch, padded at the left; finished rows leave it. `eos` None: the model's.
+        `choose` None: greedy.
         """
+        choose = choose or greedy
         ends = self.cfg.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         if not self.family.cached:
-            return [self._without_cache(prompt, max_new_tokens, ends) for prompt in prompts]
+            return [self._without_cache(prompt, max_new_tokens, ends, choose) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], max_new_tokens, ends), strict=True):
+            made = self._batch([prompts[i] for i in chosen], max_new_tokens, ends, choose)
+            for index, ids in zip(chosen, made, strict=True):
                 out[index] = ids
         return out
 
-    def _without_cache(self, prompt: Sequence[int], limit: int, ends: Collection[int]) -> list[int]:
+    def _without_cache(self, prompt: Sequence[int], limit: int, ends: Collection[int], choose: Choose) -> list[int]:
         """One prompt, the whole text again for each token."""
         tokens, device = list(prompt), self.head.device
         while len(tokens) < len(prompt) + limit:
             logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)
-            following = int(greedy(logits[:, -1]))
+            following = int(choose(logits[:, -1]))
             if following in ends:
                 break
             tokens.append(following)
         return tokens[len(prompt) :]
 
-    def _batch(self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int]) -> list[list[int]]:
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int], choose: Choose
+    ) -> list[list[int]]:
         device = self.head.device
         width = max(1, *(len(prompt) for prompt in prompts))
         padding = torch.tensor([width - len(prompt) for prompt in prompts]).to(device)
@@ -171,7 +178,7 @@ class Model:
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(limit):
-            following = greedy(self.forward(tokens, cache, left, last_only=True)[:, -1])
+            following = choose(self.forward(tokens, cache, left, last_only=True)[:, -1])
             alive &= ~torch.isin(following, stop)
             for row, token, going in zip(rows.tolist(), following.tolist(), alive.tolist(), strict=True):
                 if going:

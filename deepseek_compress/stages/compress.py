@@ -186,11 +186,14 @@ class Compress(Stage, frozen=True):
         ):
             done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
             corrected = summary.corrections(done.blocks)
+            corrected += done.loss.told() if done.loss else self._not_judged()
             context.tell_all(corrected)
             facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}
+            facts |= {"loss": done.loss._asdict()} if done.loss else {}
+            card = done.loss.card() if done.loss else ""
             summary.write(context.out, done.blocks)
             manifest = self._manifest(source, context, saved or text, facts, done.hashes)
-            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg))
+            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg), card)
         clean(job)
         context.tell_all(notes)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
@@ -220,7 +223,8 @@ class Compress(Stage, frozen=True):
     ) -> tuple[Job, list[str]]:
         """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
         statistics = saved and saved.statistics
-        job = Job(architecture, self._solver(architecture), work, None, self.mtp == "keep", statistics=statistics)
+        solver, judged = self._solver(architecture), self.sparsity is not None and tokens is not None
+        job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics, judged=judged)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
         if (moving := self._moving(job.cfg)) is not None:
@@ -230,6 +234,11 @@ class Compress(Stage, frozen=True):
             return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
         scheme = InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None
         return replace(job, scheme=scheme), []
+
+    def _not_judged(self) -> list[str]:
+        """Say that nobody knows yet what the zeros cost."""
+        line = "no text was read, so what the zeros cost was not measured: dsc evaluate OUT --reference MODEL"
+        return [line] if self.sparsity is not None else []
 
     def _share(self, source: Checkpoint, tokens: Tensor | None, context: Context) -> tuple[Memory, int]:
         """What is needed, and how many workers that leaves room for."""
