@@ -33,7 +33,7 @@ from deepseek_compress.distillation.documents import (
 from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.on_policy import chosen, own_text
 from deepseek_compress.distillation.rounding import Straight
-from deepseek_compress.distillation.teachers import Teacher
+from deepseek_compress.distillation.teachers import JointTeacher, Teacher
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import safe_exp
 from deepseek_compress.models import Role
@@ -228,6 +228,8 @@ class Trainer:
         schedule = self.schedule
         parts = self._parts(state, numbers)
         weight = sum(float(part.weights.sum()) for part in parts)
+        if isinstance(self.teacher, JointTeacher):
+            self.teacher.take(state.projections)
         loss = 0.0
         for part in parts:
             said = self.objective.said(self.teacher, part)

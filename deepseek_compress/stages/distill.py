@@ -32,7 +32,7 @@ from deepseek_compress.distillation.record import Kept, record_model, text_diges
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.rounding import Straight, straight_inputs
 from deepseek_compress.distillation.students import Size, Student, check_tokenizers, cut, is_linear
-from deepseek_compress.distillation.teachers import LiveTeacher, Teacher
+from deepseek_compress.distillation.teachers import JointTeacher, LiveTeacher, Teacher
 from deepseek_compress.distillation.traces import TRACES
 from deepseek_compress.distillation.trainer import Schedule, Trainer, masks_of
 from deepseek_compress.errors import DscError
@@ -90,6 +90,7 @@ class Distill(Stage, frozen=True):
     precision: Literal["float32", "mixed", "bfloat16"] = "float32"  # mixed: products in BF16; bfloat16: all of it
     checkpointing: bool = False  # compute blocks again on the way back instead of keeping what they computed
     freeze: tuple[str, ...] = ()  # shell patterns of tensors that stay
+    joint: float = Field(0.0, ge=0)  # share of the teacher's own loss on the text; above 0 it is trained too
     on_policy: float = Field(0.0, ge=0, le=1)  # share of the steps that are on what the student itself writes
     curriculum: Curriculum | None = None  # easy texts first; None: all in an order that is drawn
     validation: float = Field(0.05, ge=0, lt=1)  # share of the documents that are held back, few at most
@@ -136,9 +137,10 @@ class Distill(Stage, frozen=True):
         inside = [name for name, loss in zip(self.loss, self.losses, strict=True) if isinstance(loss, INSIDE)]
         if inside and self.cache is not None:
             found.append(DscError(f"distill.loss: {', '.join(inside)} cannot be recorded", "leave out them, or cache"))
-        if self.cache is not None and self.on_policy:
-            what = f"distill.on_policy: {self.on_policy:g}, but a cache knows no text of the student's"
-            found.append(DscError(what, "leave one of them out"))
+        live = {"on_policy": self.on_policy, "joint": self.joint}
+        if self.cache is not None and any(live.values()):
+            names = ", ".join(name for name, value in live.items() if value)
+            found.append(DscError(f"distill.{names}: needs the teacher itself, not a cache", "leave one of them out"))
         if self.cache is not None and self.curriculum is not None and self.curriculum.by == "loss":
             what = "distill.curriculum: by loss asks the teacher itself, which a cache is not"
             found.append(DscError(what, "set by: length, or leave cache out"))
@@ -236,10 +238,8 @@ class Distill(Stage, frozen=True):
         check_tokenizers(ours.digest, theirs.digest, sizes)
         if not same:
             student = student._replace(pairs=even_pairs(student.model.cfg, teacher.cfg))
-        vocabulary = min(sizes)
-        print_ = provenance.fingerprint(opened)
-        live = LiveTeacher(teacher, vocabulary, self.temperature)
-        return _Lesson(live, documents, vocabulary, print_, teacher), student
+        live = (JointTeacher if self.joint else LiveTeacher)(teacher, min(sizes), self.temperature)
+        return _Lesson(live, documents, min(sizes), provenance.fingerprint(opened), teacher), student
 
     def _from_cache(self, source: Checkpoint, words: Path, context: Context) -> tuple[_Lesson, Student]:
         """A teacher that is not there; its text is the one that was recorded."""
@@ -317,15 +317,16 @@ class Distill(Stage, frozen=True):
         held = min(max(1, few), math.ceil(self.validation * count), count - 1)
         extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
         extra |= {} if straight is None else straight.scales()
+        extra |= lesson.teacher.leaves() if isinstance(lesson.teacher, JointTeacher) else {}
         mixed = self.precision == "mixed"
         objective = Objective(
-            self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing
+            self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing, self.joint
         )
         schedule = Schedule(
             steps=1,
             batch_tokens=self.batch_tokens,
             accumulate=self.accumulate,
-            learning_rate=self.learning_rate or (CUT_RATE if student.facts else WHOLE_RATE),
+            learning_rate=self.learning_rate or (CUT_RATE if student.facts and not self.joint else WHOLE_RATE),
             optimizer=self.optimizer,
             freeze=self.freeze,
             prompt_weight=self.prompt_weight,

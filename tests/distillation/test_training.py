@@ -16,13 +16,14 @@ from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.distillation import importance, objective
 from deepseek_compress.distillation.documents import Batch, Document, batch_of, read_documents
-from deepseek_compress.distillation.features import even_pairs, projections
+from deepseek_compress.distillation.features import even_pairs, inside_loss, projections
 from deepseek_compress.distillation.losses import ForwardKl, losses_of
 from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.on_policy import chosen, own_text
 from deepseek_compress.distillation.shrink import shrink, sizes
-from deepseek_compress.distillation.teachers import LiveTeacher
+from deepseek_compress.distillation.teachers import JointTeacher, LiveTeacher
 from deepseek_compress.distillation.trainer import Schedule, State, Trainer
+from deepseek_compress.distillation.views import view
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import moe
 from deepseek_compress.models.runtime import Model
@@ -336,3 +337,37 @@ def test_own_text_keeps_prompts_and_follows_the_seed(tiny_llama: Path) -> None:
     assert own == own_text(model, documents, 7)
     assert own != own_text(model, documents, 8)
     assert sum(chosen(0.3, 1, step) for step in range(1000)) == pytest.approx(300, abs=50)
+
+
+def test_joint_training_changes_the_teacher_by_its_text_and_by_what_looks_inside(tiny_llama: Path, text: Path) -> None:
+    """The teacher's gradient is that of autograd on its own loss and the contrastive term; none comes by the target."""
+    batch = batch_of(documents_of(tiny_llama, text, 4), range(4), 1.0)
+    size = Model.load(tiny_llama).cfg.vocab_size
+    what = Objective(losses_of({"forward_kl": 1.0, "contrastive": 0.3}), 1.0, size, joint=0.5)
+    teacher, student = JointTeacher(Model.load(tiny_llama), size, 1.0), leaves(Model.load(tiny_llama), 0.3)
+    learned = {name: tensor.requires_grad_() for name, tensor in teacher.leaves().items()}
+    extra = {n: p.requires_grad_() for n, p in projections(what.losses, student.cfg, teacher.model.cfg).items()}
+    teacher.take(learned)
+    weight = float(batch.weights.sum())
+    what.backward(student, batch, what.said(teacher, batch), extra, weight)
+    found = {name: tensor.grad for name, tensor in learned.items()}
+
+    plain = leaves(Model.load(tiny_llama))
+    seen, theirs = view(student, batch), view(plain, batch)
+    own = torch.nn.functional.cross_entropy(theirs.final @ plain.head.T, batch.labels, reduction="sum") / weight
+    (0.5 * own + inside_loss(what.losses, seen, theirs, batch, [], extra)).backward()
+    for name, tensor in plain.weights.items():
+        assert tensor.grad is not None
+        assert torch.allclose(found[f"teacher/{name}"], tensor.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_both_are_trained_and_only_the_student_is_written(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    knobs = {"joint": 0.5, "loss": {"forward_kl": 1.0, "contrastive": 0.1}, "steps": 3, "batch_tokens": 256}
+    given = Context("out", tmp_path / "out", "", 5, {"sources": [str(text)]}, outputs={"model": tiny_llama},
+                    tell=lambda line: None)  # fmt: skip
+    output = build(Distill, {**knobs, "documents": 8}, "distill").run(open_checkpoint(tiny_llama), given)
+    names = set(open_checkpoint(tiny_llama).header.tensors)
+    assert set(open_checkpoint(output.path).header.tensors) == names
+    assert output.facts["losses"][0] > 0
+    problems = build(Distill, {**knobs, "cache": str(tmp_path)}, "distill").problems(open_checkpoint(tiny_llama).header)
+    assert any("joint: needs the teacher itself" in problem.what for problem in problems)
