@@ -40,14 +40,16 @@ def test_numbers_are_compared_as_numbers(first: str, second: str) -> None:
     assert same(second, first)
 
 
-@pytest.mark.parametrize(("first", "second"), [("72", "73"), ("1/0", "1"), ("yes", "no"), ("2", "-2"), ("", "0")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("72", "73"), ("1/0", "1"), ("yes", "no"), ("2", "-2"), ("", "0"), ("3 2 0", "3")]
+)
 def test_other_answers_differ(first: str, second: str) -> None:
     assert not same(first, second)
 
 
 def test_a_number_of_any_length_takes_no_time() -> None:
     assert number("9" * 10**6) == Fraction(int("9" * 40))
-    assert number("1e999999999") == 1
+    assert number("1e999999999") is None
     assert equations("1 " + "+ 1 " * 10**5 + "= 2")[1] <= 1
 
 
