@@ -4,7 +4,7 @@ arXiv 2501.12948, section 2.4).
     attempt 0   greedy
     attempt i   drawn at a temperature, after the first steps of the attempt before as far as they hold
 
-A problem is asked again until an attempt is right, at most `attempts` times; a problem without a right one is dropped.
+A problem is asked again until an attempt is right and scores enough, at most `attempts` times, or is dropped.
 What is kept is a line of `traces.jsonl` that any reader of training text takes:
 
     {"prompt", "completion", "score", "valid_steps", "written_steps", "attempt", "origin"}
@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     temperature: float  # of all attempts but the first
     limit: int  # tokens of an answer; one that is cut there is wrong
     seed: int
+    least: float = 0.0  # score; what is right by steps that are wrong is asked again too
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Teacher:
                 open_, self._write([problems[i] for i in open_], [beginnings[i] for i in open_], choose), strict=True
             ):
                 verdict = self.verifier.judge(problems[i], text) if ended else Verdict(False, 0, 0)
-                if verdict.right:
+                if verdict.right and verdict.score >= self.settings.least:
                     found[i] = _Try(text, verdict, attempt)
                 else:
                     beginnings[i] = self.verifier.sound(problems[i], text) if ended else ""

@@ -65,7 +65,8 @@ class Traces(Stage, frozen=True):
         knobs = {**self.model_dump(mode="json"), "code": code}
         Resumable.of(source, knobs, text, seed=context.seed, device=context.device).claim(context.out, work)
         verifier = verifier_of(name, function)
-        settings = Settings(self.attempts, self.temperature, self.limit, context.seed)
+        least = 0.0 if name == "none" else self.least
+        settings = Settings(self.attempts, self.temperature, self.limit, context.seed, least)
         model = Model.load(source, device=context.device)
         teacher = Teacher(model, load_tokenizer(source.path), verifier, settings)
         if function is None:
@@ -91,9 +92,8 @@ class Traces(Stage, frozen=True):
         samples = (sample for source in context.text.sources for sample in read_samples(source.path))
         return list(problems_of(samples, self.count, name == "answer"))
 
-    def _finish(self, lines: list[dict[str, Any]], asked: Sequence[Asked], work: Path, context: Context) -> Output:
-        """Write those of `lines` that score enough."""
-        kept = [line for line in lines if line["score"] >= self.least or self.verifier == "none"]
+    def _finish(self, kept: list[dict[str, Any]], asked: Sequence[Asked], work: Path, context: Context) -> Output:
+        """Write the traces."""
         told = f"{len(kept)} of {len(asked)} problems have a trace"
         if not kept:
             raise DscError(f"{context.name}: {told}", "ask a better teacher, more attempts, or set least lower")

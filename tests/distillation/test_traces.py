@@ -76,7 +76,7 @@ class Fake:
         self.calls: list[tuple[list[str], bool]] = []
 
     def generate(self, prompts: list[list[int]], limit: int, eos: Any, size: int, choose: Choose) -> list[list[int]]:
-        texts = [self.tokenizer.decode(ids, skip_special=True).strip() for ids in prompts]
+        texts = [self.tokenizer.decode(ids, skip_special=False).removeprefix("<bos>").strip() for ids in prompts]
         self.calls.append((texts, choose is greedy))
         said = self.said[len(self.calls) - 1]
         return [self.tokenizer.encode(said.get(text, "no")) for text in texts]
@@ -89,12 +89,12 @@ def test_wrong_ones_are_asked_again_from_where_they_held_or_dropped(tiny_v3: Pat
     half = f"<think> {' ; '.join(second.steps[:-1])} ;"
     begun = f"{second.prompt} {half}"
     said = [
-        {first.prompt: first.solution, second.prompt: second.solution.replace(second.steps[-1], "1 + 1 = 3")},
+        {first.prompt: first.solution, second.prompt: f"{half} 1 + 1 = 3 </think> {second.answer}"},
         {begun: f"{second.steps[-1]} </think> {second.answer}"},
         {},
     ]
     fake = Fake(tokenizer, said)
-    settings = Settings(3, 0.7, 200, 0)
+    settings = Settings(3, 0.7, 200, 0, least=0.99)  # a right answer by a wrong step is asked again too
     teacher = Teacher(fake, tokenizer, Builtin(), settings)  # type: ignore[arg-type]
     lines = write_traces(teacher, problems, tmp_path, silent)
     assert [line["prompt"] for line in lines] == [first.prompt, second.prompt]
