@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.compress.job import Job
-from deepseek_compress.models import Architecture
+from deepseek_compress.models import Architecture, ModelConfig
+from deepseek_compress.streaming import head
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.streaming.head import HeadInput, scores
 from deepseek_compress.streaming.hidden_store import HiddenStore
@@ -57,6 +58,12 @@ class Loss(NamedTuple):
         return f"## What it cost\n\n{note}\n\n{head}\n{row}{warning}\n"
 
 
+def cost(cfg: ModelConfig) -> int:
+    """Bytes that the head takes for each model: as it is stored, a part of it in float32, and a piece of the logits."""
+    size = cfg.vocab_size * cfg.hidden_size
+    return 4 * size + 2 * (4 * min(size, head.WEIGHTS) + 24 * head.LOGITS)
+
+
 def judged(samples: int, length: int) -> int:
     """How many of the `samples` of calibration text are judged."""
     return min(samples, max(1, JUDGED // length))
@@ -70,9 +77,9 @@ def measure(job: Job, tokens: Tensor, changed: HiddenStore, progress: Progress) 
     samples, length = tokens.shape
     starts = [length * sample * (2 if job.paired else 1) for sample in range(samples)]
     places = [start + position for start in starts for position in range(length - 1)]
-    head = job.source.read(job.architecture.head, None, job.architecture.device)
-    ours = _head(job.architecture, changed, places, head)
-    with _original(job, tokens, changed, places, head, progress) as theirs:
+    weight = job.source.read(job.architecture.head, None, job.architecture.device)
+    ours = _head(job.architecture, changed, places, weight)
+    with _original(job, tokens, changed, places, weight, progress) as theirs:
         found = scores([theirs, ours], tokens[:, 1:].flatten())
     kl, before, after = (float(values.mean()) for values in (found.kl[1], found.nll[0], found.nll[1]))
     return Loss(len(places), kl, math.exp(min(before, 700.0)), math.exp(min(after, 700.0)))
@@ -80,11 +87,11 @@ def measure(job: Job, tokens: Tensor, changed: HiddenStore, progress: Progress) 
 
 @contextmanager
 def _original(
-    job: Job, tokens: Tensor, changed: HiddenStore, places: list[int], head: Tensor, progress: Progress
+    job: Job, tokens: Tensor, changed: HiddenStore, places: list[int], weight: Tensor, progress: Progress
 ) -> Iterator[HeadInput]:
     """What enters the original's head at `places`."""
     if job.paired:
-        yield _head(job.architecture, changed, [place + tokens.shape[1] for place in places], head)
+        yield _head(job.architecture, changed, [place + tokens.shape[1] for place in places], weight)
         return
     folder = job.work / "original"
     folder.mkdir(exist_ok=True)
@@ -96,7 +103,7 @@ def _original(
         yield heads[0]
 
 
-def _head(architecture: Architecture, states: HiddenStore, places: list[int], head: Tensor) -> HeadInput:
+def _head(architecture: Architecture, states: HiddenStore, places: list[int], weight: Tensor) -> HeadInput:
     """The head's input from the last block's output, normed when it is read."""
     top = architecture.top()
 
@@ -105,4 +112,4 @@ def _head(architecture: Architecture, states: HiddenStore, places: list[int], he
         hidden = states.gather(places[start : start + count]).to(architecture.device)
         return architecture.final_hidden(top, hidden[None])[0]
 
-    return HeadInput(rows, head)
+    return HeadInput(rows, weight)

@@ -22,9 +22,9 @@ from torch import Tensor
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.compress import moved_scales, ranges, rotation, selection, summary
+from deepseek_compress.compress import loss, moved_scales, ranges, rotation, selection, summary
 from deepseek_compress.compress.convert import clean, convert
-from deepseek_compress.compress.forecast import expect
+from deepseek_compress.compress.forecast import TEXT, expect
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.overrides import Override, build_all, counted
 from deepseek_compress.compress.solver import LinearSolver
@@ -141,7 +141,8 @@ class Compress(Stage, frozen=True):
         before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
         looked = self._range_cost(architecture, samples, length)
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
-        alone = max(memory.alone, before.memory, looked.memory, turned)
+        told = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
+        alone = max(memory.alone, before.memory, looked.memory, turned, told)
         task = max(memory.task, turned if memory.task else 0)
         loads = max((part.loads for part in (self.weights, self.migration) if part), default=0)
         return Forecast(
