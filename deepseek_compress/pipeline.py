@@ -42,6 +42,7 @@ class Options:
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster
     gpu_memory: int | None = None  # bytes of a GPU
+    verifier: str | None = None  # FILE.py:FUNCTION, code of the user's for the stage `traces`
     quick: bool = False  # do not read large files a second time to verify them
 
 
@@ -97,6 +98,8 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe, paths.get("model"))
     problems += _memory_problems(forecasts, options.memory) + _gpu_problems(forecasts, options)
+    if options.verifier is not None and all(step.kind != "traces" for step in recipe.steps):
+        problems.append(DscError(f"--verifier: {recipe.name} has no stage traces", "leave it out"))
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
 
 
@@ -283,7 +286,16 @@ def _identity(state: _Run) -> dict[str, Any]:
         "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.named},
         "statistics": _manifest_hash(recipe.calibration.statistics),
         "versions": state.versions,
+        **_code(state.options),
     }
+
+
+def _code(options: Options) -> dict[str, Any]:
+    """Hash of the user's verifier, where there is one."""
+    if options.verifier is None:
+        return {}
+    file = Path(options.verifier.rpartition(":")[0])
+    return {"verifier": verified.hash_of(file) if file.is_file() else None}
 
 
 def _lasting(recipe: Recipe) -> dict[str, Any]:
@@ -377,6 +389,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         memory=options.memory,
         workers=options.workers,
         ray=options.ray,
+        verifier=options.verifier,
         outputs=dict(state.paths),
         progress=state.progress.update,
         tell=state.progress.tell,

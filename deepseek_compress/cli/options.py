@@ -60,6 +60,10 @@ Workers = Annotated[
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster that sees the same files.")
 ]
+Verifier = Annotated[
+    str | None,
+    typer.Option("--verifier", metavar="FILE.py:NAME", help="Code of yours that judges traces."),
+]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Do not read large files again to verify that they are what was written.")
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,13 +73,15 @@ def run(
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    verifier: o.Verifier = None,
     quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
-    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, gpu_memory, quick), json, flat=False)
+    given = replace(_options(device, memory, workers, ray, gpu_memory, quick), verifier=verifier)
+    paths = _pipeline(wanted, target, given, json, flat=False)
     show.outputs(target, paths, wanted, json)
 
 

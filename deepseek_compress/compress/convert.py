@@ -16,6 +16,7 @@ from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.compress import data_free
 from deepseek_compress.compress.ends import Ends
 from deepseek_compress.compress.job import Job
+from deepseek_compress.compress.loss import Loss, judged, measure
 from deepseek_compress.streaming.forward import run_block
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit, silent
 from deepseek_compress.workers import Pool
@@ -52,6 +53,7 @@ class Done(NamedTuple):
     blocks: list[Facts]  # {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}
     hashes: dict[str, str]  # BLAKE3 of the source's files that its manifest does not list
     tables: list[Facts]  # of embedding and head, where they change
+    loss: Loss | None = None  # where the job is judged
 
 
 @torch.no_grad()
@@ -73,6 +75,7 @@ def convert(
 @torch.no_grad()
 def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, progress: Progress = silent) -> Done:
     """`convert` with text: each block is run, and what comes of it goes to `writer`."""
+    plain, stream = tokens, Stream(job.architecture)
     if job.paired:
         tokens = tokens.repeat_interleave(2, dim=0)
     writer.in_sequence()
@@ -80,13 +83,17 @@ def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, prog
     visitor.keep(_around(job, before=True))
     ends = Ends(job, tokens, visitor.store)
     begin = ends.before()
-    loop = Loop((Stream(job.architecture),), tokens, job.work, paired=job.paired, last=ends.last)
+    loop = Loop((stream,), tokens, job.work, paired=job.paired, last=ends.last or job.judged)
     blocks = loop.run(visitor, progress, visitor.finished, begin)
     ends.after(loop)
     visitor.keep(_around(job, before=False))
+    loss = None
+    if job.judged:
+        with loop.output(stream) as changed:
+            loss = measure(job, plain[: judged(*plain.shape)], changed, progress)
     files = provenance.unhashed(job.source)
     hashes = {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)}
-    return Done(blocks, hashes, ends.facts)
+    return Done(blocks, hashes, ends.facts, loss)
 
 
 def clean(job: Job) -> None:

@@ -65,6 +65,7 @@ class Job:
     observing: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run
     tables: Mapping[str, WeightQuantizer] = field(default_factory=dict)  # embedding and head that change, see `tables`
+    judged: bool = False  # what it cost on the text is measured at the end
 
     @property
     def source(self) -> Checkpoint:

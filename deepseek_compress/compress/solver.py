@@ -46,6 +46,8 @@ class LinearSolver:
             masked = sparsity.prepare(statistics)
             values = [sparsity(weight, masked) for weight in values]
             del masked  # its factor is as large as the Hessian
+            if "cross_covariance" in sparsity.needs:  # made good already: a second correction would be one too many
+                statistics = statistics._replace(cross_covariance=None, residual_covariance=None, half=None)
         quantizers = [self.quantizer(block, linear, fallback) for linear, _ in group]
         prepared = {its: its.prepare(statistics) for its in dict.fromkeys(quantizers) if its is not None}
         decided = [its and its.decided(weight, prepared[its]) for weight, its in zip(values, quantizers, strict=True)]

@@ -57,6 +57,7 @@ class Objective:
     pairs: Sequence[Pair] = ()
     mixed: bool = False  # products in BF16
     checkpointing: bool = False
+    joint: float = 0.0  # share of the teacher's own loss on the text, where it is trained too
 
     @property
     def inside(self) -> bool:
@@ -87,9 +88,27 @@ class Objective:
                 inside = inside * (float(batch.weights.sum()) / weight)
                 loss += float(inside.detach())
                 ends.append((inside, None))
+            if self.joint:
+                loss += self._teachers_own(said, batch, weight, ends)
             ends = [end for end in ends if end[0].requires_grad]
             if ends:
                 torch.autograd.backward([end[0] for end in ends], [end[1] for end in ends])
+        return loss
+
+    def _teachers_own(self, said: Said, batch: Batch, weight: float, ends: list[tuple[Tensor, Tensor | None]]) -> float:
+        """The teacher's loss on the text; its gradient at the last hidden states joins `ends`."""
+        assert said.view is not None
+        assert said.head is not None
+        h = said.view.final.detach().requires_grad_()
+        loss = 0.0
+        for rows in pieces(len(h), self.vocabulary):
+            logits = functional.linear(h[rows], said.head)[:, : self.vocabulary].float()
+            labels = batch.labels[rows].to(logits.device)
+            each = functional.cross_entropy(logits, labels, reduction="none") * batch.weights[rows].to(logits.device)
+            part = self.joint * each.sum() / weight
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        ends.append((said.view.final, h.grad))
         return loss
 
     @torch.no_grad()

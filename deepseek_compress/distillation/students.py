@@ -12,6 +12,7 @@ from deepseek_compress.distillation import importance
 from deepseek_compress.distillation.documents import Batch, Document, batch_of, batches_by_length
 from deepseek_compress.distillation.features import Pair
 from deepseek_compress.distillation.shrink import Shrink, shrink, sizes
+from deepseek_compress.errors import DscError
 from deepseek_compress.models import ModelConfig
 from deepseek_compress.models.runtime import Model
 
@@ -80,3 +81,21 @@ def _shown(documents: Sequence[Document], by: str) -> list[Batch]:
 
 def _pairs(plan: Shrink) -> list[Pair]:
     return [Pair(new, old, plan.experts.get(old)) for new, old in enumerate(plan.layers)]
+
+
+def check_tokenizers(student: str, teacher: str, sizes: tuple[int, int]) -> None:
+    """`sizes`: vocabularies of teacher and student. Padded ones of equal tokenizers may differ."""
+    if student != teacher:
+        what = f"distill: teacher and student have other tokenizers (vocabularies of {sizes[0]} and {sizes[1]} tokens)"
+        raise DscError(what, "give a student with the teacher's tokenizer, or train it on text the teacher wrote")
+
+
+def is_linear(student: Model, name: str) -> bool:
+    """Whether `name` is the weight of a linear of a block."""
+    family, cfg = student.family, student.cfg
+    for layer in range(cfg.num_hidden_layers):
+        prefix = family.prefix(layer) + "."
+        if name.startswith(prefix):
+            local = name[len(prefix) :]
+            return any(local == linear.name + ".weight" for linear in family.linears(cfg, layer))
+    return False

@@ -1,4 +1,4 @@
-"""A whole model in memory: logits, hidden states, greedy generation with a cache. The runtime that evaluates."""
+"""A whole model in memory: logits, hidden states, generation with a cache. The runtime that evaluates."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from deepseek_compress.models.layers import causal_mask
 from deepseek_compress.models.weights import ResidentWeights, Weights
 from deepseek_compress.numerics.kv_cache import KvRounding
 
+Choose = Callable[[Tensor, Sequence[int]], Tensor]  # logits (B, vocabulary), whose rows -> next tokens, int64 (B,)
 COMPACT_BELOW = 0.75  # share of a batch still generating below which finished rows are dropped from the cache
 
 
@@ -132,7 +133,7 @@ class Model:
         max_new_tokens: int,
         eos: int | Collection[int] | None = None,
         batch_size: int = 256,
-        choose: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
+        choose: Choose | None = None,
         ended: Callable[[Sequence[int]], bool] = lambda ids: False,
     ) -> list[list[int]]:
         """Continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
@@ -141,6 +142,7 @@ class Model:
         `choose(logits (B, vocab), indices of the prompts)` gives the next tokens (B,), the likeliest by default;
         `ended` says after each token of a row whether what it wrote is enough.
         """
+        choose = choose or greedy
         ends = self.cfg.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         if not self.family.cached:
             return [self._without_cache(i, p, max_new_tokens, ends, choose, ended) for i, p in enumerate(prompts)]
@@ -159,14 +161,14 @@ class Model:
         prompt: Sequence[int],
         limit: int,
         ends: Collection[int],
-        choose: Callable[[Tensor, Sequence[int]], Tensor] | None,
+        choose: Choose,
         ended: Callable[[Sequence[int]], bool],
     ) -> list[int]:
         """One prompt, the whole text again for each token."""
         tokens, device = list(prompt), self.head.device
         while len(tokens) < len(prompt) + limit:
             logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)[:, -1]
-            following = int(greedy(logits) if choose is None else choose(logits, [index]))
+            following = int(choose(logits, [index]))
             if following in ends:
                 break
             tokens.append(following)
@@ -180,7 +182,7 @@ class Model:
         indices: Sequence[int],
         limit: int,
         ends: Collection[int],
-        choose: Callable[[Tensor, Sequence[int]], Tensor] | None,
+        choose: Choose,
         ended: Callable[[Sequence[int]], bool],
     ) -> list[list[int]]:
         """`indices`: what `choose` knows the prompts by."""
@@ -196,7 +198,7 @@ class Model:
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(limit):
             logits = self.forward(tokens, cache, left, last_only=True)[:, -1]
-            following = greedy(logits) if choose is None else choose(logits, [indices[row] for row in rows.tolist()])
+            following = choose(logits, [indices[row] for row in rows.tolist()])
             alive &= ~torch.isin(following, stop)
             for place, (row, token) in enumerate(zip(rows.tolist(), following.tolist(), strict=True)):
                 if alive[place]:
@@ -214,8 +216,8 @@ class Model:
         return out
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """(B, vocab) -> the likeliest token of each row. Raises DscError for logits that are NaN or infinite."""
+def greedy(logits: Tensor, rows: Sequence[int] = ()) -> Tensor:
+    """(B, vocab) -> the likeliest token of each row, whichever prompts they are of. Raises DscError for logits that are NaN or infinite."""
     check_finite("logits of the model", logits)
     return logits.argmax(-1)
 

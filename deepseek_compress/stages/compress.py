@@ -22,9 +22,9 @@ from torch import Tensor
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.compress import moved_scales, ranges, rotation, selection, summary, tables
+from deepseek_compress.compress import loss, moved_scales, ranges, rotation, selection, summary, tables
 from deepseek_compress.compress.convert import clean, convert
-from deepseek_compress.compress.forecast import expect
+from deepseek_compress.compress.forecast import TEXT, expect
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.overrides import Override, build_all, counted
 from deepseek_compress.compress.solver import LinearSolver
@@ -145,7 +145,8 @@ class Compress(Stage, frozen=True):
         before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
         looked = self._range_cost(architecture, samples, length)
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
-        alone = max(memory.alone, before.memory, looked.memory, turned)
+        told = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
+        alone = max(memory.alone, before.memory, looked.memory, turned, told)
         task = max(memory.task, turned if memory.task else 0)
         loads = max((part.loads for part in (self.weights, self.migration) if part), default=0)
         return Forecast(
@@ -192,12 +193,15 @@ class Compress(Stage, frozen=True):
             if job.solver.needs and tokens is not None:
                 writer.join()  # a shard a block
             corrected = summary.corrections(done.blocks)
+            corrected += done.loss.told() if done.loss else self._not_judged()
             context.tell_all(corrected)
             facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}
             facts |= {"tables": done.tables} if done.tables else {}
+            facts |= {"loss": done.loss._asdict()} if done.loss else {}
+            card = done.loss.card() if done.loss else ""
             summary.write(context.out, done.blocks)
             manifest = self._manifest(source, context, saved or text, facts, done.hashes)
-            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg))
+            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg), card)
         clean(job)
         context.tell_all(notes)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
@@ -227,7 +231,8 @@ class Compress(Stage, frozen=True):
     ) -> tuple[Job, list[str]]:
         """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
         statistics = saved and saved.statistics
-        job = Job(architecture, self._solver(architecture), work, None, self.mtp == "keep", statistics=statistics)
+        solver, judged = self._solver(architecture), self.sparsity is not None and tokens is not None
+        job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics, judged=judged)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
         job = replace(job, tables=tables.changed(job.architecture, self.embedding, self.head))
@@ -238,6 +243,11 @@ class Compress(Stage, frozen=True):
             return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
         scheme = InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None
         return replace(job, scheme=scheme), []
+
+    def _not_judged(self) -> list[str]:
+        """Say that nobody knows yet what the zeros cost."""
+        line = "no text was read, so what the zeros cost was not measured: dsc evaluate OUT --reference MODEL"
+        return [line] if self.sparsity is not None else []
 
     def _share(self, source: Checkpoint, tokens: Tensor | None, context: Context) -> tuple[Memory, int]:
         """What is needed, and how many workers that leaves room for."""
