@@ -325,7 +325,8 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     sources.begin(directory, state.progress.tell)
     before = verified.identities(directory)
     source = open_checkpoint(state.paths[step.source])
-    with machine.peak_memory() as peak, device.memory_errors(state.options.device):
+    here, tell = state.options.device, state.progress.tell
+    with machine.peak_memory() as peak, device.memory_errors(here), device.repeatable(here, tell):
         output = step.stage.run(source, _context(state, step, directory))
     sources.check(directory, before)
     write_sealed(directory / workspace.RUN, workspace.costs(began, peak[0], output.facts))

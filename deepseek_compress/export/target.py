@@ -28,6 +28,7 @@ class Job:
     manifest: Mapping[str, Any]
     tell: Callable[[str], None] = print
     texts: Callable[[int], Sequence[Sequence[int]]] = lambda count: ()  # calibration tokens to verify with
+    device: str = "cpu"  # of the runtime that a file is compared with
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ UNDERSTOOD = (
 )
 
 
-def open_target(target: str, threads: int = 0) -> Speaker:
-    """Load it. Raises `DscError` with what is understood."""
+def open_target(target: str, threads: int = 0, device: str = "cpu") -> Speaker:
+    """Load it; a checkpoint to `device`. Raises `DscError` with what is understood."""
     if target.startswith(("http://", "https://")):
         from deepseek_compress.generation.backends.server import Server
 
@@ -50,7 +50,7 @@ def open_target(target: str, threads: int = 0) -> Speaker:
         from deepseek_compress.generation.backends.runtime import RuntimeBackend
 
         tokenizer = _tokenizer(folder)
-        return Local(RuntimeBackend(folder), tokenizer)
+        return Local(RuntimeBackend(folder, device=device), tokenizer)
     raise DscError(f"{target}: nothing here that answers", UNDERSTOOD)
 
 

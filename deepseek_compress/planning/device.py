@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from deepseek_compress.errors import DscError
 
 CPU = "cpu"
+_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 def choose(name: str) -> str:
@@ -47,6 +50,11 @@ def told(device: str) -> str:
     return f"device {device}: {torch.cuda.get_device_name(device)}"
 
 
+def synchronize(device: torch.device | str) -> None:
+    """Wait for all that was asked of `device`: before a clock is read."""
+    torch.get_device_module(torch.device(device)).synchronize()
+
+
 @contextmanager
 def memory_errors(device: str) -> Iterator[None]:
     """Turn the end of a GPU's memory into the user's error; what was finished before stays."""
@@ -56,3 +64,34 @@ def memory_errors(device: str) -> Iterator[None]:
         what = f"{device}: its memory ran out ({str(error).splitlines()[0][:120]})"
         fix = "free memory on it, or use --device cpu in another output directory; the same command resumes"
         raise DscError(what, fix) from None
+
+
+@contextmanager
+def repeatable(device: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a GPU computes the same bits each time, where torch knows how; tell the operators where it does not.
+
+    A CPU does so anyway, with the same number of threads.
+    """
+    if not device.startswith("cuda"):
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    found: dict[str, None] = {}
+    for each in caught:
+        if match := _NOT_DETERMINISTIC.search(str(each.message)):
+            found[match[1]] = None
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    if found:
+        tell(f"not the same bits each time on {device}: torch has no deterministic {', '.join(found)}")

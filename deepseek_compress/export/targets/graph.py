@@ -76,7 +76,7 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
 
         vocabulary = Architecture.of(source).cfg.vocab_size
         prompts = job.texts(self.samples) or random_prompts(vocabulary, (7, 32))
-        found = verify(path, source, prompts, dtype=self.dtype())
+        found = verify(path, source, prompts, dtype=self.dtype(), device=job.device)
         job.tell(f"{path.name} in onnxruntime: {found}")
         if not found.holds:
             fix = "report it with the model's configuration; `--set verify=false` writes the file all the same"
