@@ -92,7 +92,8 @@ class Accumulator:
 
     def statistics(self, name: str) -> Statistics:
         """The sums so far of the input of the linear `name`. `DscError` where they are not finite."""
-        failed = [batch for batch, mark in enumerate(self._marks, 1) if not bool(mark.isfinite())]
+        finite = torch.stack(self._marks).isfinite().tolist() if self._marks else []
+        failed = [batch for batch, good in enumerate(finite, 1) if not good]
         if failed:
             what = f"{name}: NaN, infinite or too large inputs from batch {failed[0]} of {len(self._marks)} on"
             raise DscError(what, "check the model for weights that are far too large, and the calibration text")

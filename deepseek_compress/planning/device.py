@@ -13,6 +13,7 @@ import torch
 from deepseek_compress.errors import DscError
 
 CPU = "cpu"
+ELSEWHERE = 8 << 30  # bytes of a device that torch does not tell about
 _NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
@@ -41,6 +42,21 @@ def _missing() -> str:
 def memory(device: str) -> int | None:
     """Bytes of free memory on a GPU; None on the CPU."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else None
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process may use of a device: all of a GPU's, but for `--gpu-memory`."""
+    if device.type != "cuda":
+        return ELSEWHERE
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
+
+
+def bound_memory(device: str, limit: int | None) -> None:
+    """Use no more than `limit` bytes of a GPU."""
+    if limit is not None and device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
 def told(device: str) -> str:

@@ -19,8 +19,8 @@ from deepseek_compress.registry import build
 from deepseek_compress.stages import load
 from deepseek_compress.stages.base import Context
 from tests.models.conftest import tiny_v4, tiny_v32
-from tests.strict_device import SYNCHRONIZED, strict_device
 from tests.streaming.test_device import FAMILIES, both, contents, context
+from tests.strict_device import SYNCHRONIZED, strict_device
 
 __all__ = ["tiny_v4", "tiny_v32"]
 
@@ -97,7 +97,7 @@ def test_a_training_resumes_on_its_device(
 
 
 def test_a_step_waits_a_stated_number_of_times(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
-    """Of a step: is the loss finite, what was it. The rest of a training waits as often, however many steps there are."""
+    """What was the loss of a part, is there a weight at all; all else a training waits for does not grow with steps."""
     waits = {}
     for steps in (2, 6):
         stage = build(load("distill"), {**SHORT, "steps": steps, "validation": 0, "documents": 12}, "distill")
