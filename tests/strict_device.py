@@ -93,6 +93,8 @@ def _run(func: Any, args: Any, kwargs: Any, counts: Counter[str]) -> Any:
         raise RuntimeError(f"{name}: tensors on {NAME}:0 and on the CPU, the latter of shapes {shapes}")
     if name == "aten::_to_copy" and target is not None and (onto != bool(strict)):
         counts["copies"] += 1
+    if name == "aten::copy_" and strict and any(x.dim() for x in plain):
+        counts["copies"] += 1
     inner = [x.inner if isinstance(x, StrictTensor) else x for x in flat]
     inner = [torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x for x in inner]
     own_args, own_kwargs = pytree.tree_unflatten(inner, spec)

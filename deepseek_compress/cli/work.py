@@ -52,7 +52,9 @@ def plan(
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray, gpu_memory))
     given = o.typed(context, "recipe", "measure", "json")
-    show.plan(found, rates(measure), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}")
+    show.plan(
+        found, rates(measure, found.options.device), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}"
+    )
     if found.problems:
         raise typer.Exit(1)
 

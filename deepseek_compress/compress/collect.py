@@ -36,10 +36,9 @@ class Accumulator:
         if split is None:
             parts: list[tuple[Tensor, ...]] = [(x,)]
         else:
-            theirs = rows(split.original, x)
-            partners = rows(split.partners, x)
-            stream = () if split.stream is None else (split.stream[partners] - split.stream[~theirs],)
-            parts = [(x[~theirs], x[partners] - x[~theirs], *stream)]
+            mine, partners = (rows(chosen, split, x) for chosen in (split.ours, split.partners))
+            stream = () if split.stream is None else (split.stream[partners] - split.stream[mine],)
+            parts = [(x[mine], x[partners] - x[mine], *stream)]
         for part in parts:
             flat = [tensor.reshape(-1, tensor.shape[-1]).float() for tensor in part]
             if self._half is not None:

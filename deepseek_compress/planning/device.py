@@ -52,6 +52,16 @@ def memory_limit(device: torch.device) -> int:
     return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes of tensors on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def key(device: str) -> str:
+    """The kind of a device, for what was measured on it: two GPUs of one name are alike."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def bound_memory(device: str, limit: int | None) -> None:
     """Use no more than `limit` bytes of a GPU."""
     if limit is not None and device.startswith("cuda"):
@@ -78,7 +88,7 @@ def memory_errors(device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         what = f"{device}: its memory ran out ({str(error).splitlines()[0][:120]})"
-        fix = "free memory on it, or use --device cpu in another output directory; the same command resumes"
+        fix = "free memory on it, or give less text or --gpu-memory; the same command resumes"
         raise DscError(what, fix) from None
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from deepseek_compress.models.config import Linear
 from deepseek_compress.models.moe import Routing, by_expert, run_expert
-from deepseek_compress.planning.device import memory_limit
+from deepseek_compress.planning.device import memory_in_use, memory_limit
 from deepseek_compress.streaming.block_run import BlockRun, Part, Run, Watch
 from deepseek_compress.streaming.experts import ROWS, coverage
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.streaming.paired_forward import Split, alongside, pairs_first
 
-SHARE = 0.25  # of the device's memory for the experts that are solved together
+SHARE = 0.25  # of the device's memory for the experts that are solved together, and half of what is free at most
 MOST = 16
 HESSIANS, COPIES = 3, 6  # of the widest input, and of the weights in float32, while an expert is solved
 
@@ -116,4 +116,6 @@ def together(run: Run, block: BlockRun) -> int:
     linears = [linear for linear in block.block.linears if linear.expert == 0]
     widest = max(linear.columns for linear in linears)
     each = 4 * (HESSIANS * widest**2 + COPIES * sum(linear.rows * linear.columns for linear in linears))
-    return max(1, min(MOST, int(SHARE * memory_limit(run.architecture.device)) // each))
+    limit = memory_limit(run.architecture.device)
+    spare = limit - memory_in_use(run.architecture.device)
+    return max(1, min(MOST, int(min(SHARE * limit, spare / 2)) // each))

@@ -26,10 +26,10 @@ from torch import Tensor
 from deepseek_compress.checkpoint.files import blocks, remove, sync_directory
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
+from deepseek_compress.planning.costs import STATES
 from deepseek_compress.planning.device import memory_limit
 
 HELD = 128 << 20  # bytes
-SHARE = 0.25  # of a device's memory
 SEAL = 32  # bytes of a hash
 _AGAIN = "remove the output and start again"
 
@@ -209,7 +209,7 @@ def room(device: torch.device) -> int:
     """Bytes that stores may still take of a device: a share of its memory; all that is needed, of the host's."""
     if device.type == "cpu":
         return -1
-    return int(SHARE * memory_limit(device)) - _taken[device]
+    return int(STATES * memory_limit(device)) - _taken[device]
 
 
 _taken: Counter[torch.device] = Counter()  # bytes of each device that stores hold
