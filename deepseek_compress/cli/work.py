@@ -303,7 +303,10 @@ def _options(
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory), quick)
+    chosen = "cpu" if ray is not None and device == "auto" else choose(device)
+    if ray is not None and chosen != "cpu":
+        raise DscError(f"--ray and --device {device} together: a cluster's tasks compute on CPUs", "give one of them")
+    return Options(chosen, o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory, "--gpu-memory"), quick)
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from deepseek_compress.errors import DscError
 
 CPU = "cpu"
 ELSEWHERE = 8 << 30  # bytes of a device that torch does not tell about
-_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
+_NOT_DETERMINISTIC = re.compile(r"(.+?) does not have a deterministic implementation")
 
 
 def choose(name: str) -> str:
@@ -78,7 +78,7 @@ def told(device: str) -> str:
 
 def synchronize(device: torch.device | str) -> None:
     """Wait for all that was asked of `device`: before a clock is read."""
-    torch.get_device_module(torch.device(device)).synchronize()
+    torch.get_device_module(torch.device(device)).synchronize(torch.device(device))
 
 
 @contextmanager

@@ -111,6 +111,12 @@ def test_a_recipe_that_runs_out_of_memory_resumes(
     assert written(tmp_path / "cut") == written(tmp_path / "whole")
 
 
+def test_a_size_that_is_none(dsc: Dsc, tiny_llama: Path) -> None:
+    done = dsc("quantize", tiny_llama, "-o", "out", "--gpu-memory", "much")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: --gpu-memory 'much' is no size; write for instance --gpu-memory 8GiB")
+
+
 @pytest.mark.parametrize(
     ("asked", "what"),
     [("cuda", "--device cuda: "), ("cuda:3", "--device cuda:3: "), ("tpu", "--device tpu: unknown device")],
