@@ -123,6 +123,7 @@ def run(
         workspace.agree(out, _identity(state), state.progress.tell)
         if options.quick:
             state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
+        device.bound_memory(options.device, options.gpu_memory)
         if options.device != device.CPU:
             state.progress.tell(device.told(options.device))
         for number, step in enumerate(recipe.steps, start=1):
@@ -220,11 +221,13 @@ def _gpu_problems(forecasts: Mapping[str, Forecast], options: Options) -> list[D
         return []
     limit = min(free, options.gpu_memory or free)
     needs = {name: its.memory.on_device() for name, its in forecasts.items() if its.memory}
+
+    def fix(need: int) -> str:
+        more = f"give --gpu-memory {_gib(need)}" if need <= free else f"free {size(need - free)} of it, or take another"
+        return f"{more}, or use --device cpu"
+
     return [
-        DscError(
-            f"{name}: needs {size(need)} of {options.device}, which has {size(limit)} for it",
-            "use --device cpu, or a GPU with more memory",
-        )
+        DscError(f"{name}: needs {size(need)} of {options.device}, which has {size(limit)} for it", fix(need))
         for name, need in needs.items()
         if need > limit
     ]
@@ -337,7 +340,8 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     sources.begin(directory, state.progress.tell)
     before = verified.identities(directory)
     source = open_checkpoint(state.paths[step.source])
-    with machine.peak_memory() as peak, device.memory_errors(state.options.device):
+    here, tell = state.options.device, state.progress.tell
+    with machine.peak_memory() as peak, device.memory_errors(here), device.repeatable(here, tell):
         output = step.stage.run(source, _context(state, step, directory))
     sources.check(directory, before)
     write_sealed(directory / workspace.RUN, workspace.costs(began, peak[0], output.facts))

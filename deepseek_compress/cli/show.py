@@ -14,7 +14,7 @@ from deepseek_compress.recipe import Recipe
 
 if TYPE_CHECKING:
     from deepseek_compress.pipeline import Plan
-    from deepseek_compress.planning.costs import Rates
+    from deepseek_compress.planning.costs import Memory, Rates
 
 
 def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> None:
@@ -52,17 +52,21 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
         for row, number in zip(rows, numbers.values(), strict=True)
     )
     console.table("", columns, cells, right=columns[4:])
+    needs = [row["device_memory"] for row in rows if row["device_memory"]]
+    if needs:
+        console.line(f"{found.options.device}: {console.size(max(needs))} of its memory")
     if found.problems:
         console.errors(Problems(found.problems))
         return
     if rates is None:
-        console.line("time unknown: this machine was not measured yet (--measure, 10 s)", "quiet")
+        what = "this machine" if found.options.device == "cpu" else found.options.device
+        console.line(f"time unknown: {what} was not measured yet (--measure, 10 s)", "quiet")
     console.next_step(following)
 
 
 def _planned(found: Plan, name: str, kind: str, source: str, rates: Rates | None) -> dict[str, Any]:
     forecast, options = found.forecasts.get(name), found.options
-    workers = forecast.workers(options.workers, options.memory) if forecast else 1
+    workers = forecast.workers(options.workers, options.memory) if forecast and options.device == "cpu" else 1
     return {
         "name": name,
         "kind": kind,
@@ -70,9 +74,15 @@ def _planned(found: Plan, name: str, kind: str, source: str, rates: Rates | None
         "tensors": forecast.tensors if forecast else None,
         "bytes": forecast.bytes if forecast else None,
         "memory": forecast.peak(workers) if forecast else None,
+        "device": options.device,
+        "device_memory": _on_device(forecast.memory) if forecast and options.device != "cpu" else None,
         "workers": workers,
         "seconds": forecast.seconds(rates, workers) if forecast and rates else None,
     }
+
+
+def _on_device(memory: Memory | None) -> int | None:
+    return None if memory is None else memory.on_device()
 
 
 def _size(count: int | None) -> str | None:

@@ -30,6 +30,7 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest tok
 Threads = Annotated[
     int, typer.Option("--threads", min=0, help="Of onnxruntime or llama.cpp.", show_default="one a core")
 ]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Of a checkpoint: auto, cpu, cuda or cuda:N.")]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A first message to the model.")]
 
 
@@ -48,12 +49,13 @@ def generate(
     greedy: Greedy = False,
     seed: o.Seed = None,
     threads: Threads = 0,
+    device: Device = "auto",
     quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Answer one prompt: text on standard output, statistics on standard error."""
     text = _prompt(prompt, file)
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick)
+    speaker, sampling = _open(target, threads, device, temperature, top_p, top_k, greedy, seed, quick)
     if not json:
         _tell(speaker, sampling)
     messages = [*_system(system), {"role": "user", "content": text}]
@@ -82,10 +84,11 @@ def chat(
     greedy: Greedy = False,
     seed: o.Seed = None,
     threads: Threads = 0,
+    device: Device = "auto",
     quick: o.Quick = False,
 ) -> None:
     """Talk with a model: a line is a message, Ctrl-C stops an answer, Ctrl-D ends."""
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, quick)
+    speaker, sampling = _open(target, threads, device, temperature, top_p, top_k, greedy, seed, quick)
     if not speaker.has_chat:
         raise DscError(f"{target}: has no chat template", f"use dsc generate {quote(target)} --prompt TEXT")
     speaker.prepare()
@@ -171,6 +174,7 @@ def _prompt(text: str | None, file: Path | None) -> str:
 def _open(
     target: str,
     threads: int,
+    device: str,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -181,12 +185,13 @@ def _open(
     """What answers, and how it chooses: the model's own settings, changed by what was given."""
     from deepseek_compress.generation.sampling import Sampling
     from deepseek_compress.generation.targets import open_target
+    from deepseek_compress.planning.device import choose
     from deepseek_compress.registry import build
 
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     given = {key: value for key, value in given.items() if value is not None}
     build(Sampling, given, "sampling")  # before a model is loaded
-    speaker = open_target(target, threads, quick)
+    speaker = open_target(target, threads, choose(device), quick)
     own = (
         {"temperature": 1.0, **given} if {"top_p", "top_k"} & set(given) and not speaker.defaults.temperature else given
     )

@@ -52,7 +52,9 @@ def plan(
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray, gpu_memory))
     given = o.typed(context, "recipe", "measure", "json")
-    show.plan(found, rates(measure), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}")
+    show.plan(
+        found, rates(measure, found.options.device), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}"
+    )
     if found.problems:
         raise typer.Exit(1)
 
@@ -305,7 +307,10 @@ def _options(
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory), quick)
+    chosen = "cpu" if ray is not None and device == "auto" else choose(device)
+    if ray is not None and chosen != "cpu":
+        raise DscError(f"--ray and --device {device} together: a cluster's tasks compute on CPUs", "give one of them")
+    return Options(chosen, o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory, "--gpu-memory"), quick=quick)
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

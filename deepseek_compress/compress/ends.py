@@ -82,7 +82,7 @@ class Ends:
             ids, split = batches.ids(batch), batches.split(batch)
             states = tables.embedded(architecture, table, ids)
             if split is not None and original is not None:
-                states[split.original] = architecture.embed(original, ids[split.original])
+                states[split.theirs] = architecture.embed(original, ids[split.theirs])
             batches.write(store, batch, states)
 
     def _collect(self, loop: Loop) -> Statistics:

@@ -91,7 +91,7 @@ def decisions(architecture: Architecture, embedding: Embedding | None, head: Hea
     return lines
 
 
-def solved(rounding: Rtn, weights: WeightQuantizer | None) -> Gptq | None:
+def solved(rounding: WeightQuantizer, weights: WeightQuantizer | None) -> Gptq | None:
     """How a head is solved from its Hessian: as the recipe's `weights`, with its own grid; None: rounded to nearest."""
     if not isinstance(weights, Gptq):
         return None
@@ -140,8 +140,10 @@ def embedded(architecture: Architecture, table: Quantized, tokens: Tensor) -> Te
 def _by_rows(table: Tensor, solve: Callable[[Tensor], Quantized]) -> Quantized:
     step = max(1, PIECE // table.shape[1])
     found = [solve(table[start : start + step].float()) for start in range(0, len(table), step)]
-    parts = (torch.cat([getattr(part, key) for part in found]) for key in ("codes", "scale", "zero_point"))
-    return Quantized(*parts, found[0].num_bits, found[0].symmetric)
+    codes, scales = torch.cat([part.codes for part in found]), torch.cat([part.scale for part in found])
+    return Quantized(
+        codes, scales, torch.cat([part.zero_point for part in found]), found[0].num_bits, found[0].symmetric
+    )
 
 
 def kept_type(source: Checkpoint, name: str) -> torch.dtype | None:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
 
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint.files import disk_errors, kept, read_sealed, sync_directory, write_sealed
@@ -173,12 +174,15 @@ class Shard:
 class CachedTeacher:
     """A teacher that is not there: its words from a finished recording."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open and check every shard against the index. Raises DscError for what is damaged."""
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        """Open and check every shard against the index. Raises DscError for what is damaged.
+
+        `device`: where what it says is needed.
+        """
         if not is_cache(folder):
             fix = "run the recording to its end" if (folder / RECORDING).is_file() else "give a directory of dsc"
             raise DscError(f"{folder}: no finished recording of a teacher", fix)
-        self.folder, self.index = folder, read_index(folder)
+        self.folder, self.index, self.device = folder, read_index(folder), device
         self.form, self.vocabulary = str(self.index["form"]), int(self.index["vocabulary"])
         self.temperature = float(self.index["temperature"])
         raise_problems(problem for facts in self.index["shards"] for problem in _damage(folder, facts))
@@ -193,19 +197,21 @@ class CachedTeacher:
         """The words at the positions of a batch of these documents."""
         if hidden or routers:
             raise DscError(f"{self.folder}: has no hidden states", "leave the losses hidden_states and router out")
-        log_probs = torch.from_numpy(self._gather("log_probs", batch.numbers)).float()
+        log_probs = self._gather("log_probs", batch.numbers).float()
         if self.form == "exact":
             return Said(lambda rows: Target(log_probs[rows].log_softmax(-1)))
-        ids = torch.from_numpy(self._gather("ids", batch.numbers).astype(np.int64))
+        ids = self._gather("ids", batch.numbers).long()
         if self.vocabulary > 1 << 16:
-            ids += torch.from_numpy(self._gather("high", batch.numbers).astype(np.int64)) << 16
+            ids += self._gather("high", batch.numbers).long() << 16
         if self.form == "top_k":
             return Said(lambda rows: Target(log_probs[rows], ids[rows]))
-        certain = torch.from_numpy(self._gather("certain", batch.numbers).astype(np.int64))
+        certain = self._gather("certain", batch.numbers).long()
         return Said(lambda rows: Target(log_probs[rows], ids[rows], certain[rows]))
 
-    def _gather(self, name: str, numbers: Iterable[int]) -> NDArray[Any]:
-        return np.concatenate([shard.rows(name, place) for shard, place in (self._places[n] for n in numbers)])
+    def _gather(self, name: str, numbers: Iterable[int]) -> Tensor:
+        rows = np.concatenate([shard.rows(name, place) for shard, place in (self._places[n] for n in numbers)])
+        wide = rows.astype(np.int32) if rows.dtype == np.uint16 else rows  # torch computes little with uint16
+        return torch.from_numpy(wide).to(self.device)
 
 
 def _damage(folder: Path, facts: Mapping[str, Any]) -> Iterable[DscError]:

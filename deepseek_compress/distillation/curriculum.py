@@ -38,10 +38,10 @@ def teacher_loss(model: Model, documents: Sequence[Document]) -> list[float]:
         final = view(model, batch).final
         losses = [
             functional.cross_entropy(functional.linear(h, model.head).float(), labels.to(h.device), reduction="none")
-            for h, labels in zip(final.split(POSITIONS), batch.labels.split(POSITIONS), strict=True)
+            for h, labels in zip(torch.split(final, POSITIONS), torch.split(batch.labels, POSITIONS), strict=True)
         ]
-        each = (torch.cat(losses).cpu() * batch.weights).split(batch.sizes)
-        counts = batch.weights.split(batch.sizes)
+        each = torch.split(torch.cat(losses).cpu() * batch.weights, batch.sizes)
+        counts = torch.split(batch.weights, batch.sizes)
         for number, loss, count in zip(group, each, counts, strict=True):
             found[number] = float(loss.sum() / count.sum().clamp(min=1))
     return found

@@ -118,10 +118,10 @@ def _joined(*parts: str) -> str:
 
 def _line(asked: Asked, done: _Try) -> dict[str, Any]:
     verdict = done.verdict
-    asking = {"prompt": asked.question} if len(asked.messages) == 1 else {"messages": [*asked.messages]}
-    if "messages" in asking:
-        asking["messages"] = [*asked.messages, {"role": "assistant", "content": done.text.strip()}]
+    written, asking = done.text.strip(), dict[str, Any]()
+    if len(asked.messages) == 1:
+        asking |= {"prompt": asked.question, "completion": written}
     else:
-        asking["completion"] = done.text.strip()
+        asking["messages"] = [*asked.messages, {"role": "assistant", "content": written}]
     steps = {"valid_steps": verdict.valid, "written_steps": verdict.written}
     return {**asking, "score": round(verdict.score, 4), **steps, "attempt": done.attempt, "origin": asked.origin}

@@ -40,6 +40,7 @@ from deepseek_compress.models import Role
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics import pattern
+from deepseek_compress.planning.device import synchronize
 from deepseek_compress.streaming.loop import Progress, silent
 
 WARM_UP = 10  # steps until the learning rate is reached
@@ -121,6 +122,10 @@ class Trainer:
         self._lengths = [len(document.ids) for document in documents]
         self._trained_on = len(documents) - schedule.held_back
 
+    @property
+    def _device(self) -> torch.device:
+        return self.student.head.device
+
     def over(self, steps: int) -> None:
         """Train for `steps` steps."""
         self.schedule = self.schedule._replace(steps=steps)
@@ -135,8 +140,10 @@ class Trainer:
         before = {name: tensor.clone() for name, tensor in self.student.weights.items()}
         schedule = self.schedule
         self.schedule = schedule._replace(steps=steps, held_back=0)
+        synchronize(self._device)
         began = time.monotonic()
         self.run(silent)
+        synchronize(self._device)
         seconds = (time.monotonic() - began) / steps
         self.schedule = schedule
         for name, tensor in before.items():
@@ -194,6 +201,7 @@ class Trainer:
         first, parts = self._trained_on, []
         for group in batches_by_length(self._lengths[first:], self.schedule.batch_tokens):
             batch = batch_of(self.documents, [first + index for index in group], self.schedule.prompt_weight)
+            batch = batch.to(self._device)
             said = self.objective.said(self.teacher, batch)
             parts.append(self.objective.measure(model, batch, said, projections or self._projections))
         loss, weight, kl, surprise, right, positions = (sum(values) for values in zip(*parts, strict=True))
@@ -231,7 +239,7 @@ class Trainer:
         if isinstance(self.teacher, JointTeacher):
             self.teacher.take(state.projections)
         loss = 0.0
-        for part in parts:
+        for part in (part.to(self._device) for part in parts):
             said = self.objective.said(self.teacher, part)
             loss += self.objective.backward(self.learner(state), part, said, state.projections, weight)
         if not math.isfinite(loss):
@@ -257,7 +265,7 @@ class Trainer:
         groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         if not chosen(schedule.on_policy, schedule.seed, state.step):
             return [batch_of(self.documents, group, schedule.prompt_weight) for group in groups]
-        student, made = self.learner(state), []
+        student, made = self.learner(state), list[Batch]()
         for group in groups:
             given = [self.documents[number] for number in group]
             own = own_text(student, given, (schedule.seed * 1_000_003 + state.step) * 101 + len(made))

@@ -50,7 +50,8 @@ def view(
     model: Model, batch: Batch, *, hidden: bool = False, routers: bool = False, checkpointing: bool = False
 ) -> View:
     """Run `model` over `batch`; with `checkpointing` only the inputs of blocks are kept for the way back."""
-    tokens = batch.tokens[:, :-1].to(model.head.device)
+    batch = batch.to(model.head.device)
+    tokens = batch.tokens[:, :-1]
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     seen: dict[int, Tensor] = {}
     states: list[Tensor] = []

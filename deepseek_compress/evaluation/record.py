@@ -228,7 +228,7 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
         gc.collect()
     if run.settings.efficiency and not run.settings.deployed:  # else all are timed in turns
         run.step(f"{name}: speed and memory", 0.9)
-        row["metrics"] |= efficiency.speed_and_memory(checkpoint.path)
+        row["metrics"] |= efficiency.speed_and_memory(checkpoint.path, run.settings.limits.device)
     return row
 
 

@@ -31,6 +31,7 @@ class Job:
     memory: int | None = None  # bytes that a check may take; None: what the machine has
     workers: int | None = None  # processes; None: as many as serve
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
+    device: str = "cpu"  # of the runtime that a file is compared with
 
 
 @dataclass(frozen=True)

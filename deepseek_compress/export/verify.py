@@ -34,6 +34,7 @@ from deepseek_compress.export.onnx import hidden_name, rounded_to_8
 from deepseek_compress.export.rounding import in_blocks, rounded_rows, without_rounding
 from deepseek_compress.generation.backends.graph import GraphModel, Ints
 from deepseek_compress.generation.backends.onnx import OnnxRunner
+from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import QuantizedInputs
@@ -114,12 +115,12 @@ class Rounded(Model):
     """The runtime with the tables of a file, and with the inputs that it rounds; none are without `inputs`."""
 
     def __init__(self, model: Model, tables: Tables, inputs: Mapping[str, Any] | None) -> None:
-        weights = dict(model.weights)
+        weights, device = dict(model.weights), model.head.device
         if tables.embedding is not None:
             name = model.cfg.names.embedding
-            weights[name] = tables.embedding(weights[name])
+            weights[name] = tables.embedding(weights[name]).to(device)
         super().__init__(model.family, model.cfg, weights)
-        self.rounded_head = model.head if tables.head is None else tables.head(model.head)
+        self.rounded_head = model.head if tables.head is None else tables.head(model.head).to(device)
         self.rounds_head = (inputs or {}).get(modules(model.cfg)[1])
         self.int8 = model.int8 and inputs is not None
         for layer, block in enumerate(model.blocks):
@@ -146,12 +147,13 @@ def verify(
     model: Model | None = None,
     dtype: str = "float32",
     decoded: int = DECODED,
+    device: str = "cpu",
 ) -> Agreement:
     """Prefill `prompts` as one batch, padded at the left, then decode the runtime's greedy tokens in all of them.
 
-    `dtype` is the float type of the graph; `model`: of `source`, where it is loaded already.
+    `dtype` is the float type of the graph; `model`: of `source`, where it is loaded already, else on `device`.
     """
-    model = model or Model.load(source)
+    model = model or Model.load(source, device=device)
     graph = onnx.load(str(path), load_external_data=False)
     plain = without_rounding(graph)
     blocks, tables = in_blocks(graph), tables_of(graph, source, model.cfg)
@@ -198,13 +200,12 @@ def tables_of(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> T
 def _generate(model: Model, prompts: Sequence[Sequence[int]], decoded: int) -> tuple[list[Call], list[Floats]]:
     """The calls: the prompts, then a greedy token each; and the model's logits after each call."""
     tokens, mask = left_padded(prompts)
-    padding = torch.from_numpy((mask == 0).sum(1))
-    cache = model.cache(tokens.shape[1] + decoded)
+    cache, padding = model.cache(tokens.shape[1] + decoded), _padding(mask)
     calls, logits = [], []
     for _ in range(decoded + 1):
         calls.append((tokens, mask))
         with torch.no_grad():
-            logits.append(model.forward(torch.from_numpy(tokens), cache, padding).numpy())
+            logits.append(_logits(model, tokens, cache, padding))
         tokens = logits[-1][:, -1].argmax(-1)[:, None].astype(np.int64)
         mask = np.ones_like(tokens)
     return calls, logits
@@ -219,10 +220,21 @@ def _replay(model: OnnxModel, calls: Sequence[Call]) -> tuple[list[Floats], list
 
 def _runtime(model: Model, calls: Sequence[Call], like: Sequence[Floats]) -> list[Floats]:
     cache = model.cache(sum(tokens.shape[1] for tokens, _ in calls))
-    padding = torch.from_numpy((calls[0][1] == 0).sum(1))
+    padding = _padding(calls[0][1])
     with torch.no_grad():
-        every = [model.forward(torch.from_numpy(tokens), cache, padding).numpy() for tokens, _ in calls]
+        every = [_logits(model, tokens, cache, padding) for tokens, _ in calls]
     return [logits[:, -got.shape[1] :] for logits, got in zip(every, like, strict=True)]
+
+
+def _logits(model: Model, tokens: Ints, cache: KvCache, padding: Tensor) -> Floats:
+    device = model.head.device
+    found: Floats = model.forward(torch.from_numpy(tokens).to(device), cache, padding.to(device)).cpu().numpy()
+    return found
+
+
+def _padding(mask: Ints) -> Tensor:
+    """Padded places of each row."""
+    return torch.from_numpy((mask == 0).sum(1))
 
 
 def clear_tokens(want: Sequence[Floats], have: Sequence[Floats], bound: float) -> tuple[int, int]:
@@ -267,12 +279,14 @@ def _differs(graph: onnx.ModelProto, path: Path, exact: Model, model: Model, cal
     runner = OnnxRunner(copy.SerializeToString(), torch.get_num_threads(), path.parent)
     feed = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
     files = runner.session.run(names, {**feed, **runner.empty(len(tokens))})
-    padding, real = torch.from_numpy((mask == 0).sum(1)), mask.astype(bool).reshape(-1)
+    device, real = model.head.device, mask.astype(bool).reshape(-1)
     with torch.no_grad():
-        want, other = (m.hidden_states(torch.from_numpy(tokens), None, padding) for m in (exact, model))
+        ids, padding = torch.from_numpy(tokens).to(device), _padding(mask).to(device)
+        want, other = (m.hidden_states(ids, None, padding) for m in (exact, model))
     errors = [0.0]
     for left, right, file in zip(want, other, files, strict=True):
-        flat = [x.reshape(-1, x.shape[-1])[real] for x in (left.numpy(), right.numpy(), np.asarray(file, np.float32))]
+        sides = (left.cpu().numpy(), right.cpu().numpy(), np.asarray(file, np.float32))
+        flat = [x.reshape(-1, x.shape[-1])[real] for x in sides]
         own = np.linalg.norm(flat[1] - flat[0]) if model is not exact else 0.0
         errors.append(abs(float(np.linalg.norm(flat[2] - flat[0]) - own)) / max(float(np.linalg.norm(flat[0])), 1e-30))
     return place_of(errors, model.cfg, model is exact)

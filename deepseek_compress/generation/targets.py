@@ -27,10 +27,10 @@ UNDERSTOOD = (
 )
 
 
-def open_target(target: str, threads: int = 0, quick: bool = False) -> Speaker:
+def open_target(target: str, threads: int = 0, device: str = "cpu", quick: bool = False) -> Speaker:
     """Load it, once all of an output of ours is seen to be what was written; `quick`: of large files, their sizes.
 
-    Raises `DscError` for what is damaged, and with what is understood.
+    A checkpoint computes on `device`. Raises `DscError` for what is damaged, and with what is understood.
     """
     if target.startswith(("http://", "https://")):
         from deepseek_compress.generation.backends.server import Server
@@ -59,7 +59,7 @@ def open_target(target: str, threads: int = 0, quick: bool = False) -> Speaker:
         from deepseek_compress.generation.backends.runtime import RuntimeBackend
 
         tokenizer = _tokenizer(folder)
-        return Local(RuntimeBackend(folder), tokenizer)
+        return Local(RuntimeBackend(folder, device=device), tokenizer)
     raise DscError(f"{target}: nothing here that answers", UNDERSTOOD)
 
 

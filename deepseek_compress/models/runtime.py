@@ -217,7 +217,7 @@ class Model:
 
 
 def greedy(logits: Tensor, rows: Sequence[int] = ()) -> Tensor:
-    """(B, vocab) -> the likeliest token of each row, whichever prompts they are of. Raises DscError for logits that are NaN or infinite."""
+    """(B, vocab) -> the likeliest token of each row. Raises DscError for logits that are NaN or infinite."""
     check_finite("logits of the model", logits)
     return logits.argmax(-1)
 

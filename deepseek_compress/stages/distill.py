@@ -189,11 +189,11 @@ class Distill(Stage, frozen=True):
         """Write the trained student to `context.out`; an interrupted training goes on."""
         work = context.out / WORK
         lesson, student = self._begin(source, context)
-        self._identity(source, lesson, context.seed).claim(context.out, work)
+        self._identity(source, lesson, context).claim(context.out, work)
         names = [name for name in student.model.weights if is_linear(student.model, name)]
         masks = masks_of(student.model.weights, names)
         read = ((name, source.read_quantized(name)) for name in student.model.weights if name in source.header.tensors)
-        packed = {name: part for name, part in read if part is not None}  # embedding and head may be among them
+        packed = {name: part.to(context.device) for name, part in read if part is not None}  # embedding and head too
         straight = Straight(packed) if packed else None
         if straight is not None:
             near = lesson.model.weights if lesson.model is not None else {}
@@ -203,7 +203,7 @@ class Distill(Stage, frozen=True):
         trainer.over(self._steps(trainer, work, context))
         facts: dict[str, Any] = {**student.facts, "masked": len(masks), "steps": trainer.schedule.steps}
         keeper = Keeper(work)
-        state = keeper.load()
+        state = keeper.load(context.device)
         if trainer.schedule.steps:
             state = trainer.run(context.progress, state, keeper.save)
             facts |= report.facts(state)
@@ -229,9 +229,9 @@ class Distill(Stage, frozen=True):
             return self._from_cache(source, words, context)
         assert path is not None
         opened = open_checkpoint(path)
-        teacher = self._load(opened)
+        teacher = self._load(opened, context)
         same = path.resolve() == source.path.resolve()
-        loaded = teacher if same else self._load(source)
+        loaded = teacher if same else self._load(source, context)
         documents = self._documents(source, teacher.cfg, context)
         student = self._cut(loaded, source, documents, context, same)
         ours, theirs = load_tokenizer(source.path), load_tokenizer(path)
@@ -244,11 +244,11 @@ class Distill(Stage, frozen=True):
 
     def _from_cache(self, source: Checkpoint, words: Path, context: Context) -> tuple[_Lesson, Student]:
         """A teacher that is not there; its text is the one that was recorded."""
-        teacher = CachedTeacher(words)
+        teacher = CachedTeacher(words, context.device)
         if teacher.temperature != self.temperature:
             what = f"{words}: recorded at temperature {teacher.temperature:g}, distill has {self.temperature:g}"
             raise DscError(what, f"set distill.temperature to {teacher.temperature:g}, or record again")
-        loaded, documents = self._load(source), teacher.documents()
+        loaded, documents = self._load(source, context), teacher.documents()
         student = self._cut(loaded, source, documents, context)
         sizes = (teacher.vocabulary, student.model.cfg.vocab_size)
         check_tokenizers(load_tokenizer(source.path).digest, teacher.index["tokenizer"], sizes)
@@ -261,7 +261,8 @@ class Distill(Stage, frozen=True):
         """The teacher's words into `words`, after those that are there."""
         tokenizer = load_tokenizer(teacher.path)
         documents = self._documents(source, Architecture.of(teacher).cfg, context)
-        record_model(teacher, tokenizer, documents, self.kept, self.temperature, words, context.seed, context.progress)
+        known = (documents, self.kept, self.temperature, words, context.seed, context.progress, context.device)
+        record_model(teacher, tokenizer, *known)
         index = read_index(words)
         context.tell(f"{words}: {index['form']} words of {index['tokens']} tokens, {index['bytes_a_token']} bytes each")
 
@@ -298,9 +299,9 @@ class Distill(Stage, frozen=True):
             raise DscError(f"distill.teacher: unknown output {self.teacher!r}", f"known: {', '.join(context.outputs)}")
         return None if self.teacher is None else context.outputs[self.teacher]
 
-    def _load(self, checkpoint: Checkpoint) -> Model:
+    def _load(self, checkpoint: Checkpoint, context: Context) -> Model:
         low = self.precision == "bfloat16"
-        return Model.load(checkpoint, dtype=torch.bfloat16 if low else torch.float32)
+        return Model.load(checkpoint, dtype=torch.bfloat16 if low else torch.float32, device=context.device)
 
     def _trainer(
         self,
@@ -319,6 +320,7 @@ class Distill(Stage, frozen=True):
         extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
         extra |= {} if straight is None else straight.scales()
         extra |= lesson.teacher.leaves() if isinstance(lesson.teacher, JointTeacher) else {}
+        extra = {name: part.to(student.model.head.device) for name, part in extra.items()}
         mixed = self.precision == "mixed"
         objective = Objective(
             self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing, self.joint
@@ -364,9 +366,10 @@ class Distill(Stage, frozen=True):
         context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
         return steps
 
-    def _identity(self, source: Checkpoint, lesson: _Lesson, seed: int) -> Resumable:
+    def _identity(self, source: Checkpoint, lesson: _Lesson, context: Context) -> Resumable:
         """Everything that the bytes follow from; a resume is refused if one of them differs."""
-        identity = Resumable.of(source, self.model_dump(mode="json"), text_digest(lesson.documents), seed=seed)
+        knobs, text = self.model_dump(mode="json"), text_digest(lesson.documents)
+        identity = Resumable.of(source, knobs, text, seed=context.seed, device=context.device)
         return replace(identity, teacher=lesson.fingerprint, threads=torch.get_num_threads())
 
     def _write(
@@ -387,10 +390,10 @@ class Distill(Stage, frozen=True):
         with CheckpointWriter(context.out, source, expected_bytes=size, activations=source.activations) as writer:
             for name, weight in model.weights.items():
                 if name in stored:
-                    writer.add(name, stored[name])
+                    writer.add(name, stored[name].to("cpu"))
                     continue
                 bias = weight.dim() == 1 and not name.endswith(".weight")  # routers balance in float32
-                writer.add(name, weight.float() if bias else weight.to(torch.bfloat16))
+                writer.add(name, (weight.float() if bias else weight.to(torch.bfloat16)).cpu())
             manifest = provenance.build_manifest(
                 stage="distill",
                 source=source,

@@ -60,9 +60,8 @@ class Record(Stage, frozen=True):
         if self.server is not None:
             self._from_server(tokenizer, documents, context)
         else:
-            record_model(
-                source, tokenizer, documents, self.kept, self.temperature, context.out, context.seed, context.progress
-            )
+            known = (documents, self.kept, self.temperature, context.out, context.seed, context.progress)
+            record_model(source, tokenizer, *known, context.device)
         index = read_index(context.out)
         facts: dict[str, Any] = {key: index[key] for key in ("form", "documents", "tokens", "bytes_a_token")}
         return Output("artifact", context.out, facts)

@@ -210,12 +210,12 @@ class Loop:
 
     def _new(self, stream: Stream) -> HiddenStore:
         path = None if self.work is None else self.work / f"{stream.name}.tmp"
-        held = 0 if self.shared else None
-        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, held=held)
+        held, device = 0 if self.shared else None, stream.architecture.device
+        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, held=held, device=device)
 
     def _opened(self, stream: Stream, path: Path) -> HiddenStore:
-        held = 0 if self.shared else None
-        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, existing=True, held=held)
+        held, device = 0 if self.shared else None, stream.architecture.device
+        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, True, held, device)
 
     def _facts_path(self, layer: int) -> Path:
         assert self.work is not None

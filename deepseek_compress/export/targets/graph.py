@@ -93,7 +93,7 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
         size = 4 * sum(info.elements for info in source.header.tensors.values())
         most = room(job.memory)
         if size <= RESIDENT and (most is None or 2 * size + WHOLE <= most):  # onnxruntime may have the weights in FP32
-            return verify(path, source, prompts, dtype=self.dtype())
+            return verify(path, source, prompts, dtype=self.dtype(), device=job.device)
         return self._streamed(source, path, prompts, job)
 
     def _streamed(self, source: Checkpoint, path: Path, prompts: Sequence[Sequence[int]], job: Job) -> Agreement | None:
