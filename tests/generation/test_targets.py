@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deepseek_compress import limits
+from deepseek_compress.checkpoint.files import write_sealed
 from deepseek_compress.errors import DscError
 from deepseek_compress.generation.backends import engine, llama_cpp
 from deepseek_compress.generation.backends.genai import GenaiBackend, installed
@@ -167,7 +168,7 @@ def test_what_does_not_answer(tmp_path: Path, files: list[str], what: str, fix: 
 def engine_folder(folder: Path, **knobs: object) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "model.engine").write_bytes(b"engine")
-    (folder / "dsc_manifest.json").write_text(json.dumps({"knobs": {"target": "tensorrt-rtx", **knobs}}))
+    write_sealed(folder / "dsc_manifest.json", {"knobs": {"target": "tensorrt-rtx", **knobs}})
     return folder
 
 

@@ -54,15 +54,16 @@ def dying(after: int, told: Path | None = None, full: bool = False) -> Callable[
         def wrapped(*arguments: Any, **named: Any) -> Any:
             nonlocal count
             counts = writes(*arguments, **named)
-            count += counts
-            if full and counts and count >= after and call not in removing:
+            if full and counts and count + 1 >= after and call not in removing:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
             result = call(*arguments, **named)
-            if counts and told is not None:
-                with original(told, "w") as file:
-                    file.write(str(count))
-            if counts and count == after and not full:
-                os._exit(137)
+            if counts:
+                count += 1
+                if told is not None:
+                    with original(told, "w") as file:
+                        file.write(str(count))
+                if count == after and not full:
+                    os._exit(137)
             return result
 
         return wrapped
@@ -105,7 +106,7 @@ def killed(name: str, model: Path, folder: Path, after: int, expected: dict[str,
     found = run(name, model, folder, dying(after, full=full))
     if full:
         assert faults(found) == [], after
-    assert found.code == 1 if full else 137, (after, found.err)
+    assert found.code == (1 if full else 137), (after, found.err)
     again = run(name, model, folder)
     assert again.code == 0, (after, again.err)
     left = contents(folder)
