@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from deepseek_compress.cli import speak
+from deepseek_compress.generation.sampling import Sampling
+from deepseek_compress.generation.speaker import Answer, Prompt, Speaker
+from deepseek_compress.generation.text import Piece
 from deepseek_compress.models.resolve import resolve_model
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
@@ -139,3 +147,55 @@ def test_a_gguf_file_answers_in_llama_cpp(dsc: Dsc) -> None:
     assert "400" in line and "exceeds the available context size" in line
     shown = dsc("chat", "g")
     assert "error: g: has no chat template; " in shown.stderr
+
+
+def test_an_answer_stopped_before_its_first_word_was_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    class Slow(Speaker):
+        def reply(self, prompt: Prompt, sampling: Sampling, limit: int) -> tuple[Answer, Iterator[Piece]]:
+            asked.append([message["content"] for message in prompt if not isinstance(message, str)])
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+            return Answer("slow", tokens=1, stopped="end"), iter([Piece("yes", False)])
+
+    monkeypatch.setattr("deepseek_compress.generation.targets.open_target", lambda target, threads: Slow())
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
+    speak.chat("slow")
+    assert asked == [["one"], ["two"], ["two", "yes", "three"]]
+
+
+KILLED = """
+import sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b'{"data": [{"id": "tiny"}]}')
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200); self.end_headers()
+        while True:
+            self.wfile.write(b'data: {"choices": [{"delta": {"content": "so "}}]}\\n\\n'); self.wfile.flush()
+            time.sleep(0.05)
+    def log_message(self, *args): pass
+server = HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_server_that_is_killed_in_mid_answer(tmp_path: Path) -> None:
+    server = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    assert server.stdout
+    try:
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        process = dsc_process("generate", url, "--prompt", "hi", cwd=tmp_path)
+        assert process.stdout
+        assert process.stdout.read(6) == "so so "
+    finally:
+        server.kill()
+        server.wait()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = (text for text in errors(err) if text.startswith("error: "))
+    assert "broke off" in line and "after " in line and "ask again" in line
