@@ -46,9 +46,9 @@ def expected(model: Path, prompt: str, count: int, special: bool) -> str:
 def test_the_answer_of_each_export_is_the_runtimes(dsc: Dsc, tiny_llama: Path) -> None:
     write_quantised(tiny_llama, Path("w4"), "w4a16")
     want = expected(Path("w4"), "so is that all", 12, special=True)
-    for target in ("w4", "onnx", "onnxruntime", "genai"):
+    for target in ("w4", "onnx", "onnxruntime", "genai", "compressed-tensors"):
         if target != "w4":
-            level = ("--set", "accuracy_level=0") if target != "onnx" else ()
+            level = ("--set", "accuracy_level=0") if target in ("onnxruntime", "genai") else ()
             shown = dsc("export", "w4", "-o", target, "--target", target, *level)
             assert shown.exit_code == 0, shown.output
             assert shown.stdout.splitlines()[-1] == f"next: dsc generate {target} --prompt TEXT"

@@ -60,7 +60,11 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
         with staged(out, self.loads) as folder:
             facts: dict[str, Any] = {"target": self.name, "lowering": self.lowering, "precision": dtype}
             facts |= export_onnx(source, folder / ONNX, self.lowering, dtype=dtype, **self.options())
-            facts |= {"status": WRITTEN, "sparsity": sparsity(source)}
+            facts |= {
+                "status": WRITTEN,
+                "sparsity": sparsity(source),
+                "cache_bytes_per_token": cache_bytes(source, dtype),
+            }
             found = None if dtype == "bfloat16" else self._verified(source, folder / ONNX, job)
             facts |= {"verification": found, "status": RAN} if found else {}
             copy_words(source, folder)
@@ -114,6 +118,13 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
             return verify_streamed(path, source, prompts, path.parent / CHECK, limits, self.dtype())
         finally:
             remove_tree(path.parent / CHECK)
+
+
+def cache_bytes(source: Checkpoint, dtype: str) -> int:
+    """What a token takes in the caches of all layers: latents and rotated keys, or keys and values of every head."""
+    cfg = Architecture.of(source).cfg
+    width = 2 * cfg.num_key_value_heads * cfg.head_dim if cfg.mla is None else cfg.mla.kv_lora_rank + cfg.mla.rope
+    return cfg.num_hidden_layers * width * (4 if dtype == "float32" else 2)
 
 
 def _supported(header: Header) -> None:
