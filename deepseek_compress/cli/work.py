@@ -199,12 +199,14 @@ def export(
     recipe: o.RecipeOption = "export",
     settings: o.Settings = None,
     device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = None,
     quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint in a form that others run."""
     wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options(device, quick=quick), json, model)
+    _one_stage(wanted, out, _options(device, memory, workers, quick=quick), json, model)
 
 
 def evaluate(

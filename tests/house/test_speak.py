@@ -199,3 +199,9 @@ def test_a_server_that_is_killed_in_mid_answer(tmp_path: Path) -> None:
     assert process.returncode == 1
     (line,) = (text for text in errors(err) if text.startswith("error: "))
     assert "broke off" in line and "after " in line and "ask again" in line
+
+
+def test_memory_bounds_the_check_of_an_export(dsc: Dsc, tiny_llama: Path) -> None:
+    shown = dsc("export", tiny_llama, "-o", "e", "--memory", "1KiB")
+    assert shown.exit_code == 0, shown.output
+    assert "not compared with the runtime: comparing a block" in shown.stderr
