@@ -18,6 +18,7 @@ from deepseek_compress.models.cache import KvCache, cache_problems, kv_rounding
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.layers import causal_mask
+from deepseek_compress.models.rope import known, places
 from deepseek_compress.models.weights import ResidentWeights, Weights
 from deepseek_compress.numerics.kv_cache import KvRounding
 
@@ -111,14 +112,14 @@ class Model:
         """The input of each block, and what the last one gives: num_hidden_layers + 1 tensors (B, T, hidden)."""
         batch, new = tokens.shape
         past = 0 if cache is None else cache.length
-        positions = torch.arange(past, past + new, device=tokens.device).expand(batch, new)
+        positions = places(batch, past, new, tokens.device)
         hidden = self.family.embed(self.cfg, self.weights[self.cfg.names.embedding], tokens)
         mask = None
         if cache is None and (self.int8 or self.kv_cache is not None):
             cache = self.cache(None)  # attention reads what a cache would give back
         if left_padding is not None:
             mask = padding_mask(left_padding, new, past + new, hidden)
-            positions = (positions - left_padding[:, None]).clamp(min=0)
+            positions = known((positions - left_padding[:, None]).clamp(min=0), past + new)
         states = [hidden]
         for layer, weights in enumerate(self.blocks):
             states.append(self.family.run_block(self.cfg, layer, weights, states[-1], positions, mask, cache, tokens))

@@ -18,6 +18,7 @@ from deepseek_compress import machine
 from deepseek_compress.models.config import Linear, Moe, Role
 from deepseek_compress.models.layers import swiglu
 from deepseek_compress.models.moe import Routing, route, run_shared
+from deepseek_compress.models.rope import places
 from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.block_run import BlockRun, Forward, Part, Run, Store, Watch
 from deepseek_compress.streaming.experts import run_experts
@@ -63,7 +64,7 @@ def _attention(run: Run, block: BlockRun, hidden: HiddenStore, attended: HiddenS
 
     def forward(watch: Watch, batch: int) -> Tensor:
         x, weights = batches.read(hidden, batch), block.weights(watch, batches.split(batch))
-        positions = torch.arange(batches.length, device=x.device).expand(len(x), -1)
+        positions = places(len(x), 0, batches.length, x.device)
         return here.attention_part(weights, x, positions, block.cache())
 
     part = _part(run, linears, forward, batches)

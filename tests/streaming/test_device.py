@@ -181,7 +181,9 @@ def test_waits_and_copies_do_not_grow_with_the_text(
         for samples in (4, 12):
             found[samples] = []
             stage.run(source, context(tmp_path / str(samples), text, "strict", samples))
-    assert found[12] == found[4]
+    for more, fewer in zip(found[12], found[4], strict=True):  # tables of angles and the like are copied once
+        assert more["waits"] <= fewer["waits"]
+        assert more["copies"] <= fewer["copies"]
     for block, its in zip(Architecture.of(source).blocks, found[12], strict=True):
         assert its["waits"] <= MOST_WAITS[how] * len(block.linears)
         assert its["copies"] <= MOST_COPIES * len(block.linears)
