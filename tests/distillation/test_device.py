@@ -34,17 +34,22 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+LONG = [pytest.param(name, marks=pytest.mark.verify) for name in FAMILIES if name != "tiny_v3"]
+
+
+@pytest.mark.parametrize("name", ["tiny_v3", *LONG])
 def test_distill(name: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(name)
     both("distill", SHORT, source, text, tmp_path, model=source)
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize("how", TRAININGS)
 def test_ways_to_train(how: str, tiny_v2: Path, text: Path, tmp_path: Path) -> None:
     both("distill", {**SHORT, **TRAININGS[how]}, tiny_v2, text, tmp_path, model=tiny_v2)
 
 
+@pytest.mark.verify
 def test_packed_weights_are_trained(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     knobs = {"weights": {"rtn": {"group_size": 32}}, "sparsity": "magnitude", "activations": "dynamic"}
     packed = build(load("compress"), knobs, "compress").run(
@@ -53,7 +58,10 @@ def test_packed_weights_are_trained(tiny_llama: Path, text: Path, tmp_path: Path
     both("distill", SHORT, packed.path, text, tmp_path, model=tiny_llama)
 
 
-@pytest.mark.parametrize("form", ["sampled", "top_k", "exact"])
+OTHERS = [pytest.param(form, marks=pytest.mark.verify) for form in ("top_k", "exact")]
+
+
+@pytest.mark.parametrize("form", ["sampled", *OTHERS])
 def test_recorded_words(form: str, tiny_v3: Path, text: Path, tmp_path: Path) -> None:
     """What is recorded differs in nothing but the device that the recording names, and teaches there."""
     knobs, said = {"kept": {"form": form, "count": 12}, "documents": 8, "length": 32}, {}

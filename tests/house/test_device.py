@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu_model
+from benchmarks.common import ROOT
 from deepseek_compress.numerics.gptq import Gptq
 from deepseek_compress.numerics.types import Quantized, Statistics
 from deepseek_compress.planning import device
@@ -132,3 +136,28 @@ def test_a_device_that_is_not_there(
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert line.startswith(f"error: {what}")
     assert "use " in line
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("part", ["v3_block,data_free", "nano", "qwen"])
+def test_the_benchmark_runs_at_small_sizes(part: str, tmp_path: Path) -> None:
+    """On the CPU: what `make bench-gpu` does where a GPU is, but for the sizes."""
+    command = [sys.executable, "-m", "benchmarks.gpu_model", "--device", "cpu", "--tiny", "--only", part]
+    done = subprocess.run([*command, "--scratch", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["measured"] is False
+    assert set(part.split(",")) <= found.keys()
+    if part == "nano":
+        assert (found["nano"]["codes_that_differ"], found["nano"]["kl_to_each_other"]) == (0.0, 0.0)
+        assert min(found["nano"]["kl_to_original"]) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_model"])
+    gpu_model.main()
+    said, record = capsys.readouterr().out.splitlines()
+    assert said == "gpu_model: not measured, no CUDA device"
+    assert json.loads(record)["measured"] is False
