@@ -24,7 +24,7 @@ from deepseek_compress.models.weights import Weights
 class Split(NamedTuple):
     """Which rows of a batch's first dimension are whose, int64 each: a mask's rows would have to be waited for."""
 
-    rows: int
+    size: int  # rows
     ours: Tensor  # of the compressed model
     theirs: Tensor  # of the original
     partners: Tensor  # the original's that stand, in order, next to the compressed model's
@@ -61,7 +61,7 @@ def pairs_first(places: range, pairs: int, device: torch.device | str = "cpu") -
 
 def rows(chosen: Tensor, split: Split, x: Tensor) -> Tensor:
     """The entries of the first dimension of `x`, into which a batch may have been flattened, of rows `chosen`."""
-    each = len(x) // split.rows
+    each = len(x) // split.size
     return chosen if each == 1 else (chosen[:, None] * each + torch.arange(each, device=chosen.device)).flatten()
 
 
