@@ -7,27 +7,37 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import gpu_model
 from benchmarks.common import ROOT
-from deepseek_compress.numerics.gptq import Gptq
-from deepseek_compress.numerics.types import Quantized, Statistics
+from deepseek_compress.compress import convert
 from deepseek_compress.planning import device
 from tests.house.conftest import Dsc
 from tests.streaming.test_device import contents
 from tests.strict_device import strict_device
 
-SMALL = ("--samples", "2", "--length", "16", "--group-size", "32")
+SMALL = ("--samples", "4", "--length", "32")  # enough tokens for a Hessian
 TRAINED = ("--steps", "1", "--length", "16", "--set", "distill.documents=4", "--set", "distill.batch_tokens=64")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "distill": TRAINED,
     "prune": SMALL,
     "calibrate": SMALL,
-    "quantize": (*SMALL, "--set", "weights.gptaq.enough=null"),
-    "allocate": (*SMALL, "--set", "windows=2", "--set", "options=[{num_bits: 3}, {num_bits: 4}]"),
+    "quantize": (*SMALL, "--group-size", "32"),
+    "allocate": (
+        *SMALL,
+        "--group-size",
+        "32",
+        "--target",
+        "3.9 bits per weight",
+        "--set",
+        "windows=2",
+        "--set",
+        "options=[{num_bits: 3}, {num_bits: 4}]",
+    ),
     "export": ("--target", "onnxruntime"),
 }
 OF_THE_RUN = {"dsc_run.json"}  # times
@@ -91,27 +101,27 @@ def test_a_recipe_that_runs_out_of_memory_resumes(
 ) -> None:
     """One line, what is finished stays, and the same command ends with the bytes of one that was not stopped."""
     here("strict")
-    words = ("-r", "w4a16", "--calibration", text, *SMALL, "--set", "weights.gptaq.largest=1")
-    left, plain = [9], Gptq.__call__  # linears until there is no memory: the second block has begun
+    words = ("-r", "w4a16", "--calibration", text, *SMALL, "--group-size", "32")
+    blocks, run_block = [], convert.run_block
 
-    def short(self: Gptq, weight: torch.Tensor, statistics: Statistics) -> Quantized:
-        left[0] -= 1
-        if not left[0]:
+    def short(run: Any, layer: int, *more: Any) -> Any:
+        blocks.append(layer)
+        if len(blocks) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore words")
-        return plain(self, weight, statistics)
+        return run_block(run, layer, *more)
 
     with strict_device():
         assert dsc("quantize", tiny_llama, "-o", tmp_path / "whole", *words).exit_code == 0
-        monkeypatch.setattr(Gptq, "__call__", short)
+        monkeypatch.setattr(convert, "run_block", short)
         stopped = dsc("quantize", tiny_llama, "-o", tmp_path / "cut", *words)
         assert stopped.exit_code == 1
         (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("error:")]
         assert "strict: its memory ran out" in line
-        assert "resumes" in stopped.stderr
+        assert "the same command resumes" in line
         assert "Traceback" not in stopped.output
         resumed = dsc("quantize", tiny_llama, "-o", tmp_path / "cut", *words)
         assert resumed.exit_code == 0, resumed.output
-    assert left[0] > -9, "the first block was not solved again"
+    assert blocks == [0, 1, 1], "what was finished is not done again"
     assert written(tmp_path / "cut") == written(tmp_path / "whole")
 
 
