@@ -340,8 +340,7 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     sources.begin(directory, state.progress.tell)
     before = verified.identities(directory)
     source = open_checkpoint(state.paths[step.source])
-    here, tell = state.options.device, state.progress.tell
-    with machine.peak_memory() as peak, device.memory_errors(here), device.repeatable(here, tell):
+    with machine.peak_memory() as peak, device.careful(state.options.device, state.progress.tell):
         output = step.stage.run(source, _context(state, step, directory))
     sources.check(directory, before)
     write_sealed(directory / workspace.RUN, workspace.costs(began, peak[0], output.facts))

@@ -123,3 +123,10 @@ def repeatable(device: str, tell: Callable[[str], None]) -> Iterator[None]:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     if found:
         tell(f"not the same bits each time on {device}: torch has no deterministic {', '.join(found)}")
+
+
+@contextmanager
+def careful(device: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Both: `memory_errors`, and `repeatable`."""
+    with memory_errors(device), repeatable(device, tell):
+        yield
