@@ -55,15 +55,32 @@ class Parts:
         )  # fmt: skip
 
     def memory(self, gives: str, reads: str | None) -> int:
-        """Bytes a session of that part takes: its data, a copy that is packed for products, one tensor in FP32."""
-        _, names = self._closure([gives], reads)
+        """Bytes a session of that part takes: its data twice, since products pack it, and its largest tensor in FP32.
+
+        The latter once for each step that computes with it alone, all of which a session that folds holds at a time.
+        """
+        nodes, names = self._closure([gives], reads)
         tensors = [self._tensors[name] for name in names if name in self._tensors]
-        largest = max((int(np.prod(tensor.dims)) for tensor in tensors), default=0)
-        return 2 * sum(_bytes(tensor) for tensor in tensors) + 8 * largest
+        sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in tensors}
+        largest = max(sizes.values(), default=0)
+        steps = self._folded(nodes, {name for name, size in sizes.items() if size == largest}, reads)
+        return 2 * sum(_bytes(tensor) for tensor in tensors) + 4 * largest * (1 + max(1, steps))
 
     def open(self, gives: str, reads: str | None, fold: bool = False) -> Part:
         """A session of that part. Without `fold`, what depends on no input is computed in each call, not kept."""
         return Part(self.cut(gives, reads), self.folder, reads, self.numpy, fold)
+
+    def _folded(self, nodes: set[int], large: set[str], reads: str | None) -> int:
+        """How many of `nodes` make something as large as the tensors `large` of them, and of no input."""
+        moving, count = {*self._inputs, reads}, 0
+        for place in sorted(nodes):
+            node = self._nodes[place]
+            if not moving.isdisjoint(node.input):
+                moving.update(node.output)
+            elif not large.isdisjoint(node.input) and not node.op_type.startswith("Reduce"):
+                large.update(node.output)
+                count += 1
+        return count
 
     def _closure(self, ends: Iterable[str], stop: str | None) -> tuple[set[int], set[str]]:
         """Places of the nodes that `ends` follow from, and the names of all that these read."""
