@@ -6,14 +6,14 @@ holds the nodes that lead from what it reads to what it gives; what blocks share
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from deepseek_compress.export.graph import FLOATS
 from deepseek_compress.generation.backends.graph import Ints
@@ -21,6 +21,9 @@ from deepseek_compress.generation.backends.onnx import TYPES, open_session
 
 Floats = NDArray[np.float32]
 Pieces = Sequence[slice]  # of the columns of a text: the calls it is given in
+LOGITS = "logits"
+AT_ONCE = 1 << 25  # numbers of a table whose codes are made at a time
+FOLDED = 48  # bytes that each takes meanwhile, as measured
 WORDS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -54,17 +57,41 @@ class Parts:
             ir_version=self.model.ir_version,
         )  # fmt: skip
 
-    def memory(self, gives: str, reads: str | None) -> int:
-        """Bytes a session of that part takes: its data twice, since products pack it, and its largest tensor in FP32.
+    def open_head(self, reads: str) -> Iterator[Part]:
+        """The part that gives logits, or several that give them for some tokens of the vocabulary each, in order.
 
-        The latter once for each step that computes with it alone, all of which a session that folds holds at a time.
+        Where codes are made of a 16-bit table at load, onnxruntime holds every step of that for all of the table.
         """
-        nodes, names = self._closure([gives], reads)
+        whole, table = self.cut(LOGITS, reads), self._rounded_table(reads)
+        if table is None:
+            yield Part(whole, self.folder, reads, self.numpy, True)
+            return
+        count, width = table.dims
+        step = max(1, AT_ONCE // width)
+        for start in range(0, count, step):
+            some = _rows(whole, table.name, start, min(step, count - start))
+            yield Part(some, self.folder, reads, self.numpy, True)
+
+    def head_memory(self, reads: str) -> int:
+        """Bytes that the largest of these takes."""
+        table = self._rounded_table(reads)
+        return self.memory(LOGITS, reads) if table is None else FOLDED * min(AT_ONCE, int(np.prod(table.dims)))
+
+    def _rounded_table(self, reads: str) -> onnx.TensorProto | None:
+        """The table whose codes the head makes at load; None where it makes none."""
+        nodes, names = self._closure([LOGITS], reads)
+        tensors = (self._tensors[name] for name in names if name in self._tensors)
+        tables = [tensor for tensor in tensors if len(tensor.dims) == 2 and tensor.external_data]
+        if len(tables) != 1 or tables[0].dims[0] == tables[0].dims[1]:  # the number of tokens is known by its value
+            return None
+        return tables[0] if self._folded(nodes, {tables[0].name}, reads) > 1 else None
+
+    def memory(self, gives: str, reads: str | None) -> int:
+        """Bytes a session of that part takes: its data twice, as products pack it, and its largest tensor in FP32."""
+        _, names = self._closure([gives], reads)
         tensors = [self._tensors[name] for name in names if name in self._tensors]
-        sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in tensors}
-        largest = max(sizes.values(), default=0)
-        steps = self._folded(nodes, {name for name, size in sizes.items() if size == largest}, reads)
-        return 2 * sum(_bytes(tensor) for tensor in tensors) + 4 * largest * (1 + max(1, steps))
+        largest = max((int(np.prod(tensor.dims)) for tensor in tensors), default=0)
+        return 2 * sum(_bytes(tensor) for tensor in tensors) + 8 * largest
 
     def open(self, gives: str, reads: str | None, fold: bool = False) -> Part:
         """A session of that part. Without `fold`, what depends on no input is computed in each call, not kept."""
@@ -134,6 +161,28 @@ class Part:
             }
         joined: Floats = np.concatenate(found, axis=1)
         return joined
+
+
+def _rows(part: onnx.ModelProto, table: str, start: int, count: int) -> onnx.ModelProto:
+    """The head for `count` tokens from `start` on: those rows of its table, and their number where it stood."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(part)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    every = tensors[table].dims[0]
+    row = _bytes(tensors[table]) // every
+    places = {entry.key: entry for entry in tensors[table].external_data}
+    places["offset"].value = str(int(places["offset"].value) + start * row)
+    places["length"].value = str(count * row)
+    tensors[table].dims[0] = count
+    for tensor in tensors.values():
+        if tensor.data_type == TensorProto.INT64 and not tensor.external_data:
+            values = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(np.where(values == every, count, values), tensor.name))
+    for node in copy.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "N" and attribute.i == every:
+                attribute.i = count
+    return copy
 
 
 def _bytes(tensor: TensorProto) -> int:

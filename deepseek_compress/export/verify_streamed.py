@@ -94,12 +94,9 @@ def needed(path: Path, source: Checkpoint, prompts: Sequence[Sequence[int]], dty
 def memory(path: Path, source: Checkpoint, dtype: str) -> int:
     """Bytes that the largest part of the file takes in onnxruntime."""
     parts = Parts(onnx.load(str(path), load_external_data=False), path.parent, dtype)
-    names = [
-        None,
-        *(hidden_name(layer) for layer in range(Architecture.of(source).cfg.num_hidden_layers + 1)),
-        "logits",
-    ]
-    return max(parts.memory(str(gives), reads) for reads, gives in pairwise(names))
+    names = [hidden_name(layer) for layer in range(Architecture.of(source).cfg.num_hidden_layers + 1)]
+    blocks = (parts.memory(gives, reads) for reads, gives in pairwise(names))
+    return max(parts.memory(names[0], None), *blocks, parts.head_memory(names[-1]))
 
 
 class _Text(NamedTuple):
@@ -219,10 +216,15 @@ class _File:
 
     def logits(self, rows: Tensor) -> Floats:
         """As the runtime's. Each row is a text of one token: nothing here looks at another."""
-        part = self.parts.open("logits", hidden_name(self.blocks), fold=True)
         ones = np.ones((ROWS, 1), np.int64)
         given = [(ones[: len(some)], some[:, None].numpy()) for some in torch.split(rows, ROWS)]
-        found: Floats = np.concatenate([part(one, one, some, [slice(0, 1)])[:, 0] for one, some in given])
+        found: Floats = np.concatenate(
+            [
+                np.concatenate([part(one, one, some, [slice(0, 1)])[:, 0] for one, some in given])
+                for part in self.parts.open_head(hidden_name(self.blocks))
+            ],
+            axis=1,
+        )
         return found
 
 

@@ -119,16 +119,26 @@ def test_the_memory_decides_how_an_export_is_checked(tmp_path: Path, tiny_v2: Pa
     assert not list((tmp_path / "out").rglob("model.onnx"))
 
 
-def test_a_head_that_is_rounded_at_load_is_counted_step_by_step(
-    tmp_path: Path, tiny_llama: Path, quantised: Quantise
+def test_a_head_that_is_rounded_at_load_comes_in_pieces(
+    tmp_path: Path, tiny_llama: Path, quantised: Quantise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cast, groups, Abs, Div, Round, Add and the codes: onnxruntime holds each while it folds them."""
+    """All of its table would be there in FP32 several times; the pieces give the same logits, bit for bit."""
     source = open_checkpoint(quantised(tiny_llama, "w4a16"))
-    sizes = []
-    for level in (0, 4):
-        export_onnx(source, tmp_path / "model.onnx", "matmulnbits", accuracy_level=level)
-        parts = Parts(onnx.load(str(tmp_path / "model.onnx"), load_external_data=False), tmp_path, "float32")
-        last = hidden_name(source.config["num_hidden_layers"])
-        sizes.append(parts.memory("logits", last))
-    table = 4 * source.header.tensors["lm_head.weight"].elements
-    assert 4 * table < sizes[1] - sizes[0] <= 7 * table
+    file, last = tmp_path / "model.onnx", hidden_name(source.config["num_hidden_layers"])
+    export_onnx(source, file, "matmulnbits")
+    parts = Parts(onnx.load(str(file), load_external_data=False), tmp_path, "float32")
+    rows = np.random.default_rng(0).standard_normal((3, 1, source.config["hidden_size"])).astype(np.float32)
+    ones = np.ones((3, 1), np.int64)
+
+    def logits() -> list[Any]:
+        return [part(ones, ones, rows, [slice(0, 1)]) for part in parts.open_head(last)]
+
+    (whole,), all_of_it = logits(), parts.head_memory(last)
+    monkeypatch.setattr("deepseek_compress.export.parts.AT_ONCE", 100 * source.config["hidden_size"])
+    pieces = logits()
+    assert [piece.shape[-1] for piece in pieces] == [100] * 5 + [12]
+    assert np.array_equal(np.concatenate(pieces, -1), whole)
+    assert parts.head_memory(last) * 5 < all_of_it < parts.head_memory(last) * 6
+    export_onnx(source, file, "matmulnbits", accuracy_level=0)
+    parts = Parts(onnx.load(str(file), load_external_data=False), tmp_path, "float32")
+    assert len(logits()) == 1, "codes that are stored, or none, need no pieces"
