@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize
 from scipy.stats import binom, norm
 
@@ -63,13 +63,14 @@ def tango(lost: int, gained: int, problems: int, level: float = LEVEL) -> Interv
     return low, high
 
 
-@lru_cache(maxsize=1 << 16)
-def critical(count: int, level: float = LEVEL) -> int:
-    """The largest number of flips in the rarer direction that still is a difference; -1 where none is."""
-    few = int(binom.ppf(level / 2, count, 0.5)) + 1
-    while few >= 0 and mcnemar(few, count - few) >= level:
-        few -= 1
-    return few
+def critical(counts: NDArray[np.int64], level: float = LEVEL) -> NDArray[np.int64]:
+    """For each number of flips the largest number in the rarer direction that still is a difference; -1: none is."""
+    found = np.full(len(counts), -1)
+    middle = binom.ppf(level / 2, counts, 0.5).astype(np.int64)
+    for few in (middle - 1, middle, middle + 1):  # rising, so that the largest stays
+        p = 2 * binom.cdf(few, counts, 0.5) - binom.pmf(few, counts, 0.5)
+        found = np.where((few >= 0) & (2 * few < counts) & (p < level), few, found)
+    return found
 
 
 def power(problems: int, lost: float, gained: float, level: float = LEVEL) -> float:
@@ -79,7 +80,7 @@ def power(problems: int, lost: float, gained: float, level: float = LEVEL) -> fl
         return 0.0
     spread = 7 * math.sqrt(problems * rate * (1 - rate)) + 2
     counts = np.arange(max(0, int(problems * rate - spread)), min(problems, int(problems * rate + spread)) + 1)
-    limits = np.array([critical(int(count), level) for count in counts])
+    limits = critical(counts, level)
     found = binom.cdf(limits, counts, lost / rate) + binom.cdf(limits, counts, gained / rate)
     return float((binom.pmf(counts, problems, rate) * np.where(limits >= 0, found, 0.0)).sum())
 
@@ -95,6 +96,8 @@ def needed(difference: float, rate: float, level: float = LEVEL, sure: float = S
     if count > EXACT_UP_TO:
         return count
     step = max(1, count // 50)
+    while count > step and power(count - step, lost, rate - lost, level) >= sure:  # the formula errs on either side
+        count -= step
     while power(count, lost, rate - lost, level) < sure:
         count += step
     return count

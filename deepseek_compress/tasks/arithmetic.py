@@ -16,7 +16,7 @@ from fractions import Fraction
 from deepseek_compress.tasks.expressions import Malformed
 
 LONGEST = 200  # characters of an expression: bounds the depth and the digits of what is computed
-NUMBER = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 _TOKEN = re.compile(rf"\s*(?:({NUMBER})|([-+*/()%]))")
 _WRITTEN = {"×": "*", "÷": "/", "·": "*", "−": "-", "–": "-", "\\times": "*", "\\cdot": "*", "\\div": "/", "$": ""}
 _PLAIN = re.compile(r"(?<=\d)\s*x\s*(?=[\d(.$])")  # "3 x 4": a letter only between numbers

@@ -15,14 +15,14 @@ from deepseek_compress.evaluation.statistics import Bootstrap
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
-def test_mid_p_lies_half_the_point_below_the_exact_test(lost: int, gained: int) -> None:
+def test_mid_p_lies_one_point_below_the_exact_test(lost: int, gained: int) -> None:
     p = certainty.mcnemar(lost, gained)
     if lost == gained:
-        assert p == 1.0
+        assert p == pytest.approx(1.0)
         return
     count, few = lost + gained, min(lost, gained)
     exact = binomtest(few, count).pvalue
-    assert p == pytest.approx(exact - math.comb(count, few) / 2**count)
+    assert p == pytest.approx(exact - math.comb(count, few) / 2**count, abs=1e-12)
     assert certainty.mcnemar(gained, lost) == p
 
 
@@ -44,9 +44,17 @@ def test_tango_inverts_the_score_test(lost: int, gained: int, count: int) -> Non
     assert other == pytest.approx((-high, -low))
 
 
+def test_the_limit_of_the_test_is_where_it_ends() -> None:
+    for count in range(1, 80):
+        few = int(certainty.critical(np.array([count]))[0])
+        assert few < 0 or certainty.mcnemar(few, count - few) < 0.05
+        assert certainty.mcnemar(few + 1, count - few - 1) >= 0.05
+
+
 def test_no_flips_are_no_proof_of_no_difference() -> None:
     low, high = certainty.tango(0, 0, 1000)
-    assert high == -low == pytest.approx(1.96**2 / (1000 + 1.96**2), rel=1e-3)
+    assert low == pytest.approx(-high)
+    assert high == pytest.approx(1.96**2 / (1000 + 1.96**2), rel=1e-3)
     assert certainty.tango(7, 0, 7)[0] == -1.0
     found = certainty.paired([1.0, 0.0] * 50, [1.0, 0.0] * 50, Bootstrap(100))
     assert (found["p"], found["lost"], found["difference"]) == (1.0, 0, 0.0)
