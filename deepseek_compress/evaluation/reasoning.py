@@ -49,6 +49,7 @@ class Asking:
     max_new_tokens: int | None = None
     sampling: Sampling = GREEDY
     samples: int = 1  # answers to each question
+    scorer: str = "numbers"  # or strict, flexible: of answers to files
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ def _reference(problem: Problem, opened: bool, after_colon: bool) -> str:
     return f" {text}" if after_colon else text
 
 
-def judge(problem: Problem, completion: str) -> Verdict:
+def judge(problem: Problem, completion: str, scorer: str = "numbers") -> Verdict:
     """The verdict of the task that a problem belongs to."""
-    return files.judge(problem, completion) if problem.kind == files.KIND else verify(problem, completion)
+    return files.judge(problem, completion, scorer) if problem.kind == files.KIND else verify(problem, completion)
 
 
 def ask(
@@ -167,7 +168,7 @@ def ask(
     for number, attempt in enumerate(attempts):
         text = f"{THINK} {attempt.text}" if prompts.opened and THINK not in attempt.text else attempt.text
         text = text.partition(prompts.stop)[0] if prompts.stop else text
-        verdict = judge(prompts.problems[number // many], text)
+        verdict = judge(prompts.problems[number // many], text, prompts.asking.scorer)
         found.append(judged(attempt._replace(text=text), verdict, lambda some: len(tokenizer.encode(some))))
     return found
 

@@ -38,6 +38,7 @@ class Settings:
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1  # answers to each question
+    scorer: str = "numbers"
     until: float | None = None  # points of difference that shall be settled; `problems` is the limit
     deployed: Mapping[str, str] = field(default_factory=dict)  # name -> what `dsc generate` opens
 
@@ -70,7 +71,9 @@ def prepare(settings: Settings, tokenizer: Tokenizer) -> Task:
         shown = next((name for name in settings.suites if name not in reasoning.SUITES), None)
         examples = reasoning.load_suite(shown, settings.shots) if shown and settings.shots else ()
         sampling = settings.sampling.model_copy(update={"seed": settings.seed})
-        asking = Asking(settings.instruction, examples, settings.max_new_tokens, sampling, settings.samples)
+        asking = Asking(
+            settings.instruction, examples, settings.max_new_tokens, sampling, settings.samples, settings.scorer
+        )
         prompts = reasoning.prepare(problems, tokenizer, asking)
     samples: Sequence[Sample] = prompts.solutions[:SOLUTIONS] if prompts else ()
     if settings.text is not None:
@@ -103,6 +106,7 @@ def suite_of(settings: Settings, prompts: Prompts | None) -> dict[str, Any] | No
         "instruction": asking.instruction,
         "sampling": str(asking.sampling),
         "samples": asking.samples,
+        "scorer": asking.scorer,
     }
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,6 +41,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
     max_new_tokens: int | None = Field(None, gt=0)  # of an answer; None: half again the longest reference solution
     sampling: Sampling = Sampling()  # greedy; R1 is judged at {temperature: 0.6, top_p: 0.95}
     samples: int = Field(1, gt=0, le=1000)  # answers to each question: pass@k
+    scorer: Literal["numbers", "strict", "flexible"] = "numbers"  # the latter as lm-evaluation-harness scores GSM8K
     until: float | None = Field(None, gt=0)  # points: ask more problems until such a difference is settled
     deployed: Mapping[str, str] = Field({})  # name -> what `dsc generate` opens: an exported file, or a server
     asked: int | None = Field(None, ge=0, alias="problems")  # `problems` is what every stage tells about a header
@@ -155,6 +156,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             samples=self.samples,
             deployed=self.deployed,
             until=self.until,
+            scorer=self.scorer,
             text=self.text,
             windows=self.windows,
             length=self.length,

@@ -14,6 +14,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Collection
+from functools import cache
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.tasks import adversarial, commonsense, mathematics, programs
@@ -99,7 +100,12 @@ def selection(count: int = SELECTED, difficulty: Difficulty = DEFAULT) -> list[P
 
 def unseen(seed: int, count: int) -> list[Problem]:
     """Test problems by which nothing was chosen."""
-    return mixture(seed, count, "test", without={problem.prompt for problem in selection()})
+    return mixture(seed, count, "test", without=_selected())
+
+
+@cache
+def _selected() -> frozenset[str]:
+    return frozenset(problem.prompt for problem in selection())
 
 
 def verify(problem: Problem, completion: str) -> Verdict:

@@ -79,11 +79,18 @@ def problem_of(origin: str, entry: Any, family: str) -> Problem:
     return Problem(family, KIND, question.strip(), (), reference, {"solution": written})
 
 
-def judge(problem: Problem, completion: str) -> Verdict:
-    """Whether the answer is the reference's, and which of the chain's arithmetic steps hold."""
+def judge(problem: Problem, completion: str, scorer: str = "numbers") -> Verdict:
+    """Whether the answer is the reference's, and which of the chain's arithmetic steps hold.
+
+    `scorer`: `numbers` as the module `answers` says; `strict` and `flexible` as lm-evaluation-harness scores GSM8K.
+    """
     choices = problem.meta.get("choices", ())
-    answer = answers.final_answer(completion, choices)
-    exact = answers.equal(answer, problem.answer, choices)
+    if scorer == "numbers" or choices:
+        answer = answers.final_answer(completion, choices)
+        exact = answers.equal(answer, problem.answer, choices)
+    else:
+        answer = (answers.strict if scorer == "strict" else answers.flexible)(completion)
+        exact = answers.harness_equal(answer, problem.solution)
     steps = [holds(*step) for step in equations(completion)]
     wrong = next((number for number, good in enumerate(steps) if not good), None)
     midway = not exact and not choices and answers.mentioned(completion, problem.answer)
