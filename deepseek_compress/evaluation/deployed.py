@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint import is_checkpoint
 from deepseek_compress.checkpoint.files import hash_file
-from deepseek_compress.checkpoint.verified import MANIFEST, RUN
+from deepseek_compress.checkpoint.verified import MANIFEST, RUN, check, manifest_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.answering import Answerer, answerer_of
 from deepseek_compress.generation.backends.graph import GraphBackend, GraphModel
@@ -34,6 +34,7 @@ class Opened:
     about: str
     bytes: int | None
     predict: Callable[[Tensor], Tensor] | None = None
+    lineage: tuple[Any, ...] = ()  # of its manifest
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -54,7 +55,10 @@ def is_deployed(name: str) -> bool:
 
 
 def open_file(target: str) -> Opened:
-    """Load it. Raises `DscError` with what is understood."""
+    """Load it. Raises `DscError` with what is understood, and `Problems` naming files that are not what was written."""
+    lineage: tuple[Any, ...] = ()
+    if not target.startswith(HTTP):
+        lineage = _verified(Path(target).expanduser())
     speaker = open_target(target)
     answerer = answerer_of(speaker, "server" if target.startswith(HTTP) else "")
     if not isinstance(speaker, Local):
@@ -62,7 +66,14 @@ def open_file(target: str) -> Opened:
     backend = speaker.backend
     about = f"runs in {backend.name}" + (f" ({speaker.note})" if speaker.note else "")
     predict = _logits(backend) if isinstance(backend, GraphBackend) else None
-    return Opened(speaker, answerer, about, size_of(target), predict)
+    return Opened(speaker, answerer, about, size_of(target), predict, lineage)
+
+
+def _verified(path: Path) -> tuple[Any, ...]:
+    """The lineage of an output of ours whose files are what was written; nothing of others' files."""
+    folder = path if path.is_dir() else path.parent
+    check(folder)
+    return tuple((manifest_of(folder) or {}).get("lineage") or ())
 
 
 def size_of(target: str) -> int:

@@ -345,6 +345,7 @@ def deployed_row(run: _Run, name: str, target: str) -> dict[str, Any]:
     run.step(f"{name}: opening")
     opened = deployed.open_file(target)
     row: dict[str, Any] = {**_empty(name, target), "bytes": opened.bytes, "about": opened.about, "target": target}
+    row["lineage"] = list(opened.lineage)
     if run.trace is not None and opened.predict is not None and run.task.samples:
         run.step(f"{name}: next-token distribution", 0.05)
         if opened.same_tokenizer(run.tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_compress.reports import proof, table
+from deepseek_compress.reports import gate, proof, table
 from deepseek_compress.reports.table import Model, Record
 
 
@@ -26,7 +26,9 @@ def verdict(record: Record) -> str:
     elif agreement is not None:
         parts.append(f"agrees with {reference['name']} on {table.percent(agreement)} of the next tokens")
     said = f"{last['name']} {' and '.join(parts) or 'was evaluated beside ' + reference['name']}."
-    return " ".join(filter(None, [said, proof.floor(record) or proof.certain(last)]))
+    other = f"{last['name']} has another tokenizer"  # so that its answers are all that can be compared
+    noted = next((note for note in record.get("notes") or [] if other in note), None)
+    return " ".join(filter(None, [said, proof.floor(record) or proof.certain(last), noted]))
 
 
 def facts(record: Record) -> list[tuple[str, str, str]]:
@@ -99,6 +101,9 @@ def measured_on(record: Record) -> str:
             f"Fidelity and perplexity on {text['source']}: {text['tokens']:,} predicted tokens "
             f"in {text['windows']:,} windows."
         )
+    front = [model["name"] for model in table.everything(record) if model["name"] in gate.pareto(record)]
+    if len(table.everything(record)) > 2 and front:
+        parts.append(f"Not beaten in size and accuracy together (Pareto front): {', '.join(front)}.")
     return " ".join(parts) or "Size only: neither problems nor text were evaluated."
 
 
