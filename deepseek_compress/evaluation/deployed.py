@@ -18,7 +18,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.answering import Answerer, answerer_of
 from deepseek_compress.generation.backends.graph import GraphBackend, GraphModel
 from deepseek_compress.generation.speaker import Local, Speaker
-from deepseek_compress.generation.targets import open_target
+from deepseek_compress.generation.targets import ENGINE, GENAI, ONNX, open_target
 from deepseek_compress.models.resolve import BUILTIN
 from deepseek_compress.models.tokenizer import Tokenizer
 
@@ -51,7 +51,9 @@ def is_deployed(name: str) -> bool:
     if name.startswith(HTTP):
         return True
     path = Path(name).expanduser()
-    return not name.startswith(BUILTIN) and path.exists() and not is_checkpoint(path)
+    if name.startswith(BUILTIN) or is_checkpoint(path):
+        return False
+    return path.is_file() or any((path / file).is_file() for file in (ONNX, ENGINE, GENAI)) or any(path.glob("*.gguf"))
 
 
 def open_file(target: str) -> Opened:

@@ -49,8 +49,11 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "endless answers": (lambda d: recipe(max_new_tokens=0), "greater than 0"),
     "until nothing": (lambda d: recipe(until=0), "greater than 0"),
     "an unknown knob": (lambda d: recipe(shot=1), "did you mean 'shots'"),
-    "a deployed file alone": (lambda d: subjects([str(d)], None), "give the checkpoint it was made of"),
-    "a deployed reference": (lambda d: subjects(["a"], str(d)), "not a checkpoint"),
+    "a deployed file alone": (
+        lambda d: subjects([str(wrote(d, "model.onnx", "x"))], None),
+        "give the checkpoint it was made of",
+    ),
+    "a deployed reference": (lambda d: subjects(["a"], str(wrote(d, "model.onnx", "x"))), "not a checkpoint"),
     "nothing that answers": (lambda d: open_file(str(d)), "nothing here that answers"),
     "no such target": (lambda d: open_file(str(d / "none")), "no such file or directory"),
     "a server that is down": (lambda d: open_file("http://127.0.0.1:9"), "start the server"),

@@ -173,7 +173,7 @@ def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, 
         ),
         (["evaluate", "MODEL", "-o", "r.html"], "error: -o r.html: a page beside the report; name that: -o r.json"),
         (["compare", "no.json", "-o", "c.html"], "error: no.json: No such file or directory; "),
-        (["compare", "no.json", "-o", "c.pdf"], "error: -o c.pdf: not a .html file; "),
+        (["compare", "no.json", "-o", "c.pdf"], "error: -o c.pdf: not a .html or .csv file; "),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_1(dsc: Dsc, tiny_llama: Path, words: list[str], line: str) -> None:
