@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint import is_checkpoint
 from deepseek_compress.checkpoint.files import hash_file
-from deepseek_compress.checkpoint.verified import MANIFEST, RUN, check, manifest_of
+from deepseek_compress.checkpoint.verified import check, manifest_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.answering import Answerer, answerer_of
 from deepseek_compress.generation.backends.graph import GraphBackend, GraphModel
@@ -22,6 +22,7 @@ from deepseek_compress.generation.targets import ENGINE, GENAI, ONNX, open_targe
 from deepseek_compress.models.resolve import BUILTIN
 from deepseek_compress.models.tokenizer import Tokenizer
 
+WEIGHTS = (".onnx", ".data", ".engine", ".gguf", ".bin")  # what of an exported directory holds the model
 HTTP = ("http://", "https://")
 
 
@@ -79,7 +80,7 @@ def _verified(path: Path) -> tuple[Any, ...]:
 
 
 def size_of(target: str) -> int:
-    """Bytes of the files that hold weights: all that is not the tokenizer's, and not ours."""
+    """Bytes of the files that hold the model."""
     return sum(file.stat().st_size for file in _weights(target))
 
 
@@ -95,9 +96,7 @@ def _weights(target: str) -> list[Path]:
     if not path.exists():
         raise DscError(f"{target}: no such file or directory", "give an output of dsc export, or http://HOST:PORT")
     files = [path, *path.parent.glob(f"{path.name}.data")] if path.is_file() else path.rglob("*")
-    return sorted(
-        f for f in files if f.is_file() and f.suffix not in (".json", ".md", ".jinja") and f.name not in (MANIFEST, RUN)
-    )
+    return sorted(file for file in files if file.is_file() and file.suffix in WEIGHTS)
 
 
 def _logits(backend: GraphBackend) -> Callable[[Tensor], Tensor]:
