@@ -124,6 +124,21 @@ def holm(values: Sequence[float]) -> list[float]:
     return found
 
 
+def interval_of(
+    mine: Sequence[float], theirs: Sequence[float], draws: Bootstrap | None = None, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """The 1 - level interval of the mean difference; `draws` resample shares of sampled answers."""
+    differences = [a - b for a, b in zip(mine, theirs, strict=True)]
+    if not _binary(mine, theirs):
+        return (draws or Bootstrap(len(differences), seed)).difference(mine, theirs)
+    lost, gained = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
+    return tango(lost, gained, len(differences), level)
+
+
+def _binary(mine: Sequence[float], theirs: Sequence[float]) -> bool:
+    return all(value in (0.0, 1.0) for value in (*mine, *theirs))
+
+
 def paired(
     mine: Sequence[float], theirs: Sequence[float], draws: Bootstrap | None = None, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Any]:
@@ -134,12 +149,9 @@ def paired(
     """
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
     lost, gained = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
-    binary = all(value in (0.0, 1.0) for value in (*mine, *theirs))
+    binary = _binary(mine, theirs)
     count, mean = len(differences), math.fsum(differences) / len(differences)
-    if binary:
-        interval = tango(lost, gained, count, level)
-    else:
-        interval = (draws or Bootstrap(count, seed)).difference(mine, theirs)
+    interval = interval_of(mine, theirs, draws, level, seed)
     p = mcnemar(lost, gained) if binary else sign_flips(differences, seed)
     if binary:
         enough = needed(POINT, (lost + gained) / count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from deepseek_compress.evaluation.certainty import LEVEL, paired, settled
+from deepseek_compress.evaluation.certainty import LEVEL, interval_of, settled
 
 FIRST = 250
 
@@ -45,7 +45,7 @@ def settle(
     level = LEVEL / len(counts)
     for count in counts:
         theirs = scores(reference, count)
-        found = [paired(scores(name, count), theirs, None, level, seed)["interval"] for name in others]
+        found = [interval_of(scores(name, count), theirs, None, level, seed) for name in others]
         if all(settled(interval, points) for interval in found):
             return Settled(count, level, True)
     return Settled(limit, level, False)
