@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_pages import record
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.deployed import open_file
@@ -15,7 +16,6 @@ from deepseek_compress.evaluation.subjects import subjects
 from deepseek_compress.recipe import Changes, read_recipe
 from deepseek_compress.reports import compare, gate
 from deepseek_compress.resources import recipe_path
-from tests.hostile.test_pages import record
 
 GOOD = json.dumps({"question": "1 + 1 ?", "answer": "2"})
 
