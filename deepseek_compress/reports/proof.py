@@ -9,6 +9,7 @@ from deepseek_compress.reports import table
 from deepseek_compress.reports.table import UNKNOWN, Model, Record, Table
 
 FLOOR = 0.05  # exact match of the reference below which its answers cannot show a loss
+FEW = 5  # and right answers
 EVALUATION = "PyTorch, weights unpacked to float32"
 
 
@@ -16,13 +17,13 @@ def floor(record: Record) -> str | None:
     """Why the answers of this report cannot show a loss; None where they can."""
     reference = next((m for m in record["models"] if m["name"] == record.get("reference")), None)
     right = reference["metrics"].get("exact_match") if reference is not None else None
-    if reference is None or right is None or right >= FLOOR:
-        return None
     problems = (record.get("suite") or {}).get("problems")
+    if reference is None or right is None or (right >= FLOOR and right * (problems or FEW / FLOOR) >= FEW):
+        return None
     of = f" of {problems:,} problems" if problems else " of the problems"
     return (
         f"{reference['name']} itself solves {table.percent(right)}{of}: too few to show what was lost. "
-        "Judge by KL and top-1 over the reference answers, or give problems it can solve."
+        "Judge by KL and top-1 over the reference answers, or give more problems, or easier ones."
     )
 
 

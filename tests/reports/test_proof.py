@@ -71,6 +71,8 @@ def test_a_reference_at_the_floor_is_no_headline(record: dict[str, Any]) -> None
     assert "Exact match against size" not in page.page(record)
     record["models"][0]["metrics"]["exact_match"] = 0.05
     assert proof.floor(record) is None
+    record["suite"]["problems"] = 20  # one right answer
+    assert "solves 5.0 % of 20 problems" in str(proof.floor(record))
 
 
 def test_every_table_stands_in_markdown_and_page(record: dict[str, Any]) -> None:
