@@ -42,8 +42,8 @@ class Options:
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster
     gpu_memory: int | None = None  # bytes of a GPU
-    verifier: str | None = None  # FILE.py:FUNCTION, code of the user's for the stage `traces`
     quick: bool = False  # do not read large files a second time to verify them
+    verifier: str | None = None  # FILE.py:FUNCTION, code of the user's for the stage `traces`
 
 
 @dataclass(frozen=True)
