@@ -124,4 +124,7 @@ def _line(asked: Asked, done: _Try) -> dict[str, Any]:
     else:
         asking["messages"] = [*asked.messages, {"role": "assistant", "content": written}]
     steps = {"valid_steps": verdict.valid, "written_steps": verdict.written}
-    return {**asking, "score": round(verdict.score, 4), **steps, "attempt": done.attempt, "origin": asked.origin}
+    judged = {"score": round(verdict.score, 4), **steps, "attempt": done.attempt, "origin": asked.origin}
+    if len(asked.messages) == 1:
+        return {"prompt": asked.question, "completion": said, **judged}
+    return {"messages": [*asked.messages, {"role": "assistant", "content": said}], **judged}
