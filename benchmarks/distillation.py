@@ -6,8 +6,8 @@
 what a cache keeps of it (sampled). `cut`: a student with four of five layers, trained on the same tokens by the
 default, by what a cache keeps, and by the default of before: T = 4, the 16 likeliest tokens and a bucket that is
 tempered as if it were uniform, 0.3 of the text itself, learning rate 5e-4. `qat`: 3-bit weights by GPTQ, before and
-after a training as they are stored; on weights that lie on a 4-bit grid it says little (`benchmarks.off_grid`). Judged on the end of the file, which nobody
-is trained on.
+after a training as they are stored; on weights that lie on a 4-bit grid it says little (`benchmarks.off_grid`). Judged
+on the end of the file, which nobody is trained on.
 """
 
 from __future__ import annotations
