@@ -19,7 +19,6 @@ from deepseek_compress.calibration.settings import Select
 from deepseek_compress.calibration.sources import files_of
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint, verified
 from deepseek_compress.checkpoint.files import write_sealed
-from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.console import StageProgress, duration, size
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import Architecture
@@ -28,6 +27,7 @@ from deepseek_compress.planning import device
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
+from deepseek_compress.stages.identity import code_hash, manifest_hash, text_hashes
 from deepseek_compress.stages.text import choice_cost
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -270,35 +270,17 @@ def _inputs(state: _Run) -> None:
     state.prints[recipe.alias] = state.prints["model"]
 
 
-def _text_hashes(source: str) -> dict[str, str]:
-    """Hash of each file of a calibration source."""
-    return {file.name: verified.hash_of(file) for file in files_of(source)}
-
-
-def _manifest_hash(statistics: str | None) -> str | None:
-    """What tells saved statistics from others: their manifest has the hash of each file."""
-    return None if statistics is None else verified.hash_of(Path(statistics) / MANIFEST)
-
-
 def _identity(state: _Run) -> dict[str, Any]:
     """What the bytes of all outputs follow from."""
     recipe = state.recipe
     return {
         "recipe": {key: value for key, value in _lasting(recipe).items() if key not in {"model", "inputs", "name"}},
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
-        "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.named},
-        "statistics": _manifest_hash(recipe.calibration.statistics),
+        "calibration_data": {source.path: text_hashes(source.path) for source in recipe.calibration.named},
+        "statistics": manifest_hash(recipe.calibration.statistics),
         "versions": state.versions,
-        **_code(state.options),
+        **code_hash(state.options.verifier),
     }
-
-
-def _code(options: Options) -> dict[str, Any]:
-    """Hash of the user's verifier, where there is one."""
-    if options.verifier is None:
-        return {}
-    file = Path(options.verifier.rpartition(":")[0])
-    return {"verifier": verified.hash_of(file) if file.is_file() else None}
 
 
 def _lasting(recipe: Recipe) -> dict[str, Any]:
