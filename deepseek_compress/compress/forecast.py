@@ -12,7 +12,7 @@ from deepseek_compress.compress.layout import packed, stored16
 from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.compress.tables import PIECE
 from deepseek_compress.models import Architecture, Linear, ModelConfig, Role
-from deepseek_compress.models.layers import SCORES_AT_ONCE
+from deepseek_compress.models.attend import SCORES_AT_ONCE
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.streaming.batches import BATCH_TOKENS

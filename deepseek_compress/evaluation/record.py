@@ -214,7 +214,7 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
     row = {**_empty(name, name_of(checkpoint.path)), **efficiency.sizes(checkpoint)}
     rounding = _rounding(run, folder is not None, checkpoint)
     row |= {"lineage": _lineage(checkpoint), "about": about(checkpoint, rounding)}
-    size = cache_bytes(Architecture.of(checkpoint).cfg, rounding)
+    size = cache_bytes(Architecture.of(checkpoint).cfg, rounding, run.settings.length)
     row["kv_cache_bytes_per_token"] = None if size is None else size.stored
     row["expert_coverage"] = coverage(checkpoint.path)
     if run.streamed is not None:

@@ -14,10 +14,10 @@ from deepseek_compress.checkpoint.reader import check_finite
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.models.activations import InputScheme, input_scheme
 from deepseek_compress.models.architecture import Architecture
+from deepseek_compress.models.attend import causal_mask
 from deepseek_compress.models.cache import KvCache, cache_problems, kv_rounding
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import Family
-from deepseek_compress.models.layers import causal_mask
 from deepseek_compress.models.rope import known, places
 from deepseek_compress.models.weights import ResidentWeights, Weights
 from deepseek_compress.numerics.kv_cache import KvRounding
@@ -43,6 +43,8 @@ class Model:
             raise_problems(cache_problems(cfg, kv_cache))
         self.kv_cache = kv_cache
         self.int8 = scheme is not None and scheme.attention
+        if self.int8 and kv_cache is not None and kv_cache.window is not None:
+            raise DscError("kv_cache.window beside attention in 8 bits", "leave window, or attention, out")
         if self.int8 and cfg.compressed is not None:
             what = f"attention: {cfg.model_type} has sinks and entries of many tokens, whose products stay 16-bit here"
             raise DscError(what, "leave attention out of the activations")

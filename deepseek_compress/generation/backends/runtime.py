@@ -36,8 +36,9 @@ class RuntimeBackend(Backend):
         return logits
 
     def truncate(self, length: int) -> int:
-        """Keep the first tokens; none where the cache holds differences between neighbours."""
-        if self.model.kv_cache is not None and self.model.kv_cache.delta:
+        """Keep the first tokens; none where the cache holds differences between neighbours, or some tokens alone."""
+        how = self.model.kv_cache
+        if how is not None and (how.delta or how.window is not None):
             length = 0
         if not length:
             self.cache = self.model.cache(self.context)
