@@ -9,17 +9,18 @@ recipe gives it. A row's bytes are those of the two tables; the bar for a defaul
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import original
 from benchmarks.cases import Case, case
 from benchmarks.common import present
 from deepseek_compress.compress import tables
-from deepseek_compress.evaluation.divergence import measure
+from deepseek_compress.evaluation.divergence import Sample, Trace, measure, record
 from deepseek_compress.evaluation.statistics import Bootstrap
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics.gptq import Gptq
@@ -27,6 +28,7 @@ from deepseek_compress.numerics.hessian import add_gram, mirror
 from deepseek_compress.numerics.types import Quantized, Statistics
 
 BAR = 0.001
+Variant = tuple[str, str, Quantized | None, Quantized | None]  # embedding and head: how, and their codes
 COLUMNS = ("model", "embedding", "head", "tied", "MB", "KL like", "up to", "KL other", "up to ", "passed")
 
 
@@ -42,14 +44,12 @@ def hessian(model: Model, subject: Case, samples: int) -> Statistics:
     return Statistics(tokens.numel(), mirror(total))
 
 
-def variants(model: Model, subject: Case, samples: int) -> list[tuple[str, str, Quantized | None, Quantized | None]]:
+def variants(model: Model, subject: Case, samples: int) -> list[Variant]:
     """(embedding, head, their codes): rounded to nearest, and the head solved too where it is not tied."""
     names, columns = model.cfg.names, model.cfg.hidden_size
     table = model.weights[names.embedding]
     rounded = {bits: tables.round_rows(table, tables.Embedding(num_bits=bits).rounding(columns)) for bits in (8, 4)}
-    found: list[tuple[str, str, Quantized | None, Quantized | None]] = [
-        (f"{bits} bits, nearest", "", codes, None) for bits, codes in rounded.items()
-    ]
+    found: list[Variant] = [(f"{bits} bits, nearest", "", codes, None) for bits, codes in rounded.items()]
     if model.cfg.tie_word_embeddings:
         return found
     how = tables.Head().rounding(columns)
@@ -65,25 +65,38 @@ def run(name: str, windows: int, samples: int) -> list[list[Any]]:
     """The rows of a model."""
     subject, lines = case(name), []
     model = Model.load(subject.model)
-    names = model.cfg.names
-    for embedding, head, table, top in variants(model, subject, samples):
-        weights = dict(model.weights)
-        weights |= {} if table is None else {names.embedding: table.dequantize()}
-        weights |= {} if top is None else {names.head: top.dequantize()}
-        changed, cells = Model(model.family, model.cfg, weights), []
-        for kind in ("like", "other"):
-            texts, trace = original(subject, kind, "tuning")
-            found = measure(changed, texts, trace)
-            assert found.kl is not None
-            each = [kl / tokens for kl, tokens in zip(found.kl[:windows], found.tokens[:windows], strict=True)]
-            limits = Bootstrap(len(each)).ratio(each)
-            cells += [sum(each) / len(each), limits and limits[1]]
-        size = sum(bytes_of(model.weights[name], codes) for name, codes in ((names.embedding, table), (names.head, top))
-                   if name in model.weights)  # fmt: skip
-        passed = all(value is not None and value <= BAR for value in cells)
-        lines.append([name, embedding, head, model.cfg.tie_word_embeddings, size / 1e6, *cells, passed])
-        print(lines[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        judges = [judge(model, subject, kind, windows, Path(folder) / kind) for kind in ("like", "other")]
+        for variant in variants(model, subject, samples):
+            lines.append(line(name, model, variant, judges))
+            print(lines[-1], flush=True)
     return lines
+
+
+def judge(model: Model, subject: Case, kind: str, windows: int, folder: Path) -> tuple[list[Sample], Trace]:
+    """Windows of a text and what the original says to them."""
+    texts = [Sample(tokens, 1) for tokens in subject.judging_windows(kind, "tuning")[:windows]]
+    folder.mkdir()
+    return texts, record(model, texts, folder)[0]
+
+
+def line(name: str, model: Model, variant: Variant, judges: list[tuple[list[Sample], Trace]]) -> list[Any]:
+    """A row of the table."""
+    names, (embedding, head, table, top) = model.cfg.names, variant
+    weights = dict(model.weights)
+    weights |= {} if table is None else {names.embedding: table.dequantize()}
+    weights |= {} if top is None else {names.head: top.dequantize()}
+    changed, cells = Model(model.family, model.cfg, weights), []
+    for texts, trace in judges:
+        found = measure(changed, texts, trace)
+        assert found.kl is not None
+        each = [kl / tokens for kl, tokens in zip(found.kl, found.tokens, strict=True)]
+        limits = Bootstrap(len(each)).ratio(each)
+        cells += [sum(each) / len(each), limits and limits[1]]
+    stored = [(names.embedding, table), *([] if model.cfg.tie_word_embeddings else [(names.head, top)])]
+    size = sum(bytes_of(model.weights[key], codes) for key, codes in stored)
+    passed = all(value is not None and value <= BAR for value in cells)
+    return [name, embedding, head, model.cfg.tie_word_embeddings, size / 1e6, *cells, passed]
 
 
 def bytes_of(table: Tensor, codes: Quantized | None) -> float:

@@ -75,18 +75,18 @@ def problems(architecture: Architecture, embedding: Embedding | None, head: Head
         yield from packed_problems(architecture.header, "embedding" if head is None else "head")
 
 
-def decisions(architecture: Architecture, embedding: Embedding | None, head: Head | None) -> list[str]:
-    """Say what is stored how, and who reads it, one line each."""
-    cfg, lines = architecture.cfg, []
+def decisions(tied: bool, embedding: Embedding | None, head: Head | None) -> list[str]:
+    """Say what is stored how, and who reads it, one line each; `tied`: embedding and head are one table."""
+    lines = []
     if embedding is not None:
-        table = "embedding and head, which are one table" if cfg.tie_word_embeddings else "embedding"
+        table = "embedding and head, which are one table" if tied else "embedding"
         lines.append(
             f"{table}: {embedding.num_bits} bits; read by dsc and, exported as GGUF, by llama.cpp; not by "
             "transformers, SGLang, or vLLM for most models"
         )
-    if head is not None and cfg.tie_word_embeddings and embedding is None:
+    if head is not None and tied and embedding is None:
         lines.append("head: tied to the embedding, which stays 16-bit (embedding: {num_bits: 8} changes both)")
-    elif head is not None and not cfg.tie_word_embeddings:
+    elif head is not None and not tied:
         lines.append(f"head: {head.num_bits} bits; read by vLLM from March 2026 on and SGLang")
     return lines
 

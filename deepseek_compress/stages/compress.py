@@ -300,7 +300,7 @@ class Compress(Stage, frozen=True):
             lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
-        lines += tables.decisions(architecture, self.embedding, self.head)
+        lines += tables.decisions(cfg.tie_word_embeddings and self.rotation is None, self.embedding, self.head)
         if self.activations is not None:
             lines.append(self._told_inputs(cfg, chosen.group_size is None))
         if self.kv_cache is not None:
