@@ -140,10 +140,8 @@ def embedded(architecture: Architecture, table: Quantized, tokens: Tensor) -> Te
 def _by_rows(table: Tensor, solve: Callable[[Tensor], Quantized]) -> Quantized:
     step = max(1, PIECE // table.shape[1])
     found = [solve(table[start : start + step].float()) for start in range(0, len(table), step)]
-    codes, scales = torch.cat([part.codes for part in found]), torch.cat([part.scale for part in found])
-    return Quantized(
-        codes, scales, torch.cat([part.zero_point for part in found]), found[0].num_bits, found[0].symmetric
-    )
+    codes, scale, zero_point = (torch.cat(parts) for parts in zip(*(part[:3] for part in found), strict=True))
+    return Quantized(codes, scale, zero_point, found[0].num_bits, found[0].symmetric)
 
 
 def kept_type(source: Checkpoint, name: str) -> torch.dtype | None:

@@ -73,7 +73,7 @@ class KvRounding(BaseModel, frozen=True, extra="forbid"):
     @property
     def coarse(self) -> KvRounding:
         """The first layer alone: what is left of a token that is not kept."""
-        return KvRounding(num_bits=4, group_size=self.group_size, delta=self.delta)
+        return self.model_copy(update={"num_bits": 4, "window": None, "important": 0, "rest": 0})
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` (..., channels), a token and head a row, as the cache gives it back, in its type."""
