@@ -28,7 +28,7 @@ Left out: grids that several tokens share, a channel at a time (KIVI's keys), wh
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -74,6 +74,11 @@ class KvRounding(BaseModel, frozen=True, extra="forbid"):
     def coarse(self) -> KvRounding:
         """The first layer alone: what is left of a token that is not kept."""
         return self.model_copy(update={"num_bits": 4, "window": None, "important": 0, "rest": 0})
+
+    def document(self) -> dict[str, Any]:
+        """As a manifest carries it; which tokens are kept stands there where not all are."""
+        unsaid = {"window", "sinks", "important", "rest"} if self.window is None else set[str]()
+        return self.model_dump(mode="json", exclude=unsaid)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` (..., channels), a token and head a row, as the cache gives it back, in its type."""

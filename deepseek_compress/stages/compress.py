@@ -327,7 +327,7 @@ class Compress(Stage, frozen=True):
         facts: Mapping[str, Any],
         hashes: Mapping[str, str],
     ) -> dict[str, Any]:
-        cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.model_dump(mode="json")}
+        cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.document()}
         threads = torch.get_num_threads() if isinstance(text, Text) else None  # sums over text depend on it
         return provenance.build_manifest(
             stage="compress",

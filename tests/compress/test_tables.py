@@ -202,7 +202,8 @@ def test_the_forecast_is_the_output(tiny_llama: Path, llama: Path) -> None:
 def test_streamed_evaluation_reads_what_the_runtime_reads(llama: Path, tiny_llama: Path, tmp_path: Path) -> None:
     samples = [divergence.Sample(row.tolist(), 1) for row in TOKENS]
     _, found = divergence.record(Model.load(llama), samples, tmp_path)
-    ours = streamed.measure({"llama": Subject(open_checkpoint(llama), None)}, samples, tmp_path / "work")["llama"]
+    subjects, work = {"llama": Subject(open_checkpoint(llama))}, tmp_path / "work"
+    ours = streamed.measure(subjects, samples, work, streamed.NO_LIMITS, lambda done, total, note: None)["llama"]
     torch.testing.assert_close(torch.tensor(ours.nll), torch.tensor(found.nll), rtol=1e-5, atol=1e-6)
 
 
