@@ -117,12 +117,7 @@ def _joined(*parts: str) -> str:
 
 
 def _line(asked: Asked, done: _Try) -> dict[str, Any]:
-    verdict = done.verdict
-    written, asking = done.text.strip(), dict[str, Any]()
-    if len(asked.messages) == 1:
-        asking |= {"prompt": asked.question, "completion": written}
-    else:
-        asking["messages"] = [*asked.messages, {"role": "assistant", "content": written}]
+    verdict, said = done.verdict, done.text.strip()
     steps = {"valid_steps": verdict.valid, "written_steps": verdict.written}
     judged = {"score": round(verdict.score, 4), **steps, "attempt": done.attempt, "origin": asked.origin}
     if len(asked.messages) == 1:

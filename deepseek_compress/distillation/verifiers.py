@@ -137,8 +137,8 @@ def verifier_of(name: str, function: UserVerifier | None) -> Verifier:
             what = "traces.verifier: python, but no function is named, and a recipe cannot name one: it would be code"
             raise DscError(what, "give it on the command line: dsc run RECIPE --verifier FILE.py:FUNCTION")
         return User(function)
-    known: dict[str, type[Verifier]] = {"builtin": Builtin, "answer": Answer, "none": Anything}
-    return known[name]()
+    others: dict[str, Verifier] = {"builtin": Builtin(), "answer": Answer(), "none": Anything()}
+    return others[name]
 
 
 def builtin_problems(seed: int, count: int) -> list[Asked]:

@@ -38,7 +38,6 @@ class _Expert:
         self.linears: Sequence[Linear] = [linear for linear in block.block.linears if linear.expert == number]
         self.pairs: int | None = None
         tokens = chosen // moe.top_k
-        self.pairs: int | None = None
         if run.paired:
             tokens, self.pairs = alongside(tokens, length)
         place = torch.full((int(tokens.max()) + 1 if len(tokens) else 0,), -1)  # in the flattened routing; -1: not sent
