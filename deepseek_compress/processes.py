@@ -37,6 +37,15 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment())
 
 
+def start_python(*arguments: str, **pipes: Any) -> subprocess.Popen[Any]:
+    """Start `python ARGUMENTS` with its input and output as pipes; `pipes`: see `Popen`."""
+    import subprocess
+
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), **pipes
+    )
+
+
 def leave_directory() -> None:
     """Take the current directory off this process's path, unless this package itself lies there."""
     sys.path[:] = [path for path in sys.path if _trusted(path)]

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from select import select
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from deepseek_compress.errors import DscError
-from deepseek_compress.processes import environment
+from deepseek_compress.processes import start_python
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 START = 60.0  # seconds for its imports
 
@@ -40,7 +42,7 @@ class UserVerifier:
         self.path, self.name, self.seconds = Path(file).resolve(), name, seconds
         if not self.path.is_file():
             raise DscError(f"--verifier {given!r}: no such file", "give the path of a Python file")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
         self._left = b""  # of what it wrote, after the last line that was read
 
     def __call__(self, origin: str, question: str, answer: str, completion: str) -> tuple[bool, int, int]:
@@ -68,12 +70,9 @@ class UserVerifier:
                     pipe.close()
             self._process, self._left = None, b""
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> Popen[bytes]:
         if self._process is None:
-            command = [sys.executable, "-B", __file__, str(self.path), self.name]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), start_new_session=True
-            )
+            self._process = start_python("-B", __file__, str(self.path), self.name, start_new_session=True)
             said = self._line(START, "its start")
             if "error" in said:
                 raise self._failed(f"cannot be loaded: {said['error']}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import Interval
-from deepseek_compress.processes import environment
+from deepseek_compress.processes import start_python
 
 PROMPT, NEW, ROUNDS = 128, 32, 7  # tokens read, tokens written, turns of which the first does not count
 PYTORCH = "PyTorch, weights unpacked to float32"
@@ -34,10 +33,7 @@ class Timed:
 
     def __init__(self, name: str, target: str, prompt: int, new: int) -> None:
         self.name = name
-        command = [sys.executable, "-m", __name__, target, str(prompt), str(new)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
+        self._process = start_python("-m", __name__, target, str(prompt), str(new), stderr=-1, text=True)  # -1: a pipe
         self.about = self._line()
 
     def turn(self) -> dict[str, Any]:

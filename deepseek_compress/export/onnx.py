@@ -255,8 +255,7 @@ def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
 
     One that the checkpoint holds on such a grid stays as it is.
     """
-    held = checkpoint.read_quantized(f"{name}.weight")
-    if held is not None and held.num_bits == 8 and held.group_size == fit_group_size(held.codes.shape[1], None):
+    if (held := held_table(checkpoint, name)) is not None:
         return held
     plain = checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
     table = checkpoint.read(f"{name}.weight", None if plain else torch.float32)
@@ -268,6 +267,13 @@ def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
         torch.cat([part.zero_point for part in parts]),
         num_bits=8,
     )
+
+
+def held_table(checkpoint: Checkpoint, name: str) -> Quantized | None:
+    """The table `name`, if the checkpoint holds it on the grid that `rounded_table` would round it to."""
+    held = checkpoint.read_quantized(f"{name}.weight")
+    fits = held is not None and held.num_bits == 8 and held.group_size == fit_group_size(held.codes.shape[1], None)
+    return held if fits else None
 
 
 def rounded_to_8(rows: Tensor) -> Tensor:

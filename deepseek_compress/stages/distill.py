@@ -137,10 +137,9 @@ class Distill(Stage, frozen=True):
         inside = [name for name, loss in zip(self.loss, self.losses, strict=True) if isinstance(loss, INSIDE)]
         if inside and self.cache is not None:
             found.append(DscError(f"distill.loss: {', '.join(inside)} cannot be recorded", "leave out them, or cache"))
-        live = {"on_policy": self.on_policy, "joint": self.joint}
-        if self.cache is not None and any(live.values()):
-            names = ", ".join(name for name, value in live.items() if value)
-            found.append(DscError(f"distill.{names}: needs the teacher itself, not a cache", "leave one of them out"))
+        live = ", ".join(name for name in ("on_policy", "joint") if getattr(self, name))
+        if self.cache is not None and live:
+            found.append(DscError(f"distill.{live}: needs the teacher itself, not a cache", "leave one of them out"))
         if self.cache is not None and self.curriculum is not None and self.curriculum.by == "loss":
             what = "distill.curriculum: by loss asks the teacher itself, which a cache is not"
             found.append(DscError(what, "set by: length, or leave cache out"))
@@ -161,8 +160,7 @@ class Distill(Stage, frozen=True):
         )
         work = Work((2.0 * total + 6.0 * kept) * self._wanted)
         weight = 2 if self.precision == "bfloat16" else 4
-        moments = 2 if self.optimizer == "adamw" else 0
-        copies = 2 + moments + (self.validation > 0)
+        copies = 2 + 2 * (self.optimizer == "adamw") + (self.validation > 0)  # with its moments
         return Forecast(
             shrink.shrunk_header(header, plan),
             tensors=len(plan.tensors),
@@ -209,11 +207,8 @@ class Distill(Stage, frozen=True):
             facts |= report.facts(state)
             context.tell_all(report.told(state, trainer.schedule))
         state = state or trainer.begin()
-        stored = (
-            {}
-            if straight is None
-            else {name: straight.stored(name, student.model.weights[name], state.projections) for name in packed}
-        )
+        own = {name: student.model.weights[name] for name in packed}
+        stored = {} if straight is None else {n: straight.stored(n, w, state.projections) for n, w in own.items()}
         notes = self._write(source, student, stored, facts, report.card(state), context)
         remove_tree(work)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
@@ -234,9 +229,8 @@ class Distill(Stage, frozen=True):
         loaded = teacher if same else self._load(source, context)
         documents = self._documents(source, teacher.cfg, context)
         student = self._cut(loaded, source, documents, context, same)
-        ours, theirs = load_tokenizer(source.path), load_tokenizer(path)
         sizes = (teacher.cfg.vocab_size, student.model.cfg.vocab_size)
-        check_tokenizers(ours.digest, theirs.digest, sizes)
+        check_tokenizers(load_tokenizer(source.path).digest, load_tokenizer(path).digest, sizes)
         if not same:
             student = student._replace(pairs=even_pairs(student.model.cfg, teacher.cfg))
         live = (JointTeacher if self.joint else LiveTeacher)(teacher, min(sizes), self.temperature)
@@ -246,8 +240,8 @@ class Distill(Stage, frozen=True):
         """A teacher that is not there; its text is the one that was recorded."""
         teacher = CachedTeacher(words, context.device)
         if teacher.temperature != self.temperature:
-            what = f"{words}: recorded at temperature {teacher.temperature:g}, distill has {self.temperature:g}"
-            raise DscError(what, f"set distill.temperature to {teacher.temperature:g}, or record again")
+            what = f"recorded at temperature {teacher.temperature:g}, distill.temperature is {self.temperature:g}"
+            raise DscError(f"{words}: {what}", f"set distill.temperature to {teacher.temperature:g}, or record again")
         loaded, documents = self._load(source, context), teacher.documents()
         student = self._cut(loaded, source, documents, context)
         sizes = (teacher.vocabulary, student.model.cfg.vocab_size)

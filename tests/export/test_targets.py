@@ -73,8 +73,8 @@ def test_a_graph_that_disagrees_leaves_nothing_that_loads(
 ) -> None:
     load = Model.load
 
-    def other(source: Any) -> Model:
-        model = load(source)
+    def other(source: Any, device: str) -> Model:
+        model = load(source, device=device)
         return Model(model.family, model.cfg, {n: t * 1.05 for n, t in model.weights.items()})
 
     run(tiny_llama, tmp_path, verify=False)

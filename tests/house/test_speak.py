@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_compress.checkpoint.files import write_sealed
 from deepseek_compress.cli import speak
 from deepseek_compress.generation.sampling import Sampling
 from deepseek_compress.generation.speaker import Answer, Prompt, Speaker
@@ -94,7 +95,7 @@ def test_a_mistake_is_one_line(dsc: Dsc, tiny_llama: Path, words: list[str], lin
     Path("MODEL").symlink_to(tiny_llama)
     Path("config.gguf").write_text("{}")
     Path("edge").mkdir()
-    Path("edge/dsc_manifest.json").write_text('{"knobs": {"target": "edge-llm"}}')
+    write_sealed(Path("edge/dsc_manifest.json"), {"knobs": {"target": "edge-llm"}})
     shown = dsc(*words)
     assert shown.exit_code == 1
     (found,) = (text for text in errors(shown.stderr) if not text.startswith("sampling"))
@@ -159,7 +160,7 @@ def test_an_answer_stopped_before_its_first_word_was_never_asked(monkeypatch: py
                 raise KeyboardInterrupt
             return Answer("slow", tokens=1, stopped="end"), iter([Piece("yes", False)])
 
-    monkeypatch.setattr("deepseek_compress.generation.targets.open_target", lambda target, threads: Slow())
+    monkeypatch.setattr("deepseek_compress.generation.targets.open_target", lambda *given: Slow())
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
     speak.chat("slow")
     assert asked == [["one"], ["two"], ["two", "yes", "three"]]
