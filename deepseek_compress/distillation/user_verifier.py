@@ -20,13 +20,10 @@ import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from select import select
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.processes import start_python
-
-if TYPE_CHECKING:
-    from subprocess import Popen
 
 START = 60.0  # seconds for its imports
 
@@ -42,7 +39,7 @@ class UserVerifier:
         self.path, self.name, self.seconds = Path(file).resolve(), name, seconds
         if not self.path.is_file():
             raise DscError(f"--verifier {given!r}: no such file", "give the path of a Python file")
-        self._process: Popen[bytes] | None = None
+        self._process: Any = None  # what `start_python` gives
         self._left = b""  # of what it wrote, after the last line that was read
 
     def __call__(self, origin: str, question: str, answer: str, completion: str) -> tuple[bool, int, int]:
@@ -70,7 +67,7 @@ class UserVerifier:
                     pipe.close()
             self._process, self._left = None, b""
 
-    def _started(self) -> Popen[bytes]:
+    def _started(self) -> Any:
         if self._process is None:
             self._process = start_python("-B", __file__, str(self.path), self.name, start_new_session=True)
             said = self._line(START, "its start")
