@@ -1,12 +1,13 @@
 """Does a student stay where its loss is least, and does a cut one come back? KL and perplexity, before and after.
 
-    python -m benchmarks.distillation MODEL --text FILE [--parts self cut] [--tokens 50000] [--seeds 3]
+    python -m benchmarks.distillation MODEL --text FILE [--parts self cut qat] [--tokens 50000] [--seeds 3]
 
 `self`: 150 steps that begin at the teacher, at the default learning rate, with all of its distribution (dense) and with
 what a cache keeps of it (sampled). `cut`: a student with four of five layers, trained on the same tokens by the
 default, by what a cache keeps, and by the default of before: T = 4, the 16 likeliest tokens and a bucket that is
-tempered as if it were uniform, 0.3 of the text itself, learning rate 5e-4. Judged on the end of the file, which nobody
-is trained on.
+tempered as if it were uniform, 0.3 of the text itself, learning rate 5e-4. `qat`: 3-bit weights by GPTQ, before and
+after a training as they are stored; on weights that lie on a 4-bit grid it says little (`benchmarks.off_grid`). Judged
+on the end of the file, which nobody is trained on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +36,10 @@ from deepseek_compress.distillation.teachers import LiveTeacher, Said, Teacher
 from deepseek_compress.distillation.trainer import Measured, Schedule, Trainer
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
-from deepseek_compress.stages.distill import CUT_RATE, WHOLE_RATE
+from deepseek_compress.registry import build
+from deepseek_compress.stages.base import Context
+from deepseek_compress.stages.compress import Compress
+from deepseek_compress.stages.distill import CUT_RATE, WHOLE_RATE, Distill
 
 SELF_STEPS = 150
 ENTRIES = 22
@@ -133,6 +139,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held", type=int, default=4096, help="tokens that judge")
+    parser.add_argument("--samples", type=int, default=64, help="of calibration text, part qat")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     checkpoint = open_checkpoint(given.model)
@@ -141,6 +148,11 @@ def main() -> None:
     held = [Document(ids[-given.held :][i : i + given.length], 0) for i in range(0, given.held, given.length)]
     rows = []
     for part in given.parts:
+        if part == "qat":
+            for seed in range(given.seeds):
+                rows.append(packed(seed, teacher, held, given))
+                present("distillation", COLUMNS, rows, {"model": given.model.name, **_settings(given)})
+            continue
         arms = [DENSE, SAMPLED] if part == "self" else [DENSE, SAMPLED, BEFORE]
         for arm in (arm for arm in arms if arm.name.startswith(tuple(given.arms))):
             for seed in range(given.seeds):
@@ -166,6 +178,26 @@ def run(
     seconds = round(time.process_time() - began)
     figures = (before.kl, after.kl, before.perplexity, after.perplexity)
     return [part, arm.name, seed, -(-wanted // batch), wanted, *figures, seconds, load]
+
+
+def packed(seed: int, teacher: Model, held: list[Document], given: argparse.Namespace) -> list[Any]:
+    """One row of the part `qat`: GPTQ at 3 bits on the start of the text, then trained there as it is stored."""
+    work, began = Path(tempfile.mkdtemp(prefix="dsc-qat-")), time.process_time()
+    text = {"sources": [str(given.text)], "samples": given.samples, "length": given.length}
+
+    def context(name: str) -> Context:
+        return Context(name, work / name, "", seed, text, workers=1, outputs={"model": given.model}, tell=print)
+
+    stage = build(Compress, {"weights": {"gptq": {"num_bits": 3, "symmetric": False}}}, "compress")
+    first = stage.run(open_checkpoint(given.model), context("gptq")).path
+    before = judge(teacher, Model.load(first), held)
+    knobs = {"tokens": given.tokens, "batch_tokens": given.batch, "length": given.length}
+    second = build(Distill, knobs, "distill").run(open_checkpoint(first), context("trained"))
+    after, seconds = judge(teacher, Model.load(second.path), held), round(time.process_time() - began)
+    shutil.rmtree(work)
+    figures = (before.kl, after.kl, before.perplexity, after.perplexity)
+    name = "3 bits by GPTQ, then trained"
+    return ["qat", name, seed, second.facts["steps"], given.tokens, *figures, seconds, round(os.getloadavg()[0], 1)]
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,21 @@ V3: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make(out: Path, experts: int = 256, shards: int = 4, seed: int = 0) -> dict[str, Any]:
-    """Write checkpoint, tokenizer and text to `out`; gives parameters, linears' parameters, bytes."""
+def make(
+    out: Path, experts: int = 256, shards: int = 4, seed: int = 0, sizes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write checkpoint, tokenizer and text to `out`; gives parameters, linears' parameters, bytes.
+
+    sizes: keys of config.json that differ, for a small block.
+    """
     config = dict(V3)
     if experts < 256:  # for a trial: as many experts a token as the groups that stay can give
         config |= {"n_routed_experts": experts, "n_group": 2, "topk_group": 1, "num_experts_per_tok": experts // 4}
-    generator = torch.Generator().manual_seed(seed + 1)
-    router = torch.randn(experts, HIDDEN, generator=generator) / HIDDEN**0.5
+    config |= sizes or {}
+    hidden, generator = config["hidden_size"], torch.Generator().manual_seed(seed + 1)
+    router = torch.randn(experts, hidden, generator=generator) / hidden**0.5
     given = {
-        "model.embed_tokens.weight": EMBEDDING_STD * torch.randn(VOCABULARY, HIDDEN, generator=generator),
+        "model.embed_tokens.weight": EMBEDDING_STD * torch.randn(VOCABULARY, hidden, generator=generator),
         "model.layers.0.mlp.gate.weight": router,
         "model.layers.0.mlp.gate.e_score_correction_bias": bias(experts, generator),
     }

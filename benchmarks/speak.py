@@ -1,10 +1,11 @@
-"""Tokens a second of `dsc chat`'s own loop: FP32 in torch, the same weights in 4 bits in onnxruntime, and genai.
+"""Tokens a second of `dsc chat`'s own loop: FP32 in torch, the same weights in 4 bits in onnxruntime, genai, llama.cpp.
 
-    python -m benchmarks.speak MODEL EXPORT [--genai FOLDER --genai-python PYTHON] [--tokens N] [--rounds N]
+    python -m benchmarks.speak MODEL EXPORT [--genai FOLDER --genai-python PYTHON] [--gguf FILE]
 
-MODEL is a checkpoint, EXPORT its `w4a16` as target onnxruntime, FOLDER as target genai, PYTHON that of an environment
-with onnxruntime-genai. One thread each; the sides take turns, and the best of the rounds counts: other work on the
-machine only slows down. Every side answers the same question, and must say something.
+MODEL is a checkpoint, EXPORT its `w4a16` as target onnxruntime, FOLDER as target genai, FILE as target gguf (Q4_1),
+PYTHON that of an environment with onnxruntime-genai. One thread each; the sides take turns, and the best of the rounds
+counts: other work on the machine only slows down. Every side answers the same question, and must say something. Bars:
+onnxruntime at least 2.5 times torch, genai at least 0.9 of onnxruntime. llama.cpp's figures are its server's own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,17 @@ for _ in range(int(sys.argv[4])):
         tokens.append(int(backend.step(tokens[-1]).argmax()))
     print(json.dumps([len(ids) / first, (count - 1) / (time.perf_counter() - began), tokens]), flush=True)
 """
+LLAMA = """
+import json, sys
+from pathlib import Path
+from tests.llama_cpp import Asked
+server = Asked(Path(sys.argv[1]))
+asked = {"prompt": json.loads(sys.argv[2]), "n_predict": int(sys.argv[3]), "temperature": 0, "return_tokens": True}
+found = server._post("completion", {**asked, "cache_prompt": False, "ignore_eos": True})
+times = found["timings"]
+print(json.dumps([times["prompt_per_second"], times["predicted_per_second"], found["tokens"]]), flush=True)
+"""
+BARS = {"onnxruntime w4a16": ("torch FP32", 2.5), "genai w4a16": ("onnxruntime w4a16", 0.9)}
 
 
 def ours(speaker: Speaker, count: int) -> tuple[float, float, str]:
@@ -49,9 +62,9 @@ def ours(speaker: Speaker, count: int) -> tuple[float, float, str]:
     return answer.prefill_tokens_per_s or 0.0, answer.decode_tokens_per_s or 0.0, text[:40]
 
 
-def genai(options: argparse.Namespace, ids: list[int], decode: Any) -> tuple[float, float, str]:
-    """The same by genai, one round in a process of its own."""
-    command = [str(options.genai_python), "-c", GENAI, str(options.genai), json.dumps(ids), str(options.tokens), "1"]
+def apart(python: Path, script: str, model: Path, ids: list[int], count: int, decode: Any) -> tuple[float, float, str]:
+    """The same by another runtime, one round in a process of its own."""
+    command = [str(python), "-c", script, str(model), json.dumps(ids), str(count), "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     prompt, rate, tokens = json.loads(done.stdout)
@@ -65,6 +78,7 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("--genai", type=Path)
     parser.add_argument("--genai-python", type=Path)
+    parser.add_argument("--gguf", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -76,7 +90,11 @@ def main() -> None:
     for _ in range(options.rounds):
         found = {name: ours(speaker, options.tokens) for name, speaker in speakers.items()}
         if options.genai:
-            found["genai w4a16"] = genai(options, ids, tokenizer.decode)
+            python = options.genai_python
+            found["genai w4a16"] = apart(python, GENAI, options.genai, ids, options.tokens, tokenizer.decode)
+        if options.gguf:
+            python = Path(sys.executable)
+            found["llama.cpp Q4_1"] = apart(python, LLAMA, options.gguf, ids, options.tokens, tokenizer.decode)
         for name, (prompt, rate, text) in found.items():
             before = best.get(name, (0.0, 0.0, ""))
             best[name] = max(prompt, before[0]), max(rate, before[1]), text
@@ -87,7 +105,8 @@ def main() -> None:
     ]
     load = [round(value, 2) for value in os.getloadavg()]
     facts = {"model": options.model.name, "prompt": len(ids), "tokens": options.tokens, "rounds": options.rounds}
-    present("speak", COLUMNS, rows, {**facts, "threads": 1, "load (1, 5, 15 min)": load})
+    met = {name: best[name][1] >= bar * best[other][1] for name, (other, bar) in BARS.items() if name in best}
+    present("speak", COLUMNS, rows, {**facts, "bars met": met, "threads": 1, "load (1, 5, 15 min)": load})
 
 
 if __name__ == "__main__":

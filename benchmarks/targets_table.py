@@ -1,15 +1,16 @@
 """Does every recipe go to every target? An export succeeds, or is refused before anything is computed, with a fix.
 
-    python -m benchmarks.targets_table [--model DIR] [--recipes NAME ...] [--targets NAME ...] [--samples N]
+    python -m benchmarks.targets_table [--model DIR] [--recipes NAME ...] [--targets NAME ...] [--samples N] [--keep]
 
 Without `--model`: the built-in model and the tiny V2, Qwen2 and Llama of the tests. A cell is `yes` with what the check
 found, or `refused` with the reason; anything else is a failure, and the exit code 1. Calibration is short: whether it
-works is asked here, not how well.
+works is asked here, not how well. `--keep`: cells of the report that are not asked again stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import present
+from benchmarks.common import REPORTS, present
 from deepseek_compress import pipeline, resources
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
@@ -89,8 +90,31 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     rows: list[list[Any]] = []
+    try:
+        ask(options, rows)
+    finally:
+        report("targets_table" if options.model is None else f"targets_{options.model.name}", rows, options)
+    if any(row[3] == FAILED for row in rows):
+        raise SystemExit(1)
+
+
+def report(name: str, rows: list[list[Any]], options: argparse.Namespace) -> None:
+    """Write what was asked, with the cells of before that stay."""
+    file = REPORTS / f"{name}.json"
+    before = json.loads(file.read_text())["rows"] if options.keep and file.is_file() else []
+    asked = {tuple(row[:3]) for row in rows}
+    every = [*(row for row in before if tuple(row[:3]) not in asked), *rows]
+    places = {value: place for place, value in enumerate([*RECIPES, *TARGETS, *dict.fromkeys(row[0] for row in every)])}
+    every.sort(key=lambda row: [places.get(value, len(places)) for value in row[:3]])
+    counts = {kind: sum(row[3] == kind for row in every) for kind in ("yes", "refused", FAILED)}
+    present(name, COLUMNS, every, {"samples": options.samples, "length": options.length, "cells": counts})
+
+
+def ask(options: argparse.Namespace, rows: list[list[Any]]) -> None:
+    """Compress and export; a row a cell."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for name, model in models(options.model, scratch):
@@ -107,10 +131,6 @@ def main() -> None:
                     shutil.rmtree(scratch / "out", ignore_errors=True)
                     print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
                 shutil.rmtree(scratch / "packed", ignore_errors=True)
-    facts = {"samples": options.samples, "length": options.length}
-    present("targets_table" if options.model is None else f"targets_{options.model.name}", COLUMNS, rows, facts)
-    if any(row[3] == FAILED for row in rows):
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

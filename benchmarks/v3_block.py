@@ -33,7 +33,10 @@ from benchmarks.common import Cost, measure, present
 
 MINUTES, MEMORY_BAR, STARVED = 60, 12e9, 64
 LAYERS, PARAMETERS = 61, 671e9  # of DeepSeek-V3 and R1, MTP block not counted
-PHASES = {"_attention": "attention", "run_experts": "routed experts", "_dense": "shared expert", "_route": "routing"}
+PHASES = {
+    "_attention": "attention", "run_experts": "routed experts", "run_here": "routed experts", "_dense": "shared expert",
+    "_route": "routing",
+}  # fmt: skip
 COLUMNS = ("what", "seconds", "TFLOP", "floor s", "times floor")
 
 
@@ -66,7 +69,8 @@ def inside(times: Path, arguments: list[str]) -> None:
         bound = signature.bind(*args, **kwargs)
         job, hidden = bound.arguments["run"], bound.arguments["hidden"]
         assert bound.arguments["following"] is None, "one block: nobody asks for its output"
-        with HiddenStore(job.work / "following.tmp", hidden.rows, hidden.row_shape) as output:
+        device = job.architecture.device
+        with HiddenStore(job.work / "following.tmp", hidden.rows, hidden.row_shape, device=device) as output:
             bound.arguments["following"] = output
             facts = block(*bound.args, **bound.kwargs)
             output.rename(job.work / "output.f32")

@@ -41,7 +41,8 @@ def catalogue() -> dict[str, list[Entry]]:
         "model families": [Entry(name, _first_line(family)) for name, family in FAMILIES.items()],
         "built-in models": [Entry(name, _described(path)) for name, path in builtin_models().items()],
         "suites": [
-            Entry("builtin", "mathematics, programs, commonsense and adversarial problems, verified step by step")
+            Entry("builtin", "mathematics, programs, commonsense and adversarial problems, verified step by step"),
+            Entry("FILE.jsonl, FILE.parquet", "questions of yours: numbers, boxed answers, choices, arithmetic steps"),
         ],
     }
 

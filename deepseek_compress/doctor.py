@@ -46,6 +46,7 @@ _PACKAGES = (
         False,
     ),
     Package("gguf", "files for llama.cpp", _EXTRA.format("gguf"), False),
+    Package("xllamacpp", "running them: llama.cpp", _EXTRA.format("llama-cpp"), False),
     Package("pyarrow", "calibration text in Parquet", _EXTRA.format("parquet"), False),
     Package("nvidia-modelopt", "NVIDIA's methods, named modelopt_...", _EXTRA.format("modelopt"), False),
     Package("compressed-tensors", "checking our files as others load them", _EXTRA.format("dev"), False),

@@ -19,7 +19,6 @@ from deepseek_compress.calibration.settings import Select
 from deepseek_compress.calibration.sources import files_of
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint, verified
 from deepseek_compress.checkpoint.files import write_sealed
-from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.console import StageProgress, duration, size
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import Architecture
@@ -28,6 +27,7 @@ from deepseek_compress.planning import device
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
+from deepseek_compress.stages.identity import code_hash, manifest_hash, text_hashes
 from deepseek_compress.stages.text import choice_cost
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -43,6 +43,7 @@ class Options:
     ray: str | None = None  # address of a cluster
     gpu_memory: int | None = None  # bytes of a GPU
     quick: bool = False  # do not read large files a second time to verify them
+    verifier: str | None = None  # FILE.py:FUNCTION, code of the user's for the stage `traces`
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe, paths.get("model"))
     problems += _memory_problems(forecasts, options.memory) + _gpu_problems(forecasts, options)
+    if options.verifier is not None and all(step.kind != "traces" for step in recipe.steps):
+        problems.append(DscError(f"--verifier: {recipe.name} has no stage traces", "leave it out"))
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
 
 
@@ -120,6 +123,7 @@ def run(
         workspace.agree(out, _identity(state), state.progress.tell)
         if options.quick:
             state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
+        device.bound_memory(options.device, options.gpu_memory)
         if options.device != device.CPU:
             state.progress.tell(device.told(options.device))
         for number, step in enumerate(recipe.steps, start=1):
@@ -217,11 +221,13 @@ def _gpu_problems(forecasts: Mapping[str, Forecast], options: Options) -> list[D
         return []
     limit = min(free, options.gpu_memory or free)
     needs = {name: its.memory.on_device() for name, its in forecasts.items() if its.memory}
+
+    def fix(need: int) -> str:
+        more = f"give --gpu-memory {_gib(need)}" if need <= free else f"free {size(need - free)} of it, or take another"
+        return f"{more}, or use --device cpu"
+
     return [
-        DscError(
-            f"{name}: needs {size(need)} of {options.device}, which has {size(limit)} for it",
-            "use --device cpu, or a GPU with more memory",
-        )
+        DscError(f"{name}: needs {size(need)} of {options.device}, which has {size(limit)} for it", fix(need))
         for name, need in needs.items()
         if need > limit
     ]
@@ -264,25 +270,16 @@ def _inputs(state: _Run) -> None:
     state.prints[recipe.alias] = state.prints["model"]
 
 
-def _text_hashes(source: str) -> dict[str, str]:
-    """Hash of each file of a calibration source."""
-    return {file.name: verified.hash_of(file) for file in files_of(source)}
-
-
-def _manifest_hash(statistics: str | None) -> str | None:
-    """What tells saved statistics from others: their manifest has the hash of each file."""
-    return None if statistics is None else verified.hash_of(Path(statistics) / MANIFEST)
-
-
 def _identity(state: _Run) -> dict[str, Any]:
     """What the bytes of all outputs follow from."""
     recipe = state.recipe
     return {
         "recipe": {key: value for key, value in _lasting(recipe).items() if key not in {"model", "inputs", "name"}},
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
-        "calibration_data": {source.path: _text_hashes(source.path) for source in recipe.calibration.named},
-        "statistics": _manifest_hash(recipe.calibration.statistics),
+        "calibration_data": {source.path: text_hashes(source.path) for source in recipe.calibration.named},
+        "statistics": manifest_hash(recipe.calibration.statistics),
         "versions": state.versions,
+        **code_hash(state.options.verifier),
     }
 
 
@@ -325,7 +322,7 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     sources.begin(directory, state.progress.tell)
     before = verified.identities(directory)
     source = open_checkpoint(state.paths[step.source])
-    with machine.peak_memory() as peak, device.memory_errors(state.options.device):
+    with machine.peak_memory() as peak, device.careful(state.options.device, state.progress.tell):
         output = step.stage.run(source, _context(state, step, directory))
     sources.check(directory, before)
     write_sealed(directory / workspace.RUN, workspace.costs(began, peak[0], output.facts))
@@ -377,6 +374,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         memory=options.memory,
         workers=options.workers,
         ray=options.ray,
+        verifier=options.verifier,
         outputs=dict(state.paths),
         progress=state.progress.update,
         tell=state.progress.tell,

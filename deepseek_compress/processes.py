@@ -1,4 +1,4 @@
-"""The one place that starts Python processes: none of them imports anything from the directory it is started in.
+"""The one place that starts processes: none of them imports anything from the directory it is started in.
 
 A checkpoint may hold a file `torch.py`. `python -m` and `python -c` put the current directory first on the path, and so
 do the fork server and the resource tracker of multiprocessing; PYTHONSAFEPATH (Python 3.11) says not to, and an empty
@@ -8,28 +8,42 @@ or relative entry of PYTHONPATH, which means the same directory, is left out.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
+from contextlib import contextmanager, suppress
 
-ROOT = Path(__file__).resolve().parents[1]  # where this package is found
+TYPE_CHECKING = False  # what else is needed is imported where it is: `python -m` has the current directory on the path
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
+    from multiprocessing.connection import Connection
+    from types import FrameType
+    from typing import Any
+
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # where this package is found
 
 
 def environment() -> dict[str, str]:
     """Environment of a Python process that finds this package and nothing in the current directory."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    paths = dict.fromkeys([str(ROOT), *(path for path in given if _trusted(path))])
+    paths = dict.fromkeys([ROOT, *(path for path in given if _trusted(path))])
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS`, its output captured."""
+    import subprocess
+
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment())
+
+
+def start_python(*arguments: str, **pipes: Any) -> subprocess.Popen[Any]:
+    """Start `python ARGUMENTS` with its input and output as pipes; `pipes`: see `Popen`."""
+    import subprocess
+
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), **pipes
+    )
 
 
 def leave_directory() -> None:
@@ -52,9 +66,73 @@ def safe_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
+class Workers:
+    """Processes of a fork server: it imports `preload` once, and the workers share its pages.
+
+    begin: called first in each of them, with a connection whose other end only this process holds, and `arguments`.
+    """
+
+    def __init__(
+        self, count: int, preload: Sequence[str], begin: Callable[..., None], arguments: Sequence[Any]
+    ) -> None:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        alive, self._alive = context.Pipe(duplex=False)  # whose other end tells the workers that this process ended
+        with safe_environment():  # its locks start the resource tracker
+            self._pool = ProcessPoolExecutor(count, context, begin, (alive, *arguments))
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Start `function(*arguments)`; the first calls start the processes."""
+        with safe_environment(), undisturbed():
+            return self._pool.submit(function, *arguments)
+
+    def kill(self) -> None:
+        """End the workers at once, whatever they compute."""
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._alive.close()
+
+
+def lost() -> tuple[type[Exception], ...]:
+    """What is raised where a worker was killed: the first; where the fork server is gone: the others."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    return BrokenProcessPool, ConnectionError, EOFError
+
+
+def stop_server() -> None:
+    """End the fork server and wait, so that the time of its workers counts as this run's."""
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def end_with(alive: Connection) -> None:
+    """End this process at once when nobody holds the other end of `alive` any more, whatever it computes.
+
+    The fork server does not see to it: its workers hold the pipe by which it would notice.
+    """
+
+    import threading
+
+    def wait() -> None:
+        with suppress(EOFError, OSError):
+            alive.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Inside, Ctrl-C and SIGTERM wait: a process that is started half reads half a pickle and says so."""
+    import signal
+    import threading
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -81,4 +159,4 @@ def _trusted(path: str) -> bool:
         here = os.path.samefile(path, os.getcwd())
     except OSError:
         here = False
-    return not here or Path(path).resolve() == ROOT
+    return not here or os.path.realpath(path) == ROOT

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from deepseek_compress import machine
 from deepseek_compress.checkpoint.files import disk_errors, kept, remove, remove_tree, write_file, write_sealed
+from deepseek_compress.checkpoint.owned import recorded
 from deepseek_compress.checkpoint.verified import (
     CARD,
     MANIFEST,
@@ -47,8 +48,10 @@ def check_ours(out: Path) -> None:
             if not parent.is_dir() or not os.access(parent if not out.exists() else out, os.W_OK):
                 raise DscError(f"{out}: cannot be written", "choose another directory with -o")
             break
-    others = out.is_dir() and any(path.name != HOUSE for path in out.iterdir())  # killed early: HOUSE alone
-    if others and not (out / HOUSE / "state.json").is_file():
+    if (out / HOUSE / "state.json").is_file() or not out.is_dir():
+        return
+    others = {path.name for path in out.iterdir() if not path.name.startswith(".dsc_")}  # killed early: there are none
+    if others - recorded(out) - {RUN}:
         raise DscError(f"{out}: exists and was not written by dsc", "choose another directory with -o")
 
 

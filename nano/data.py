@@ -68,7 +68,7 @@ def pool(problems: int, seed: int, difficulty: tasks.Difficulty, workers: int) -
     """(single rows, packed rows) of the training split, the same whatever `workers` is."""
     job = partial(_chunk, difficulty=difficulty)
     seeds = [seed * 1_000_000 + index for index in range(max(1, problems // CHUNK))]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as executor:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as executor:
         parts = list(executor.map(job, seeds, chunksize=8))
     return _join([one for one, _ in parts]), _join([two for _, two in parts])
 

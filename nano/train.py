@@ -83,8 +83,8 @@ def loss_of(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
 def unseen(
     difficulty: tasks.Difficulty, device: torch.device, count: int
 ) -> tuple[list[tasks.Problem], Tensor, Tensor]:
-    """Unseen problems in the shares of the mix."""
-    problems = tasks.mixture(0, count, "test", difficulty)
+    """Problems that training has not seen and by which it chooses weights; what judges the model leaves them out."""
+    problems = tasks.selection(count, difficulty)
     ids, weights = data.singles(problems)
     return (
         problems,

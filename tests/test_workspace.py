@@ -49,6 +49,21 @@ def test_a_run_killed_before_its_state_is_ours(left: tuple[str, ...], tmp_path: 
         workspace.check_ours(out)
 
 
+def test_an_output_without_its_state_is_ours_by_its_manifest(tmp_path: Path) -> None:
+    """But not with files that the manifest does not list."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("model.onnx", "dsc_run.json", ".dsc_partial"):
+        (out / name).write_text("")
+    with pytest.raises(DscError, match="was not written by dsc"):
+        workspace.check_ours(out)
+    write_sealed(out / "dsc_manifest.json", {"schema": 2, "files": {"model.onnx": {"bytes": 0, "blake3": ""}}})
+    workspace.check_ours(out)
+    (out / "of the user").write_text("")
+    with pytest.raises(DscError, match="was not written by dsc"):
+        workspace.check_ours(out)
+
+
 def test_a_damaged_state_is_written_anew(tmp_path: Path) -> None:
     told: list[str] = []
     with workspace.lock(tmp_path):

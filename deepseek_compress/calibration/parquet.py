@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ from deepseek_compress.errors import DscError
 ROWS = 256  # decoded at a time
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | DscError]]:
+def read_rows(
+    file: Path, columns: Collection[str] = (), form: str = FORMS
+) -> Iterator[tuple[int, dict[str, Any] | DscError]]:
     """(number from 1, row) of `file`; the error of a row that cannot be decoded in its place.
+
+    `columns`: read those of them that are there, instead of the forms of calibration text.
 
     Raises DscError for a file that is no Parquet, or has no columns with text.
     """
@@ -27,8 +31,10 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | DscError]]:
         with ParquetFile(file, buffer_size=1 << 20) as table:
             names = list(table.schema_arrow.names)
             wanted = [key for keys in COLUMNS if set(keys) <= set(names) for key in keys]
+            if columns:
+                wanted = [name for name in names if name in columns]
             if not wanted or wanted == ["input"]:
-                raise DscError(f"{file}: has the columns {', '.join(names)[:200]}", f"its columns must be {FORMS}")
+                raise DscError(f"{file}: has the columns {', '.join(names)[:200]}", f"its columns must be {form}")
             number = 1
             for batch in table.iter_batches(batch_size=ROWS, columns=wanted, use_threads=False):
                 for row in _decoded(batch):

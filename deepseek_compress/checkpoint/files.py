@@ -186,8 +186,14 @@ def json_text(value: Any) -> bytes:
 
 
 def remove(path: Path) -> None:
-    """Delete one of our files, where it is there. All that is deleted goes through here and `remove_tree`."""
+    """Delete one of our files, where it is there. All that is deleted goes through this function and the next two."""
     path.unlink(missing_ok=True)
+
+
+def remove_empty(path: Path) -> None:
+    """Delete a directory of ours, if it is empty."""
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def remove_tree(path: Path) -> None:

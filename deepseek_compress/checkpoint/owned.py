@@ -27,9 +27,15 @@ def refuse_foreign(out: Path) -> None:
 
 
 def recorded(out: Path) -> set[str]:
-    """Names of the files there that are ours: what the manifest lists, or a `finish` that did not end wrote down."""
+    """Names of the files there that are ours: what the manifest lists, or a `finish` that did not end wrote down.
+
+    Raises DscError where the manifest is damaged so far that it lists nothing.
+    """
     names = (kept(out / PARTIAL / NAMES) or {}).get("names") or []
-    manifest = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}  # its checksum does not matter here
+    try:
+        manifest = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}  # its checksum does not matter here
+    except DscError as error:
+        raise DscError(error.what, f"remove {out}, then run the same command again") from None
     listed = manifest.get("files")
     found = {*names, *(listed if isinstance(listed, dict) else ()), *([MANIFEST, CONFIG] if manifest else [])}
     return {name for name in found if Path(name).name == name}

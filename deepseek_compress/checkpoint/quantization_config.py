@@ -2,7 +2,8 @@
 
 One scheme: a group with the target "Linear". Several: every group lists its modules, because vLLM matches the class
 name of a fused layer ("QKVParallelLinear" contains "Linear") before the names of its parts. The experts of a layer
-become one regular expression when all of them share the scheme, as vLLM asks of them anyway.
+become one regular expression when all of them share the scheme, as vLLM asks of them anyway. An embedding or a head on
+few bits has a group of its own, since inputs of it are never rounded and an embedding is no "Linear".
 
 Everything two-dimensional that stays plain (routers, embeddings, the head, layers that did not fit) stands in `ignore`.
 Source: compressed-tensors 0.20, quantization/quant_config.py and utils/match.py; vLLM, compressed_tensors/utils.py.
@@ -23,6 +24,7 @@ from deepseek_compress.checkpoint.formats import packed
 from deepseek_compress.checkpoint.header import module_of
 
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.(.+)$")
+_TABLE = re.compile(r"^(model\.)?(embed_tokens|lm_head|embed|head)$")  # modules whose rows are the vocabulary
 
 
 class Stored(NamedTuple):
@@ -44,6 +46,7 @@ class Scheme(NamedTuple):
     num_bits: int
     group_size: int | None  # None: one scale a row
     symmetric: bool
+    table: bool = False  # an embedding or a head
 
 
 def describe(name: str, parts: Mapping[str, Tensor]) -> Stored:
@@ -85,7 +88,8 @@ def assign_schemes(stored: Mapping[str, Stored]) -> tuple[dict[str, Scheme], lis
         else:
             group = s.columns // s.groups
             channel = s.groups == 1 and group not in sizes and not s.format.startswith("mxfp4")
-            schemes[module] = Scheme(s.format, s.num_bits, None if channel else group, s.symmetric)
+            table = _TABLE.match(module) is not None
+            schemes[module] = Scheme(s.format, s.num_bits, None if channel else group, s.symmetric, table)
     return schemes, plain, published
 
 
@@ -102,8 +106,8 @@ def quantization_config(
     for i, kind in enumerate(kinds):
         members = [module for module, scheme in schemes.items() if scheme == kind]
         groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(kinds) == 1 else collapse(members, modules),
-            "input_activations": input_activations,
+            "targets": collapse(members, modules) if kinds[1:] or kind.table else ["Linear"],
+            "input_activations": None if kind.table else input_activations,
             "output_activations": None,
             "format": kind.format,
             "weights": _weights(kind),
@@ -118,7 +122,7 @@ def quantization_config(
         "ignore": ignore_list(schemes, plain, ignore),
         "config_groups": groups,
     }
-    if len(kinds) == 1 and not kinds[0].symmetric:
+    if len(kinds) == 1 and not kinds[0].symmetric and not kinds[0].table:
         # transformers 5.23 with compressed-tensors 0.20 expects unpacked zero points where it loads a model compressed,
         # and refuses ours (and everyone's); this key of its own makes it unpack while loading. Others ignore it.
         published["dequantize"] = True
@@ -127,7 +131,7 @@ def quantization_config(
 
 def ignore_list(schemes: Mapping[str, Scheme], plain: Iterable[str], ignore: Iterable[str]) -> list[str]:
     """The caller's patterns, then every plain module that they miss, and the head, which may be tied."""
-    wanted = list(dict.fromkeys(ignore))
+    wanted = [pattern for pattern in dict.fromkeys(ignore) if pattern not in schemes or not _TABLE.match(pattern)]
     plain = list(plain)
     wrong = sorted(module for module in schemes if any(matches(module, pattern) for pattern in wanted))
     if wrong:

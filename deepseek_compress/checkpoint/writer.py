@@ -27,6 +27,7 @@ from deepseek_compress.checkpoint.files import (
     inside,
     json_text,
     remove,
+    remove_empty,
     remove_tree,
     replacing,
     sync_directory,
@@ -35,6 +36,7 @@ from deepseek_compress.checkpoint.files import (
     write_sealed,
 )
 from deepseek_compress.checkpoint.header import module_of
+from deepseek_compress.checkpoint.joining import join
 from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, input_parts, parts_of, read_ledger
 from deepseek_compress.checkpoint.owned import CONFIG, NAMES, PARTIAL, recorded, refuse_foreign, unname_shards
 from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
@@ -87,6 +89,7 @@ class CheckpointWriter:
         self._closing: _Closing | None = None  # a full shard, synced and read back while the next one grows
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._finished = False
+        self._joined: Path | None = None  # the file of the one shard that all were put into
         self._claim(expected_bytes)
 
     @property
@@ -163,6 +166,15 @@ class CheckpointWriter:
         self._roll()
         self._settle()
 
+    def join(self) -> None:
+        """Put all shards into one where that is no more than one may hold."""
+        self.flush()
+        total = sum(ledger.shard.bytes for ledger in self.ledgers)
+        if len(self._ledgers) > 1 and total <= self._shard_bytes:
+            parts = [(self.shard_path(number), self._ledgers[number]) for number in sorted(self._ledgers)]
+            self._joined = self._partial / "joined.safetensors"
+            self._ledgers = {1: join(self._joined, parts, self._thread)}
+
     def finish(
         self, config_changes: Mapping[str, Any], manifest: Mapping[str, Any], ignore: Iterable[str], card: str = ""
     ) -> list[str]:
@@ -237,8 +249,7 @@ class CheckpointWriter:
         self._remove_output()
         if not self._resume:
             remove_tree(self._partial)
-        if not any(self.out.iterdir()):
-            self.out.rmdir()
+        remove_empty(self.out)
 
     def _claim(self, expected_bytes: int) -> None:
         if self.out.resolve() == self.source.path.resolve():
@@ -316,7 +327,7 @@ class CheckpointWriter:
             return
         assert self._activations is not None
         there = {name for ledger in self.ledgers for name in ledger.shard.names}
-        for name in assign_schemes(self._stored())[0]:
+        for name in [module for module, its in assign_schemes(self._stored())[0].items() if not its.table]:
             scale, zero_point = self._activations["inputs"][name]
             for part, tensor in input_parts(scale, zero_point, self._activations["symmetric"]).items():
                 if f"{name}.{part}" not in there:
@@ -344,7 +355,7 @@ class CheckpointWriter:
     def _name_shards(self, named: Mapping[str, int]) -> dict[str, Shard]:
         for name, number in named.items():
             with disk_errors(self.out / name):
-                os.replace(self.shard_path(number), self.out / name)
+                os.replace(self._joined or self.shard_path(number), self.out / name)
         sync_directory(self.out)
         return {name: self._ledgers[number].shard for name, number in named.items()}
 
@@ -369,6 +380,7 @@ def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, S
     kernels for experts.
     """
     granularity = (scheme or {}).get("granularity")
+    schemes = {name: its for name, its in schemes.items() if not its.table}
     if not scheme or granularity not in ("token", "tensor") or not all(s.symmetric for s in schemes.values()):
         return None
     symmetric, static = bool(scheme.get("symmetric", True)), granularity == "tensor"

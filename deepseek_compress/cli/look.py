@@ -10,7 +10,7 @@ import typer
 from deepseek_compress import console
 from deepseek_compress.cli import options as o
 from deepseek_compress.cli import show
-from deepseek_compress.errors import DscError
+from deepseek_compress.errors import DscError, raise_problems
 
 
 def inspect(
@@ -64,19 +64,29 @@ def list_(json: o.Json = False) -> None:
 
 def compare(
     reports: Annotated[list[Path], typer.Argument(metavar="REPORT...", help="report.json files.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="REPORT.html", help="One page over all of them.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="REPORT.html", help="One page; .csv: a table beside it.")
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option("--fail-if", metavar="CONDITION", help="Exit 1 where true: 'exact_match < -1.0'."),
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Put several reports into one page."""
+    """Put several reports side by side: a table, and a page of all with -o."""
     from deepseek_compress import reports as library
+    from deepseek_compress.reports import gate
 
-    if out.suffix != ".html":
-        raise DscError(f"-o {out}: not a .html file", "name the page, for instance -o compare.html")
-    for page in (out, out.with_suffix(".md"), out.with_suffix(".json")):
-        if page.exists() and not _is_report(out.with_suffix(".json")):
+    conditions = [gate.parse(text) for text in fail_if or ()]
+    if out is not None and out.suffix not in (".html", ".csv"):
+        raise DscError(f"-o {out}: not a .html or .csv file", "name the page, for instance -o compare.html")
+    pages = [out.with_suffix(suffix) for suffix in {".html", ".md", ".json", out.suffix}] if out is not None else []
+    for page in pages:
+        if out is not None and page.exists() and not _is_report(out.with_suffix(".json")):
             raise DscError(f"{page}: exists and was not written by dsc", "choose another -o")
-    library.compare(reports, out)
-    show.report(out.with_suffix(".json"), json, out)
+    record = library.compare(reports, out)
+    show.report(record, out, json)
+    raise_problems(gate.failures(record, conditions))
 
 
 def _is_report(path: Path) -> bool:

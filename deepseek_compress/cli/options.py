@@ -60,6 +60,10 @@ Workers = Annotated[
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster that sees the same files.")
 ]
+Verifier = Annotated[
+    str | None,
+    typer.Option("--verifier", metavar="FILE.py:NAME", help="Code of yours that judges traces."),
+]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Do not read large files again to verify that they are what was written.")
 ]
@@ -78,13 +82,13 @@ def typed(context: typer.Context, *but: str) -> str:
     return words
 
 
-def bytes_of(text: str | None) -> int | None:
+def bytes_of(text: str | None, option: str = "--memory") -> int | None:
     """`8GiB`, `500MB` or a plain number -> bytes."""
     if text is None:
         return None
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if not found or not float(found[1]):
-        raise DscError(f"--memory {text!r} is no size", "write for instance --memory 8GiB")
+        raise DscError(f"{option} {text!r} is no size", f"write for instance {option} 8GiB")
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 

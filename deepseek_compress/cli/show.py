@@ -14,7 +14,7 @@ from deepseek_compress.recipe import Recipe
 
 if TYPE_CHECKING:
     from deepseek_compress.pipeline import Plan
-    from deepseek_compress.planning.costs import Rates
+    from deepseek_compress.planning.costs import Memory, Rates
 
 
 def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> None:
@@ -52,17 +52,21 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
         for row, number in zip(rows, numbers.values(), strict=True)
     )
     console.table("", columns, cells, right=columns[4:])
+    needs = [row["device_memory"] for row in rows if row["device_memory"]]
+    if needs:
+        console.line(f"{found.options.device}: {console.size(max(needs))} of its memory")
     if found.problems:
         console.errors(Problems(found.problems))
         return
     if rates is None:
-        console.line("time unknown: this machine was not measured yet (--measure, 10 s)", "quiet")
+        what = "this machine" if found.options.device == "cpu" else found.options.device
+        console.line(f"time unknown: {what} was not measured yet (--measure, 10 s)", "quiet")
     console.next_step(following)
 
 
 def _planned(found: Plan, name: str, kind: str, source: str, rates: Rates | None) -> dict[str, Any]:
     forecast, options = found.forecasts.get(name), found.options
-    workers = forecast.workers(options.workers, options.memory) if forecast else 1
+    workers = forecast.workers(options.workers, options.memory) if forecast and options.device == "cpu" else 1
     return {
         "name": name,
         "kind": kind,
@@ -70,9 +74,15 @@ def _planned(found: Plan, name: str, kind: str, source: str, rates: Rates | None
         "tensors": forecast.tensors if forecast else None,
         "bytes": forecast.bytes if forecast else None,
         "memory": forecast.peak(workers) if forecast else None,
+        "device": options.device,
+        "device_memory": _on_device(forecast.memory) if forecast and options.device != "cpu" else None,
         "workers": workers,
         "seconds": forecast.seconds(rates, workers) if forecast and rates else None,
     }
+
+
+def _on_device(memory: Memory | None) -> int | None:
+    return None if memory is None else memory.on_device()
 
 
 def _size(count: int | None) -> str | None:
@@ -117,15 +127,18 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
     console.next_step(following)
 
 
-def report(path: Path, as_json: bool, page: Path | None = None) -> None:
-    """A report that was written to `path` (.json)."""
-    record = _read(path) or {}
-    following = "dsc list" if page else f"dsc compare {quote(str(path))} OTHER.json -o compare.html"
+def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) -> None:
+    """A report: the record, or its file (.json); `page`: where people read it."""
+    record = (_read(found) or {}) if isinstance(found, Path) else found
+    again = quote(str(found)) if isinstance(found, Path) else "REPORT.json"
+    following = f"dsc compare {again} OTHER.json -o compare.html"
     if as_json:
         console.print_json({**record, "next": following})
         return
     _record(record)
-    console.line(f"report: {page or path} (also .md, {'.json' if page else '.html'})")
+    if page is not None:
+        others = [suffix for suffix in (".html", ".md", ".json") if suffix != page.suffix]
+        console.line(f"report: {page} (also {', '.join(others)})")
     console.next_step(following)
 
 
@@ -173,22 +186,39 @@ def _words(values: Mapping[str, Any]) -> str:
 def _after(kind: str, out: Path, model: str) -> str:
     """The command after a stage of this kind has written `out` from `model`."""
     path, model = quote(str(out)), quote(model)
+    if kind == "export":
+        return _spoken(out)
     return {
         "calibrate": f"dsc quantize {model} -o OUT --statistics {path}",
         "allocate": f"dsc quantize {model} -o OUT -r {quote(f'{out}/recipe.yaml')}",
-        "export": f"dsc generate {path} --prompt TEXT",
     }.get(kind, f"dsc evaluate {path} --reference {model} -o report.json")
+
+
+def _spoken(out: Path) -> str:
+    """The command that uses an export."""
+    target = ((_read(out / "dsc_manifest.json") or {}).get("knobs") or {}).get("target")
+    if target == "edge-llm":
+        return f"tensorrt-edgellm-export {quote(str(out))} OUT, with NVIDIA's TensorRT-Edge-LLM"
+    return f"dsc generate {quote(str(out))} --prompt TEXT"
 
 
 def _record(record: Mapping[str, Any]) -> None:
     """Verdict and table of a report, as narrow as a terminal; intervals stand in the report."""
-    from deepseek_compress.reports import table, words
+    from deepseek_compress.reports import proof, table, words
 
-    columns = table.shown(record, ("bytes", "bits_per_weight", "exact_match", "exact_match_ratio", "kl_divergence"))
-    rows = ([model["name"], *(table.cell(c, model).value for c in columns)] for model in table.everything(record))
-    headers = [column.header for column in columns]
+    keys = ("bytes", "exact_match", "exact_match_ratio", "kl_divergence", "top1_agreement", "perplexity")
+    columns = table.shown(record, keys)
+    speeds = {line[0]: line[3].partition(" [")[0] for line in proof.speed_rows(record).rows}
+    rows = []
+    for model in table.everything(record):
+        more = [speeds.get(table.label(record, model), "")] if speeds else []
+        rows.append([model["name"], *(table.cell(c, model).value for c in columns), *more])
+    headers = [*(column.header for column in columns), *(["tok/s"] if speeds else [])]
     console.line(words.verdict(record), "next")
     console.table("", ["model", *headers], rows, right=headers)
+    for model in table.everything(record)[:-1]:
+        if proof.certain(model):
+            console.line(f"{model['name']}: {proof.certain(model)}")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -22,11 +22,15 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="A checkpoint, an output of dsc export, or http://HOST:PORT.")
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0: greedy. [default: the model's]")]
+OWN = "the model's"
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0: greedy.", show_default=OWN)]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Draw from the likeliest tokens of this share.")]
 TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Draw from so many tokens; 0: all.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="Of onnxruntime. [default: one a core]")]
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, help="Of onnxruntime or llama.cpp.", show_default="one a core")
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Of a checkpoint: auto, cpu, cuda or cuda:N.")]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A first message to the model.")]
 
 
@@ -45,11 +49,15 @@ def generate(
     greedy: Greedy = False,
     seed: o.Seed = None,
     threads: Threads = 0,
+    device: Device = "auto",
+    quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Answer one prompt: text on standard output, statistics on standard error."""
     text = _prompt(prompt, file)
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, json)
+    speaker, sampling = _open(target, threads, device, temperature, top_p, top_k, greedy, seed, quick)
+    if not json:
+        _tell(speaker, sampling)
     messages = [*_system(system), {"role": "user", "content": text}]
     asked: Prompt = text if raw or not speaker.has_chat else messages
     answer, pieces = speaker.reply(asked, sampling, max_tokens)
@@ -76,16 +84,26 @@ def chat(
     greedy: Greedy = False,
     seed: o.Seed = None,
     threads: Threads = 0,
+    device: Device = "auto",
+    quick: o.Quick = False,
 ) -> None:
     """Talk with a model: a line is a message, Ctrl-C stops an answer, Ctrl-D ends."""
-    speaker, sampling = _open(target, threads, temperature, top_p, top_k, greedy, seed, False)
+    speaker, sampling = _open(target, threads, device, temperature, top_p, top_k, greedy, seed, quick)
     if not speaker.has_chat:
         raise DscError(f"{target}: has no chat template", f"use dsc generate {quote(target)} --prompt TEXT")
+    speaker.prepare()
+    _tell(speaker, sampling)
+    if sys.stdin.isatty():
+        console.note("a line is a message; Ctrl-C stops an answer, Ctrl-D ends")
     messages = _system(system)
     for line in _lines():
         messages.append({"role": "user", "content": line})
         try:
-            messages.append({"role": "assistant", "content": _turn(speaker, messages, sampling, max_tokens)})
+            said = _turn(speaker, messages, sampling, max_tokens)
+            if said:
+                messages.append({"role": "assistant", "content": said})
+            else:  # stopped before a word came: as if nothing had been asked
+                messages.pop()
         except DscError as error:
             if not sys.stdin.isatty():
                 raise
@@ -96,20 +114,24 @@ def chat(
 
 def _turn(speaker: Speaker, messages: list[dict[str, str]], sampling: Sampling, limit: int) -> str:
     """Show one answer; returns it without its thoughts, as far as it came before Ctrl-C."""
-    answer: Answer
-    answer, pieces = speaker.reply(messages, sampling, limit)
-    written = []
+    answer: Answer | None = None
+    shown, written = False, []
     try:
+        answer, pieces = speaker.reply(messages, sampling, limit)
         for piece in pieces:
+            shown = True
             console.stream(piece.text, piece.thought)
             written += [] if piece.thought else [piece.text]
     except KeyboardInterrupt as error:
         if type(error) is not KeyboardInterrupt:  # SIGTERM ends the session
             raise
-        answer.stopped = "interrupted"
+        if answer is not None:
+            answer.stopped = "interrupted"
     finally:
-        console.stream("\n")
-    console.note(f"{answer}{' (stopped)' if answer.stopped == 'interrupted' else ''}")
+        console.stream("\n" if shown else "")
+    made = answer if answer is not None and answer.tokens else ""
+    stopped = answer is None or answer.stopped == "interrupted"
+    console.note(f"{made}{' (stopped)' if stopped else ''}".strip())
     return "".join(written).strip()
 
 
@@ -123,7 +145,8 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt as error:
             if type(error) is not KeyboardInterrupt or not sys.stdin.isatty():
                 raise
-            console.note("\nCtrl-D ends the session")
+            console.stream("\n")
+            console.note("Ctrl-D ends the session")
             continue
         if not line and not sys.stdin.isatty():
             return
@@ -151,27 +174,32 @@ def _prompt(text: str | None, file: Path | None) -> str:
 def _open(
     target: str,
     threads: int,
+    device: str,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
     greedy: bool,
     seed: int | None,
-    quiet: bool,
+    quick: bool,
 ) -> tuple[Speaker, Sampling]:
     """What answers, and how it chooses: the model's own settings, changed by what was given."""
     from deepseek_compress.generation.sampling import Sampling
     from deepseek_compress.generation.targets import open_target
+    from deepseek_compress.planning.device import choose
     from deepseek_compress.registry import build
 
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     given = {key: value for key, value in given.items() if value is not None}
     build(Sampling, given, "sampling")  # before a model is loaded
-    speaker = open_target(target, threads)
+    speaker = open_target(target, threads, choose(device), quick)
     own = (
         {"temperature": 1.0, **given} if {"top_p", "top_k"} & set(given) and not speaker.defaults.temperature else given
     )
     sampling = Sampling(seed=given.get("seed", 0)) if greedy else speaker.defaults.model_copy(update=own)
-    if not quiet:
-        for text in [speaker.note, f"sampling: {sampling}"]:
-            console.note(text) if text else None
     return speaker, sampling
+
+
+def _tell(speaker: Speaker, sampling: Sampling) -> None:
+    """What was decided."""
+    for text in [speaker.note, f"sampling: {sampling}"]:
+        console.note(text) if text else None

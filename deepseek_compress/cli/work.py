@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +52,9 @@ def plan(
 
     found = pipeline.plan(wanted, _options(device, memory, workers, ray, gpu_memory))
     given = o.typed(context, "recipe", "measure", "json")
-    show.plan(found, rates(measure), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}")
+    show.plan(
+        found, rates(measure, found.options.device), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}"
+    )
     if found.problems:
         raise typer.Exit(1)
 
@@ -73,13 +75,15 @@ def run(
     gpu_memory: o.GpuMemory = None,
     workers: o.Workers = None,
     ray: o.Ray = None,
+    verifier: o.Verifier = None,
     quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
     wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
     target = out or Path("runs") / wanted.name
-    paths = _pipeline(wanted, target, _options(device, memory, workers, ray, gpu_memory, quick), json, flat=False)
+    given = replace(_options(device, memory, workers, ray, gpu_memory, quick), verifier=verifier)
+    paths = _pipeline(wanted, target, given, json, flat=False)
     show.outputs(target, paths, wanted, json)
 
 
@@ -195,22 +199,32 @@ def export(
     recipe: o.RecipeOption = "export",
     settings: o.Settings = None,
     device: o.Device = "auto",
+    memory: o.Memory = None,
+    workers: o.Workers = None,
     quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint in a form that others run."""
     wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options(device, quick=quick), json, model)
+    _one_stage(wanted, out, _options(device, memory, workers, quick=quick), json, model)
 
 
 def evaluate(
-    model: o.Model,
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoints, builtin:nano, outputs of export, http://HOST.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="REPORT.json", help="The report; .md and .html beside.")],
     reference: Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="To compare with.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="FILE", help="builtin, or .jsonl/.parquet questions.")
+    ] = None,
     text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="Text for perplexity and KL.")] = None,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of the text.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, metavar="TOKENS", help="Tokens a window.")] = None,
     problems: Annotated[int | None, typer.Option("--problems", min=0, help="Reasoning problems.")] = None,
+    until: Annotated[
+        float | None, typer.Option("--until", metavar="POINTS", help="Ask until such a difference is settled.")
+    ] = None,
     kv_cache: Annotated[
         int | None, typer.Option("--kv-cache", metavar="BITS", help="Keep MODEL's keys and values in 8 or 4 bits.")
     ] = None,
@@ -225,25 +239,30 @@ def evaluate(
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
-    names = _names(model, reference)
+    from deepseek_compress.evaluation.subjects import subjects
+
+    found = subjects(models, reference)
     values = {
-        "as": names[0],
-        "inputs": {names[1]: reference} if reference else None,
-        "evaluate.models": [names[1], names[0]] if reference else [names[0]],
-        "evaluate.reference": names[1] if reference else None,
+        "as": found.main,
+        "inputs": found.inputs or None,
+        "evaluate.models": found.names,
+        "evaluate.reference": found.reference,
+        "evaluate.deployed": found.deployed or None,
+        "evaluate.suite": tasks[0] if tasks and len(tasks) == 1 else tasks,
         "evaluate.text": text,
         "evaluate.windows": windows,
         "evaluate.length": length,
         "evaluate.problems": problems,
+        "evaluate.until": until,
         "evaluate.kv_cache": None if kv_cache is None else {"num_bits": kv_cache},
         "seed": seed,
     }
-    wanted = _recipe(recipe, model, settings, values, kind="evaluate")
+    wanted = _recipe(recipe, found.model, settings, values, kind="evaluate")
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
         page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory, quick), progress)
-    show.report(page, json)
+    show.report(page, page.with_suffix(".html"), json)
 
 
 def _calibration(
@@ -277,17 +296,6 @@ def _recipe(
     return wanted
 
 
-def _names(model: str, reference: str | None) -> tuple[str, str]:
-    """What a report calls the model and the reference: the last part of each path."""
-    first, second = (_label(name) for name in (model, reference or "reference"))
-    return first, second if second not in (first, "model") else f"{second}-reference"
-
-
-def _label(model: str) -> str:
-    last = Path(model.removeprefix("builtin:")).resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-") or "model"
-
-
 def _options(
     device: str = "cpu",
     memory: str | None = None,
@@ -301,7 +309,10 @@ def _options(
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    return Options(choose(device), o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory), quick)
+    chosen = "cpu" if ray is not None and device == "auto" else choose(device)
+    if ray is not None and chosen != "cpu":
+        raise DscError(f"--ray and --device {device} together: a cluster's tasks compute on CPUs", "give one of them")
+    return Options(chosen, o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory, "--gpu-memory"), quick=quick)
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

@@ -36,10 +36,9 @@ class Accumulator:
         if split is None:
             parts: list[tuple[Tensor, ...]] = [(x,)]
         else:
-            theirs = rows(split.original, x)
-            partners = rows(split.partners, x)
-            stream = () if split.stream is None else (split.stream[partners] - split.stream[~theirs],)
-            parts = [(x[~theirs], x[partners] - x[~theirs], *stream)]
+            mine, partners = (rows(chosen, split, x) for chosen in (split.ours, split.partners))
+            stream = () if split.stream is None else (split.stream[partners] - split.stream[mine],)
+            parts = [(x[mine], x[partners] - x[mine], *stream)]
         for part in parts:
             flat = [tensor.reshape(-1, tensor.shape[-1]).float() for tensor in part]
             if self._half is not None:
@@ -92,7 +91,8 @@ class Accumulator:
 
     def statistics(self, name: str) -> Statistics:
         """The sums so far of the input of the linear `name`. `DscError` where they are not finite."""
-        failed = [batch for batch, mark in enumerate(self._marks, 1) if not bool(mark.isfinite())]
+        finite = torch.stack(self._marks).isfinite().tolist() if self._marks else []
+        failed = [batch for batch, good in enumerate(finite, 1) if not good]
         if failed:
             what = f"{name}: NaN, infinite or too large inputs from batch {failed[0]} of {len(self._marks)} on"
             raise DscError(what, "check the model for weights that are far too large, and the calibration text")

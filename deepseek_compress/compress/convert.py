@@ -14,7 +14,9 @@ from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.compress import data_free
+from deepseek_compress.compress.ends import Ends
 from deepseek_compress.compress.job import Job
+from deepseek_compress.compress.loss import Loss, judged, measure
 from deepseek_compress.streaming.forward import run_block
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit, silent
 from deepseek_compress.workers import Pool
@@ -50,6 +52,8 @@ class Done(NamedTuple):
 
     blocks: list[Facts]  # {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}
     hashes: dict[str, str]  # BLAKE3 of the source's files that its manifest does not list
+    tables: list[Facts]  # of embedding and head, where they change
+    loss: Loss | None = None  # where the job is judged
 
 
 @torch.no_grad()
@@ -71,16 +75,25 @@ def convert(
 @torch.no_grad()
 def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, progress: Progress = silent) -> Done:
     """`convert` with text: each block is run, and what comes of it goes to `writer`."""
+    plain, stream = tokens, Stream(job.architecture)
     if job.paired:
         tokens = tokens.repeat_interleave(2, dim=0)
     writer.in_sequence()
     visitor = _Solve(job, writer, pool)
     visitor.keep(_around(job, before=True))
-    loop = Loop((Stream(job.architecture),), tokens, job.work, paired=job.paired)
-    blocks = loop.run(visitor, progress, visitor.finished)
+    ends = Ends(job, tokens, visitor.store)
+    begin = ends.before()
+    loop = Loop((stream,), tokens, job.work, paired=job.paired, last=ends.last or job.judged)
+    blocks = loop.run(visitor, progress, visitor.finished, begin)
+    ends.after(loop)
     visitor.keep(_around(job, before=False))
+    loss = None
+    if job.judged:
+        with loop.output(stream) as changed:
+            loss = measure(job, plain[: judged(*plain.shape)], changed, progress)
     files = provenance.unhashed(job.source)
-    return Done(blocks, {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)})
+    hashes = {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)}
+    return Done(blocks, hashes, ends.facts, loss)
 
 
 def clean(job: Job) -> None:
@@ -105,7 +118,7 @@ class _Solve:
         block, changed = at.blocks[0], self.job.changed(at.blocks[0])
         self.keep([block.prefix + name for name in block.tensors if block.prefix + name not in changed])
         following = at.after[0] if at.after else None
-        facts = run_block(self.job, at.layer, at.before[0], at.batches, following, self._store, self.pool)
+        facts = run_block(self.job, at.layer, at.before[0], at.batches, following, self.store, self.pool)
         self.writer.flush()
         return facts
 
@@ -120,7 +133,8 @@ class _Solve:
             if name not in self.written:
                 self.writer.keep(name)
 
-    def _store(self, name: str, parts: Mapping[str, Tensor]) -> None:
+    def store(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Write a tensor that changes, unless an interrupted run did."""
         if name not in self.written:
             self.writer.add_raw(name, parts)
 
@@ -130,7 +144,8 @@ def _hash(job: Job, file: Path) -> str:
 
 
 def _around(job: Job, before: bool) -> list[str]:
-    """Tensors of the checkpoint that belong to no block: the embedding before them, the others after."""
+    """Tensors that belong to no block and do not change: the embedding before them, the others after."""
     blocks = tuple(block.prefix for block in job.architecture.blocks)
     outside = sorted(info.name for info in job.tensors() if not info.name.startswith(blocks))
+    outside = [name for name in outside if name not in job.tables]
     return [name for name in outside if (name == job.architecture.embedding) == before]

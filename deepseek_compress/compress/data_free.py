@@ -23,13 +23,14 @@ from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
 from deepseek_compress.checkpoint.files import FileHash
 from deepseek_compress.checkpoint.hashed import Hashed
-from deepseek_compress.checkpoint.header import Location, TensorInfo, stored_name
+from deepseek_compress.checkpoint.header import Location, TensorInfo, module_of, stored_name
 from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.checkpoint.shards import Outline
-from deepseek_compress.compress import packing
+from deepseek_compress.compress import ends, packing
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.layout import packed, stored16
 from deepseek_compress.models import Block, Linear
+from deepseek_compress.numerics.types import WeightQuantizer
 from deepseek_compress.workers import Pool
 
 SHARDS = 16  # as many tasks of a large model, so that workers end together,
@@ -51,10 +52,10 @@ class _Task(NamedTuple):
 
 def convert(
     job: Job, writer: CheckpointWriter, pool: Pool, progress: Callable[[int, int, str], None]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+) -> tuple[list[dict[str, Any]], dict[str, str], list[dict[str, Any]]]:
     """Write every tensor of `job.source`, changed where the job wants it.
 
-    Returns {"linears": [facts]} by block, and the hashes of the source's files.
+    Returns {"linears": [facts]} by block, the hashes of the source's files, and the facts about embedding and head.
     """
     tasks, hashes = _tasks(job, writer, pool.count), {}
     progress(0, len(tasks), "shards")
@@ -65,7 +66,8 @@ def convert(
             hashes[task.file.name] = str(hashed)
         progress(done, len(tasks), "shards")
     found = {fact["name"]: fact for ledger in writer.ledgers for fact in ledger.facts}
-    return [{"linears": _in_order(block, found)} for block in job.architecture.blocks], hashes
+    tables = [found[name] for name in map(_module, job.tables) if name in found]
+    return [{"linears": _in_order(block, found)} for block in job.architecture.blocks], hashes, tables
 
 
 def _tasks(job: Job, writer: CheckpointWriter, workers: int) -> list[_Task]:
@@ -141,6 +143,10 @@ def _write(job: Job, shard: _Shard) -> None:
                     parts, fact = _convert(job, *shard.changed[name])
                     file.add(name, parts)
                     facts.append(fact)
+                elif name in job.tables:
+                    parts, fact = ends.rounded_parts(job, name)
+                    file.add(name, parts)
+                    facts.append(fact)
                 else:
                     file.keep(job.source, name)
             file.close(facts)
@@ -155,7 +161,9 @@ def _outline(job: Job, shard: _Shard) -> Outline | None:
     for name in shard.names:
         info = job.source.header.tensors[name]
         changed = shard.changed.get(name)
-        rounding = packing.rounding(job, job.architecture.blocks[changed[0]], changed[1]) if changed else None
+        rounding: WeightQuantizer | None = job.tables.get(name)
+        if changed:
+            rounding = packing.rounding(job, job.architecture.blocks[changed[0]], changed[1])
         if rounding is None and (changed or info.encoding == "mxfp4"):
             return None
         coming = stored16(info) if rounding is None else packed(info, rounding)
@@ -174,6 +182,10 @@ def _convert(job: Job, layer: int, linear: Linear) -> tuple[dict[str, Tensor], d
     solved.read(linear.name + ".weight", exact=True)
     solved.solve([linear], job.saved(block, linear))
     return stored[0], solved.facts[0]
+
+
+def _module(name: str) -> str:
+    return module_of(name)[0]
 
 
 def _in_order(block: Block, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

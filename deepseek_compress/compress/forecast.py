@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from deepseek_compress.checkpoint.header import Header, TensorInfo
 from deepseek_compress.compress.job import by_input
 from deepseek_compress.compress.layout import packed, stored16
 from deepseek_compress.compress.solver import LinearSolver
+from deepseek_compress.compress.tables import PIECE
 from deepseek_compress.models import Architecture, Linear, ModelConfig, Role
-from deepseek_compress.models.layers import SCORES_AT_ONCE
+from deepseek_compress.models.attend import SCORES_AT_ONCE
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.streaming.batches import BATCH_TOKENS
@@ -40,13 +41,15 @@ def expect(
     solver: LinearSolver,
     samples: int,
     length: int,
+    tables: Mapping[str, Rtn] = {},
 ) -> Expected:
     """For calibration with `samples` of `length` tokens; no samples: no block is run.
 
-    A change that needs statistics then has them from before.
+    A change that needs statistics then has them from before. `tables`: embedding and head that change.
     """
     cfg, header = architecture.cfg, architecture.header
     tensors = {name: stored16(info) for name, info in header.tensors.items()}
+    tensors |= {name: packed(tensors[name], rounding) for name, rounding in tables.items()}
     changed: list[str] = []
     quick: list[str] = []  # those that a data-free run packs in one pass
     costs = [_Block(0, 0, 0, Work(), Work())]
@@ -65,12 +68,12 @@ def expect(
             costs.append(calibrated_cost(cfg, block.linears, wanted, samples, length, paired))
     out = dataclasses.replace(header, tensors=tensors)
     if samples:
-        embedding = 2 * cfg.vocab_size * cfg.hidden_size
+        embedding = _tables(cfg, tables)
         alone, beside, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "beside", "task"))
         memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
     else:
         saved = bool(solver.needs)
-        memory = Memory(0, 0, _largest(header, changed, quick, saved))
+        memory = Memory(0, 0, max(_largest(header, changed, quick, saved), _tables(cfg, tables) if tables else 0))
         copied = header.bytes - sum(header.tensors[n].bytes for n in changed)
         fast, all_ = (sum(header.tensors[name].elements for name in names) for names in (quick, changed))
         slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience
@@ -79,6 +82,13 @@ def expect(
     return Expected(
         out, len(changed), out.bytes, memory, total(cost.work for cost in costs), total(cost.tasks for cost in costs)
     )
+
+
+def _tables(cfg: ModelConfig, changed: Mapping[str, Rtn]) -> int:
+    """Bytes of the embedding or the head in 16 bits; of one that changes its codes, packed ones, and what solves it."""
+    elements, hidden = cfg.vocab_size * cfg.hidden_size, cfg.hidden_size
+    solving = 4 * (COPIES + 5) * min(PIECE, elements) + 4 * (HESSIANS + 12) * hidden**2
+    return 2 * elements + (3 * elements + solving if changed else 0)
 
 
 class _Block(NamedTuple):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Linear, ModelConfig
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.numerics.hessian import Unsolvable
-from deepseek_compress.numerics.types import Quantized, Statistics
+from deepseek_compress.numerics.types import Quantized, Statistics, WeightQuantizer
 from deepseek_compress.streaming.block_run import BlockRun, Part, Store
 from deepseek_compress.streaming.hidden_store import HiddenStore
 
@@ -53,6 +54,18 @@ class Solver(Protocol):
         ...
 
 
+Group = Sequence[tuple[Linear, Tensor]]  # linears that share an input, and their weights
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A solver that takes several inputs at a time."""
+
+    def solve_together(self, jobs: Sequence[tuple[Block, Group, Statistics]]) -> list[list[Solved]]:
+        """`solve` for each of `jobs`, which have the same shapes: the same bits, in less time where a GPU solves."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What is done to a checkpoint: plain values, so that any process can do a part of it."""
@@ -64,6 +77,8 @@ class Job:
     keep_mtp: bool = True
     observing: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run
+    tables: Mapping[str, WeightQuantizer] = field(default_factory=dict)  # embedding and head that change, see `tables`
+    judged: bool = False  # what it cost on the text is measured at the end
 
     @property
     def source(self) -> Checkpoint:
@@ -136,29 +151,90 @@ class SolvedBlock(BlockRun):
     def outputs(self, part: Part) -> Iterator[tuple[int, Tensor, bool]]:
         """Solve the linears of a part, then run it; the input of its last linear is kept, so that nothing before it
         runs again."""
-        self.load(part.linears)
-        last = next((linear for linear in part.linears if linear.name == part.last and self.wants(linear)), None)
-        if last is None:
-            self._solve_in_order(part)
-            for batch in range(part.batches):
-                yield batch, part.forward(lambda weights: weights, batch), False
-        else:
-            with HiddenStore(part.path, part.rows, (last.columns,)) as kept:
-                self._solve_in_order(part, kept)
-                for batch in range(part.batches):
-                    weights = self.unrounded(part.split(batch))
-                    yield batch, weights.linear(part.last, part.get(kept, batch)), True
-                kept.remove()
-        self.free(part.linears)
+        with self._kept(part) as kept:
+            for wanted, statistics in self._to_solve(part, kept):
+                self.solve(wanted, statistics)
+            yield from self._solved(part, kept)
+
+    def outputs_of(self, others: Sequence[tuple[BlockRun, Part]]) -> Iterator[tuple[int, Iterator[tuple[int, Tensor]]]]:
+        """Solve the linears of the parts side by side, then run one part after the other."""
+        with ExitStack() as stack:
+            both = [(run, part) for run, part in others if isinstance(run, SolvedBlock)]
+            kept = [stack.enter_context(run._kept(part)) for run, part in both]
+            self._solve_together(both, kept)
+            for number, ((run, part), inputs) in enumerate(zip(both, kept, strict=True)):
+                yield number, ((batch, out) for batch, out, _ in run._solved(part, inputs))
 
     def act(self, part: Part) -> None:
         """Solve the linears of a part."""
-        self.load(part.linears)
-        self._solve_in_order(part)
+        for wanted, statistics in self._to_solve(part):
+            self.solve(wanted, statistics)
         self.free(part.linears)
 
-    def _solve_in_order(self, part: Part, kept: HiddenStore | None = None) -> None:
-        """Solve the linears that change, each with the inputs that those before it give once they are changed."""
+    def act_on(self, others: Sequence[tuple[BlockRun, Part]]) -> None:
+        """Solve the linears of the parts side by side."""
+        both = [(run, part) for run, part in others if isinstance(run, SolvedBlock)]
+        self._solve_together(both, [None] * len(both))
+        for run, part in both:
+            run.free(part.linears)
+
+    @contextmanager
+    def _kept(self, part: Part) -> Iterator[HiddenStore | None]:
+        """Where the input of a part's last linear is kept; None where that does not change."""
+        last = next((linear for linear in part.linears if linear.name == part.last and self.wants(linear)), None)
+        if last is None:
+            yield None
+            return
+        device = self.block.architecture.device
+        with HiddenStore(part.path, part.rows, (last.columns,), device=device) as kept:
+            yield kept
+            kept.remove()
+
+    def _solved(self, part: Part, kept: HiddenStore | None) -> Iterator[tuple[int, Tensor, bool]]:
+        """Run a part whose linears are solved."""
+        for batch in range(part.batches):
+            if kept is None:
+                yield batch, part.forward(lambda weights: weights, batch), False
+            else:
+                weights = self.unrounded(part.split(batch))
+                yield batch, weights.linear(part.last, part.get(kept, batch)), True
+        self.free(part.linears)
+
+    def _solve_together(self, runs: Sequence[tuple[SolvedBlock, Part]], kept: Sequence[HiddenStore | None]) -> None:
+        """Solve parts with the same linears, the n-th groups of all of them at a time."""
+        each = [run._to_solve(part, inputs) for (run, part), inputs in zip(runs, kept, strict=True)]
+        for step in zip(*each, strict=True):
+            found = self._side_by_side([run for run, _ in runs], step)
+            for (run, _), (wanted, statistics), solved in zip(runs, step, found, strict=True):
+                run.solve(wanted, statistics, solved)
+
+    def _side_by_side(
+        self, runs: Sequence[SolvedBlock], step: Sequence[tuple[list[Linear], Statistics]]
+    ) -> Sequence[list[Solved] | None]:
+        """What the solver makes of groups that it takes together; None where each is to be solved by itself."""
+        alone: list[list[Solved] | None] = [None] * len(runs)
+        if self.job.observing or not isinstance(self.job.solver, Together):
+            return alone
+        jobs = [
+            (run.block, run._weights(wanted), self._enough(statistics))
+            for run, (wanted, statistics) in zip(runs, step, strict=True)
+        ]
+        try:
+            return self.job.solver.solve_together(jobs)
+        except Unsolvable:
+            return alone  # the one that fails is named then
+
+    def _weights(self, group: Sequence[Linear]) -> Group:
+        return [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
+
+    def _enough(self, statistics: Statistics) -> Statistics:
+        """Those of an input that enough tokens reached; else their number alone."""
+        few = statistics.tokens < self.job.min_tokens
+        return Statistics(tokens=statistics.tokens) if few else statistics
+
+    def _to_solve(self, part: Part, kept: HiddenStore | None = None) -> Iterator[tuple[list[Linear], Statistics]]:
+        """The linears that change and what their input is, once those before them are solved by who takes this."""
+        self.load(part.linears)
         for group in by_input(part.linears):
             wanted = [linear for linear in group if self.wants(linear)]
             if wanted:
@@ -168,24 +244,24 @@ class SolvedBlock(BlockRun):
                 collect(part, names, sums, keep)
                 if kept is not None and part.last in names:
                     self.free(linear for linear in part.linears if linear not in group)  # they do not run again
-                self.solve(wanted, sums.statistics(self.block.prefix + group[0].name))
+                yield wanted, sums.statistics(self.block.prefix + group[0].name)
 
-    def solve(self, group: Sequence[Linear], statistics: Statistics) -> None:
-        """Give linears that share an input their new weights and write them; or only what was seen of that input."""
+    def solve(self, group: Sequence[Linear], statistics: Statistics, found: list[Solved] | None = None) -> None:
+        """Give linears that share an input their new weights and write them; or only what was seen of that input.
+
+        found: the new weights, where they are known.
+        """
         prefix = self.block.prefix
         if self.job.observing:
             parts = parts_of_statistics(statistics)
             self.store(prefix + group[0].input, {suffix: part.cpu() for suffix, part in parts.items()})
             self.facts += [observed(linear, statistics) for linear in group]
             return
-        if statistics.tokens < self.job.min_tokens:
-            statistics = Statistics(tokens=statistics.tokens)
-        pairs = [(linear, self.tensors[linear.name + ".weight"]) for linear in group]
         try:
-            found = self.job.solver.solve(self.block, pairs, statistics)
+            found = found or self.job.solver.solve(self.block, self._weights(group), self._enough(statistics))
         except Unsolvable as error:
             raise DscError(f"{prefix}{group[0].name}: {error.what}", error.fix) from None
-        for (linear, _), solved in zip(pairs, found, strict=True):
+        for linear, solved in zip(group, found, strict=True):
             name = f"{prefix}{linear.name}.weight"
             parts = parts_of(name, solved.stored, self.job.scheme is not None)
             self.store(name, {suffix: part.cpu() for suffix, part in parts.items()})

@@ -66,7 +66,7 @@ def _heads(run: PlainRun, hidden: HiddenStore, batches: Batches) -> tuple[Tensor
             x = architecture.final_hidden(top, batches.read(hidden, batch)).float()
             batches.write(final, batch, x)
             states.append(x.double().mean(1).cpu())
-        model = HeadInput(final.read, architecture.source.read(architecture.head, None, architecture.device))
+        model = HeadInput(final.read, architecture.table(architecture.head, architecture.device))
         entropy = head.entropy(model, final.rows)
     return entropy.double().view(batches.samples, -1).mean(1), torch.cat(states)
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_compress.compress.job import Solved
+from deepseek_compress.compress.job import Group, Solved
 from deepseek_compress.compress.selection import Selection
 from deepseek_compress.models import Block, Linear
+from deepseek_compress.numerics import side_by_side
 from deepseek_compress.numerics.gptaq import Gptaq
+from deepseek_compress.numerics.gptq import Gptq
 from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import Quantized, Sparsifier, Statistics, WeightQuantizer
@@ -46,6 +48,8 @@ class LinearSolver:
             masked = sparsity.prepare(statistics)
             values = [sparsity(weight, masked) for weight in values]
             del masked  # its factor is as large as the Hessian
+            if "cross_covariance" in sparsity.needs:  # made good already: a second correction would be one too many
+                statistics = statistics._replace(cross_covariance=None, residual_covariance=None, half=None)
         quantizers = [self.quantizer(block, linear, fallback) for linear, _ in group]
         prepared = {its: its.prepare(statistics) for its in dict.fromkeys(quantizers) if its is not None}
         decided = [its and its.decided(weight, prepared[its]) for weight, its in zip(values, quantizers, strict=True)]
@@ -60,6 +64,35 @@ class LinearSolver:
         return [
             Solved(new, {"method": method, **facts, **_told(its), **measure(weight, new, statistics)})
             for (_, weight), new, method, its in zip(group, stored, methods, decided, strict=True)
+        ]
+
+    def solve_together(self, jobs: Sequence[tuple[Block, Group, Statistics]]) -> list[list[Solved]]:
+        """See `job.Together`: side by side where the method can, one by one where it cannot."""
+        whole = [number for number, (_, _, statistics) in enumerate(jobs) if statistics.hessian is not None]
+        found = dict(zip(whole, self._side_by_side([jobs[number] for number in whole]), strict=False))
+        return [found[number] if number in found else self.solve(*job) for number, job in enumerate(jobs)]
+
+    def _side_by_side(self, jobs: Sequence[tuple[Block, Group, Statistics]]) -> list[list[Solved]]:
+        """Solve inputs that have statistics; nothing where they cannot be solved together."""
+        flat = [(block, *pair, statistics) for block, group, statistics in jobs for pair in group]
+        weights = [weight for _, _, weight, _ in flat]
+        quantizers = [self.quantizer(block, linear, fallback=False) for block, linear, _, _ in flat]
+        if len(jobs) < 2 or self.sparsity is not None or not side_by_side.fits(weights, quantizers):
+            return []
+        gptq = quantizers[0]
+        assert isinstance(gptq, Gptq)
+        prepared = side_by_side.prepare(gptq, [statistics for _, _, statistics in jobs])
+        own = [its for its, (_, group, _) in zip(prepared, jobs, strict=True) for _ in group]
+        stored = iter(side_by_side.quantize(gptq, weights, own))
+        return [
+            [
+                Solved(
+                    new := next(stored),
+                    {"method": "gptq", "tokens": its.tokens, "fallback": False, **measure(weight, new, its)},
+                )
+                for _, weight in group
+            ]
+            for _, group, its in jobs
         ]
 
     def quantizer(self, block: Block, linear: Linear, fallback: bool) -> WeightQuantizer | None:
@@ -88,28 +121,31 @@ def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) 
     output_error = ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens; None without them. Over SAMPLED rows of
     a larger weight, drawn once and for all by their number: over all rows it would cost more than finding Q.
     """
-    energy, lost, zeros = 0.0, 0.0, 0
+    found = torch.zeros(5, dtype=torch.float64, device=weight.device)  # read once: a GPU is waited for
     for start in range(0, len(weight), SAMPLED):  # few rows at a time stay in the cache
         chunk = slice(start, start + SAMPLED)
         loaded = _loaded(stored, chunk)
-        energy += _squares(weight[chunk])
-        lost += _squares(weight[chunk] - loaded)
-        zeros += loaded.numel() - int(loaded.count_nonzero())
+        found[0] += _squares(weight[chunk])
+        found[1] += _squares(weight[chunk] - loaded)
+        found[2] += loaded.numel() - loaded.count_nonzero()
+    if statistics.hessian is not None:
+        found[3:] = _output_squares(weight, stored, statistics.hessian)
+    energy, lost, zeros, output, missed = found.tolist()
     return {
         "weight_error": lost / energy if energy > 0 else 0.0,
-        "output_error": None if statistics.hessian is None else _output_error(weight, stored, statistics.hessian),
+        "output_error": None if statistics.hessian is None else missed / output if output > 0 else 0.0,
         "zeros": zeros / weight.numel(),
         "bits": bits(stored),
         "weights": weight.numel(),
     }
 
 
-def _output_error(weight: Tensor, stored: Tensor | Quantized, hessian: Tensor) -> float:
+def _output_squares(weight: Tensor, stored: Tensor | Quantized, hessian: Tensor) -> Tensor:
+    """||X W^T||^2 and ||X (W - Q)^T||^2, float64 (2,)."""
     rows = sampled(len(weight)).to(weight.device)
     before = weight[rows]
     both = torch.cat((before, before - _loaded(stored, rows)))
-    energy, lost = ((both @ hessian) * both).sum(1, dtype=torch.float64).view(2, -1).sum(1).tolist()
-    return float(lost / energy) if energy > 0 else 0.0
+    return ((both @ hessian) * both).sum(1, dtype=torch.float64).view(2, -1).sum(1)
 
 
 def sampled(rows: int) -> Tensor:
@@ -126,8 +162,8 @@ def _loaded(stored: Tensor | Quantized, rows: slice | Tensor) -> Tensor:
     return Quantized(*parts, stored.num_bits, stored.symmetric).dequantize()
 
 
-def _squares(x: Tensor) -> float:
-    return float(x.flatten().dot(x.flatten()))
+def _squares(x: Tensor) -> Tensor:
+    return x.flatten().dot(x.flatten())
 
 
 def bits(stored: Tensor | Quantized) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from deepseek_compress.calibration.selection import spread
 from deepseek_compress.checkpoint.files import read_json, write_json
@@ -52,8 +52,18 @@ def coverage(path: Path) -> list[Facts] | None:
     file = path / LAYERS
     if not file.is_file():
         return None
-    blocks = read_json(file).get("blocks") or []
-    return [{"block": layer, **block["experts"]} for layer, block in enumerate(blocks) if "experts" in block] or None
+    blocks = read_json(file).get("blocks")
+    rows = enumerate(blocks if isinstance(blocks, list) else [])
+    found = [(layer, block.get("experts")) for layer, block in rows if isinstance(block, dict)]
+    return [{"block": layer, **experts} for layer, experts in found if _counted(experts)] or None
+
+
+def _counted(experts: Any) -> TypeGuard[Facts]:
+    """Whether this has the tokens of each expert, and those that starved."""
+    if not isinstance(experts, dict) or not isinstance(experts.get("starved"), list):
+        return False
+    tokens = experts.get("tokens")
+    return isinstance(tokens, list) and bool(tokens) and all(type(count) is int and count >= 0 for count in tokens)
 
 
 def _block(layer: int, block: Facts) -> Facts:

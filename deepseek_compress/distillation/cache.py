@@ -10,26 +10,29 @@
       certain     uint8 (P,)        how many of the entries were not drawn, see `words`
 
 An `exact` cache has all of a small vocabulary and no ids. A shard appears under its name once it was written and read
-back, so that an interrupted recording goes on after the last one; `recording.json` says what it is a recording of, and
-another is refused with what differs. Reading maps the files: of a cache larger than the memory only what a batch needs
-is there.
+back; `recording.json` then lists it with its hash, so that an interrupted recording resumes after the last one that is
+intact. It also says what it is a recording of, and another is refused with what differs. Reading maps the files: of a
+cache larger than the memory only what a batch needs is there.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.checkpoint.files import disk_errors, read_json, write_json
+from deepseek_compress.checkpoint.files import disk_errors, kept, read_sealed, sync_directory, write_sealed
 from deepseek_compress.checkpoint.header import Location, read_shard_header
 from deepseek_compress.checkpoint.shards import ShardFile
 from deepseek_compress.distillation.documents import Batch, Document
@@ -39,8 +42,7 @@ from deepseek_compress.distillation.words import Words
 from deepseek_compress.errors import DscError, raise_problems
 
 INDEX, RECORDING = "teacher.json", "recording.json"
-SCHEMA = 1
-FORMS = ("sampled", "top_k", "exact")
+SCHEMA = 2  # 1 had no checksum
 _NUMPY = {torch.uint8: np.uint8, torch.uint16: np.uint16, torch.int32: np.int32, torch.float16: np.float16,
           torch.float32: np.float32}  # fmt: skip
 _AGAIN = "record it again into an empty directory"
@@ -66,19 +68,19 @@ class CacheWriter:
         self.folder, self.identity = folder, dict(identity)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / RECORDING
-        if kept.is_file():
-            there = read_json(kept)
-            differing = sorted(k for k in {*there, *self.identity} if there.get(k) != self.identity.get(k))
+        there = kept(folder / RECORDING)
+        if there is not None:
+            before = there.get("identity") or {}
+            differing = sorted(k for k in {*before, *self.identity} if before.get(k) != self.identity.get(k))
             if differing:
                 what = f"{folder}: a recording with other {', '.join(differing)}"
                 raise DscError(what, "give the same again to resume, or another directory")
-        elif any(not file.name.startswith(".") for file in folder.iterdir()):
+        elif not (folder / RECORDING).is_file() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise DscError(f"{folder}: exists and is not a recording of dsc", "give another directory")
-        write_json(kept, self.identity)
-        self.shards: list[dict[str, Any]] = []
-        while self._path(len(self.shards)).is_file():
-            self.shards.append(_facts(self._path(len(self.shards))))
+        listed = (there or {}).get("shards") or []  # nothing where it is damaged: it is recorded again
+        intact = itertools.takewhile(lambda facts: not list(_damage(folder, facts)), listed)
+        self.shards: list[dict[str, Any]] = list(intact)
+        self._list()
 
     @property
     def documents(self) -> int:
@@ -99,30 +101,53 @@ class CacheWriter:
         file.add("log_probs", words.log_probs.half())
         if form == "sampled":
             file.add("certain", words.certain.to(torch.uint8))
-        file.close()
-        path = self._path(len(self.shards))
+        shard = file.close()
+        path = self.folder / f"teacher-{len(self.shards) + 1:05d}.safetensors"
         with disk_errors(path):
             os.replace(growing, path)
-        self.shards.append(_facts(path))
+            sync_directory(self.folder)
+        counts = {"documents": len(documents), "tokens": sum(len(document.ids) for document in documents)}
+        self.shards.append({"file": path.name, **counts, "bytes": shard.bytes, "blake3": shard.blake3})
+        self._list()
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the index."""
-        write_json(self.folder / INDEX, {"schema": SCHEMA, **self.identity, **facts, "shards": self.shards})
+        write_sealed(self.folder / INDEX, {"schema": SCHEMA, **self.identity, **facts, "shards": self.shards})
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"teacher-{number + 1:05d}.safetensors"
+    def _list(self) -> None:
+        """Write down which shards are safe."""
+        write_sealed(self.folder / RECORDING, {"identity": self.identity, "shards": self.shards})
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    places, problems = read_shard_header(path)
-    raise_problems(DscError(problem.what, _AGAIN) for problem in problems)
-    return {
-        "file": path.name,
-        "documents": places["lengths"].shape[0],
-        "tokens": places["tokens"].shape[0],
-        "bytes": path.stat().st_size,
-        "blake3": provenance.hash_file(path),
-    }
+def read_index(folder: Path) -> dict[str, Any]:
+    """`teacher.json` of a finished recording. Raises DscError where it is damaged, or not of its form."""
+    path = folder / INDEX
+    index = read_sealed(path, strict=False)
+    try:
+        _Index.model_validate(index)
+    except ValidationError as error:
+        places = sorted({".".join(map(str, item["loc"])) for item in error.errors(include_url=False)})
+        raise DscError(f"{path}: {', '.join(places[:3])}: not what dsc writes there", _AGAIN) from None
+    return index
+
+
+class _Facts(BaseModel, strict=True):
+    file: str = Field(pattern=r"^teacher-\d{5,9}\.safetensors$")
+    bytes: int
+    blake3: str
+
+
+class _Index(BaseModel, strict=True):
+    """What is relied on."""
+
+    form: Literal["sampled", "top_k", "exact"]
+    vocabulary: int = Field(gt=0)
+    temperature: float = Field(gt=0)
+    tokenizer: str
+    documents: int
+    tokens: int
+    bytes_a_token: float
+    shards: list[_Facts]
 
 
 @dataclass(frozen=True)
@@ -149,12 +174,15 @@ class Shard:
 class CachedTeacher:
     """A teacher that is not there: its words from a finished recording."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open and check every shard against the index. Raises DscError for what is damaged."""
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        """Open and check every shard against the index. Raises DscError for what is damaged.
+
+        `device`: where what it says is needed.
+        """
         if not is_cache(folder):
             fix = "run the recording to its end" if (folder / RECORDING).is_file() else "give a directory of dsc"
             raise DscError(f"{folder}: no finished recording of a teacher", fix)
-        self.folder, self.index = folder, read_json(folder / INDEX)
+        self.folder, self.index, self.device = folder, read_index(folder), device
         self.form, self.vocabulary = str(self.index["form"]), int(self.index["vocabulary"])
         self.temperature = float(self.index["temperature"])
         raise_problems(problem for facts in self.index["shards"] for problem in _damage(folder, facts))
@@ -169,19 +197,21 @@ class CachedTeacher:
         """The words at the positions of a batch of these documents."""
         if hidden or routers:
             raise DscError(f"{self.folder}: has no hidden states", "leave the losses hidden_states and router out")
-        log_probs = torch.from_numpy(self._gather("log_probs", batch.numbers)).float()
+        log_probs = self._gather("log_probs", batch.numbers).float()
         if self.form == "exact":
             return Said(lambda rows: Target(log_probs[rows].log_softmax(-1)))
-        ids = torch.from_numpy(self._gather("ids", batch.numbers).astype(np.int64))
+        ids = self._gather("ids", batch.numbers).long()
         if self.vocabulary > 1 << 16:
-            ids += torch.from_numpy(self._gather("high", batch.numbers).astype(np.int64)) << 16
+            ids += self._gather("high", batch.numbers).long() << 16
         if self.form == "top_k":
             return Said(lambda rows: Target(log_probs[rows], ids[rows]))
-        certain = torch.from_numpy(self._gather("certain", batch.numbers).astype(np.int64))
+        certain = self._gather("certain", batch.numbers).long()
         return Said(lambda rows: Target(log_probs[rows], ids[rows], certain[rows]))
 
-    def _gather(self, name: str, numbers: Iterable[int]) -> NDArray[Any]:
-        return np.concatenate([shard.rows(name, place) for shard, place in (self._places[n] for n in numbers)])
+    def _gather(self, name: str, numbers: Iterable[int]) -> Tensor:
+        rows = np.concatenate([shard.rows(name, place) for shard, place in (self._places[n] for n in numbers)])
+        wide = rows.astype(np.int32) if rows.dtype == np.uint16 else rows  # torch computes little with uint16
+        return torch.from_numpy(wide).to(self.device)
 
 
 def _damage(folder: Path, facts: Mapping[str, Any]) -> Iterable[DscError]:
@@ -196,8 +226,24 @@ def _damage(folder: Path, facts: Mapping[str, Any]) -> Iterable[DscError]:
 
 def _mapped(path: Path) -> Shard:
     places, problems = read_shard_header(path)
+    if not problems and not _fits(places):
+        problems = [DscError(f"{path}: not a shard of a recording")]
     raise_problems(DscError(problem.what, _AGAIN) for problem in problems)
-    return Shard({name: _map(place) for name, place in places.items()})
+    shard = Shard({name: _map(place) for name, place in places.items()})
+    if int(shard.arrays["lengths"].min(initial=1)) < 1 or shard.starts[-1] != len(shard.arrays["tokens"]):
+        raise DscError(f"{path}: its documents have other lengths than its text", _AGAIN)
+    return shard
+
+
+def _fits(places: Mapping[str, Location]) -> bool:
+    """Whether types are known and the arrays have as many rows as there are tokens, documents and positions."""
+    if not {"tokens", "lengths", "prompts", "log_probs"} <= places.keys():
+        return False
+    tokens, documents = (places[name].shape[:1] for name in ("tokens", "lengths"))
+    rows = {"tokens": tokens, "lengths": documents, "prompts": documents}
+    positions = (tokens[0] - documents[0],) if tokens and documents else ()
+    known = all(place.dtype in _NUMPY for place in places.values())
+    return known and all(place.shape[:1] == rows.get(name, positions) for name, place in places.items())
 
 
 def _map(place: Location) -> NDArray[Any]:

@@ -27,16 +27,16 @@ class Batch(NamedTuple):
     """Documents that run together, and the N positions among them where a token is predicted."""
 
     numbers: list[int]  # of the documents
+    sizes: list[int]  # positions of each document
     tokens: Tensor  # int64 (B, T), padded at the right
     places: Tensor  # int64 (N,), of the positions among B * (T - 1)
     labels: Tensor  # int64 (N,), the token that follows
     weights: Tensor  # float32 (N,), share of each position in the mean
 
-    @property
-    def sizes(self) -> list[int]:
-        """Positions of each document."""
-        width = self.tokens.shape[1] - 1
-        return torch.bincount(self.places // width, minlength=len(self.tokens)).tolist()
+    def to(self, device: torch.device | str) -> Batch:
+        """The same with its tensors on `device`."""
+        tensors = (self.tokens, self.places, self.labels, self.weights)
+        return Batch(self.numbers, self.sizes, *(tensor.to(device) for tensor in tensors))
 
 
 def read_documents(
@@ -89,6 +89,7 @@ def batch_of(documents: Sequence[Document], numbers: Sequence[int], prompt_weigh
         start += size
     return Batch(
         list(numbers),
+        sizes,
         tokens,
         torch.cat([row * width + torch.arange(size) for row, size in enumerate(sizes)]),
         torch.cat([torch.tensor(document.ids[1:]) for document in chosen]),

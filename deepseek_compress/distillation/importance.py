@@ -33,14 +33,14 @@ EXPERTS = ("activation", "frequency")
 @torch.no_grad()
 def influence(model: Model, batches: Sequence[Batch]) -> Tensor:
     """Of each layer, float32 (layers,)."""
-    total, count = torch.zeros(model.cfg.num_hidden_layers), 0
+    total, count = torch.zeros(model.cfg.num_hidden_layers, device=model.head.device), 0
     for batch in batches:
         states = [state.flatten(0, 1)[batch.places] for state in model.hidden_states(batch.tokens[:, :-1])]
         for layer in range(len(total)):
             before, after = (states[index].flatten(1) for index in (layer, layer + 1))
             total[layer] += (1 - functional.cosine_similarity(before, after, dim=-1)).sum()
         count += len(batch.places)
-    return total / count
+    return (total / count).cpu()
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def loss_without(model: Model, batches: Sequence[Batch]) -> Tensor:
     total, count = torch.zeros(model.cfg.num_hidden_layers), 0
     for batch in batches:
         tokens = batch.tokens[:, :-1]
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         states = model.hidden_states(tokens)
         wanted = _final(model, states[-1], batch)
         for layer in range(len(total)):
@@ -81,7 +81,7 @@ def expert_use(model: Model, batches: Sequence[Batch], by: str) -> dict[int, Ten
         return {}
     sums: dict[int, Tensor] = {}
     counts: dict[int, Tensor] = {}
-    places = Tensor()
+    places, device = Tensor(), model.head.device
 
     def tap(layer: int, weights: Weights, x: Tensor) -> None:
         assert cfg is not None
@@ -91,15 +91,16 @@ def expert_use(model: Model, batches: Sequence[Batch], by: str) -> dict[int, Ten
         routing = moe.route(cfg, weights, flat)
         gates = routing.shares.flatten()
         for expert, chosen in enumerate(moe.by_expert(routing, cfg.experts)):
-            counts.setdefault(layer, torch.zeros(cfg.experts))[expert] += len(chosen)
+            counts.setdefault(layer, torch.zeros(cfg.experts, device=device))[expert] += len(chosen)
             if by == "activation" and len(chosen):
                 out = moe.run_expert(cfg, weights, expert, flat[chosen // cfg.top_k])
-                sums.setdefault(layer, torch.zeros(cfg.experts))[expert] += (gates[chosen] * out.norm(dim=-1)).sum()
+                total = sums.setdefault(layer, torch.zeros(cfg.experts, device=device))
+                total[expert] += (gates[chosen] * out.norm(dim=-1)).sum()
 
     watched = Model(tapped(model.family, tap), model.cfg, model.weights)
     for batch in batches:
         places = batch.places
         view(watched, batch)
     if by == "frequency":
-        return counts
-    return {layer: sums[layer] / count.clamp(min=1) for layer, count in counts.items()}
+        return {layer: count.cpu() for layer, count in counts.items()}
+    return {layer: (sums[layer] / count.clamp(min=1)).cpu() for layer, count in counts.items()}

@@ -57,6 +57,7 @@ class Objective:
     pairs: Sequence[Pair] = ()
     mixed: bool = False  # products in BF16
     checkpointing: bool = False
+    joint: float = 0.0  # share of the teacher's own loss on the text, where it is trained too
 
     @property
     def inside(self) -> bool:
@@ -71,39 +72,58 @@ class Objective:
         self, model: Model, batch: Batch, said: Said, projections: Mapping[str, Tensor], weight: float
     ) -> float:
         """Add the gradient of a batch, which is part of a step whose positions weigh `weight`; its part of the loss."""
+        batch = batch.to(model.head.device)
         with self._products(model):
             seen = self._view(model, batch, checkpointing=self.checkpointing)
             h = seen.final.detach().requires_grad_(seen.final.requires_grad)
-            loss = 0.0
+            loss = torch.zeros((), dtype=torch.float64, device=h.device)  # read once, since reading waits
             for rows in pieces(len(h), self.vocabulary):
                 each = self._each(self._logits(model, h[rows]), said.target(rows), batch.labels[rows])
-                part = (each * batch.weights[rows].to(each.device)).sum() / weight
+                part = (each * batch.weights[rows]).sum() / weight
                 if part.requires_grad:
                     part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
+                loss += part.detach()
             ends: list[tuple[Tensor, Tensor | None]] = [] if h.grad is None else [(seen.final, h.grad)]
             if self.inside and said.view is not None:
                 inside = inside_loss(self.losses, seen, said.view, batch, self.pairs, projections)
                 inside = inside * (float(batch.weights.sum()) / weight)
-                loss += float(inside.detach())
+                loss += inside.detach()
                 ends.append((inside, None))
+            if self.joint:
+                loss += self._teachers_own(said, batch, weight, ends)
             ends = [end for end in ends if end[0].requires_grad]
             if ends:
                 torch.autograd.backward([end[0] for end in ends], [end[1] for end in ends])
+        return float(loss)
+
+    def _teachers_own(self, said: Said, batch: Batch, weight: float, ends: list[tuple[Tensor, Tensor | None]]) -> float:
+        """The teacher's loss on the text; its gradient at the last hidden states joins `ends`."""
+        assert said.view is not None
+        assert said.head is not None
+        h = said.view.final.detach().requires_grad_()
+        loss = 0.0
+        for rows in pieces(len(h), self.vocabulary):
+            logits = functional.linear(h[rows], said.head)[:, : self.vocabulary].float()
+            labels = batch.labels[rows].to(logits.device)
+            each = functional.cross_entropy(logits, labels, reduction="none") * batch.weights[rows].to(logits.device)
+            part = self.joint * each.sum() / weight
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        ends.append((said.view.final, h.grad))
         return loss
 
     @torch.no_grad()
     def measure(self, model: Model, batch: Batch, said: Said, projections: Mapping[str, Tensor]) -> Sums:
         """The batch without a gradient."""
-        weight = float(batch.weights.sum())
+        weight, batch = float(batch.weights.sum()), batch.to(model.head.device)
         loss = kl = surprise = 0.0
         right = 0
         with self._products(model):
             seen = self._view(model, batch)
             for rows in pieces(len(seen.final), self.vocabulary):
-                logits, labels = self._logits(model, seen.final[rows]), batch.labels[rows].to(seen.final.device)
+                logits, labels = self._logits(model, seen.final[rows]), batch.labels[rows]
                 target = said.target(rows)
-                loss += float((self._each(logits, target, labels) * batch.weights[rows].to(logits.device)).sum())
+                loss += float((self._each(logits, target, labels) * batch.weights[rows]).sum())
                 kl += float(total(ForwardKl(), entries(logits, target, self.temperature)).sum())
                 surprise += float(functional.cross_entropy(logits, labels, reduction="sum"))
                 right += int((logits.argmax(-1) == labels).sum())
@@ -121,7 +141,7 @@ class Objective:
                 out = out + divergence.share * self.temperature**2 * total(divergence, at)
         for loss in self.losses:
             if isinstance(loss, CrossEntropy):
-                out = out + loss.share * functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+                out = out + loss.share * functional.cross_entropy(logits, labels, reduction="none")
         return out
 
     def _logits(self, model: Model, h: Tensor) -> Tensor:

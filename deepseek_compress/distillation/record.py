@@ -85,12 +85,13 @@ class ModelSpeaker:
     def words(self, documents: Sequence[Document], first: int) -> Words:
         """See `Speaker`; documents of similar length run together."""
         groups = batches_by_length([len(document.ids) for document in documents], TOKENS_AT_ONCE)
-        prepared = [batch_of(documents, group, 1.0) for group in groups]
+        prepared = [batch_of(documents, group, 1.0).to(self.inputs.head.device) for group in groups]
         found: dict[int, Words] = {}
         for batch, final in zip(prepared, self.inputs.batches(prepared), strict=True):
             draws = torch.cat([self._draws(first + number, len(documents[number].ids) - 1) for number in batch.numbers])
+            draws = draws.to(final.device)
             rows_of = pieces(len(final), len(self.inputs.head))
-            said = _joined([self._words(final[rows], draws[rows]) for rows in rows_of])
+            said = [part.cpu() for part in _joined([self._words(final[rows], draws[rows]) for rows in rows_of])]
             parts = zip(*(torch.split(part, batch.sizes) for part in said), strict=True)
             found |= {number: Words(*part) for number, part in zip(batch.numbers, parts, strict=True)}
         return _joined([found[number] for number in range(len(documents))])
@@ -103,8 +104,8 @@ class ModelSpeaker:
             return words.sampled(log_probs, settings.entries, draws)
         if settings.form == "top_k":
             return words.top_k(log_probs, settings.entries)
-        none = torch.zeros(len(log_probs), 0, dtype=torch.long)
-        return Words(none, log_probs, torch.full((len(log_probs),), log_probs.shape[-1]))
+        none = torch.zeros(len(log_probs), 0, dtype=torch.long, device=log_probs.device)
+        return Words(none, log_probs, words.whole(log_probs, log_probs.shape[-1]))
 
     def _draws(self, document: int, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + document)
@@ -165,9 +166,10 @@ def record_model(
     folder: Path,
     seed: int,
     progress: Progress,
+    device: str = "cpu",
 ) -> None:
     """Record a checkpoint that fits in memory. The ids that no token of the tokenizer has are left out."""
-    model = Model.load(teacher)
+    model = Model.load(teacher, device=device)
     settings = kept.settings(min(model.cfg.vocab_size, tokenizer.vocab_size), temperature, seed)
     identity = {
         "teacher": {"name": teacher.path.resolve().name, "fingerprint": provenance.fingerprint(teacher)},
@@ -175,6 +177,7 @@ def record_model(
         "text": text_digest(documents),
         "versions": provenance.versions(),
         "threads": torch.get_num_threads(),
+        **({} if device == "cpu" else {"device": device}),
     }
     record(ModelSpeaker(ResidentInputs(model), settings), documents, settings, folder, identity, progress)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import blake3
 import torch
@@ -26,13 +27,14 @@ class Keeper:
         self._saved = time.monotonic()
         self._wait = EVERY
 
-    def load(self) -> State | None:
-        """The state that was saved last, or None."""
+    def load(self, device: torch.device | str = "cpu") -> State | None:
+        """The state that was saved last, its weights on `device`, or None."""
         content = self.file.read_bytes() if self.file.is_file() else b""
         if blake3.blake3(content[:-_SEAL]).digest() != content[-_SEAL:]:
             return None  # there is none, or it is damaged: the training begins again
         kept = torch.load(io.BytesIO(content[:-_SEAL]), weights_only=True)
         trained = kept.pop("trained")
+        kept |= {name: _moved(kept[name], device) for name in ("weights", "projections", "best")}
         state = State(**{**kept, "validations": [Measured(*values) for values in kept["validations"]]})
         for name, tensor in (*state.weights.items(), *state.projections.items()):
             tensor.requires_grad_(name in trained)
@@ -48,9 +50,18 @@ class Keeper:
         with disk_errors(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
-            torch.save(values, buffer)
+            torch.save(_moved(values, "cpu"), buffer)
             with replacing(self.file) as file:
                 file.write(buffer.getbuffer())
                 file.write(blake3.blake3(buffer.getbuffer()).digest())
         self._saved = time.monotonic()
         self._wait = max(EVERY, (self._saved - began) / LARGEST_SHARE)
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with the tensors in its dicts, lists and tuples on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, dict):
+        return {key: _moved(each, device) for key, each in value.items()}
+    return type(value)(_moved(each, device) for each in value) if isinstance(value, (list, tuple)) else value

@@ -12,6 +12,7 @@ from deepseek_compress.distillation import importance
 from deepseek_compress.distillation.documents import Batch, Document, batch_of, batches_by_length
 from deepseek_compress.distillation.features import Pair
 from deepseek_compress.distillation.shrink import Shrink, shrink, sizes
+from deepseek_compress.errors import DscError
 from deepseek_compress.models import ModelConfig
 from deepseek_compress.models.runtime import Model
 
@@ -52,14 +53,15 @@ def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Do
     use: dict[int, Tensor] = {}
     scores = None
     if experts is not None:
-        use = importance.expert_use(model, _shown(documents, size.experts_by), size.experts_by)
+        use = importance.expert_use(model, _shown(model, documents, size.experts_by), size.experts_by)
     if layers is not None and size.layers_by != "even":
         measure = importance.influence if size.layers_by == "influence" else importance.loss_without
-        scores = measure(model, _shown(documents, size.layers_by))
+        scores = measure(model, _shown(model, documents, size.layers_by))
     plan = shrink(model.family, model.cfg, use, experts, layers, scores)
     weights: dict[str, Tensor] = {}
     for name, origin in plan.tensors.items():
-        tensor = model.weights[origin.name] if origin.rows is None else model.weights[origin.name][origin.rows]
+        tensor = model.weights[origin.name]
+        tensor = tensor if origin.rows is None else tensor[origin.rows.to(tensor.device)]
         weights[name] = tensor.clone() if shared else tensor
     cfg = model.family.parse({**config, **plan.config})
     facts: dict[str, Any] = {"layers_kept": plan.layers} if layers is not None else {}
@@ -68,15 +70,33 @@ def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Do
     return Student(Model(model.family, cfg, weights), weights, plan.config, facts, _pairs(plan))
 
 
-def _shown(documents: Sequence[Document], by: str) -> list[Batch]:
+def _shown(model: Model, documents: Sequence[Document], by: str) -> list[Batch]:
     chosen, tokens = [], 0
     for document in documents[:SHOWN]:
         if tokens < SHOWN_TOKENS.get(by, 1 << 62):
             chosen.append(document)
             tokens += len(document.ids)
     groups = batches_by_length([len(document.ids) for document in chosen], TOKENS_AT_ONCE)
-    return [batch_of(chosen, group, 1.0) for group in groups]
+    return [batch_of(chosen, group, 1.0).to(model.head.device) for group in groups]
 
 
 def _pairs(plan: Shrink) -> list[Pair]:
     return [Pair(new, old, plan.experts.get(old)) for new, old in enumerate(plan.layers)]
+
+
+def check_tokenizers(student: str, teacher: str, sizes: tuple[int, int]) -> None:
+    """`sizes`: vocabularies of teacher and student. Padded ones of equal tokenizers may differ."""
+    if student != teacher:
+        what = f"distill: teacher and student have other tokenizers (vocabularies of {sizes[0]} and {sizes[1]} tokens)"
+        raise DscError(what, "give a student with the teacher's tokenizer, or train it on text the teacher wrote")
+
+
+def is_linear(student: Model, name: str) -> bool:
+    """Whether `name` is the weight of a linear of a block."""
+    family, cfg = student.family, student.cfg
+    for layer in range(cfg.num_hidden_layers):
+        prefix = family.prefix(layer) + "."
+        if name.startswith(prefix):
+            local = name[len(prefix) :]
+            return any(local == linear.name + ".weight" for linear in family.linears(cfg, layer))
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,7 @@ class Said(NamedTuple):
 
     target: Callable[[slice], Target]
     view: View | None = None
+    head: Tensor | None = None  # of a teacher that is trained too
 
 
 class Teacher(Protocol):
@@ -49,3 +50,29 @@ class LiveTeacher:
 
     def _logits(self, final: Tensor) -> Tensor:
         return functional.linear(final, self.model.head)[:, : self.vocabulary].float()
+
+
+class JointTeacher(LiveTeacher):
+    """A teacher that is trained beside the student, on the text itself and on what looks inside both."""
+
+    PREFIX = "teacher/"  # of its weights among what is learned beside the student's
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Its floating-point weights by the names under which they are learned."""
+        weights = self.model.weights.items()
+        return {self.PREFIX + name: tensor.clone() for name, tensor in weights if tensor.is_floating_point()}
+
+    def take(self, learned: Mapping[str, Tensor]) -> None:
+        """Compute with the weights as they are now."""
+        own = {name: learned.get(self.PREFIX + name, tensor) for name, tensor in self.model.weights.items()}
+        self.model = Model(self.model.family, self.model.cfg, own)
+
+    def said(self, batch: Batch, hidden: bool = False, routers: bool = False) -> Said:
+        """As `LiveTeacher`; the view has a gradient where there is one, the target never has."""
+        seen = view(self.model, batch, hidden=hidden, routers=routers)
+
+        @torch.no_grad()
+        def target(rows: slice) -> Target:
+            return Target(functional.log_softmax(self._logits(seen.final[rows]) / self.temperature, dim=-1))
+
+        return Said(target, seen, self.model.head)

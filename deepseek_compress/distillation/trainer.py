@@ -14,14 +14,16 @@ import fnmatch
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deepseek_compress.distillation.curriculum import in_phases
 from deepseek_compress.distillation.documents import (
+    Batch,
     Document,
     batch_of,
     batches,
@@ -29,14 +31,16 @@ from deepseek_compress.distillation.documents import (
     steps_for,
 )  # fmt: skip
 from deepseek_compress.distillation.objective import Objective
+from deepseek_compress.distillation.on_policy import chosen, own_text
 from deepseek_compress.distillation.rounding import Straight
-from deepseek_compress.distillation.teachers import Teacher
+from deepseek_compress.distillation.teachers import JointTeacher, Teacher
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import safe_exp
 from deepseek_compress.models import Role
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics import pattern
+from deepseek_compress.planning.device import synchronize
 from deepseek_compress.streaming.loop import Progress, silent
 
 WARM_UP = 10  # steps until the learning rate is reached
@@ -62,6 +66,8 @@ class Schedule(NamedTuple):
     held_back: int = 0  # documents at the end of the text that are not trained on
     patience: int | None = None  # validations without gain that end a training
     seed: int = 0
+    phases: int = 1  # of a curriculum
+    on_policy: float = 0.0  # share of the steps that are on the student's own text
 
 
 class Measured(NamedTuple):
@@ -106,13 +112,19 @@ class Trainer:
         projections: Mapping[str, Tensor] | None = None,
         straight: Straight | None = None,  # how packed weights are rounded on the way
         scheme: InputScheme | None = None,  # how inputs of linears are
+        difficulty: Sequence[float] | None = None,  # of each document, for a curriculum
     ) -> None:
         self.student, self.teacher, self.documents = student, teacher, documents
         self.objective, self.schedule = objective, schedule
         self.masks, self._projections = masks or {}, projections or {}
         self.straight, self.scheme = straight, scheme
+        self.difficulty = difficulty
         self._lengths = [len(document.ids) for document in documents]
         self._trained_on = len(documents) - schedule.held_back
+
+    @property
+    def _device(self) -> torch.device:
+        return self.student.head.device
 
     def over(self, steps: int) -> None:
         """Train for `steps` steps."""
@@ -128,8 +140,10 @@ class Trainer:
         before = {name: tensor.clone() for name, tensor in self.student.weights.items()}
         schedule = self.schedule
         self.schedule = schedule._replace(steps=steps, held_back=0)
+        synchronize(self._device)
         began = time.monotonic()
         self.run(silent)
+        synchronize(self._device)
         seconds = (time.monotonic() - began) / steps
         self.schedule = schedule
         for name, tensor in before.items():
@@ -141,7 +155,7 @@ class Trainer:
         state, steps = state or self.begin(), self.schedule.steps
         leaves = [t for t in (*state.weights.values(), *state.projections.values()) if t.requires_grad]
         optimizer = self._optimizer(leaves, state)
-        order = batches(self._lengths[: self._trained_on], self.schedule.batch_tokens, self.schedule.seed)
+        order = self._order(steps)
         began, tokens = time.monotonic(), 0
         for numbers in itertools.islice(order, state.step, steps):
             if self._settled(state):
@@ -159,6 +173,14 @@ class Trainer:
             for name, tensor in {**state.weights, **(state.best or {})}.items():
                 trained[name].copy_(tensor)
         return state
+
+    def _order(self, steps: int) -> Iterator[list[int]]:
+        """The documents of each step."""
+        lengths, schedule = self._lengths[: self._trained_on], self.schedule
+        if self.difficulty is None or schedule.phases == 1:
+            return batches(lengths, schedule.batch_tokens, schedule.seed)
+        hard = self.difficulty[: self._trained_on]
+        return in_phases(hard, lengths, schedule.phases, steps, schedule.batch_tokens, schedule.seed)
 
     def learner(self, state: State) -> Model:
         """The student as the next step computes with it."""
@@ -179,6 +201,7 @@ class Trainer:
         first, parts = self._trained_on, []
         for group in batches_by_length(self._lengths[first:], self.schedule.batch_tokens):
             batch = batch_of(self.documents, [first + index for index in group], self.schedule.prompt_weight)
+            batch = batch.to(self._device)
             said = self.objective.said(self.teacher, batch)
             parts.append(self.objective.measure(model, batch, said, projections or self._projections))
         loss, weight, kl, surprise, right, positions = (sum(values) for values in zip(*parts, strict=True))
@@ -211,14 +234,12 @@ class Trainer:
         leaves: Sequence[Tensor],
     ) -> None:
         schedule = self.schedule
-        size = -(-len(numbers) // schedule.accumulate)
-        parts = [
-            batch_of(self.documents, numbers[start : start + size], schedule.prompt_weight)
-            for start in range(0, len(numbers), size)
-        ]
+        parts = self._parts(state, numbers)
         weight = sum(float(part.weights.sum()) for part in parts)
+        if isinstance(self.teacher, JointTeacher):
+            self.teacher.take(state.projections)
         loss = 0.0
-        for part in parts:
+        for part in (part.to(self._device) for part in parts):
             said = self.objective.said(self.teacher, part)
             loss += self.objective.backward(self.learner(state), part, said, state.projections, weight)
         if not math.isfinite(loss):
@@ -236,6 +257,20 @@ class Trainer:
         state.step += 1
         state.losses.append(loss)
         state.optimizer = optimizer.state_dict()
+
+    def _parts(self, state: State, numbers: Sequence[int]) -> list[Batch]:
+        """The batches of a step: of the documents `numbers`, or of what the student writes after their prompts."""
+        schedule = self.schedule
+        size = -(-len(numbers) // schedule.accumulate)
+        groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        if not chosen(schedule.on_policy, schedule.seed, state.step):
+            return [batch_of(self.documents, group, schedule.prompt_weight) for group in groups]
+        student, made = self.learner(state), list[Batch]()
+        for group in groups:
+            given = [self.documents[number] for number in group]
+            own = own_text(student, given, (schedule.seed * 1_000_003 + state.step) * 101 + len(made))
+            made.append(batch_of(own, range(len(own)), schedule.prompt_weight))
+        return made
 
     def _settled(self, state: State) -> bool:
         """Validate where it is time to; whether the training has come to its end by it."""

@@ -10,12 +10,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_compress.distillation.documents import Batch
 from deepseek_compress.models import Family, ModelConfig, moe
+from deepseek_compress.models.rope import places
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import Weights
 
@@ -50,8 +50,9 @@ def view(
     model: Model, batch: Batch, *, hidden: bool = False, routers: bool = False, checkpointing: bool = False
 ) -> View:
     """Run `model` over `batch`; with `checkpointing` only the inputs of blocks are kept for the way back."""
-    tokens = batch.tokens[:, :-1].to(model.head.device)
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    batch = batch.to(model.head.device)
+    tokens = batch.tokens[:, :-1]
+    positions = places(len(tokens), 0, tokens.shape[1], tokens.device)
     seen: dict[int, Tensor] = {}
     states: list[Tensor] = []
 

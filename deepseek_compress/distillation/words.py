@@ -28,7 +28,12 @@ class Words(NamedTuple):
 def top_k(log_probs: Tensor, count: int) -> Words:
     """The `count` likeliest tokens of each row of `log_probs` (N, vocabulary)."""
     best = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
-    return Words(best.indices, best.values, torch.full((len(log_probs),), best.indices.shape[-1]))
+    return Words(best.indices, best.values, whole(log_probs, best.indices.shape[-1]))
+
+
+def whole(rows: Tensor, count: int) -> Tensor:
+    """`count` for each of the `rows`: (N,), where nothing is drawn."""
+    return torch.full((len(rows),), count, device=rows.device)
 
 
 def sampled(log_probs: Tensor, count: int, draws: Tensor) -> Words:
@@ -48,7 +53,7 @@ def _sampled(log_probs: Tensor, count: int, draws: Tensor) -> Words:
     p = p / p.sum(-1, keepdim=True)
     tau, certain = _threshold(p, count)
     ends = (p / tau[:, None]).clamp(max=1.0).cumsum(-1)  # token i lies on [ends[i - 1], ends[i]) of a line of length n
-    points = torch.arange(count, dtype=torch.float64) + draws[:, None]
+    points = torch.arange(count, dtype=torch.float64, device=p.device) + draws[:, None]
     ids = torch.searchsorted(ends, points * (ends[:, -1:] / count), right=True).clamp(max=p.shape[-1] - 1)
     kept = log_probs.gather(-1, ids).sort(dim=-1, descending=True)
     return Words(ids.gather(-1, kept.indices), kept.values, certain)
@@ -58,7 +63,7 @@ def _threshold(p: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """tau (N,) with sum(min(1, p / tau)) = count, and the number of tokens above it."""
     best = p.topk(count, dim=-1).values
     before = best.cumsum(-1) - best  # mass of the c likeliest, c = 0, 1, ...
-    tau = (1 - before).clamp(min=1e-300) / (count - torch.arange(count))
+    tau = (1 - before).clamp(min=1e-300) / (count - torch.arange(count, device=p.device))
     fits = best <= tau  # the next likeliest is not certain any more
     certain = torch.where(fits.any(-1), fits.int().argmax(-1), count - 1)
     return tau.gather(-1, certain[:, None])[:, 0], certain

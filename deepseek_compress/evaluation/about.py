@@ -36,7 +36,12 @@ def about(checkpoint: Checkpoint, kv_cache: KvRounding | None = None) -> str:
         words = f"{bits}-bit activations" if bits else "quantised activations"
         parts.append(f"{words} per {granularity}" if granularity else words)
     if kv_cache is not None:
-        parts.append(f"{kv_cache.num_bits}-bit KV cache{' of differences' if kv_cache.delta else ''}")
+        some = (
+            ""
+            if kv_cache.window is None
+            else f", {'4 bits beyond' if kv_cache.rest else 'evicted beyond'} what is kept"
+        )
+        parts.append(f"{kv_cache.num_bits}-bit KV cache{' of differences' if kv_cache.delta else ''}{some}")
     return ", ".join(parts)
 
 

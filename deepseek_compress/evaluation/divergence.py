@@ -17,7 +17,7 @@ Left out: nothing is sampled and no position is skipped; padding is at the right
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deepseek_compress import limits
 from deepseek_compress.checkpoint.files import read_bytes
+from deepseek_compress.checkpoint.reader import check_finite
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import safe_exp
-from deepseek_compress.streaming.head import HeadInput, scores
+from deepseek_compress.streaming.head import HeadInput, Scores, scores
 
 if TYPE_CHECKING:
     from deepseek_compress.models.runtime import Model
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 BATCH_TOKENS = 4096  # tokens in a forward pass: bounds the hidden states of all blocks
+ROWS = 64  # positions whose whole distributions are in memory
 LAYER_TOKENS = 4096  # the error by layer needs every block's output; this many tokens tell it well
 
 
@@ -54,6 +57,15 @@ class Sample(NamedTuple):
         return len(self.tokens) - self.start
 
 
+class Positions(NamedTuple):
+    """Every predicted position by itself, in the order in which batches were run."""
+
+    kl: list[float]  # nats
+    entropy: list[float]  # of the reference's prediction, nats
+    sample: list[int]
+    place: list[int]  # of the predicted token in its sample
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Sums per sample, in the order of the samples; the reference's parts are None without a reference."""
@@ -63,6 +75,7 @@ class Divergence:
     kl: list[float] | None = None
     agreed: list[int] | None = None  # positions with the reference's most likely token
     error_by_layer: list[float] | None = None
+    positions: Positions | None = None
 
     @property
     def perplexity(self) -> float:
@@ -166,7 +179,7 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
     """
     check(samples, len(model.head), len(trace.head) if trace else None)
     nll, kl, agreed = [0.0] * len(samples), [0.0] * len(samples), [0] * len(samples)
-    layers = _LayerError(model, trace)
+    layers, positions = _LayerError(model, trace), Positions([], [], [], [])
     for number, chosen in enumerate(trace.batches if trace else batches(samples)):
         batch = _batch(samples, chosen, model.head.device)
         states = model.hidden_states(batch.tokens)
@@ -177,8 +190,57 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
         _add(nll, batch.owner, found.nll[-1].tolist())
         _add(kl, batch.owner, found.kl[-1].tolist())
         _add(agreed, batch.owner, (found.best[0] == found.best[-1]).long().tolist())
+        _collect(positions, batch, found)
     counts = [sample.predicted for sample in samples]
-    return Divergence(counts, nll, kl, agreed, layers.result()) if trace else Divergence(counts, nll)
+    return Divergence(counts, nll, kl, agreed, layers.result(), positions) if trace else Divergence(counts, nll)
+
+
+@torch.no_grad()
+def measure_logits(predict: Callable[[Tensor], Tensor], samples: Sequence[Sample], trace: Trace) -> Divergence:
+    """As `measure`, of something that gives logits alone: `predict` tokens (1, T) -> logits (1, T, vocabulary)."""
+    nll, kl, agreed = [0.0] * len(samples), [0.0] * len(samples), [0] * len(samples)
+    positions = Positions([], [], [], [])
+    for number, chosen in enumerate(trace.batches):
+        batch = _batch(samples, chosen, trace.head.device)
+        rows = [
+            predict(torch.tensor([tokens]))[0, start - 1 : len(tokens) - 1]
+            for tokens, start in (samples[index] for index in chosen)
+        ]
+        check(samples, rows[0].shape[-1], len(trace.head))
+        found = logit_scores(trace.final(number), trace.head, torch.cat(rows), batch.following)
+        _add(nll, batch.owner, found.nll[-1].tolist())
+        _add(kl, batch.owner, found.kl[-1].tolist())
+        _add(agreed, batch.owner, (found.best[0] == found.best[-1]).long().tolist())
+        _collect(positions, batch, found)
+    return Divergence([sample.predicted for sample in samples], nll, kl, agreed, None, positions)
+
+
+def logit_scores(hidden: Tensor, head: Tensor, logits: Tensor, following: Tensor) -> Scores:
+    """`scores` of a reference, hidden (n, hidden) and head, and of a model whose logits (n, vocabulary) are there."""
+    parts = []
+    for start in range(0, len(logits), ROWS):
+        piece = slice(start, start + ROWS)
+        check_finite("logits of the model", logits[piece])
+        p = torch.log_softmax(functional.linear(hidden[piece].float(), head.float()).double(), -1)
+        q = torch.log_softmax(logits[piece].double(), -1)
+        picked = following[piece].cpu()[:, None]
+        nll = torch.stack([-p.gather(1, picked)[:, 0], -q.gather(1, picked)[:, 0]])
+        kl = torch.stack([torch.zeros(len(p), dtype=torch.float64), (p.exp() * (p - q)).sum(1)])
+        best = torch.stack([p.argmax(1), q.argmax(1)])
+        parts.append(Scores(nll, kl, best, -(p.exp() * p).sum(1)))
+    return Scores(
+        torch.cat([part.nll for part in parts], 1),
+        torch.cat([part.kl for part in parts], 1),
+        torch.cat([part.best for part in parts], 1),
+        torch.cat([part.entropy for part in parts]),
+    )
+
+
+def _collect(positions: Positions, batch: _Batch, found: Scores) -> None:
+    positions.kl.extend(found.kl[-1].tolist())
+    positions.entropy.extend(found.entropy.tolist())
+    positions.sample.extend(batch.owner)
+    positions.place.extend(batch.place)
 
 
 class _Batch(NamedTuple):
@@ -187,6 +249,7 @@ class _Batch(NamedTuple):
     predicting: Tensor  # (B, T - 1), True where the next token counts
     following: Tensor  # (positions,), the tokens that are predicted
     owner: list[int]  # (positions,), the sample each belongs to
+    place: list[int]  # (positions,), where in its sample the predicted token stands
 
 
 def _batch(samples: Sequence[Sample], chosen: Sequence[int], device: torch.device) -> _Batch:
@@ -199,7 +262,8 @@ def _batch(samples: Sequence[Sample], chosen: Sequence[int], device: torch.devic
     starts = torch.tensor([sample.start for sample in picked]).to(device)[:, None]
     predicting = (place[1:] >= starts) & (place[1:] < ends)
     owner = torch.tensor(chosen).to(device)[:, None].expand_as(predicting)[predicting].tolist()
-    return _Batch(tokens, place < ends, predicting, tokens[:, 1:][predicting], owner)
+    places = place[1:].expand_as(predicting)[predicting].tolist()
+    return _Batch(tokens, place < ends, predicting, tokens[:, 1:][predicting], owner, places)
 
 
 def _head_input(model: Model, hidden: Tensor, batch: _Batch) -> Tensor:

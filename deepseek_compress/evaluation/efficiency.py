@@ -34,12 +34,12 @@ def sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"bytes": total, "parameters": parameters, "bits_per_weight": 8 * total / parameters if parameters else None}
 
 
-def speed_and_memory(path: Path) -> dict[str, Any]:
-    """`prefill_tokens_per_s`, `decode_tokens_per_s` and `peak_bytes` of the checkpoint at `path`.
+def speed_and_memory(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """`prefill_tokens_per_s`, `decode_tokens_per_s` and `peak_bytes` of the checkpoint at `path`, run on `device`.
 
     Raises `DscError` with the last line of the process where it fails (for instance for want of memory).
     """
-    done = run_python("-m", __name__, str(path.resolve()))
+    done = run_python("-m", __name__, str(path.resolve()), device)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise DscError(f"{path}: its speed could not be measured: {last}", "free memory, or set efficiency: false")
@@ -47,26 +47,31 @@ def speed_and_memory(path: Path) -> dict[str, Any]:
     return found
 
 
-def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:
+def measure(path: Path, prompt: int = PROMPT, new: int = NEW, device: str = "cpu") -> dict[str, Any]:
     """Load the checkpoint and time it, in this process."""
     import torch
 
     from deepseek_compress.models.runtime import Model
+    from deepseek_compress.planning.device import synchronize
 
-    model = Model.load(open_checkpoint(path))
+    model = Model.load(open_checkpoint(path), device=device)
     longest = model.cfg.max_position_embeddings or prompt + new
     prompt = max(1, min(prompt, longest - new))
-    tokens = torch.randint(model.cfg.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(model.cfg.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def now() -> float:
+        synchronize(device)
+        return time.perf_counter()
 
     def once() -> tuple[float, float]:
         with torch.no_grad():
             cache = model.cache(prompt + new)
-            began = time.perf_counter()
+            began = now()
             following = model.forward(tokens, cache, last_only=True)[:, -1].argmax(-1)
-            between = time.perf_counter()
+            between = now()
             for _ in range(new):
                 following = model.forward(following[:, None], cache, last_only=True)[:, -1].argmax(-1)
-            return prompt / (between - began), new / (time.perf_counter() - between)
+            return prompt / (between - began), new / (now() - between)
 
     began = time.perf_counter()
     runs = [once()]
@@ -76,11 +81,11 @@ def measure(path: Path, prompt: int = PROMPT, new: int = NEW) -> dict[str, Any]:
     return {
         "prefill_tokens_per_s": statistics.median(run[0] for run in runs),
         "decode_tokens_per_s": statistics.median(run[1] for run in runs),
-        "peak_bytes": _peak(),
+        "peak_bytes": peak(),
     }
 
 
-def _peak() -> int | None:
+def peak() -> int | None:
     """Highest resident size of this process in bytes, None where the system does not tell it."""
     try:
         text = Path("/proc/self/status").read_text()
@@ -91,4 +96,4 @@ def _peak() -> int | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]))))
+    print(json.dumps(measure(Path(sys.argv[1]), device=sys.argv[2])))

@@ -18,12 +18,27 @@ from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.checkpoint.verified import hash_of
 from deepseek_compress.compress.summary import coverage
 from deepseek_compress.errors import DscError, Problems, raise_problems
-from deepseek_compress.evaluation import divergence, efficiency, reasoning, streamed, summary
+from deepseek_compress.evaluation import (
+    certainty,
+    deployed,
+    divergence,
+    efficiency,
+    process,
+    reasoning,
+    speed,
+    streamed,
+    summary,
+    until,
+    where,
+)
 from deepseek_compress.evaluation.about import about
-from deepseek_compress.evaluation.divergence import Divergence, Sample, Trace
+from deepseek_compress.evaluation.answering import Answerer, Answers, FromModel
+from deepseek_compress.evaluation.divergence import Divergence, Trace
+from deepseek_compress.evaluation.process import Judged
+from deepseek_compress.evaluation.progress import TimeLeft
 from deepseek_compress.evaluation.reasoning import Prompts
-from deepseek_compress.evaluation.statistics import Bootstrap
-from deepseek_compress.evaluation.streamed import NO_LIMITS, Limits, Subject
+from deepseek_compress.evaluation.streamed import Subject
+from deepseek_compress.evaluation.task import Settings, Task, prepare, suite_of, text_of
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.cache import cache_bytes, cache_problems, kv_rounding
 from deepseek_compress.models.resolve import name_of
@@ -31,40 +46,13 @@ from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.streaming.loop import Progress, silent
-from deepseek_compress.tasks import Verdict
 
 SCHEMA = 1
+USUAL = Settings()
 METRICS = (*summary.REASONING, *summary.FIDELITY, *efficiency.UNKNOWN)
 
 OTHER_TOKENIZER = "{} has another tokenizer than the reference: perplexity and KL are unknown."
 TEACHER_FORCED = "Run block by block over given text (teacher-forced): nothing was generated; no exact match, no speed."
-SOLUTIONS = 400  # fidelity is a mean over tokens: these hold some 15,000, and each model predicts them all
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured. `suite` None: no problems; `text` None: fidelity on the suite's reference solutions."""
-
-    suite: str | None = "builtin"
-    problems: int = 1000
-    text: Path | None = None
-    windows: int = 64
-    length: int = 512
-    efficiency: bool = True
-    seed: int = 0  # of the resampling
-    kv_cache: KvRounding | None = None  # of every model but the reference, instead of what its manifest says
-    streamed: bool | None = None  # block by block; None: where a model does not fit into memory
-    limits: Limits = NO_LIMITS
-
-
-@dataclass(frozen=True)
-class Task:
-    """The same questions for every model: prompts, samples to predict, and the resampling of both."""
-
-    prompts: Prompts | None
-    samples: Sequence[Sample]
-    problem_draws: Bootstrap | None
-    sample_draws: Bootstrap | None
 
 
 @dataclass
@@ -77,7 +65,9 @@ class _Run:
     total: int
     streamed: Mapping[str, Divergence] | None = None  # of each model, where none is held in memory
     trace: Trace | None = None
-    reference: Sequence[Verdict] | None = None
+    reference: Sequence[Judged] | None = None
+    work: Path | None = None  # where answers are kept as they come
+    level: float = certainty.LEVEL
     done: int = 0
 
     def step(self, note: str, share: float = 0.0) -> None:
@@ -88,7 +78,7 @@ class _Run:
 def evaluate(
     models: Mapping[str, Path],
     reference: str | None,
-    settings: Settings = Settings(),
+    settings: Settings = USUAL,
     ablations: Mapping[str, Path] | None = None,
     progress: Progress = silent,
     work: Path | None = None,
@@ -107,39 +97,32 @@ def evaluate(
     tokenizer = load_tokenizer(checkpoints[first].path)
     task = prepare(settings, tokenizer)
     notes = [] if settings.text is None else _seen_before(settings.text, checkpoints)
-    run = _Run(settings, tokenizer, task, notes, progress, len(everything))
+    run = _Run(settings, tokenizer, task, notes, progress, len(everything) + len(settings.deployed))
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="dsc-evaluate-") as folder:
+        run.work = work or Path(folder)
+        if settings.until is not None and reference is not None and task.prompts is not None:
+            _until(run, checkpoints, reference, settings.until)
         if _is_streamed(settings, checkpoints):
             ordered = dict(sorted(checkpoints.items(), key=lambda item: item[0] != first))
             run.streamed = _streamed(run, ordered, reference, work or Path(folder))
         for name in sorted(everything, key=lambda name: name != first):  # the reference first; sorting is stable
             rows[name] = _row(run, name, checkpoints[name], Path(folder) if name == reference else None)
             run.done += 1
+        for name, target in settings.deployed.items():
+            rows[name] = deployed_row(run, name, target)
+            run.done += 1
+        if settings.deployed and settings.efficiency and run.streamed is None:
+            _speeds(run, rows, checkpoints)
     run.step("done")
-    return finish(run, rows, list(models), reference)
-
-
-def prepare(settings: Settings, tokenizer: Tokenizer) -> Task:
-    """Tokenise what every model is asked. Raises `DscError` for a text or suite that does not serve."""
-    prompts = None
-    if settings.suite is not None:
-        prompts = reasoning.prepare(reasoning.load_suite(settings.suite, settings.problems), tokenizer)
-    samples: Sequence[Sample] = prompts.solutions[:SOLUTIONS] if prompts else ()
-    if settings.text is not None:
-        samples = divergence.text_windows(settings.text, tokenizer, settings.windows, settings.length)
-    return Task(
-        prompts,
-        samples,
-        Bootstrap(len(prompts.problems), settings.seed) if prompts else None,
-        Bootstrap(len(samples), settings.seed) if samples else None,
-    )
+    return finish(run, rows, [*models, *settings.deployed], reference)
 
 
 def finish(
     run: _Run, rows: Mapping[str, dict[str, Any]], names: Sequence[str], reference: str | None
 ) -> dict[str, Any]:
     """The record, in the order of the schema."""
+    certainty.correct([row["certainty"] for row in rows.values() if row["certainty"]])
     record = {
         "schema": SCHEMA,
         "reference": reference,
@@ -148,8 +131,8 @@ def finish(
         "machine": machine.describe(),
         "versions": dict(provenance.versions()),
         "ablations": [row for name, row in rows.items() if name not in names],
-        "suite": _suite(run),
-        "text": _text(run),
+        "suite": None if run.streamed is not None else suite_of(run.settings, run.task.prompts),
+        "text": text_of(run.settings, run.task, run.streamed is not None),
         "notes": run.notes,
     }
     found: dict[str, Any] = summary.finite(record)
@@ -228,11 +211,10 @@ def _rounding(run: _Run, is_reference: bool, checkpoint: Checkpoint) -> KvRoundi
 def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> dict[str, Any]:
     """Everything about one model. With a folder it is the reference, and its trace is kept there."""
     run.step(f"{name}: reading")
-    row: dict[str, Any] = {"name": name, "path": name_of(checkpoint.path), **efficiency.sizes(checkpoint)}
-    row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": _lineage(checkpoint)}
+    row = {**_empty(name, name_of(checkpoint.path)), **efficiency.sizes(checkpoint)}
     rounding = _rounding(run, folder is not None, checkpoint)
-    row |= {"about": about(checkpoint, rounding), "relative": {}, "families": None, "error_by_layer": None}
-    size = cache_bytes(Architecture.of(checkpoint).cfg, rounding)
+    row |= {"lineage": _lineage(checkpoint), "about": about(checkpoint, rounding)}
+    size = cache_bytes(Architecture.of(checkpoint).cfg, rounding, run.settings.length)
     row["kv_cache_bytes_per_token"] = None if size is None else size.stored
     row["expert_coverage"] = coverage(checkpoint.path)
     if run.streamed is not None:
@@ -244,9 +226,9 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
         _reasoning(run, row, model, checkpoint, folder is not None)
         del model
         gc.collect()
-    if run.settings.efficiency:
+    if run.settings.efficiency and not run.settings.deployed:  # else all are timed in turns
         run.step(f"{name}: speed and memory", 0.9)
-        row["metrics"] |= efficiency.speed_and_memory(checkpoint.path)
+        row["metrics"] |= efficiency.speed_and_memory(checkpoint.path, run.settings.limits.device)
     return row
 
 
@@ -274,34 +256,129 @@ def _report(run: _Run, row: dict[str, Any], found: Divergence | None, is_referen
     row["metrics"] |= metrics
     row["intervals"] |= {"perplexity": intervals["perplexity"]} if is_reference else intervals
     row["error_by_layer"] = found.error_by_layer
-    if not is_reference and found.kl is not None and found.error_by_layer is None:
+    if found.positions is not None:
+        row["kl"] = where.spread(found.positions, run.task.samples, run.tokenizer.decode)
+    if not is_reference and found.kl is not None and found.error_by_layer is None and not row.get("target"):
         run.notes.append(f"{row['name']} has blocks of another number or width than the reference: no error by layer.")
 
 
 def _reasoning(run: _Run, row: dict[str, Any], model: Model, checkpoint: Checkpoint, is_reference: bool) -> None:
-    prompts, draws, name = run.task.prompts, run.task.problem_draws, row["name"]
-    if prompts is None or draws is None:
+    prompts = run.task.prompts
+    if prompts is None:
         return
     tokenizer = run.tokenizer
     if not _same_tokenizer(tokenizer, checkpoint):
         tokenizer = load_tokenizer(checkpoint.path)
-        prompts = reasoning.prepare(prompts.problems, tokenizer)
-    verdicts = reasoning.answer(
-        model,
+        prompts = reasoning.prepare(prompts.problems, tokenizer, prompts.asking)
+    _answers(run, row, FromModel(model, tokenizer), tokenizer, prompts, is_reference)
+
+
+def _answers(
+    run: _Run, row: dict[str, Any], answerer: Answerer, tokenizer: Tokenizer, prompts: Prompts, is_reference: bool
+) -> None:
+    """Ask every question and put what came of it into the row."""
+    draws, name, many = run.task.problem_draws, row["name"], prompts.asking.samples
+    assert draws is not None
+    kept = Answers(run.work / f"answers-{name}.jsonl" if run.work else None)
+    left = TimeLeft()
+    found = reasoning.ask(
+        answerer,
         tokenizer,
         prompts,
-        lambda done, total: run.step(f"{name}: {done} of {total} problems", 0.1 + 0.8 * done / total),
+        kept,
+        lambda done, total: run.step(f"{name}: {left(done, total)}", 0.1 + 0.8 * done / total),
     )
-    metrics, intervals = summary.reasoning(verdicts, draws)
+    verdicts = [one.verdict for one in found]
+    metrics, intervals = summary.reasoning(verdicts, draws, many)
     row["metrics"] |= metrics
     row["intervals"] |= intervals
-    row["families"] = summary.families(verdicts, [problem.family for problem in prompts.problems])
+    row["families"] = summary.families(verdicts, [p.family for p in prompts.problems for _ in range(many)])
+    row["process"] = process.summary(found, None if is_reference else run.reference)
+    row["sampled"] = summary.sampled(verdicts, many)
     if is_reference:
-        run.reference = verdicts
+        run.reference = found
         row["relative"] = dict.fromkeys(summary.REASONING, 1.0)
     elif run.reference is not None:
-        row["relative"], paired = summary.against(verdicts, run.reference, draws)
+        theirs = [one.verdict for one in run.reference]
+        row["relative"], paired = summary.against(verdicts, theirs, draws, many)
         row["intervals"] |= paired
+        mine = summary.scores(verdicts, many)["exact_match"]
+        row["certainty"] = certainty.paired(mine, summary.scores(theirs, many)["exact_match"], draws, run.level)
+        row["flips"] = process.flips(prompts.problems, found, run.reference, many)
+
+
+def _until(run: _Run, checkpoints: Mapping[str, Checkpoint], reference: str, points: float) -> None:
+    """Ask as many problems as settle the difference; the report is about those."""
+    prompts = run.task.prompts
+    assert prompts is not None
+    others = [name for name in (*checkpoints, *run.settings.deployed) if name != reference]
+
+    def scores(name: str, count: int) -> list[float]:
+        run.step(f"{name}: {count} problems")
+        tokenizer: Tokenizer | None = run.tokenizer
+        if name in checkpoints:
+            rounding = _rounding(run, name == reference, checkpoints[name])
+            model = Model.load(checkpoints[name], kv_cache=rounding, device=run.settings.limits.device)
+            tokenizer = load_tokenizer(checkpoints[name].path)
+            answerer: Answerer = FromModel(model, tokenizer)
+        else:
+            opened = deployed.open_file(run.settings.deployed[name])
+            answerer, tokenizer = opened.answerer, opened.tokenizer
+        tokenizer = tokenizer or run.tokenizer
+        mine = prompts
+        if tokenizer.digest != run.tokenizer.digest:
+            mine = reasoning.prepare(prompts.problems, tokenizer, prompts.asking)
+        some = reasoning.first(mine, count)
+        kept = Answers(run.work / f"answers-{name}.jsonl" if run.work else None)
+        verdicts = [one.verdict for one in reasoning.ask(answerer, tokenizer, some, kept)]
+        return summary.scores(verdicts, some.asking.samples)["exact_match"]
+
+    found = until.settle(points, len(prompts.problems), reference, others, scores, run.settings.seed)
+    run.level = found.level
+    run.task = run.task.first(found.problems, run.settings.seed)
+    what = "settled" if found.done else "not settled"
+    run.notes.append(f"A difference of {points:g} points was {what} after {found.problems:,} problems.")
+
+
+def deployed_row(run: _Run, name: str, target: str) -> dict[str, Any]:
+    """Everything about a file that answers in its own runtime, or a server."""
+    run.step(f"{name}: opening")
+    opened = deployed.open_file(target)
+    row: dict[str, Any] = {**_empty(name, target), "bytes": opened.bytes, "about": opened.about, "target": target}
+    row["lineage"] = list(opened.lineage)
+    if run.trace is not None and opened.predict is not None and run.task.samples:
+        run.step(f"{name}: next-token distribution", 0.05)
+        if opened.same_tokenizer(run.tokenizer):
+            _report(run, row, divergence.measure_logits(opened.predict, run.task.samples, run.trace), False)
+        else:
+            run.notes.append(OTHER_TOKENIZER.format(name))
+    if run.task.prompts is not None:
+        tokenizer, prompts = opened.tokenizer or run.tokenizer, run.task.prompts
+        if opened.tokenizer is not None and not opened.same_tokenizer(run.tokenizer):
+            prompts = reasoning.prepare(prompts.problems, tokenizer, prompts.asking)
+        _answers(run, row, opened.answerer, tokenizer, prompts, False)
+    return row
+
+
+def _speeds(run: _Run, rows: Mapping[str, dict[str, Any]], checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Speed of the models and of the deployed files in turns, as far as all fit into memory together."""
+    targets = {name: str(checkpoint.path) for name, checkpoint in checkpoints.items()}
+    targets |= {name: t for name, t in run.settings.deployed.items() if not t.startswith(deployed.HTTP)}
+    need = sum(4 * (rows[name]["parameters"] or 0) or 2 * (rows[name]["bytes"] or 0) for name in targets)
+    if need > (machine.memory() or need) / 2:
+        run.notes.append("Speed: not measured in turns, the models do not fit into memory together.")
+        return
+    found = speed.measure(targets, progress=lambda done, total: run.step(f"speed: turn {done} of {total}"))
+    for name, entry in found.items():
+        rows[name]["speed"] = entry
+
+
+def _empty(name: str, path: str) -> dict[str, Any]:
+    """The keys that every row of a report has."""
+    row: dict[str, Any] = {"name": name, "path": path, "bytes": None, "parameters": None, "bits_per_weight": None}
+    row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": [], "about": "", "relative": {}}
+    unknown = ("families", "error_by_layer", "kv_cache_bytes_per_token", "expert_coverage", "process", "sampled")
+    return {**row, **dict.fromkeys((*unknown, "certainty", "flips", "kl", "speed"))}
 
 
 def _same_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint) -> bool:
@@ -311,29 +388,3 @@ def _same_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint) -> bool:
 
 def _lineage(checkpoint: Checkpoint) -> list[Any]:
     return list((checkpoint.manifest or {}).get("lineage") or [])
-
-
-def _suite(run: _Run) -> dict[str, Any] | None:
-    prompts = run.task.prompts
-    if prompts is None or run.streamed is not None:
-        return None
-    names = [problem.family for problem in prompts.problems]
-    counts = {family: names.count(family) for family in dict.fromkeys(names)}
-    return {
-        "name": run.settings.suite,
-        "problems": len(names),
-        "seed": reasoning.SEED,
-        "families": counts,
-        "max_new_tokens": prompts.limit,
-    }
-
-
-def _text(run: _Run) -> dict[str, Any] | None:
-    if not run.task.samples:
-        return None
-    source = "the reference solutions of the problems" if run.settings.text is None else run.settings.text.name
-    predicted = sum(sample.predicted for sample in run.task.samples)
-    length = None if run.settings.text is None else run.settings.length
-    mode = "in memory" if run.streamed is None else "teacher-forced, streamed"
-    found = {"source": source, "windows": len(run.task.samples), "length": length, "tokens": predicted}
-    return {**found, "mode": mode}

@@ -56,8 +56,13 @@ NO_LIMITS = Limits()
 
 def fits(header: Header, limit: int | None) -> bool:
     """Whether a model can be held in float32 within `limit` bytes, or within this machine's memory."""
-    room = limit or int(ROOM * (machine.memory() or 0)) or None
-    return room is None or 4 * sum(info.elements for info in header.tensors.values()) + WHOLE <= room
+    most = room(limit)
+    return most is None or 4 * sum(info.elements for info in header.tensors.values()) + WHOLE <= most
+
+
+def room(limit: int | None) -> int | None:
+    """Bytes there are: `limit`, or a share of this machine's memory; None: not known."""
+    return limit or int(ROOM * (machine.memory() or 0)) or None
 
 
 def cost(header: Header, samples: int, length: int, models: int = 2) -> tuple[Memory, Work, Work]:
@@ -67,7 +72,8 @@ def cost(header: Header, samples: int, length: int, models: int = 2) -> tuple[Me
     blocks = [calibrated_cost(cfg, block.linears, [], samples, length, False) for block in architecture.blocks]
     size = cfg.vocab_size * cfg.hidden_size
     states = 2 * models * min(HELD, 4 * tokens * cfg.hidden_size)
-    top = models * (2 * size + 4 * min(size, head.WEIGHTS) + 24 * head.LOGITS)
+    each = 4 if header.tensors[architecture.head].encoding == "packed" else 2  # see `Architecture.table`
+    top = models * (each * size + 4 * min(size, head.WEIGHTS) + 24 * head.LOGITS)
     alone, beside, task = (max(getattr(block, key) for block in blocks) for key in ("alone", "beside", "task"))
     work = total([*(block.work for block in blocks), Work(2.0 * tokens * size, 40.0 * tokens * cfg.vocab_size)])
     here, there = (Work(*(models * value for value in part)) for part in (work, total(b.tasks for b in blocks)))

@@ -7,6 +7,7 @@ model with its reference is resampled over the same problems for both.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +20,32 @@ REASONING = ("exact_match", "f1", "valid_steps")
 FIDELITY = ("perplexity", "kl_divergence", "top1_agreement")
 
 
-def scores(verdicts: Sequence[Verdict]) -> dict[str, list[float]]:
-    """Per problem: exact match (0 or 1), token F1, share of valid steps."""
-    return {
+def scores(verdicts: Sequence[Verdict], samples: int = 1) -> dict[str, list[float]]:
+    """Per problem: exact match (0 or 1), token F1, share of valid steps; means over `samples` neighbours."""
+    found = {
         "exact_match": [float(verdict.exact) for verdict in verdicts],
         "f1": [verdict.f1 for verdict in verdicts],
         "valid_steps": [step_share(verdict) for verdict in verdicts],
     }
+    if samples == 1:
+        return found
+    starts = range(0, len(verdicts), samples)
+    return {name: [mean(values[start : start + samples]) for start in starts] for name, values in found.items()}
+
+
+def sampled(verdicts: Sequence[Verdict], samples: int) -> dict[str, Any] | None:
+    """The entry `sampled` of a report: exact match of each round of answers, and pass@k; None for one answer each.
+
+    pass@k = 1 - C(n - c, k) / C(n, k) of n answers with c right, averaged over problems (Chen et al. 2021, arXiv
+    2107.03374).
+    """
+    if samples == 1:
+        return None
+    right = [sum(v.exact for v in verdicts[at : at + samples]) for at in range(0, len(verdicts), samples)]
+    rounds = [mean([float(v.exact) for v in verdicts[number::samples]]) for number in range(samples)]
+    counts = sorted({1, *(2**power for power in range(1, 11) if 2**power < samples), samples})
+    passed = {str(k): mean([1 - math.comb(samples - c, k) / math.comb(samples, k) for c in right]) for k in counts}
+    return {"rounds": rounds, "spread": statistics.stdev(rounds), "pass_at": passed}
 
 
 def mean(values: Sequence[float]) -> float:
@@ -33,23 +53,24 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def reasoning(verdicts: Sequence[Verdict], draws: Bootstrap) -> tuple[dict[str, Any], dict[str, Any]]:
+def reasoning(verdicts: Sequence[Verdict], draws: Bootstrap, samples: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, intervals) over all problems."""
-    found = scores(verdicts)
+    found = scores(verdicts, samples)
     metrics = {name: mean(values) for name, values in found.items()}
     intervals: dict[str, Any] = {name: draws.ratio(values) for name, values in found.items()}
-    intervals["exact_match"] = wilson(sum(found["exact_match"]), len(verdicts))
+    if samples == 1:
+        intervals["exact_match"] = wilson(sum(found["exact_match"]), len(verdicts))
     return metrics, intervals
 
 
 def against(
-    verdicts: Sequence[Verdict], reference: Sequence[Verdict], draws: Bootstrap
+    verdicts: Sequence[Verdict], reference: Sequence[Verdict], draws: Bootstrap, samples: int = 1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(relative, intervals): each score divided by the reference's on the same problems, and their differences.
 
     Intervals are named `exact_match_ratio`, `exact_match_difference` and so on.
     """
-    mine, theirs = scores(verdicts), scores(reference)
+    mine, theirs = scores(verdicts, samples), scores(reference, samples)
     relative = {name: ratio_of_means(mine[name], theirs[name]) for name in REASONING}
     intervals: dict[str, Any] = {}
     for name in REASONING:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
+from torch import Tensor
 
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import module_of
@@ -250,15 +251,35 @@ def _rounded_head(build: Build, x: str, weight: Weight) -> str:
 
 
 def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
-    """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet."""
-    quantize = WEIGHTS["rtn"](num_bits=8, group_size=None)
+    """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet.
+
+    One that the checkpoint holds on such a grid stays as it is.
+    """
+    if (held := held_table(checkpoint, name)) is not None:
+        return held
     plain = checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
     table = checkpoint.read(f"{name}.weight", None if plain else torch.float32)
     starts = range(0, len(table), ROWS_AT_ONCE)
-    parts = [quantize(table[start : start + ROWS_AT_ONCE].float(), Statistics()) for start in starts]
+    parts = [_in_8_bits(table[start : start + ROWS_AT_ONCE]) for start in starts]
     return Quantized(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scale for part in parts]),
         torch.cat([part.zero_point for part in parts]),
         num_bits=8,
     )
+
+
+def held_table(checkpoint: Checkpoint, name: str) -> Quantized | None:
+    """The table `name`, if the checkpoint holds it on the grid that `rounded_table` would round it to."""
+    held = checkpoint.read_quantized(f"{name}.weight")
+    fits = held is not None and held.num_bits == 8 and held.group_size == fit_group_size(held.codes.shape[1], None)
+    return held if fits else None
+
+
+def rounded_to_8(rows: Tensor) -> Tensor:
+    """Rows of such a table, float32, as the file has them."""
+    return _in_8_bits(rows).dequantize()
+
+
+def _in_8_bits(rows: Tensor) -> Quantized:
+    return WEIGHTS["rtn"](num_bits=8, group_size=None)(rows.float(), Statistics())

@@ -9,7 +9,7 @@ activations become Identity, MatMulNBits computes in floats (accuracy level 0). 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import onnx
 import torch
@@ -21,7 +21,8 @@ from deepseek_compress.numerics.activations import SMALLEST
 _STEPS = {"Round", "Clip", "QuantizeLinear", "DequantizeLinear"}
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """Level 4 of MatMulNBits: x rounded to 8 bits, symmetrically, in blocks of `size` channels."""
 
     size: int

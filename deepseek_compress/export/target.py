@@ -28,6 +28,10 @@ class Job:
     manifest: Mapping[str, Any]
     tell: Callable[[str], None] = print
     texts: Callable[[int], Sequence[Sequence[int]]] = lambda count: ()  # calibration tokens to verify with
+    memory: int | None = None  # bytes that a check may take; None: what the machine has
+    workers: int | None = None  # processes; None: as many as serve
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None
+    device: str = "cpu"  # of the runtime that a file is compared with
 
 
 @dataclass(frozen=True)

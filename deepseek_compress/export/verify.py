@@ -15,7 +15,7 @@ Where either fails, the block whose output differs most is named.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,10 +30,11 @@ from torch.nn import functional
 
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import module_of
-from deepseek_compress.export.onnx import hidden_name, rounded_table
+from deepseek_compress.export.onnx import held_table, hidden_name, rounded_to_8
 from deepseek_compress.export.rounding import in_blocks, rounded_rows, without_rounding
 from deepseek_compress.generation.backends.graph import GraphModel, Ints
 from deepseek_compress.generation.backends.onnx import OnnxRunner
+from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import QuantizedInputs
@@ -63,6 +64,7 @@ class Agreement:
     rounded_kl: float | None  # median, of the file as it is; None where it rounds no activations
     expected_kl: float | None  # median, of the runtime that rounds likewise
     differs: str | None = None  # where, if it does not hold
+    streamed: bool = False  # block by block, the tokens given: see `verify_streamed`
 
     @property
     def exact(self) -> bool:
@@ -83,11 +85,12 @@ class Agreement:
 
     def __str__(self) -> str:
         text = f"KL {self.kl:.2g} from the runtime (bound {self.bound:g}), {self.agreed} of {self.decoded} clear tokens"
+        count = f"{self.positions} positions{', block by block' if self.streamed else ''}"
         if self.rounded_kl is None:
-            return f"{text} equal, {self.positions} positions"
+            return f"{text} equal, {count}"
         return (
             f"{text} equal without 8-bit activations; with them KL {self.rounded_kl:.2g} (median), the runtime's "
-            f"{self.expected_kl:.2g}, {self.positions} positions"
+            f"{self.expected_kl:.2g}, {count}"
         )
 
 
@@ -98,23 +101,27 @@ class OnnxModel(GraphModel):
         super().__init__(OnnxRunner(file, threads or torch.get_num_threads(), folder))
 
 
-class Tables(NamedTuple):
-    """What a file computes with instead of the checkpoint's embedding and head; None: those."""
+Rounding = Callable[[Tensor], Tensor]  # rows (n, hidden) of a table -> the same, each on its own grid
 
-    embedding: Tensor | None = None
-    head: Tensor | None = None
+
+class Tables(NamedTuple):
+    """How a file rounds embedding and head; None: not at all."""
+
+    embedding: Rounding | None = None
+    head: Rounding | None = None
 
 
 class Rounded(Model):
     """The runtime with the tables of a file, and with the inputs that it rounds; none are without `inputs`."""
 
     def __init__(self, model: Model, tables: Tables, inputs: Mapping[str, Any] | None) -> None:
-        weights = dict(model.weights)
+        weights, device = dict(model.weights), model.head.device
         if tables.embedding is not None:
-            weights[model.cfg.names.embedding] = tables.embedding
+            name = model.cfg.names.embedding
+            weights[name] = tables.embedding(weights[name]).to(device)
         super().__init__(model.family, model.cfg, weights)
-        self.rounded_head = tables.head
-        self.rounds_head = (inputs or {}).get(_modules(model.cfg)[1])
+        self.rounded_head = model.head if tables.head is None else tables.head(model.head).to(device)
+        self.rounds_head = (inputs or {}).get(modules(model.cfg)[1])
         self.int8 = model.int8 and inputs is not None
         for layer, block in enumerate(model.blocks):
             prefix = f"{model.cfg.names.block.format(layer)}."
@@ -129,7 +136,7 @@ class Rounded(Model):
         """As the runtime's."""
         hidden = self.family.final_hidden(self.cfg, self.top, hidden)
         hidden = self.rounds_head(hidden) if self.rounds_head else hidden
-        return functional.linear(hidden, self.head if self.rounded_head is None else self.rounded_head)
+        return functional.linear(hidden, self.rounded_head)
 
 
 def verify(
@@ -140,27 +147,28 @@ def verify(
     model: Model | None = None,
     dtype: str = "float32",
     decoded: int = DECODED,
+    device: str = "cpu",
 ) -> Agreement:
     """Prefill `prompts` as one batch, padded at the left, then decode the runtime's greedy tokens in all of them.
 
-    `dtype` is the float type of the graph; `model`: of `source`, where it is loaded already.
+    `dtype` is the float type of the graph; `model`: of `source`, where it is loaded already, else on `device`.
     """
-    model = model or Model.load(source)
+    model = model or Model.load(source, device=device)
     graph = onnx.load(str(path), load_external_data=False)
     plain = without_rounding(graph)
-    blocks, tables = in_blocks(graph), _tables(graph, source, model.cfg)
+    blocks, tables = in_blocks(graph), tables_of(graph, source, model.cfg)
     exact, rounded = Rounded(model, tables, None), Rounded(model, tables, blocks)
     calls, want = _generate(exact, prompts, decoded)
     file = path if plain is None else plain.SerializeToString()
     have, mask = _replay(OnnxModel(file, folder=path.parent), calls)
     want = [logits[:, -got.shape[1] :] for logits, got in zip(want, have, strict=True)]
-    steps = _clear(want[1:], have[1:], CLEAR[dtype])
+    steps = clear_tokens(want[1:], have[1:], CLEAR[dtype])
     p, q = _joined(want, mask), _joined(have, mask)
-    each = _kl(p, q)
+    each = kl_of(p, q)
     kl, other, expected = float(each[: max(1, int(SHARE * len(each)))].mean()), None, None
     if plain is not None:
         files, _ = _replay(OnnxModel(path), calls)
-        both = (_kl(p, _joined(found, mask)) for found in (files, _runtime(rounded, calls, have)))
+        both = (kl_of(p, _joined(found, mask)) for found in (files, _runtime(rounded, calls, have)))
         other, expected = (float(found.median()) for found in both)
     worst = float((np.abs(p - q).max(1) / np.maximum(np.abs(p).max(1), 1e-30)).max())
     found = Agreement(len(p), EXACT[dtype], kl, worst, *steps, other, expected)
@@ -172,35 +180,32 @@ def verify(
     return replace(found, differs=where)
 
 
-def _modules(cfg: ModelConfig) -> tuple[str, str]:
+def modules(cfg: ModelConfig) -> tuple[str, str]:
     """Names of embedding and head in a graph; of a tied head, the embedding's."""
     names = cfg.names
     return module_of(names.embedding)[0], module_of(names.embedding if cfg.tie_word_embeddings else names.head)[0]
 
 
-def _tables(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> Tables:
+def tables_of(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> Tables:
     """Embedding and head as the file rounds them: 8 bits in the file, or a head that becomes 8 bits at load."""
-    nodes, modules = graph.graph.node, _modules(cfg)
+    nodes, (embedding, head) = graph.graph.node, modules(cfg)
     if any(node.op_type == "GatherBlockQuantized" for node in nodes):
-        tables = {name: rounded_table(source, name).dequantize() for name in dict.fromkeys(modules)}
-        return Tables(*(tables[name] for name in modules))
-    made = any(node.op_type == "MatMulNBits" and node.name.startswith(f"{modules[1]}/") for node in nodes)
-    if not made or source.header.tensors[f"{modules[1]}.weight"].encoding == "packed":
+        return Tables(*(None if held_table(source, name) else rounded_to_8 for name in (embedding, head)))
+    made = any(node.op_type == "MatMulNBits" and node.name.startswith(f"{head}/") for node in nodes)
+    if not made or source.header.tensors[f"{head}.weight"].encoding == "packed":
         return Tables()
-    table = source.read(f"{modules[1]}.weight", dtype=torch.float32)
-    return Tables(head=rounded_rows(table, fit_group_size(table.shape[1], None)))
+    return Tables(head=lambda rows: rounded_rows(rows, fit_group_size(rows.shape[1], None)))
 
 
 def _generate(model: Model, prompts: Sequence[Sequence[int]], decoded: int) -> tuple[list[Call], list[Floats]]:
     """The calls: the prompts, then a greedy token each; and the model's logits after each call."""
     tokens, mask = left_padded(prompts)
-    padding = torch.from_numpy((mask == 0).sum(1))
-    cache = model.cache(tokens.shape[1] + decoded)
+    cache, padding = model.cache(tokens.shape[1] + decoded), _padding(mask)
     calls, logits = [], []
     for _ in range(decoded + 1):
         calls.append((tokens, mask))
         with torch.no_grad():
-            logits.append(model.forward(torch.from_numpy(tokens), cache, padding).numpy())
+            logits.append(_logits(model, tokens, cache, padding))
         tokens = logits[-1][:, -1].argmax(-1)[:, None].astype(np.int64)
         mask = np.ones_like(tokens)
     return calls, logits
@@ -215,14 +220,28 @@ def _replay(model: OnnxModel, calls: Sequence[Call]) -> tuple[list[Floats], list
 
 def _runtime(model: Model, calls: Sequence[Call], like: Sequence[Floats]) -> list[Floats]:
     cache = model.cache(sum(tokens.shape[1] for tokens, _ in calls))
-    padding = torch.from_numpy((calls[0][1] == 0).sum(1))
+    padding = _padding(calls[0][1])
     with torch.no_grad():
-        every = [model.forward(torch.from_numpy(tokens), cache, padding).numpy() for tokens, _ in calls]
+        every = [_logits(model, tokens, cache, padding) for tokens, _ in calls]
     return [logits[:, -got.shape[1] :] for logits, got in zip(every, like, strict=True)]
 
 
-def _clear(want: Sequence[Floats], have: Sequence[Floats], bound: float) -> tuple[int, int]:
-    """How many decoded tokens have a clear lead in the runtime, and how many of those are the file's too."""
+def _logits(model: Model, tokens: Ints, cache: KvCache, padding: Tensor) -> Floats:
+    device = model.head.device
+    found: Floats = model.forward(torch.from_numpy(tokens).to(device), cache, padding.to(device)).cpu().numpy()
+    return found
+
+
+def _padding(mask: Ints) -> Tensor:
+    """Padded places of each row."""
+    return torch.from_numpy((mask == 0).sum(1))
+
+
+def clear_tokens(want: Sequence[Floats], have: Sequence[Floats], bound: float) -> tuple[int, int]:
+    """How many decoded tokens have a clear lead in the runtime, and how many of those are the file's too.
+
+    `want`, `have`: logits of each call, (B, S, vocabulary), whose last position counts.
+    """
     judged = agreed = 0
     for left, right in zip(want, have, strict=True):
         best = np.sort(left[:, -1], axis=-1)
@@ -237,7 +256,7 @@ def _joined(logits: Sequence[Floats], masks: Sequence[Ints]) -> Floats:
     return np.concatenate([found[mask.astype(bool)] for found, mask in zip(logits, masks, strict=True)])
 
 
-def _kl(p: Floats, q: Floats) -> Tensor:
+def kl_of(p: Floats, q: Floats) -> Tensor:
     """KL(p || q) of each position in nats, rising; NaN counts as infinitely far."""
     rows = max(1, CHUNK // p.shape[1])
     values = []
@@ -260,19 +279,26 @@ def _differs(graph: onnx.ModelProto, path: Path, exact: Model, model: Model, cal
     runner = OnnxRunner(copy.SerializeToString(), torch.get_num_threads(), path.parent)
     feed = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
     files = runner.session.run(names, {**feed, **runner.empty(len(tokens))})
-    padding, real = torch.from_numpy((mask == 0).sum(1)), mask.astype(bool).reshape(-1)
+    device, real = model.head.device, mask.astype(bool).reshape(-1)
     with torch.no_grad():
-        want, other = (m.hidden_states(torch.from_numpy(tokens), None, padding) for m in (exact, model))
+        ids, padding = torch.from_numpy(tokens).to(device), _padding(mask).to(device)
+        want, other = (m.hidden_states(ids, None, padding) for m in (exact, model))
     errors = [0.0]
     for left, right, file in zip(want, other, files, strict=True):
-        flat = [x.reshape(-1, x.shape[-1])[real] for x in (left.numpy(), right.numpy(), np.asarray(file, np.float32))]
+        sides = (left.cpu().numpy(), right.cpu().numpy(), np.asarray(file, np.float32))
+        flat = [x.reshape(-1, x.shape[-1])[real] for x in sides]
         own = np.linalg.norm(flat[1] - flat[0]) if model is not exact else 0.0
         errors.append(abs(float(np.linalg.norm(flat[2] - flat[0]) - own)) / max(float(np.linalg.norm(flat[0])), 1e-30))
+    return place_of(errors, model.cfg, model is exact)
+
+
+def place_of(errors: Sequence[float], cfg: ModelConfig, exact: bool) -> str:
+    """Name where relative errors rise most: 0, then that after the embedding and after each block."""
     rises = [after - before for before, after in pairwise(errors)]
     worst = int(np.argmax(rises))
-    if max(errors) < 1e-2 and model is exact:
+    if max(errors) < 1e-2 and exact:
         return f"the head (before it {errors[-1]:.1e} relative)"
-    place = "the embedding" if worst == 0 else model.cfg.names.block.format(worst - 1)
+    place = "the embedding" if worst == 0 else cfg.names.block.format(worst - 1)
     return f"{place} ({errors[worst + 1]:.1e} relative after it, {errors[worst]:.1e} before)"
 
 

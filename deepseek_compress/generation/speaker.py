@@ -58,6 +58,9 @@ class Speaker(ABC):
     defaults: Sampling = Sampling()  # the model's own settings
     has_chat: bool = True
 
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to do
+        """Load what the first message needs, so that it does not wait for that."""
+
     @abstractmethod
     def reply(self, prompt: Prompt, sampling: Sampling, limit: int) -> tuple[Answer, Iterator[Piece]]:
         """The answer to be, and its pieces as they come: at most `limit` tokens."""
@@ -70,6 +73,10 @@ class Local(Speaker):
         self.backend, self.tokenizer, self.note = backend, tokenizer, note
         self.defaults = published_sampling(tokenizer)
         self.has_chat = tokenizer.has_chat_template
+
+    def prepare(self) -> None:
+        """Import the template's library, which takes seconds."""
+        self.tokenizer.chat([{"role": "user", "content": "."}], answer_next=True)
 
     def reply(self, prompt: Prompt, sampling: Sampling, limit: int) -> tuple[Answer, Iterator[Piece]]:
         """As `Speaker`. Raises `DscError` for a prompt that is empty or longer than the context."""

@@ -5,6 +5,7 @@
 | a checkpoint directory, builtin:nano | our runtime |
 | a directory of target onnx or onnxruntime, or its model.onnx | onnxruntime |
 | a directory of target genai | onnxruntime-genai; onnxruntime where that is not installed |
+| a .gguf file, or a directory with one | llama.cpp |
 | a directory of target tensorrt-rtx or tensorrt | the engine where a GPU is, else the graph beside it |
 | http://HOST:PORT | that OpenAI-compatible server |
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepseek_compress.checkpoint import is_checkpoint
+from deepseek_compress.checkpoint import is_checkpoint, verified
 from deepseek_compress.errors import DscError
 from deepseek_compress.generation.speaker import Local, Speaker
 from deepseek_compress.models.resolve import BUILTIN, resolve_model
@@ -21,23 +22,31 @@ from deepseek_compress.models.tokenizer import Tokenizer, load_tokenizer
 
 ONNX, ENGINE, GENAI = "model.onnx", "model.engine", "genai_config.json"
 UNDERSTOOD = (
-    "give a checkpoint, a directory of target onnx, onnxruntime, genai, tensorrt-rtx or tensorrt, or http://HOST:PORT"
+    "give a checkpoint, a directory of target onnx, onnxruntime, genai, gguf, tensorrt-rtx or tensorrt, or "
+    "http://HOST:PORT"
 )
 
 
-def open_target(target: str, threads: int = 0) -> Speaker:
-    """Load it. Raises `DscError` with what is understood."""
+def open_target(target: str, threads: int = 0, device: str = "cpu", quick: bool = False) -> Speaker:
+    """Load it, once all of an output of ours is seen to be what was written; `quick`: of large files, their sizes.
+
+    A checkpoint computes on `device`. Raises `DscError` for what is damaged, and with what is understood.
+    """
     if target.startswith(("http://", "https://")):
         from deepseek_compress.generation.backends.server import Server
 
         return Server(target)
     path = resolve_model(target) if target.startswith(BUILTIN) else Path(target).expanduser()
-    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
-        file = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))))
-        fix = f"start `llama-server -m {file}`, then give http://127.0.0.1:8080"
-        raise DscError(f"{target}: llama.cpp runs GGUF files", fix)
     if not path.exists():
         raise DscError(f"{target}: no such file or directory", UNDERSTOOD)
+    verified.check(path if path.is_dir() else path.parent, quick)
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        from deepseek_compress.generation.backends.llama_cpp import LlamaCpp
+
+        return LlamaCpp(path if path.is_file() else min(path.glob("*.gguf")), threads)
+    if path.is_dir() and written_for(path) == "edge-llm":
+        what = f"{target}: written for TensorRT-Edge-LLM, which alone reads these weights"
+        raise DscError(what, f"run `tensorrt-edgellm-export {target} OUT` in its environment")
     folder = path if path.is_dir() else path.parent
     named = path.name if path.is_file() else ""
     if named == ENGINE or (not named and (folder / ENGINE).is_file()):
@@ -50,8 +59,16 @@ def open_target(target: str, threads: int = 0) -> Speaker:
         from deepseek_compress.generation.backends.runtime import RuntimeBackend
 
         tokenizer = _tokenizer(folder)
-        return Local(RuntimeBackend(folder), tokenizer)
+        return Local(RuntimeBackend(folder, device=device), tokenizer)
     raise DscError(f"{target}: nothing here that answers", UNDERSTOOD)
+
+
+def written_for(folder: Path) -> str | None:
+    """The target of `dsc export` that wrote a directory; None where none says so."""
+    from deepseek_compress.generation.backends.engine import manifest_knobs
+
+    knobs = manifest_knobs(folder)
+    return str(knobs["target"]) if "target" in knobs else None
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

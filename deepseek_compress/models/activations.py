@@ -31,13 +31,17 @@ class InputScheme(NamedTuple):
     roles: frozenset[Role] = frozenset(ROLES)
     attention: bool = False  # whether the products of attention are in 8 bits too
     inputs: Mapping[str, InputGrid] = {}  # module by checkpoint name -> its grid
+    own: Mapping[str, Rounding] = {}  # module by checkpoint name -> what is done instead, whatever its role
 
     def roundings(self, block: Block) -> Mapping[str, Rounding]:
         """Give how the input of each linear of a block is rounded, by the linear's name in the block."""
         names = [linear.name for linear in block.linears if linear.role in self.roles]
         if self.quantize is not None:
-            return dict.fromkeys(names, self.quantize)
-        return {name: self.inputs[block.prefix + name] for name in names if block.prefix + name in self.inputs}
+            found: dict[str, Rounding] = dict.fromkeys(names, self.quantize)
+        else:
+            found = {name: self.inputs[block.prefix + name] for name in names if block.prefix + name in self.inputs}
+        every = (linear.name for linear in block.linears) if self.own else ()
+        return found | {name: self.own[block.prefix + name] for name in every if block.prefix + name in self.own}
 
     def applied(self, block: Block, weights: Weights) -> Weights:
         """`weights` of a block, with the inputs of its linears rounded."""

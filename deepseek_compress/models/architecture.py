@@ -21,6 +21,7 @@ from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import Linear, ModelConfig, Moe, Role
 from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.family import Family, Shape
+from deepseek_compress.models.rope import places
 from deepseek_compress.models.weights import StreamedWeights, Weights
 
 CPU = torch.device("cpu")
@@ -84,6 +85,12 @@ class Architecture:
     def head(self) -> str:
         """The tensor that makes logits: the embedding where the two are tied."""
         return self.embedding if self.cfg.tie_word_embeddings else self.cfg.names.head
+
+    def table(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The embedding or the head in the type it is stored in: float32 takes twice the memory, which a packed one,
+        whose values need more than 16 bits, is worth."""
+        packed = self.header.tensors[name].encoding == "packed"
+        return self.source.read(name, torch.float32 if packed else None, device)
 
     @cached_property
     def row_shape(self) -> tuple[int, ...]:
@@ -173,5 +180,5 @@ class Block:
 
     def run(self, weights: Weights, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The whole block for hidden (B, T, *row_shape) of tokens (B, T), every sample from position 0."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        positions = places(len(tokens), 0, tokens.shape[1], tokens.device)
         return self.family.run_block(self.cfg, self.layer, weights, hidden, positions, tokens=tokens)

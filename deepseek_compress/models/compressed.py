@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepseek_compress.models.attend import attend
 from deepseek_compress.models.config import Compressed, Indexer, ModelConfig, Rope
-from deepseek_compress.models.layers import attend, rms_norm
+from deepseek_compress.models.layers import rms_norm
 from deepseek_compress.models.rope import cos_sin
 from deepseek_compress.models.weights import Weights
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deepseek_compress.models.attend import attend, causal_mask
 from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import Indexer, Mla, ModelConfig
-from deepseek_compress.models.layers import attend, causal_mask, rms_norm
+from deepseek_compress.models.layers import rms_norm
 from deepseek_compress.models.rope import cos_sin, rotate, softmax_scale
 from deepseek_compress.models.weights import Weights
 
@@ -40,26 +41,38 @@ def latent_attention(
     latent = rms_norm(latent, weights[f"{cfg.names.kv_a_norm}.weight"], LATENT_EPS)
     cos, sin = cos_sin(cfg.rope, positions)
     k_rope = rotate(cfg.rope, k_rope.unsqueeze(1), cos, sin)
+    entries = [k_rope, latent.unsqueeze(1)]
     if cache is not None:
-        k_rope, rounded = cache.rounded(layer, positions, k_rope, latent.unsqueeze(1))
-        latent = rounded.squeeze(1)
-    heads = weights.linear(cfg.names.kv_b, latent).view(batch, new, -1, mla.nope + mla.value).transpose(1, 2)
-    k_nope, v = torch.split(heads, [mla.nope, mla.value], dim=-1)
+        entries = list(cache.rounded(layer, positions, *entries))
+    expanded = [part for k, c in zip(entries[::2], entries[1::2], strict=True)
+                for part in (*_expanded(cfg, mla, weights, c.squeeze(1)), k)]  # fmt: skip
     q_nope, q_rope = torch.split(q, [mla.nope, mla.rope], dim=-1)
     q_rope = rotate(cfg.rope, q_rope, cos, sin)
     k_index = None
     if cfg.indexer is not None:
         k_index = _index_keys(cfg, cfg.indexer, weights, x, cos, sin)
     if cache is not None and k_index is not None:
-        k_nope, k_rope, v, k_index = cache.update(layer, k_nope, k_rope, v, k_index)
+        *expanded, k_index = cache.update(layer, *expanded, k_index)
     elif cache is not None:
-        k_nope, k_rope, v = cache.update(layer, k_nope, k_rope, v)
+        expanded = list(cache.update(layer, *expanded))
+    k_nope, v, k_rope, *rest = expanded
     if cfg.indexer is not None and k_index is not None and q_latent is not None:
         mask = _sparse_mask(cfg, cfg.indexer, weights, x, q_latent, k_index, cos, sin, mask)
-    int8 = cache is not None and cache.int8
-    pairs = [(q_nope, k_nope), (q_rope, k_rope)]
-    out = attend(pairs, v, softmax_scale(cfg.rope, mla.nope + mla.rope), mask, int8=int8)
+    pairs, scale = [(q_nope, k_nope), (q_rope, k_rope)], softmax_scale(cfg.rope, mla.nope + mla.rope)
+    if cache is None:
+        out = attend(pairs, v, scale, mask)
+    else:
+        coarse = ([(q_nope, rest[0]), (q_rope, rest[2])], rest[1]) if rest else None
+        out = cache.attend(layer, positions, pairs, v, scale, mask, coarse)
     return weights.linear(cfg.names.o, out.transpose(1, 2).reshape(batch, new, -1))
+
+
+def _expanded(cfg: ModelConfig, mla: Mla, weights: Weights, latent: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys without rotation and values of all heads, (B, H, T, nope) and (B, H, T, value), from latents."""
+    batch, new, _ = latent.shape
+    heads = weights.linear(cfg.names.kv_b, latent).view(batch, new, -1, mla.nope + mla.value).transpose(1, 2)
+    keys, values = torch.split(heads, [mla.nope, mla.value], dim=-1)
+    return keys, values
 
 
 def _queries(cfg: ModelConfig, mla: Mla, weights: Weights, x: Tensor) -> tuple[Tensor | None, Tensor]:

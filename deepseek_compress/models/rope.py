@@ -84,10 +84,23 @@ def _table(rope: Rope, length: int, device: str) -> tuple[Tensor, Tensor]:
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 
+def places(texts: int, first: int, count: int, device: torch.device) -> Tensor:
+    """The positions `first`, `first` + 1, ... of `count` tokens in each of `texts`, int64 (texts, count)."""
+    return known(torch.arange(first, first + count, device=device).expand(texts, -1), first + count - 1)
+
+
+def known(positions: Tensor, last: int) -> Tensor:
+    """`positions`, none of which is beyond `last`: a GPU would be waited for to find that out."""
+    positions.last = last  # type: ignore[attr-defined]
+    return positions
+
+
 def cos_sin(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
     """`positions` (B, T) -> cos and sin, float32 (B, 1, T, dim/2): the 1 is for the heads."""
-    last = int(positions.max()) + 1 if positions.numel() else 1
-    cos, sin = _table(rope, max(256, 1 << (last - 1).bit_length()), str(positions.device))
+    last = getattr(positions, "last", None)
+    if last is None:
+        last = int(positions.max()) if positions.numel() else 0
+    cos, sin = _table(rope, max(256, 1 << last.bit_length()), str(positions.device))
     return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
 

@@ -1,8 +1,8 @@
-"""A whole model in memory: logits, hidden states, greedy generation with a cache. The runtime that evaluates."""
+"""A whole model in memory: logits, hidden states, generation with a cache. The runtime that evaluates."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,13 +14,15 @@ from deepseek_compress.checkpoint.reader import check_finite
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.models.activations import InputScheme, input_scheme
 from deepseek_compress.models.architecture import Architecture
+from deepseek_compress.models.attend import causal_mask
 from deepseek_compress.models.cache import KvCache, cache_problems, kv_rounding
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import Family
-from deepseek_compress.models.layers import causal_mask
+from deepseek_compress.models.rope import known, places
 from deepseek_compress.models.weights import ResidentWeights, Weights
 from deepseek_compress.numerics.kv_cache import KvRounding
 
+Choose = Callable[[Tensor, Sequence[int]], Tensor]  # logits (B, vocabulary), whose rows -> next tokens, int64 (B,)
 COMPACT_BELOW = 0.75  # share of a batch still generating below which finished rows are dropped from the cache
 
 
@@ -41,6 +43,8 @@ class Model:
             raise_problems(cache_problems(cfg, kv_cache))
         self.kv_cache = kv_cache
         self.int8 = scheme is not None and scheme.attention
+        if self.int8 and kv_cache is not None and kv_cache.window is not None:
+            raise DscError("kv_cache.window beside attention in 8 bits", "leave window, or attention, out")
         if self.int8 and cfg.compressed is not None:
             what = f"attention: {cfg.model_type} has sinks and entries of many tokens, whose products stay 16-bit here"
             raise DscError(what, "leave attention out of the activations")
@@ -110,14 +114,14 @@ class Model:
         """The input of each block, and what the last one gives: num_hidden_layers + 1 tensors (B, T, hidden)."""
         batch, new = tokens.shape
         past = 0 if cache is None else cache.length
-        positions = torch.arange(past, past + new, device=tokens.device).expand(batch, new)
+        positions = places(batch, past, new, tokens.device)
         hidden = self.family.embed(self.cfg, self.weights[self.cfg.names.embedding], tokens)
         mask = None
         if cache is None and (self.int8 or self.kv_cache is not None):
             cache = self.cache(None)  # attention reads what a cache would give back
         if left_padding is not None:
             mask = padding_mask(left_padding, new, past + new, hidden)
-            positions = (positions - left_padding[:, None]).clamp(min=0)
+            positions = known((positions - left_padding[:, None]).clamp(min=0), past + new)
         states = [hidden]
         for layer, weights in enumerate(self.blocks):
             states.append(self.family.run_block(self.cfg, layer, weights, states[-1], positions, mask, cache, tokens))
@@ -132,34 +136,59 @@ class Model:
         max_new_tokens: int,
         eos: int | Collection[int] | None = None,
         batch_size: int = 256,
+        choose: Choose | None = None,
+        ended: Callable[[Sequence[int]], bool] = lambda ids: False,
     ) -> list[list[int]]:
-        """Greedy continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
+        """Continuation of each prompt: up to `max_new_tokens` ids, the end token not among them.
 
         Prompts of similar length share a batch, padded at the left; finished rows leave it. `eos` None: the model's.
+        `choose(logits (B, vocab), indices of the prompts)` gives the next tokens (B,), the likeliest by default;
+        `ended` says after each token of a row whether what it wrote is enough.
         """
+        choose = choose or greedy
         ends = self.cfg.eos_token_ids if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         if not self.family.cached:
-            return [self._without_cache(prompt, max_new_tokens, ends) for prompt in prompts]
+            return [self._without_cache(i, p, max_new_tokens, ends, choose, ended) for i, p in enumerate(prompts)]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], max_new_tokens, ends), strict=True):
+            found = self._batch([prompts[i] for i in chosen], chosen, max_new_tokens, ends, choose, ended)
+            for index, ids in zip(chosen, found, strict=True):
                 out[index] = ids
         return out
 
-    def _without_cache(self, prompt: Sequence[int], limit: int, ends: Collection[int]) -> list[int]:
+    def _without_cache(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        limit: int,
+        ends: Collection[int],
+        choose: Choose,
+        ended: Callable[[Sequence[int]], bool],
+    ) -> list[int]:
         """One prompt, the whole text again for each token."""
         tokens, device = list(prompt), self.head.device
         while len(tokens) < len(prompt) + limit:
-            logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)
-            following = int(greedy(logits[:, -1]))
+            logits = self.forward(torch.tensor([tokens]).to(device), last_only=True)[:, -1]
+            following = int(choose(logits, [index]))
             if following in ends:
                 break
             tokens.append(following)
+            if ended(tokens[len(prompt) :]):
+                break
         return tokens[len(prompt) :]
 
-    def _batch(self, prompts: Sequence[Sequence[int]], limit: int, ends: Collection[int]) -> list[list[int]]:
+    def _batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        limit: int,
+        ends: Collection[int],
+        choose: Choose,
+        ended: Callable[[Sequence[int]], bool],
+    ) -> list[list[int]]:
+        """`indices`: what `choose` knows the prompts by."""
         device = self.head.device
         width = max(1, *(len(prompt) for prompt in prompts))
         padding = torch.tensor([width - len(prompt) for prompt in prompts]).to(device)
@@ -171,11 +200,13 @@ class Model:
         rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch is
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for step in range(limit):
-            following = greedy(self.forward(tokens, cache, left, last_only=True)[:, -1])
+            logits = self.forward(tokens, cache, left, last_only=True)[:, -1]
+            following = choose(logits, [indices[row] for row in rows.tolist()])
             alive &= ~torch.isin(following, stop)
-            for row, token, going in zip(rows.tolist(), following.tolist(), alive.tolist(), strict=True):
-                if going:
+            for place, (row, token) in enumerate(zip(rows.tolist(), following.tolist(), strict=True)):
+                if alive[place]:
                     out[row].append(token)
+                    alive[place] = not ended(out[row])
             going_on = int(alive.sum())
             if not going_on or step + 1 == limit:
                 break
@@ -188,7 +219,7 @@ class Model:
         return out
 
 
-def greedy(logits: Tensor) -> Tensor:
+def greedy(logits: Tensor, rows: Sequence[int] = ()) -> Tensor:
     """(B, vocab) -> the likeliest token of each row. Raises DscError for logits that are NaN or infinite."""
     check_finite("logits of the model", logits)
     return logits.argmax(-1)

@@ -17,6 +17,7 @@ from deepseek_compress.numerics.magnitude import Magnitude
 from deepseek_compress.numerics.migration import AwqScales, Migration, SmoothQuant
 from deepseek_compress.numerics.modelopt import ModelOptAwqClip, ModelOptAwqLite, ModelOptMax
 from deepseek_compress.numerics.quantease import QuantEase
+from deepseek_compress.numerics.reconstruct import Reconstruct
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.sparsegpt import SparseGpt
@@ -33,7 +34,7 @@ WEIGHTS: dict[str, type[WeightQuantizer]] = {
     "modelopt_max": ModelOptMax,
     "modelopt_awq_clip": ModelOptAwqClip,
 }
-SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt}
+SPARSITY: dict[str, type[Sparsifier]] = {"magnitude": Magnitude, "sparsegpt": SparseGpt, "reconstruct": Reconstruct}
 ACTIVATIONS: dict[str, type[Activations]] = {"dynamic": Dynamic, "static": Static}
 MIGRATION: dict[str, type[Migration]] = {
     "smoothquant": SmoothQuant,

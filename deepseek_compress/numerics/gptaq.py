@@ -94,12 +94,14 @@ def validated(weight: Tensor, statistics: Statistics, damping: float) -> tuple[f
     second = (whole - first[0], missing(weight, statistics) - first[1])
     best = (0.0, damping, 0.0)  # what is gained, damping, strength
     order = torch.arange(len(whole), device=whole.device)
-    for tried in (damping, *(d for d in DAMPINGS if d > damping)):
-        gained = energy = 0.0
+    dampings = (damping, *(d for d in DAMPINGS if d > damping))
+    sums = torch.zeros(len(dampings), 2, dtype=torch.float64, device=whole.device)
+    for row, tried in zip(sums, dampings, strict=True):
         for (h, m), (other_h, other_m) in ((first, second), (second, first)):
             c = divide(m, factorize(h, order, tried))
-            gained += float((c * other_m).sum(dtype=torch.float64))
-            energy += float(((c @ other_h) * c).sum(dtype=torch.float64))
+            row[0] += (c * other_m).sum(dtype=torch.float64)
+            row[1] += ((c @ other_h) * c).sum(dtype=torch.float64)
+    for tried, (gained, energy) in zip(dampings, sums.tolist(), strict=True):
         strength = min(1.0, max(0.0, gained / energy)) if energy > 0 else 0.0
         best = max(best, (2 * strength * gained - strength**2 * energy, tried, strength))
     return best[1], best[2]

@@ -126,5 +126,6 @@ class _Rounding:
         if self.fixed is not None:
             updated = updated.masked_fill(self.fixed[steps], 0)
         found = self._find(updated, self.factor.cost[steps, None])
-        group = int(self.group[start])
-        self.grids.scale[group], self.grids.zero_point[group] = found.scale, found.zero_point
+        group = self.group[start : start + 1]  # as a tensor: its value would have to be waited for
+        self.grids.scale.index_copy_(0, group, found.scale[None])
+        self.grids.zero_point.index_copy_(0, group, found.zero_point[None])

@@ -8,6 +8,7 @@ The range of a group always includes 0, so that 0 (and with it 2:4 sparsity) is 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -83,12 +84,18 @@ def search(
     `groups` (..., group_size, rows), `importance` (..., group_size, 1) or None. Each winner is then refitted once:
     with its codes held, the least-squares scale, kept where it is better. Never worse than `minmax`.
     """
-    shrink = torch.tensor([1 - (1 - least) * step / max(1, steps - 1) for step in range(steps)])
+    shrink = _shrink(steps, least, groups.device)
     size, rows = groups.shape[-2:]
     shares = None if importance is None else importance.expand(*groups.shape[:-1], 1).reshape(-1, size)
     found = cuda_ops.search_grid(groups.reshape(-1, size, rows), shares, shrink, num_bits, symmetric)
     scale, zero_point = (part.view(*groups.shape[:-2], rows) for part in found)
     return Grid(scale, zero_point, 2**num_bits - 1)
+
+
+@functools.cache
+def _shrink(steps: int, least: float, device: torch.device) -> Tensor:
+    """The ranges that are tried; kept, since a copy to a GPU is waited for."""
+    return torch.tensor([1 - (1 - least) * step / max(1, steps - 1) for step in range(steps)]).to(device)
 
 
 def quantized(groups: Tensor, grid: Grid, num_bits: int, symmetric: bool) -> Quantized:

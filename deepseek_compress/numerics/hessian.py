@@ -20,7 +20,8 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Factor
 
 _NARROWEST = 192  # columns: below this a product no longer runs at full speed
-_CHOLESKY = 256  # columns of a panel of the factor
+CHOLESKY = 256  # columns of a panel of the factor
+WIDTH = 128  # columns that are fixed at a time
 _GATHERED = 32  # rows that are put in order at a time
 _PANEL = 512  # columns whose feedback from all earlier ones is one product
 _TRIES = 16  # dampings, each ten times the last: far beyond what makes any finite symmetric matrix definite
@@ -66,13 +67,14 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     A column whose input is always zero (or that no token reached) keeps the damping alone: it is rounded to
     nearest and takes part in no feedback.
     """
-    return _damp(hessian.clone(), damping)
+    return damp(hessian.clone(), damping)
 
 
-def _damp(hessian: Tensor, damping: float) -> Tensor:
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    """`damped`, in place."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
-    diagonal += damping * (mean if bool(mean > 0) else torch.ones_like(mean))
+    diagonal += damping * torch.where(mean > 0, mean, 1.0)
     return hessian
 
 
@@ -90,11 +92,17 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object,
             rows = hessian.index_select(0, backwards[start : start + _GATHERED])
             torch.index_select(rows, 1, backwards, out=matrix[start : start + _GATHERED])
         # H = R R^T with R upper triangular is the ordinary Cholesky of the matrix read backwards.
-        if _cholesky(_damp(matrix, damping)):
+        if _cholesky(damp(matrix, damping)):
             break
         damping = max(damping * 10, 1e-6)
     else:
         raise _unsolvable(hessian)
+    return factor_of(matrix, order, key)
+
+
+def factor_of(matrix: Tensor, order: Tensor, key: tuple[object, ...]) -> Factor:
+    """The factor from R^T on and above the diagonal of `matrix` (columns, columns), which is read backwards."""
+    columns = len(matrix)
     diagonal = matrix.diagonal().flip(0)
     feedback = torch.empty_like(matrix)
     for start in range(0, columns, _GATHERED):  # row j of R^T, from its diagonal on backwards, is read at step j
@@ -120,18 +128,19 @@ def _cholesky(matrix: Tensor) -> bool:
 
     In panels, so that nearly all of it is products, which run at twice the speed of the library's own routine.
     """
-    columns = len(matrix)
-    for start in range(0, columns, _CHOLESKY):
-        stop = min(start + _CHOLESKY, columns)
+    columns, failures = len(matrix), []
+    for start in range(0, columns, CHOLESKY):
+        stop = min(start + CHOLESKY, columns)
         above = matrix[:start, start:]
         rows = matrix[start:stop, start:].addmm_(above[:, : stop - start].t(), above, alpha=-1)
         own, failed = torch.linalg.cholesky_ex(rows[:, : stop - start], upper=True)
-        if int(failed) or not bool(own.diagonal().isfinite().all()):  # whatever is not finite reaches the diagonal
+        failures.append(failed.bool() | ~own.diagonal().isfinite().all())  # what is not finite reaches the diagonal
+        if matrix.is_cpu and bool(failures[-1]):
             return False
         rows[:, : stop - start] = own
         if stop < columns:
             rows[:, stop - start :] = torch.linalg.solve_triangular(own.t(), rows[:, stop - start :], upper=False)
-    return True
+    return not bool(torch.stack(failures).any())  # read once: a GPU is waited for
 
 
 def divide(right: Tensor, factor: Factor) -> Tensor:
@@ -146,7 +155,11 @@ def divide(right: Tensor, factor: Factor) -> Tensor:
 
 
 def solve(
-    target: Tensor, factor: Factor, fix: Callable[[int, Tensor, Tensor], None], width: int = 128, cut: int | None = None
+    target: Tensor,
+    factor: Factor,
+    fix: Callable[[int, Tensor, Tensor], None],
+    width: int = WIDTH,
+    cut: int | None = None,
 ) -> Tensor:
     """Fix the columns one block after the other, each after the feedback of those before it.
 
@@ -159,9 +172,9 @@ def solve(
     residual = torch.empty_like(target)
     panel = target[:0]
     first = stop = 0  # the panel's columns
-    for start, end in _blocks(columns, width, cut or columns):
+    for start, end in blocks(columns, width, cut or columns):
         if end > stop:
-            first, stop = start, min(columns, max(end, start + _PANEL // width * width))
+            first, stop = start, panel_end(start, end, columns, width)
             panel = torch.addmm(target[first:stop], feedback[first:stop, :first], residual[:first])
         base = panel[start - first : end - first]
         if start > first:
@@ -170,7 +183,13 @@ def solve(
     return residual
 
 
-def _blocks(columns: int, width: int, cut: int) -> Iterator[tuple[int, int]]:
+def panel_end(start: int, end: int, columns: int, width: int = WIDTH) -> int:
+    """Where the columns end whose feedback from all before `start`, with that of the block to `end`, is one product."""
+    return min(columns, max(end, start + _PANEL // width * width))
+
+
+def blocks(columns: int, width: int, cut: int) -> Iterator[tuple[int, int]]:
+    """Blocks of `width` columns, fewer where a multiple of `cut` ends them."""
     start = 0
     while start < columns:
         stop = min(start + width, (start // cut + 1) * cut, columns)

@@ -12,6 +12,7 @@ MAIN = 300_000_000  # bytes of this process before a stage begins: Python, torch
 SERVER = 80_000_000  # bytes of the processes that start workers
 WORKER = 60_000_000  # bytes of a worker before its first task
 SMALL = 256 << 20  # bytes of a model that takes longer to share out than to do here
+STATES = 0.25  # of a GPU's memory that hidden states may take
 BEGINNING = 2_000_000_000  # weights that are packed while workers begin
 
 
@@ -29,8 +30,8 @@ class Memory(NamedTuple):
         return MAIN + SERVER + workers * WORKER + max(self.alone, self.beside + workers * self.task)
 
     def on_device(self) -> int:
-        """Of a GPU that computes what this process and its tasks would."""
-        return max(self.alone, self.beside + self.task)
+        """Of a GPU that computes what this process and its tasks would, one part of it left for hidden states."""
+        return int(max(self.alone, self.beside + self.task) / (1 - STATES))
 
     def workers(self, wanted: int | None, useful: int, limit: int | None) -> int:
         """How many to use: `wanted`, else as many as are `useful`; never more than `limit` bytes allow."""

@@ -12,6 +12,7 @@ from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.reports.markdown import markdown
 from deepseek_compress.reports.page import page
 from deepseek_compress.reports.schema import mistyped
+from deepseek_compress.reports.spreadsheet import csv_text
 from deepseek_compress.reports.table import Record
 
 SCHEMA = 1
@@ -25,7 +26,7 @@ ARTIFACT = ("name", "target", "path", "bytes", "status")
 
 
 def write(record: Record, path: Path) -> list[Path]:
-    """Write `path` with the suffixes .json, .md and .html; whichever of them `path` has. Returns the three paths.
+    """Write `path` with the suffixes .json, .md and .html, and .csv where `path` has it. Returns the paths.
 
     Each is written beside and renamed. Raises `ValueError` for a record that lacks a key or holds an infinity: a defect
     of ours, never the user's.
@@ -38,6 +39,8 @@ def write(record: Record, path: Path) -> list[Path]:
         ".md": markdown(record),
         ".html": page(record),
     }
+    if path.suffix == ".csv":
+        contents[".csv"] = csv_text(record)
     written = []
     for suffix, content in contents.items():
         target = path.with_suffix(suffix)

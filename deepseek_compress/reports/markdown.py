@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_compress.reports import table, words
+from deepseek_compress.reports import proof, table, words
 from deepseek_compress.reports.table import Record, Table
 
 
@@ -22,6 +22,10 @@ def markdown(record: Record) -> str:
     missing = table.not_measured(record)
     if missing:
         parts.append(f"Not measured in this run: {', '.join(missing)}.")
+    for title, (make, _) in proof.SECTIONS.items():
+        found = make(record)
+        if found.rows:
+            parts += [f"## {title}", grid(found)]
     for title, found in (
         ("Exact match by kind of problem", table.family_rows(record)),
         ("Error by layer", table.layer_rows(record)),
@@ -30,6 +34,7 @@ def markdown(record: Record) -> str:
     ):
         if found.rows and len(found.headers) > 1:
             parts += [f"## {title}", grid(found)]
+    parts += _flips(record)
     chains = [f"- **{m['name']}**: {' → '.join(words.lineage(m)) or 'unknown'}" for m in table.everything(record)]
     parts += ["## Lineage", "\n".join(chains)]
     parts += ["## How it was measured", "\n".join(f"- {note}" for note in words.notes(record))]
@@ -42,6 +47,20 @@ def markdown(record: Record) -> str:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", record["recipe"])), default=0))
         parts += ["## Recipe", f"{fence}yaml\n{record['recipe'].rstrip()}\n{fence}"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _flips(record: Record) -> list[str]:
+    """The first flips of each direction, with both answers."""
+    parts = []
+    for model in table.everything(record):
+        for one in ((model.get("flips") or {}).get("examples") or [])[:6]:
+            mine, theirs = one["model"], one["reference"]
+            parts.append(
+                f"- **{model['name']}**, {one['kind']}: {one['question'][:300]}\n  - right: {one['right'][:80]}\n"
+                f"  - reference: {theirs['answer'] or table.UNKNOWN} ({theirs['tokens']} tokens)\n"
+                f"  - model: {mine['answer'] or table.UNKNOWN} ({mine['tokens']} tokens)"
+            )
+    return ["## Answers that changed", "\n".join(parts)] if parts else []
 
 
 def _escaped(value: Any) -> Any:

@@ -17,23 +17,36 @@ from deepseek_compress.reports import files
 SAME = ("suite", "text", "machine", "versions")  # what must agree before numbers may be compared without a word
 
 
-def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Read the report.json files at `paths`, write one report to `out` (.html, with .json and .md beside); the record.
+def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
+    """Read the report.json files at `paths`, write one report to `out` (.html or .csv, with .json and .md beside).
 
-    Raises `DscError` for a file that is no report, for none at all, and where `out` is one of the inputs.
+    Returns the record; `out` None writes nothing. Raises `DscError` for a file that is no report, for none at all, and
+    where `out` is one of the inputs.
     """
     if not paths:
         raise DscError("no reports to compare", "give at least one report.json")
-    outputs = {out.with_suffix(suffix).resolve() for suffix in (".json", ".md", ".html")}
+    suffixes = (".json", ".md", ".html", ".csv")
+    outputs = {out.with_suffix(suffix).resolve() for suffix in suffixes} if out is not None else set()
     for path in paths:
         if (path / "report.json" if path.is_dir() else path).resolve() in outputs:
             raise DscError(f"{path}: would be overwritten by {out}", "choose another -o")
     if len(paths) > limits.REPORTS:
         raise DscError(f"{len(paths)} reports, {limits.REPORTS} at most are compared", "give fewer")
     record = merge([files.read(path) for path in paths], _names(paths))
-    record["name"] = out.stem
-    files.write(record, out)
+    correct_again(record)
+    record["name"] = out.stem if out is not None else "comparison"
+    if out is not None:
+        files.write(record, out)
     return record
+
+
+def correct_again(record: Mapping[str, Any]) -> None:
+    """Holm's correction over all models that stand in one table, whatever each report's own was."""
+    found = [row["certainty"] for row in _rows(record) if row.get("certainty")]
+    order, largest = sorted(found, key=lambda one: one["p"]), 0.0
+    for rank, one in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * one["p"]))
+        one["p_holm"] = largest
 
 
 def merge(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -69,7 +82,13 @@ def merge(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
         "suite": same["suite"],
         "text": same["text"],
         "sources": list(names),
-        "notes": [*_differences(records, names), *_notes(records, names)],
+        "recipes": _recipes(records, names),
+        "notes": [
+            *_same_moment(records),
+            *_recipe_notes(records, names),
+            *_differences(records, names),
+            *_notes(records, names),
+        ],
     }
 
 
@@ -134,6 +153,35 @@ def _differences(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
         if other:
             found.append(f"{', '.join(other)} against {names[0]}: {words[key]}.")
     return found
+
+
+def _recipes(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str]:
+    return {name: str(record["recipe"]) for name, record in zip(names, records, strict=True) if record.get("recipe")}
+
+
+def _recipe_notes(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """The lines in which the recipes of two runs differ, the first run's against each other's."""
+    found, first = [], [line.strip() for line in str(records[0].get("recipe") or "").splitlines()]
+    for name, record in zip(names[1:], records[1:], strict=True):
+        lines = [line.strip() for line in str(record.get("recipe") or "").splitlines()]
+        gone = [line for line in first if line and line not in lines]
+        new = [line for line in lines if line and line not in first]
+        if gone or new:
+            words = f"{' | '.join(gone)[:300] or 'nothing'} -> {' | '.join(new)[:300] or 'nothing'}"
+            found.append(f"Recipes, {names[0]} -> {name}: {words}.")
+    return found
+
+
+def _same_moment(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Speeds of several runs were taken at several moments."""
+    timed = [
+        r
+        for r in records
+        if any((row["metrics"] or {}).get("decode_tokens_per_s") or row.get("speed") for row in _rows(r))
+    ]
+    if len(timed) < 2:
+        return []
+    return ["Speeds were measured in several runs: compare each with its own run's reference, not with each other's."]
 
 
 def _notes(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from deepseek_compress.reports import charts, svg, table, words
+from deepseek_compress.reports import charts, proof, svg, table, words
 from deepseek_compress.reports.table import Cell, Column, Model, Record
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing is loaded, nothing runs
@@ -17,7 +17,8 @@ WIDE, NARROW = 1150, 336  # pixels of the two variants of a picture
 def page(record: Record) -> str:
     """The whole document. The same record gives the same bytes."""
     title = str(record.get("name") or "evaluation")
-    sections = [_header(record, title), _stages(record), _accuracy(record), _families(record), _layers(record)]
+    sections = [_header(record, title), _stages(record), *_proof(record), _flips(record)]
+    sections += [_accuracy(record), _families(record), _layers(record)]
     sections += [_coverage(record), _artifacts(record), _lineage(record), _machine(record), _footer(record)]
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -95,7 +96,42 @@ def _first(columns: Sequence[Column], index: int) -> str:
     return ' class="first"' if starts else ""
 
 
+def _proof(record: Record) -> list[str]:
+    """A section for each table of what the answers prove."""
+    parts = []
+    for title, (make, caption) in proof.SECTIONS.items():
+        found = make(record)
+        if found.rows:
+            parts.append(f"<section><h2>{escape(title)}</h2>{_scroll(_words(found, caption), title)}</section>")
+    return parts
+
+
+def _flips(record: Record) -> str:
+    """Answers that changed, the model's beside the reference's; closed until they are asked for."""
+    parts = []
+    for model in table.everything(record):
+        found = model.get("flips")
+        if not found or not found["examples"]:
+            continue
+        shown = "".join(_flip(one) for one in found["examples"])
+        counts = f"{found['lost']} lost, {found['gained']} gained, {table.percent(found['changed'])} changed"
+        title = f"{model['name']}: {counts}"
+        parts.append(f"<details><summary>{escape(title)}</summary>{shown}</details>")
+    return f"<section><h2>Answers that changed</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _flip(one: Mapping[str, Any]) -> str:
+    sides = "".join(
+        f"<div><h3>{name}: {escape(str(side['answer'] or table.UNKNOWN))}</h3><pre>{escape(side['text'])}</pre></div>"
+        for name, side in (("reference", one["reference"]), ("model", one["model"]))
+    )
+    head = f"{one['kind']} · right: {one['right']}"
+    return f'<p class="note">{escape(head)}</p><p>{escape(one["question"])}</p><div class="columns">{sides}</div>'
+
+
 def _accuracy(record: Record) -> str:
+    if proof.floor(record) is not None:
+        return ""
     axis = charts.accuracy_axis(record)
     if axis is None:
         return ""
@@ -107,7 +143,9 @@ def _accuracy(record: Record) -> str:
 
 
 def _families(record: Record) -> str:
-    panels = []
+    panels: list[str] = []
+    if proof.floor(record) is not None:
+        return ""
     for index, family in enumerate(table.family_names(record)):
         drawing = charts.family_bars(record, family, f"family{index}")
         if drawing:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict
 
 _LARGE = 1e15
 Number = Annotated[float, Field(ge=-_LARGE, le=_LARGE, allow_inf_nan=False)]
@@ -33,17 +34,97 @@ class _Metrics(_Typed):
 
 class _Experts(_Typed):
     block: Count
-    tokens: list[Count]
-    starved: list[Any] = []
+    tokens: Annotated[list[Count], Field(min_length=1)]
+    starved: list[Count | Name]
+
+
+class _Certainty(_Typed):
+    difference: Number
+    interval: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    p: Share
+    p_holm: Share
+    lost: Count
+    gained: Count
+    problems: Count
+    hidden: Positive
+    needed: Count
+    level: Share = 0.05
+
+
+class _Process(_Typed):
+    tokens: Positive
+    inflation: Positive | None
+    thinking_tokens: Positive | None
+    cut: Share
+    looped: Share
+    unclosed_think: Share | None
+    no_answer: Share
+    right_midway: Share | None
+    verified_chains: Share | None
+    first_wrong_step: dict[Name, Count]
+
+
+class _Sampled(_Typed):
+    spread: Positive
+    pass_at: dict[Annotated[str, Field(pattern=r"^[0-9]{1,4}$")], Share]
+
+
+class _Answer(_Typed):
+    answer: Name | None
+    text: Name
+    tokens: Count
+
+
+class _Flip(_Typed):
+    kind: Name
+    question: Name
+    right: Name
+    model: _Answer
+    reference: _Answer
+
+
+class _Flips(_Typed):
+    lost: Count
+    gained: Count
+    changed: Share
+    examples: Annotated[list[_Flip], Field(max_length=100)]
+
+
+_Band = TypedDict("_Band", {"from": Positive, "to": Positive | None, "share": Number})
+
+
+class _Kl(_Typed):
+    median: Number
+    p90: Number
+    p99: Number
+    max: Number
+    by_entropy: list[_Band]
+
+
+class _Speed(_Typed):
+    runtime: Name
+    prefill_tokens_per_s: Positive | None
+    decode_tokens_per_s: Annotated[float, Field(gt=0, le=_LARGE, allow_inf_nan=False)]
+    intervals: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)] | None] | None = None
+    first_token_s: Positive | None = None
+    token_p95_s: Positive | None = None
+    cpu_seconds_per_token: Positive | None = None
+    peak_bytes: Positive | None = None
 
 
 class _Model(_Typed):
     name: Name
+    certainty: _Certainty | None = None
+    process: _Process | None = None
+    sampled: _Sampled | None = None
+    flips: _Flips | None = None
+    kl: _Kl | None = None
+    speed: _Speed | None = None
     path: Name | None = None
     bytes: Count | None = None
     parameters: Count | None = None
     bits_per_weight: Positive | None = None
-    metrics: _Metrics | None = None
+    metrics: _Metrics = _Metrics()  # that it is there is checked with the other keys
     intervals: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)] | None] | None = None
     lineage: list[dict[str, Any]] | None = None
     about: Name | None = None
@@ -95,4 +176,5 @@ def mistyped(record: Mapping[str, Any], where: str) -> Iterator[str]:
         _Record.model_validate(dict(record))
     except ValidationError as error:
         for item in error.errors(include_url=False, include_input=False, include_context=False):
-            yield f"{where}: {'.'.join(map(str, item['loc']))[:200]}: {item['msg']}"
+            what = "Input should be an object" if item["type"] == "model_type" else item["msg"]
+            yield f"{where}: {'.'.join(map(str, item['loc']))[:200]}: {what}"

@@ -119,9 +119,7 @@ COLUMNS: tuple[Column, ...] = (
     _column("kl_divergence", "KL", "Fidelity", significant, "KL(reference ‖ model), nats per predicted token"),
     _column("top1_agreement", "Top-1", "Fidelity", percent, "share of positions with the reference's likeliest token"),
     _column("perplexity", "Perplexity", "Fidelity", _four, "exp of the mean negative log-likelihood of a token"),
-    _column("prefill_tokens_per_s", "Prefill tok/s", "Runtime", rate, "prompt tokens per second, evaluation runtime"),
-    _column("decode_tokens_per_s", "Decode tok/s", "Runtime", rate, "new tokens per second, evaluation runtime"),
-    _column("peak_bytes", "Peak memory", "Runtime", size, "peak resident memory of a process that loads and runs it"),
+    _column("peak_bytes", "Peak memory", "Runtime", size, "peak resident memory of a process that runs it in PyTorch"),
 )  # fmt: skip
 COMPACT = (
     "bytes",
@@ -193,7 +191,7 @@ def artifact_rows(record: Record) -> Table:
             a["target"] or UNKNOWN,
             UNKNOWN if a["bytes"] is None else size(a["bytes"]),
             "; ".join(filter(None, (a["status"], a.get("note")))) or UNKNOWN,
-            a["path"],
+            a["path"] or UNKNOWN,
         ]
         for a in record.get("artifacts") or []
     ]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 STAGES: dict[str, Entry] = {
     "distill": Entry("distill", "Distill", "a smaller student learns from the teacher"),
+    "traces": Entry("traces", "Traces", "solutions a teacher writes and a verifier finds right, to train on"),
     "record": Entry("record", "Record", "what a teacher says of a text, kept on disk for distill"),
     "compress": Entry("compress", "Compress", "2:4 sparsity, low-bit weights, 8-bit activations, in one pass"),
     "allocate": Entry(

@@ -53,6 +53,7 @@ class Context:
     memory: int | None = None  # bytes
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster that computes the tasks instead
+    verifier: str | None = None  # FILE.py:FUNCTION of the command line: code of the user's, which no recipe can name
     outputs: Mapping[str, Path] = field(default_factory=dict)  # name -> path of earlier outputs; "model" is the input
     progress: Callable[[int, int, str], None] = _silent  # (done, total, note)
     tell: Callable[[str], None] = print  # one line: what was decided, and from where

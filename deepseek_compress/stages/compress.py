@@ -22,9 +22,9 @@ from torch import Tensor
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.compress import moved_scales, ranges, rotation, selection, summary
+from deepseek_compress.compress import loss, moved_scales, ranges, rotation, selection, summary, tables
 from deepseek_compress.compress.convert import clean, convert
-from deepseek_compress.compress.forecast import expect
+from deepseek_compress.compress.forecast import TEXT, expect
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.overrides import Override, build_all, counted
 from deepseek_compress.compress.solver import LinearSolver
@@ -48,14 +48,14 @@ from deepseek_compress.streaming import observe
 from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
-PARTS = ("rotation", "migration", "sparsity", "weights", "activations", "kv_cache")
+PARTS = ("rotation", "migration", "sparsity", "weights", "embedding", "head", "activations", "kv_cache")
 EVERY_TOKEN = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
 KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
 
 
 class Compress(Stage, frozen=True):
-    """Make the linears of every block smaller; routers, norms, embeddings, head and MTP blocks stay 16-bit."""
+    """Make the linears of every block smaller, and embedding and head; routers, norms and MTP blocks stay 16-bit."""
 
     takes_statistics: ClassVar[bool] = True
     sparsity: Annotated[SerializeAsAny[Sparsifier] | None, picked(SPARSITY, "sparsity")] = None
@@ -63,10 +63,12 @@ class Compress(Stage, frozen=True):
     migration: Annotated[SerializeAsAny[Migration] | None, picked(MIGRATION, "migration")] = None
     weights: Annotated[SerializeAsAny[WeightQuantizer] | None, picked(WEIGHTS, "weights")] = None
     activations: Annotated[SerializeAsAny[Activations] | None, picked(ACTIVATIONS, "activations")] = None
+    embedding: tables.Embedding | None = None  # a tied head with it; None: 16 bits
+    head: tables.Head | None = None  # of its own; None: 16 bits
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     every_token_bits: int | None = Field(None, ge=2, le=8)  # of what every token of a mixture of experts goes through
-    keep: tuple[Role, ...] = KEPT  # roles that stay 16-bit; of these, router, norm, embedding, head and MTP always do
+    keep: tuple[Role, ...] = KEPT  # roles whose linears stay 16-bit; embedding and head have parts of their own
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
     requantize: bool = False  # change experts that are published in MXFP4 too: few bits to gain, accuracy to lose
     min_tokens: int = Field(64, ge=0)  # a linear whose input fewer tokens reach is solved without statistics
@@ -102,6 +104,7 @@ class Compress(Stage, frozen=True):
         found = selection.problems(architecture, roles, self.weights, self.sparsity, self._overrides(architecture))
         found += [] if self.rotation is None else rotation.problems(architecture, self.mtp == "keep")
         found += [] if self.migration is None else selection.packed_problems(header, "migration")
+        found += tables.problems(architecture, self.embedding, self.head)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
     def reads_text(self, header: Header) -> bool:
@@ -135,13 +138,15 @@ class Compress(Stage, frozen=True):
             header = rotation.rotated_header(architecture)
             architecture = Architecture.of(header)
         solver, samples = self._solver(architecture), self._used(samples, max(1, length), architecture)
-        expected = expect(architecture, solver, samples if solver.needs else 0, length)
+        tabled = tables.changed(architecture, self.embedding, self.head)
+        expected = expect(architecture, solver, samples if solver.needs else 0, length, tabled)
         moving = self._moving(architecture.cfg)
         looked_at = min(samples, (moving and moving.samples) or samples)
         before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
         looked = self._range_cost(architecture, samples, length)
         turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
-        alone = max(memory.alone, before.memory, looked.memory, turned)
+        told = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
+        alone = max(memory.alone, before.memory, looked.memory, turned, told)
         task = max(memory.task, turned if memory.task else 0)
         loads = max((part.loads for part in (self.weights, self.migration) if part), default=0)
         return Forecast(
@@ -185,12 +190,18 @@ class Compress(Stage, frozen=True):
             open_pool(job, workers, context.ray, memory.task) as pool,
         ):
             done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
+            if job.solver.needs and tokens is not None:
+                writer.join()  # a shard a block
             corrected = summary.corrections(done.blocks)
+            corrected += done.loss.told() if done.loss else self._not_judged()
             context.tell_all(corrected)
             facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}
+            facts |= {"tables": done.tables} if done.tables else {}
+            facts |= {"loss": done.loss._asdict()} if done.loss else {}
+            card = done.loss.card() if done.loss else ""
             summary.write(context.out, done.blocks)
             manifest = self._manifest(source, context, saved or text, facts, done.hashes)
-            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg))
+            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg), card)
         clean(job)
         context.tell_all(notes)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
@@ -220,9 +231,11 @@ class Compress(Stage, frozen=True):
     ) -> tuple[Job, list[str]]:
         """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
         statistics = saved and saved.statistics
-        job = Job(architecture, self._solver(architecture), work, None, self.mtp == "keep", statistics=statistics)
+        solver, judged = self._solver(architecture), self.sparsity is not None and tokens is not None
+        job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics, judged=judged)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
+        job = replace(job, tables=tables.changed(job.architecture, self.embedding, self.head))
         if (moving := self._moving(job.cfg)) is not None:
             job = moved_scales.migrate(job, tokens, moving, context.progress)
         if isinstance(self.activations, Static) and tokens is not None:
@@ -230,6 +243,11 @@ class Compress(Stage, frozen=True):
             return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
         scheme = InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None
         return replace(job, scheme=scheme), []
+
+    def _not_judged(self) -> list[str]:
+        """Say that nobody knows yet what the zeros cost."""
+        line = "no text was read, so what the zeros cost was not measured: dsc evaluate OUT --reference MODEL"
+        return [line] if self.sparsity is not None else []
 
     def _share(self, source: Checkpoint, tokens: Tensor | None, context: Context) -> tuple[Memory, int]:
         """What is needed, and how many workers that leaves room for."""
@@ -282,6 +300,7 @@ class Compress(Stage, frozen=True):
             lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
+        lines += tables.decisions(cfg.tie_word_embeddings and self.rotation is None, self.embedding, self.head)
         if self.activations is not None:
             lines.append(self._told_inputs(cfg, chosen.group_size is None))
         if self.kv_cache is not None:
@@ -308,7 +327,7 @@ class Compress(Stage, frozen=True):
         facts: Mapping[str, Any],
         hashes: Mapping[str, str],
     ) -> dict[str, Any]:
-        cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.model_dump(mode="json")}
+        cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.document()}
         threads = torch.get_num_threads() if isinstance(text, Text) else None  # sums over text depend on it
         return provenance.build_manifest(
             stage="compress",

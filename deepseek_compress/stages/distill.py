@@ -18,10 +18,12 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress import provenance
+from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
-from deepseek_compress.checkpoint.files import read_json, remove_tree, write_json
+from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
 from deepseek_compress.distillation import report, shrink
-from deepseek_compress.distillation.cache import INDEX, CachedTeacher, is_cache
+from deepseek_compress.distillation.cache import CachedTeacher, is_cache, read_index
+from deepseek_compress.distillation.curriculum import Curriculum, teacher_loss
 from deepseek_compress.distillation.documents import Document, read_documents
 from deepseek_compress.distillation.features import INSIDE, even_pairs, projections
 from deepseek_compress.distillation.losses import Loss, losses_of
@@ -29,8 +31,9 @@ from deepseek_compress.distillation.objective import PIECE, Objective
 from deepseek_compress.distillation.record import Kept, record_model, text_digest
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.rounding import Straight, straight_inputs
-from deepseek_compress.distillation.students import Size, Student, cut
-from deepseek_compress.distillation.teachers import LiveTeacher, Teacher
+from deepseek_compress.distillation.students import Size, Student, check_tokenizers, cut, is_linear
+from deepseek_compress.distillation.teachers import JointTeacher, LiveTeacher, Teacher
+from deepseek_compress.distillation.traces import TRACES
 from deepseek_compress.distillation.trainer import Schedule, Trainer, masks_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, ModelConfig
@@ -66,6 +69,7 @@ class Distill(Stage, frozen=True):
     teacher: str | None = "model"  # the output to learn from: a checkpoint, or what `record` wrote
     cache: str | None = None  # directory with the teacher's words; recorded there first where it has none
     kept: Kept = Kept()  # of each distribution, in that directory
+    text: str | None = None  # the output of `traces` to train on; None: the calibration text
     keep: float | None = Field(None, gt=0, le=1)  # share of the experts, of the layers where there are none, that stays
     experts: int | None = Field(None, gt=0)  # routed experts a layer; None keeps all; goes before keep
     layers: int | None = Field(None, gt=0)  # layers; None keeps all; goes before keep
@@ -86,6 +90,9 @@ class Distill(Stage, frozen=True):
     precision: Literal["float32", "mixed", "bfloat16"] = "float32"  # mixed: products in BF16; bfloat16: all of it
     checkpointing: bool = False  # compute blocks again on the way back instead of keeping what they computed
     freeze: tuple[str, ...] = ()  # shell patterns of tensors that stay
+    joint: float = Field(0.0, ge=0)  # share of the teacher's own loss on the text; above 0 it is trained too
+    on_policy: float = Field(0.0, ge=0, le=1)  # share of the steps that are on what the student itself writes
+    curriculum: Curriculum | None = None  # easy texts first; None: all in an order that is drawn
     validation: float = Field(0.05, ge=0, lt=1)  # share of the documents that are held back, few at most
     patience: int | None = Field(None, gt=0)  # validations without gain that end a training
 
@@ -130,11 +137,17 @@ class Distill(Stage, frozen=True):
         inside = [name for name, loss in zip(self.loss, self.losses, strict=True) if isinstance(loss, INSIDE)]
         if inside and self.cache is not None:
             found.append(DscError(f"distill.loss: {', '.join(inside)} cannot be recorded", "leave out them, or cache"))
+        live = ", ".join(name for name in ("on_policy", "joint") if getattr(self, name))
+        if self.cache is not None and live:
+            found.append(DscError(f"distill.{live}: needs the teacher itself, not a cache", "leave one of them out"))
+        if self.cache is not None and self.curriculum is not None and self.curriculum.by == "loss":
+            what = "distill.curriculum: by loss asks the teacher itself, which a cache is not"
+            found.append(DscError(what, "set by: length, or leave cache out"))
         return found
 
     def reads(self) -> Sequence[str]:
-        """The teacher."""
-        return () if self.teacher is None else (self.teacher,)
+        """The teacher, and traces."""
+        return tuple(name for name in (self.teacher, self.text) if name is not None)
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Teacher, student, its gradients, moments and best weights in float32; BF16 on the disk."""
@@ -147,8 +160,7 @@ class Distill(Stage, frozen=True):
         )
         work = Work((2.0 * total + 6.0 * kept) * self._wanted)
         weight = 2 if self.precision == "bfloat16" else 4
-        moments = 2 if self.optimizer == "adamw" else 0
-        copies = 2 + moments + (self.validation > 0)
+        copies = 2 + 2 * (self.optimizer == "adamw") + (self.validation > 0)  # with its moments
         return Forecast(
             shrink.shrunk_header(header, plan),
             tensors=len(plan.tensors),
@@ -175,10 +187,11 @@ class Distill(Stage, frozen=True):
         """Write the trained student to `context.out`; an interrupted training goes on."""
         work = context.out / WORK
         lesson, student = self._begin(source, context)
-        self._identity(source, lesson, context.seed).claim(context.out, work)
-        names = [name for name in student.model.weights if _is_linear(student.model, name)]
+        self._identity(source, lesson, context).claim(context.out, work)
+        names = [name for name in student.model.weights if is_linear(student.model, name)]
         masks = masks_of(student.model.weights, names)
-        packed = {name: part for name in names if (part := source.read_quantized(name)) is not None}
+        read = ((name, source.read_quantized(name)) for name in student.model.weights if name in source.header.tensors)
+        packed = {name: part.to(context.device) for name, part in read if part is not None}  # embedding and head too
         straight = Straight(packed) if packed else None
         if straight is not None:
             near = lesson.model.weights if lesson.model is not None else {}
@@ -188,17 +201,14 @@ class Distill(Stage, frozen=True):
         trainer.over(self._steps(trainer, work, context))
         facts: dict[str, Any] = {**student.facts, "masked": len(masks), "steps": trainer.schedule.steps}
         keeper = Keeper(work)
-        state = keeper.load()
+        state = keeper.load(context.device)
         if trainer.schedule.steps:
             state = trainer.run(context.progress, state, keeper.save)
             facts |= report.facts(state)
             context.tell_all(report.told(state, trainer.schedule))
         state = state or trainer.begin()
-        stored = (
-            {}
-            if straight is None
-            else {name: straight.stored(name, student.model.weights[name], state.projections) for name in packed}
-        )
+        own = {name: student.model.weights[name] for name in packed}
+        stored = {} if straight is None else {n: straight.stored(n, w, state.projections) for n, w in own.items()}
         notes = self._write(source, student, stored, facts, report.card(state), context)
         remove_tree(work)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
@@ -214,33 +224,28 @@ class Distill(Stage, frozen=True):
             return self._from_cache(source, words, context)
         assert path is not None
         opened = open_checkpoint(path)
-        teacher = self._load(opened)
+        teacher = self._load(opened, context)
         same = path.resolve() == source.path.resolve()
-        loaded = teacher if same else self._load(source)
+        loaded = teacher if same else self._load(source, context)
         documents = self._documents(source, teacher.cfg, context)
         student = self._cut(loaded, source, documents, context, same)
-        ours, theirs = load_tokenizer(source.path), load_tokenizer(path)
         sizes = (teacher.cfg.vocab_size, student.model.cfg.vocab_size)
-        _check_tokenizers(ours.digest, theirs.digest, sizes)
+        check_tokenizers(load_tokenizer(source.path).digest, load_tokenizer(path).digest, sizes)
         if not same:
             student = student._replace(pairs=even_pairs(student.model.cfg, teacher.cfg))
-        vocabulary = min(sizes)
-        print_ = provenance.fingerprint(opened)
-        live = LiveTeacher(teacher, vocabulary, self.temperature)
-        return _Lesson(live, documents, vocabulary, print_, teacher), student
+        live = (JointTeacher if self.joint else LiveTeacher)(teacher, min(sizes), self.temperature)
+        return _Lesson(live, documents, min(sizes), provenance.fingerprint(opened), teacher), student
 
     def _from_cache(self, source: Checkpoint, words: Path, context: Context) -> tuple[_Lesson, Student]:
         """A teacher that is not there; its text is the one that was recorded."""
-        teacher = CachedTeacher(words)
+        teacher = CachedTeacher(words, context.device)
         if teacher.temperature != self.temperature:
-            what = (
-                f"{words}: recorded at temperature {teacher.temperature:g}, distill.temperature is {self.temperature:g}"
-            )
-            raise DscError(what, f"set distill.temperature to {teacher.temperature:g}, or record again")
-        loaded, documents = self._load(source), teacher.documents()
+            what = f"recorded at temperature {teacher.temperature:g}, distill.temperature is {self.temperature:g}"
+            raise DscError(f"{words}: {what}", f"set distill.temperature to {teacher.temperature:g}, or record again")
+        loaded, documents = self._load(source, context), teacher.documents()
         student = self._cut(loaded, source, documents, context)
         sizes = (teacher.vocabulary, student.model.cfg.vocab_size)
-        _check_tokenizers(load_tokenizer(source.path).digest, teacher.index["tokenizer"], sizes)
+        check_tokenizers(load_tokenizer(source.path).digest, teacher.index["tokenizer"], sizes)
         if sizes[1] < sizes[0]:
             what = f"{words}: words of a vocabulary of {sizes[0]}, the student has {sizes[1]}"
             raise DscError(what, "give a student with all tokens of its tokenizer")
@@ -250,20 +255,30 @@ class Distill(Stage, frozen=True):
         """The teacher's words into `words`, after those that are there."""
         tokenizer = load_tokenizer(teacher.path)
         documents = self._documents(source, Architecture.of(teacher).cfg, context)
-        record_model(teacher, tokenizer, documents, self.kept, self.temperature, words, context.seed, context.progress)
-        index = read_json(words / INDEX)
+        known = (documents, self.kept, self.temperature, words, context.seed, context.progress, context.device)
+        record_model(teacher, tokenizer, *known)
+        index = read_index(words)
         context.tell(f"{words}: {index['form']} words of {index['tokens']} tokens, {index['bytes_a_token']} bytes each")
 
     def _documents(self, source: Checkpoint, cfg: ModelConfig, context: Context) -> list[Document]:
         tokenizer = load_tokenizer(source.path)
         wanted = int(60 * self.minutes * FASTEST) if self.minutes else self._wanted
         tokens = round(wanted / (1 - self.validation))
-        documents = read_documents(context.text.sources, tokenizer, self.length, self.documents, tokens)
+        documents = read_documents(self._sources(context), tokenizer, self.length, self.documents, tokens)
         largest = max(max(document.ids) for document in documents)
         if largest >= cfg.vocab_size:
             what = f"{source.path}: the tokenizer gives id {largest}, config.json has a vocabulary of {cfg.vocab_size}"
             raise DscError(what, "check that tokenizer and models belong together")
         return documents
+
+    def _sources(self, context: Context) -> Sequence[Source]:
+        """The text that is trained on."""
+        if self.text is None:
+            return context.text.sources
+        file = context.outputs.get(self.text, Path()) / TRACES
+        if not file.is_file():
+            raise DscError(f"distill.text: {self.text!r} is no output with traces", "name a stage traces: before it")
+        return (Source(path=str(file)),)
 
     def _cut(
         self, loaded: Model, source: Checkpoint, documents: list[Document], context: Context, shared: bool = False
@@ -278,9 +293,9 @@ class Distill(Stage, frozen=True):
             raise DscError(f"distill.teacher: unknown output {self.teacher!r}", f"known: {', '.join(context.outputs)}")
         return None if self.teacher is None else context.outputs[self.teacher]
 
-    def _load(self, checkpoint: Checkpoint) -> Model:
+    def _load(self, checkpoint: Checkpoint, context: Context) -> Model:
         low = self.precision == "bfloat16"
-        return Model.load(checkpoint, dtype=torch.bfloat16 if low else torch.float32)
+        return Model.load(checkpoint, dtype=torch.bfloat16 if low else torch.float32, device=context.device)
 
     def _trainer(
         self,
@@ -298,25 +313,36 @@ class Distill(Stage, frozen=True):
         held = min(max(1, few), math.ceil(self.validation * count), count - 1)
         extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
         extra |= {} if straight is None else straight.scales()
+        extra |= lesson.teacher.leaves() if isinstance(lesson.teacher, JointTeacher) else {}
+        extra = {name: part.to(student.model.head.device) for name, part in extra.items()}
         mixed = self.precision == "mixed"
         objective = Objective(
-            self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing
+            self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing, self.joint
         )
         schedule = Schedule(
             steps=1,
             batch_tokens=self.batch_tokens,
             accumulate=self.accumulate,
-            learning_rate=self.learning_rate or (CUT_RATE if student.facts else WHOLE_RATE),
+            learning_rate=self.learning_rate or (CUT_RATE if student.facts and not self.joint else WHOLE_RATE),
             optimizer=self.optimizer,
             freeze=self.freeze,
             prompt_weight=self.prompt_weight,
             held_back=held,
             patience=self.patience,
             seed=seed,
+            on_policy=self.on_policy,
+            phases=1 if self.curriculum is None else self.curriculum.phases,
         )
-        return Trainer(
-            student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra, straight, scheme
-        )
+        parts = (student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra, straight, scheme)
+        return Trainer(*parts, self._difficulty(lesson))
+
+    def _difficulty(self, lesson: _Lesson) -> list[float] | None:
+        """Of each text, for the curriculum."""
+        if self.curriculum is None:
+            return None
+        if self.curriculum.by == "length" or lesson.model is None:
+            return [float(len(document.ids)) for document in lesson.documents]
+        return teacher_loss(lesson.model, lesson.documents)
 
     def _steps(self, trainer: Trainer, work: Path, context: Context) -> int:
         """How many steps there are; minutes become steps once, before the first."""
@@ -324,17 +350,20 @@ class Distill(Stage, frozen=True):
             return trainer.steps_for(self.tokens)
         if self.minutes is None:
             return STEPS if self.steps is None else self.steps
-        kept = work / "steps.json"
-        if not kept.is_file():
-            seconds = trainer.seconds_a_step(TRIED)
-            steps = max(1, int(60 * self.minutes / seconds))
-            write_json(kept, {"steps": steps})
-            context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
-        return int(read_json(kept)["steps"])
+        file = work / "steps.json"
+        before = kept(file)
+        if before is not None:
+            return int(before["steps"])
+        seconds = trainer.seconds_a_step(TRIED)
+        steps = max(1, int(60 * self.minutes / seconds))
+        write_sealed(file, {"steps": steps})
+        context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
+        return steps
 
-    def _identity(self, source: Checkpoint, lesson: _Lesson, seed: int) -> Resumable:
+    def _identity(self, source: Checkpoint, lesson: _Lesson, context: Context) -> Resumable:
         """Everything that the bytes follow from; a resume is refused if one of them differs."""
-        identity = Resumable.of(source, self.model_dump(mode="json"), text_digest(lesson.documents), seed=seed)
+        knobs, text = self.model_dump(mode="json"), text_digest(lesson.documents)
+        identity = Resumable.of(source, knobs, text, seed=context.seed, device=context.device)
         return replace(identity, teacher=lesson.fingerprint, threads=torch.get_num_threads())
 
     def _write(
@@ -355,10 +384,10 @@ class Distill(Stage, frozen=True):
         with CheckpointWriter(context.out, source, expected_bytes=size, activations=source.activations) as writer:
             for name, weight in model.weights.items():
                 if name in stored:
-                    writer.add(name, stored[name])
+                    writer.add(name, stored[name].to("cpu"))
                     continue
                 bias = weight.dim() == 1 and not name.endswith(".weight")  # routers balance in float32
-                writer.add(name, weight.float() if bias else weight.to(torch.bfloat16))
+                writer.add(name, (weight.float() if bias else weight.to(torch.bfloat16)).cpu())
             manifest = provenance.build_manifest(
                 stage="distill",
                 source=source,
@@ -369,20 +398,3 @@ class Distill(Stage, frozen=True):
                 extra={"facts": facts},
             )
             return writer.finish({**dropped, **student.config}, manifest, ignore, card)
-
-
-def _check_tokenizers(student: str, teacher: str, sizes: tuple[int, int]) -> None:
-    """`sizes`: vocabularies of teacher and student. Padded ones of equal tokenizers may differ."""
-    if student != teacher:
-        what = f"distill: teacher and student have other tokenizers (vocabularies of {sizes[0]} and {sizes[1]} tokens)"
-        raise DscError(what, "give a student with the teacher's tokenizer, or train it on text the teacher wrote")
-
-
-def _is_linear(student: Model, name: str) -> bool:
-    family, cfg = student.family, student.cfg
-    for layer in range(cfg.num_hidden_layers):
-        prefix = family.prefix(layer) + "."
-        if name.startswith(prefix):
-            local = name[len(prefix) :]
-            return any(local == linear.name + ".weight" for linear in family.linears(cfg, layer))
-    return False

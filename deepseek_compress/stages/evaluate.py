@@ -6,34 +6,44 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress.checkpoint import Checkpoint, Header, is_checkpoint, open_checkpoint
 from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.checkpoint.verified import MANIFEST, RUN, hash_of
 from deepseek_compress.errors import DscError
-from deepseek_compress.evaluation.reasoning import SUITES
+from deepseek_compress.evaluation.reasoning import BUILTIN, SUITES, known
+from deepseek_compress.generation.sampling import Sampling
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.resumable import Resumable
 
+LIMIT = 8000  # built-in problems that `until` asks at most
 WORK = ".dsc_evaluate"  # in the output directory, while a streamed run is unfinished
 
 
 class Evaluate(Stage, frozen=True, extra="forbid"):
-    """Perplexity, KL and top-1 agreement, the reasoning suite, size, speed and memory, of several models.
+    """Perplexity, KL and top-1 agreement, answers to questions, size, speed and memory, of several models.
 
-    Without `text` the fidelity metrics are taken on the suite's reference solutions, and 1,000 problems are asked; with
-    `text` on its windows, and problems are asked only where `problems` says how many.
+    Without `text` the fidelity metrics are taken on the reference solutions of the questions, and all of a file are
+    asked, 1,000 of a suite; with `text` on its windows, and problems are asked only where `problems` says how many.
     """
 
     writes: ClassVar[str] = "report"
     models: tuple[str, ...] = ()  # names of outputs in the order of the pipeline; empty: the input and every checkpoint
     reference: str | None = None  # a name of `models`; None: the first of them where there are several
     ablations: tuple[str, ...] = ()  # reported beside the pipeline, not in it
-    suite: str = "builtin"
+    suite: str | tuple[str, ...] = BUILTIN  # builtin, or .jsonl or .parquet files of questions
+    instruction: str | None = None  # written after each question of a file
+    shots: int = Field(0, ge=0)  # questions at the start of a file that are shown with their answers, and not asked
+    max_new_tokens: int | None = Field(None, gt=0)  # of an answer; None: half again the longest reference solution
+    sampling: Sampling = Sampling()  # greedy; R1 is judged at {temperature: 0.6, top_p: 0.95}
+    samples: int = Field(1, gt=0, le=1000)  # answers to each question: pass@k
+    scorer: Literal["numbers", "strict", "flexible"] = "numbers"  # the latter as lm-evaluation-harness scores GSM8K
+    until: float | None = Field(None, gt=0)  # points: ask more problems until such a difference is settled
+    deployed: Mapping[str, str] = Field({})  # name -> what `dsc generate` opens: an exported file, or a server
     asked: int | None = Field(None, ge=0, alias="problems")  # `problems` is what every stage tells about a header
     text: Path | None = None
     windows: int = Field(64, gt=0)
@@ -44,10 +54,37 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
 
     @field_validator("suite")
     @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in SUITES:
-            raise DscError(f"unknown suite {name!r}", f"valid names: {', '.join(SUITES)}")
-        return name
+    def _known(cls, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in [names] if isinstance(names, str) else names:
+            if not known(name):
+                what = f"unknown suite {name!r}"
+                raise DscError(what, f"valid names: {', '.join(SUITES)}, or a .jsonl or .parquet file of questions")
+        return names
+
+    @model_validator(mode="after")
+    def _agree(self) -> Evaluate:
+        if self.samples > 1 and not self.sampling.temperature:
+            raise DscError(
+                f"samples: {self.samples} greedy answers would all be the same", "set sampling.temperature=0.6"
+            )
+        return self
+
+    def problems(self, header: Header) -> list[DscError]:
+        """A file of questions or a deployed file that is not there."""
+        found = [
+            DscError(f"{name}: no such file", "give a .jsonl or .parquet file of questions and answers, or builtin")
+            for name in self._suites
+            if name not in SUITES and not Path(name).expanduser().is_file()
+        ]
+        return found + [
+            DscError(f"{target}: no such file or directory", "give an output of dsc export, or http://HOST:PORT")
+            for target in self.deployed.values()
+            if not target.startswith("http") and not Path(target).expanduser().exists()
+        ]
+
+    @property
+    def _suites(self) -> tuple[str, ...]:
+        return (self.suite,) if isinstance(self.suite, str) else self.suite
 
     def reads(self) -> Sequence[str]:
         """Every model it names."""
@@ -71,7 +108,8 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         from deepseek_compress.reports import write
 
         models, work = self._models(context.outputs), context.out / WORK
-        reference = self.reference or (next(iter(models)) if len(models) > 1 else None)
+        several = len(models) + len(self.deployed) > 1
+        reference = self.reference or (next(iter(models)) if several else None)
         ablations = {name: _path(context.outputs, name) for name in self.ablations}
         self._claim(source, {**models, **ablations}, context, work)
         record = evaluate(models, reference, self._settings(context), ablations, context.progress, work)
@@ -94,20 +132,31 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
     def _claim(self, source: Checkpoint, models: Mapping[str, Path], context: Context, work: Path) -> None:
         """Take up the work directory of the same evaluation."""
         from deepseek_compress import provenance
+        from deepseek_compress.evaluation.deployed import fingerprint
 
         prints = {name: provenance.fingerprint(open_checkpoint(path)) for name, path in models.items()}
-        text = None if self.text is None else hash_of(self.text)
+        files = [Path(name).expanduser() for name in self._suites if name not in SUITES]
+        text = "/".join(hash_of(file) for file in [*files, *([self.text] if self.text else [])]) or None
         knobs = {**self.model_dump(mode="json"), "models": prints}
+        knobs["deployed"] = {name: fingerprint(target) for name, target in self.deployed.items()}
         Resumable.of(source, knobs, text, seed=context.seed, device=context.device).claim(context.out, work)
 
     def _settings(self, context: Context) -> Any:
-        from deepseek_compress.evaluation.record import Settings
         from deepseek_compress.evaluation.streamed import Limits
+        from deepseek_compress.evaluation.task import Settings
 
-        problems = (0 if self.text else 1000) if self.asked is None else self.asked
+        asks = self.asked != 0 and (self.asked is not None or self.text is None or self.suite != BUILTIN)
         return Settings(
-            suite=self.suite if problems else None,
-            problems=problems,
+            suite=self.suite if asks else None,
+            problems=self.asked if self.asked or not self.until or self.suite != BUILTIN else LIMIT,
+            instruction=self.instruction,
+            shots=self.shots,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            samples=self.samples,
+            deployed=self.deployed,
+            until=self.until,
+            scorer=self.scorer,
             text=self.text,
             windows=self.windows,
             length=self.length,

@@ -58,7 +58,15 @@ class Export(Stage, frozen=True, extra="forbid"):
         manifest = build_manifest(
             stage="export", source=source, recipe=context.recipe_text, seed=context.seed, knobs=self.model_dump()
         )
-        job = Job(manifest, context.tell, lambda count: _texts(source, context, count))
+        job = Job(
+            manifest,
+            context.tell,
+            lambda count: _texts(source, context, count),
+            context.memory,
+            context.workers,
+            context.progress,
+            context.device,
+        )
         made = self.target.write(source, context.out, job)
         if made.kind == "artifact":
             from deepseek_compress.checkpoint.files import write_sealed

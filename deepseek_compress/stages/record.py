@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import read_json
-from deepseek_compress.distillation.cache import INDEX, bytes_a_token
+from deepseek_compress.distillation.cache import bytes_a_token, read_index
 from deepseek_compress.distillation.documents import Document, read_documents
 from deepseek_compress.distillation.objective import PIECE
 from deepseek_compress.distillation.record import Kept, record_model, record_server
@@ -61,10 +60,9 @@ class Record(Stage, frozen=True):
         if self.server is not None:
             self._from_server(tokenizer, documents, context)
         else:
-            record_model(
-                source, tokenizer, documents, self.kept, self.temperature, context.out, context.seed, context.progress
-            )
-        index = read_json(context.out / INDEX)
+            known = (documents, self.kept, self.temperature, context.out, context.seed, context.progress)
+            record_model(source, tokenizer, *known, context.device)
+        index = read_index(context.out)
         facts: dict[str, Any] = {key: index[key] for key in ("form", "documents", "tokens", "bytes_a_token")}
         return Output("artifact", context.out, facts)
 

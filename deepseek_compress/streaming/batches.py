@@ -37,11 +37,11 @@ class Batches:
         """(n, length, *row_shape)."""
         count = len(self.ids(batch))
         rows = store.read(batch * self.step * self.length, count * self.length)
-        return rows.view(count, self.length, *store.row_shape).to(self.device)
+        return rows.view(count, self.length, *store.row_shape).to(self.device, non_blocking=True)
 
     def write(self, store: HiddenStore, batch: int, values: Tensor) -> None:
         """Store (n, length, *row_shape)."""
-        store.write(batch * self.step * self.length, values.reshape(-1, *store.row_shape).cpu())
+        store.write(batch * self.step * self.length, values.reshape(-1, *store.row_shape))
 
     def ids(self, batch: int) -> Tensor:
         """Token ids (n, length)."""

@@ -174,8 +174,16 @@ class BlockRun:
             yield batch, part.forward(lambda weights: weights, batch), False
         self.free(part.linears)
 
+    def outputs_of(self, others: Sequence[tuple[BlockRun, Part]]) -> Iterator[tuple[int, Iterator[tuple[int, Tensor]]]]:
+        """Run parts of one shape, each in a run of its own: (which of them, its (batch, what it computes))."""
+        for number, (run, part) in enumerate(others):
+            yield number, ((batch, out) for batch, out, _ in run.outputs(part))
+
     def act(self, part: Part) -> None:
         """Do what is done to a part whose output nobody needs: here nothing."""
+
+    def act_on(self, others: Sequence[tuple[BlockRun, Part]]) -> None:
+        """The same to parts of one shape, each in a run of its own."""
 
     def acts(self, linears: Sequence[Linear]) -> bool:
         """Whether anything is done to these linears, so that they must be visited even where no output is needed."""

@@ -67,6 +67,11 @@ def run_experts(
         if added is not None and task.output is not None:
             _add(task, places[task.expert], shares, moe.top_k, added)
         counts.append(len(task.tokens) if task.pairs is None else task.pairs)
+    return coverage(run, counts)
+
+
+def coverage(run: Run, counts: list[int]) -> dict[str, Any]:
+    """What there is to say about experts that so many tokens reach."""
     starved = [expert for expert, count in enumerate(counts) if count < run.min_tokens]
     return {"tokens": counts, "starved": starved}
 

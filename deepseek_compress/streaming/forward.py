@@ -18,9 +18,11 @@ from deepseek_compress import machine
 from deepseek_compress.models.config import Linear, Moe, Role
 from deepseek_compress.models.layers import swiglu
 from deepseek_compress.models.moe import Routing, route, run_shared
+from deepseek_compress.models.rope import places
 from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.block_run import BlockRun, Forward, Part, Run, Store, Watch
 from deepseek_compress.streaming.experts import run_experts
+from deepseek_compress.streaming.experts_here import run_here
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.workers import Pool
 
@@ -44,11 +46,12 @@ def run_block(
     """
     block = run.begin(layer, store)
     block.load_others()
-    rows, work = hidden.rows, run.work
-    with HiddenStore(work / "attended.tmp", rows, hidden.row_shape) as attended:
+    rows, work, device = hidden.rows, run.work, run.architecture.device
+    with HiddenStore(work / "attended.tmp", rows, hidden.row_shape, device=device) as attended:
         _attention(run, block, hidden, attended, batches)
         machine.return_freed_memory()  # the experts' workers need it
-        with HiddenStore(work / "input.tmp", rows, (block.block.cfg.hidden_size,), held=0) as x:
+        held = 0 if device.type == "cpu" else None  # workers read it
+        with HiddenStore(work / "input.tmp", rows, (block.block.cfg.hidden_size,), held=held, device=device) as x:
             facts = _ffn(run, block, attended, x, batches, following, pool, routed)
             x.remove()
         attended.remove()
@@ -61,7 +64,7 @@ def _attention(run: Run, block: BlockRun, hidden: HiddenStore, attended: HiddenS
 
     def forward(watch: Watch, batch: int) -> Tensor:
         x, weights = batches.read(hidden, batch), block.weights(watch, batches.split(batch))
-        positions = torch.arange(batches.length, device=x.device).expand(len(x), -1)
+        positions = places(len(x), 0, batches.length, x.device)
         return here.attention_part(weights, x, positions, block.cache())
 
     part = _part(run, linears, forward, batches)
@@ -93,12 +96,15 @@ def _ffn(
     for batch in range(len(batches)):
         batches.write(x, batch, here.ffn_input(block.weights(), batches.read(attended, batch)))
     facts: dict[str, Any] = {}
-    with HiddenStore(run.work / "added.tmp", x.rows, x.row_shape) as added:
+    with HiddenStore(run.work / "added.tmp", x.rows, x.row_shape, device=run.architecture.device) as added:
         sums = added if following else None
         if here.moe is not None:
             routing = _route(block, here.moe, x, batches)
             routed(routing)
-            facts["experts"] = run_experts(run, block, routing, x, sums, batches.length, pool)
+            if run.architecture.device.type == "cpu":
+                facts["experts"] = run_experts(run, block, routing, x, sums, batches.length, pool)
+            else:
+                facts["experts"] = run_here(run, block, routing, x, sums, batches.length)
             if here.moe.shared:
                 _dense(run, block, here.moe.names.shared, attended, x, sums, batches)
         else:

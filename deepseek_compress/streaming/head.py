@@ -45,6 +45,7 @@ class Scores(NamedTuple):
     nll: Tensor  # (models, n): -log q of the token that follows, nats
     kl: Tensor  # (models, n): KL(p || q), 0 for the reference itself
     best: Tensor  # int64 (models, n): the most likely token
+    entropy: Tensor  # (n,): of the reference's prediction, nats
 
 
 def pieces(
@@ -95,10 +96,14 @@ def scores(models: Sequence[HeadInput], following: Tensor) -> Scores:
             picked[number, rows] += torch.where(inside, wide.gather(1, place)[:, 0], 0.0)
             if number == 0:
                 shares, shrunk = raised, kept
+                gaps[0, rows] = gaps[0, rows] * kept + (raised * wide).sum(1)  # for its entropy
             else:
                 gaps[number, rows] = gaps[number, rows] * shrunk + (shares * (expected - wide)).sum(1)
     total = top + mass.log()
-    return Scores((total - picked).cpu(), (gaps / mass[0] - total[0] + total).cpu(), best.cpu())
+    entropy = total[0] - gaps[0] / mass[0]
+    kl = gaps / mass[0] - total[0] + total
+    kl[0] = 0.0
+    return Scores((total - picked).cpu(), kl.cpu(), best.cpu(), entropy.cpu())
 
 
 @torch.no_grad()

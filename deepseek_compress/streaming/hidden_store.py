@@ -1,5 +1,8 @@
 """Rows of float32: the activations between blocks, which may not fit into memory and then lie on disk.
 
+Where a GPU computes they stay in its memory, up to a share of it, so that a block copies none of them; beyond that they
+lie in page-locked memory or on disk.
+
 There they are read and written with `pread` / `pwrite` into fresh buffers, never mapped: the pages of a mapped file
 count as resident. A file that is kept ends with the BLAKE3 of its rows; an interrupted run takes up none that differs.
 """
@@ -8,7 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +26,8 @@ from torch import Tensor
 from deepseek_compress.checkpoint.files import blocks, remove, sync_directory
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
+from deepseek_compress.planning.costs import STATES
+from deepseek_compress.planning.device import memory_limit
 
 HELD = 128 << 20  # bytes
 SEAL = 32  # bytes of a hash
@@ -43,19 +50,27 @@ def _bytes(tensor: Tensor) -> memoryview:
 class HiddenStore:
     """`rows` rows of shape `row_shape`, float32, zeros at first; `existing` takes up a file that was renamed.
 
-    Up to `held` bytes (None: HELD) stay in memory until `rename`; what is larger, and what other processes read
-    (`held` 0), lies in the file from the start. Without a `path` everything stays in memory.
+    Up to `held` bytes (None: HELD, and what fits into the memory of `device`) stay in memory until `rename`; what is
+    larger, and what other processes read (`held` 0), lies in the file from the start. Without a `path` everything stays
+    in memory.
     """
 
     def __init__(
-        self, path: Path | None, rows: int, row_shape: tuple[int, ...], existing: bool = False, held: int | None = None
+        self,
+        path: Path | None,
+        rows: int,
+        row_shape: tuple[int, ...],
+        existing: bool = False,
+        held: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.rows, self.row_shape = rows, row_shape
         self._width = 4 * math.prod(row_shape)  # bytes of a row
         self._held: Tensor | None = None
         self._fd = -1
+        self._freed: Callable[[], object] = lambda: None
         if path is None:
-            self._held = torch.zeros((rows, *row_shape))
+            self._held = self._zeros(torch.device(device))
             return
         self.path = path
         with _disk(path):
@@ -65,12 +80,23 @@ class HiddenStore:
             if found not in (size, size + SEAL):  # workers open one that is not sealed yet
                 self.close()
                 raise DscError(f"{path}: {found} bytes, {size} expected", _AGAIN)
-            if size <= (HELD if held is None else held):
-                self._held = torch.zeros((rows, *row_shape))
+            if size <= (HELD if held is None else held) or (held is None and room(torch.device(device)) >= size):
+                self._held = self._zeros(torch.device(device))
                 if existing:
-                    self._pread(_bytes(self._held), 0)
+                    here = self._held if self._held.is_cpu else torch.empty((rows, *row_shape))
+                    self._pread(_bytes(here), 0)
+                    self._held.copy_(here)
             elif not existing:
                 os.ftruncate(self._fd, size)
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        """Memory for all rows: of `device` where it has room, else of the host, where that GPU reads it by itself."""
+        size = self.rows * self._width
+        if room(device) >= size:
+            _taken[device] += size
+            self._freed = weakref.finalize(self, _give_back, device, size)
+            return torch.zeros((self.rows, *self.row_shape), device=device)
+        return torch.zeros((self.rows, *self.row_shape), pin_memory=device.type == "cuda")
 
     def read(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count): float32 (count, *row_shape), not to be modified."""
@@ -83,36 +109,44 @@ class HiddenStore:
     def write(self, start: int, rows: Tensor) -> None:
         """Replace the rows from `start` on by `rows` (n, *row_shape)."""
         if self._held is not None:
-            self._held[start : start + len(rows)] = rows
+            self._held[start : start + len(rows)] = rows.to(self._held.device)
         else:
-            self._pwrite(_bytes(rows.detach().float().contiguous()), start)
+            self._pwrite(_bytes(rows.detach().float().cpu().contiguous()), start)
 
-    def gather(self, places: list[int]) -> Tensor:
-        """The rows at `places`, float32 (n, *row_shape)."""
+    def gather(self, places: Sequence[int] | Tensor) -> Tensor:
+        """The rows at `places`, float32 (n, *row_shape), in the memory where the store lies."""
         if self._held is not None:
-            return self._held[places]
+            return self._held[self._placed(places)]
+        places = places.tolist() if isinstance(places, Tensor) else places
         out = torch.empty((len(places), *self.row_shape), dtype=torch.float32)
         view = _bytes(out)
         for i, place in enumerate(places):
             self._pread(view[i * self._width : (i + 1) * self._width], place)
         return out
 
-    def add(self, places: list[int], rows: Tensor) -> None:
+    def add(self, places: Sequence[int] | Tensor, rows: Tensor) -> None:
         """Add `rows` (n, *row_shape) to those at `places`, which differ from each other."""
-        total = self.gather(places) + rows
+        before = self.gather(places)
+        total = before + rows.to(before.device)
         if self._held is not None:
-            self._held[places] = total
+            self._held[self._placed(places)] = total
             return
+        places = places.tolist() if isinstance(places, Tensor) else places
         view = _bytes(total)
         for i, place in enumerate(places):
             self._pwrite(view[i * self._width : (i + 1) * self._width], place)
 
+    def _placed(self, places: Sequence[int] | Tensor) -> Tensor:
+        assert self._held is not None
+        return torch.as_tensor(places, dtype=torch.int64).to(self._held.device)
+
     def rename(self, path: Path) -> None:
         """Make everything written durable, with its hash, then give the file its final name."""
-        if self._held is not None:
-            self._pwrite(_bytes(self._held), 0)
+        here = None if self._held is None else self._held.cpu()
+        if here is not None:
+            self._pwrite(_bytes(here), 0)
         with _disk(path):
-            os.pwrite(self._fd, self._hash(), self.rows * self._width)
+            os.pwrite(self._fd, self._hash(here), self.rows * self._width)
             os.fsync(self._fd)
             os.replace(self.path, path)
             sync_directory(path.parent)
@@ -120,12 +154,14 @@ class HiddenStore:
 
     def intact(self) -> bool:
         """Whether a file that was renamed is what it was then."""
-        return os.pread(self._fd, SEAL, self.rows * self._width) == self._hash()
+        return os.pread(self._fd, SEAL, self.rows * self._width) == self._hash(
+            None if self._held is None else self._held.cpu()
+        )
 
-    def _hash(self) -> bytes:
-        """BLAKE3 of the rows."""
-        if self._held is not None:
-            return blake3.blake3(_bytes(self._held)).digest()
+    def _hash(self, here: Tensor | None) -> bytes:
+        """BLAKE3 of the rows, which may be `here` in memory."""
+        if here is not None:
+            return blake3.blake3(_bytes(here)).digest()
         found = blake3.blake3()
         os.lseek(self._fd, 0, os.SEEK_SET)
         for block in blocks(self._fd, self.rows * self._width):
@@ -142,6 +178,9 @@ class HiddenStore:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._held is not None and not self._held.is_cpu:
+            self._held = None
+            self._freed()
 
     def __enter__(self) -> HiddenStore:
         return self
@@ -164,6 +203,20 @@ class HiddenStore:
         with _disk(self.path):
             while done < len(view):
                 done += os.pwritev(self._fd, [view[done:]], row * self._width + done)
+
+
+def room(device: torch.device) -> int:
+    """Bytes that stores may still take of a device: a share of its memory; all that is needed, of the host's."""
+    if device.type == "cpu":
+        return -1
+    return int(STATES * memory_limit(device)) - _taken[device]
+
+
+_taken: Counter[torch.device] = Counter()  # bytes of each device that stores hold
+
+
+def _give_back(device: torch.device, size: int) -> None:
+    _taken[device] -= size
 
 
 def scratch(architecture: Architecture, tokens: int) -> int:

@@ -203,19 +203,19 @@ class Loop:
     def embed(self, stream: Stream, store: HiddenStore) -> None:
         """Fill `store` with the first block's input."""
         architecture = stream.architecture
-        table = architecture.source.read(architecture.embedding, dtype=None)  # float32 would take twice the memory
+        table = architecture.table(architecture.embedding)
         batches = Batches(self.tokens)
         for batch in range(len(batches)):
             batches.write(store, batch, architecture.embed(table, batches.ids(batch)))
 
     def _new(self, stream: Stream) -> HiddenStore:
         path = None if self.work is None else self.work / f"{stream.name}.tmp"
-        held = 0 if self.shared else None
-        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, held=held)
+        held, device = 0 if self.shared else None, stream.architecture.device
+        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, held=held, device=device)
 
     def _opened(self, stream: Stream, path: Path) -> HiddenStore:
-        held = 0 if self.shared else None
-        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, existing=True, held=held)
+        held, device = 0 if self.shared else None, stream.architecture.device
+        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, True, held, device)
 
     def _facts_path(self, layer: int) -> Path:
         assert self.work is not None
@@ -225,7 +225,8 @@ class Loop:
         if self.work is None or kept(self._facts_path(layer)) is None:
             return False
         target = layer if self.backward else layer + 1
-        return not self.keep or (target in (0, self.layers) and not self.last) or self._intact(target - self.backward)
+        wanted = self.last if target in (0, self.layers) else self.keep
+        return not wanted or self._intact(target - self.backward)
 
     def _facts(self, layer: int) -> Facts:
         return read_sealed(self._facts_path(layer))

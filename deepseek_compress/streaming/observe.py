@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.models import Architecture, Block, Role
-from deepseek_compress.models.layers import SCORES_AT_ONCE
+from deepseek_compress.models.attend import SCORES_AT_ONCE
 from deepseek_compress.models.weights import ObservingWeights
 from deepseek_compress.planning.costs import Work
 from deepseek_compress.streaming.batches import BATCH_TOKENS

@@ -22,17 +22,19 @@ from deepseek_compress.models.weights import Weights
 
 
 class Split(NamedTuple):
-    """Which rows of a batch are the original model's."""
+    """Which rows of a batch's first dimension are whose, int64 each: a mask's rows would have to be waited for."""
 
-    original: Tensor  # bool, one for each row of a batch's first dimension
-    partners: Tensor  # bool, likewise: the original's that stand, in order, next to the compressed model's
+    size: int  # rows
+    ours: Tensor  # of the compressed model
+    theirs: Tensor  # of the original
+    partners: Tensor  # the original's that stand, in order, next to the compressed model's
     stream: Tensor | None = None  # (n, length, hidden): what the output of the linear is added to, both halves
 
 
 def pairs(samples: int, device: torch.device | str = "cpu") -> Split:
     """The split of a batch of `samples` alternating ones."""
-    original = torch.arange(samples, device=device) % 2 == 1
-    return Split(original, original)
+    ours, theirs = (torch.arange(first, samples, 2, device=device) for first in (0, 1))
+    return Split(samples, ours, theirs, theirs)
 
 
 def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
@@ -50,14 +52,17 @@ def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
 
 def pairs_first(places: range, pairs: int, device: torch.device | str = "cpu") -> Split:
     """The split of these places of what `alongside` gives."""
-    place = torch.arange(places.start, places.stop, device=device)
-    odd = place % 2 == 1
-    return Split(odd | (place >= 2 * pairs), odd & (place < 2 * pairs))
+    count, odd = len(places), places.start % 2
+    end = min(max(0, 2 * pairs - places.start), count)
+    ours, partners = (torch.arange(first, end, 2, device=device) for first in (odd, 1 - odd))
+    rest = torch.arange(end, count, device=device)
+    return Split(count, ours, torch.cat((partners, rest)), partners)
 
 
-def rows(chosen: Tensor, x: Tensor) -> Tensor:
-    """`chosen` for each entry of the first dimension of `x`, into which a batch may have been flattened."""
-    return chosen.repeat_interleave(len(x) // len(chosen)) if len(x) > len(chosen) else chosen
+def rows(chosen: Tensor, split: Split, x: Tensor) -> Tensor:
+    """The entries of the first dimension of `x`, into which a batch may have been flattened, of rows `chosen`."""
+    each = len(x) // split.size
+    return chosen if each == 1 else (chosen[:, None] * each + torch.arange(each, device=chosen.device)).flatten()
 
 
 class PairedWeights:
@@ -78,10 +83,10 @@ class PairedWeights:
         """x (n, ..., columns) -> (n, ..., rows). What no recipe changes is the same in both."""
         if name + ".weight" not in self.original:
             return self.changed.linear(name, x)
-        theirs = rows(self.split.original, x)
-        ours = self.changed.linear(name, x[~theirs])
+        mine, theirs = (rows(chosen, self.split, x) for chosen in (self.split.ours, self.split.theirs))
+        ours = self.changed.linear(name, x[mine])
         out = ours.new_empty(len(x), *ours.shape[1:])
-        out[~theirs] = ours
+        out[mine] = ours
         out[theirs] = self.original.linear(name, x[theirs])
         return out
 
@@ -90,7 +95,7 @@ def only_changed(quantize: Callable[[Tensor], Tensor], split: Split) -> Callable
     """`quantize` for the compressed model's rows; the original's inputs are not rounded."""
 
     def rounded(x: Tensor) -> Tensor:
-        theirs = rows(split.original, x).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(theirs, x, quantize(x))
+        theirs = rows(split.theirs, split, x)
+        return quantize(x).index_copy(0, theirs, x[theirs])
 
     return rounded

@@ -55,7 +55,7 @@ def predictions(
             path = work / f"{stream.name}-final.tmp"
             final = stack.enter_context(HiddenStore(path, states.rows, (run.architecture.cfg.hidden_size,)))
             _finish(run, states, final, Batches(tokens, device=run.architecture.device))
-            weight = run.architecture.source.read(run.architecture.head, None, run.architecture.device)
+            weight = run.architecture.table(run.architecture.head, run.architecture.device)
             found.append(HeadInput(_rows(final, places), weight))
         yield found, facts
 
@@ -82,9 +82,8 @@ class _Together:
     @torch.no_grad()
     def visit(self, at: Visit) -> Facts:
         """{"errors": [...]}."""
-        for number, (run, before, after) in enumerate(zip(self.runs, at.before, at.after, strict=True)):
-            mine = _One(self.pool, number)
-            run_block(run, at.layer, before, at.batches, after, lambda name, parts: None, mine)
+        for number in range(len(self.runs)):
+            advance(self.runs, number, at, self.pool)
         return {"errors": self._errors(at)}
 
     def _errors(self, at: Visit) -> list[float | None]:
@@ -100,6 +99,12 @@ class _Together:
                 given = at.batches.read(at.after[number], batch)[rows].double() if number else expected
                 apart[number] += float((given - expected).square().sum())
         return [(apart[n] / whole) ** 0.5 if whole and n in alike else None for n in range(len(self.runs))]
+
+
+def advance(runs: Runs, number: int, at: Visit, pool: Pool) -> None:
+    """Run a block of one of `runs`, which `pool` shares, as it is: the stream of that number."""
+    mine = _One(pool, number)
+    run_block(runs[number], at.layer, at.before[number], at.batches, at.after[number], lambda name, parts: None, mine)
 
 
 @dataclass(frozen=True)

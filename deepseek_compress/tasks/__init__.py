@@ -4,7 +4,8 @@
     answer  <think> 2 3 + 9 = 3 2 </think> 3 2
 
 Four families in the shares of `FAMILIES`. A problem's split is decided by a hash of its prompt, so that training,
-calibration and test sets are disjoint whatever the seeds are.
+calibration and test sets are disjoint whatever the seeds are. `selection` are the test problems by which the built-in
+model's weights were chosen: they never judge it, so `unseen` leaves them out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Collection
+from functools import cache
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.tasks import adversarial, commonsense, mathematics, programs
@@ -26,12 +29,13 @@ FAMILIES = {
     "adversarial": (adversarial, 0.10),
 }
 SPLITS = ("test", "calibration", "train")
+SELECTED = 1000  # problems that training tested on
 LONGEST = 110  # words of prompt and solution; longer problems are not given
 DEFAULT = Difficulty(largest=999, limit=9999, shortest=3, longest=4)
 
 __all__ = [
-    "DEFAULT", "FAMILIES", "SPLITS", "Difficulty", "Problem", "Verdict", "generate", "mixture", "split_of", "verify",
-    "write_tokenizer",
+    "DEFAULT", "FAMILIES", "SPLITS", "Difficulty", "Problem", "Verdict", "generate", "mixture", "selection",
+    "split_of", "unseen", "verify", "write_tokenizer",
 ]  # fmt: skip
 
 
@@ -42,11 +46,17 @@ def split_of(prompt: str) -> str:
 
 
 def generate(
-    family: str, seed: int, count: int, split: str = "train", difficulty: Difficulty = DEFAULT, kind: str = ""
+    family: str,
+    seed: int,
+    count: int,
+    split: str = "train",
+    difficulty: Difficulty = DEFAULT,
+    kind: str = "",
+    without: Collection[str] = (),
 ) -> list[Problem]:
     """`count` different problems of one family and split; the same arguments give the same problems.
 
-    `kind` limits them to one sub-task. Raises DscError for an unknown name.
+    `kind` limits them to one sub-task; `without`: prompts that are left out. Raises DscError for an unknown name.
     """
     if family not in FAMILIES or split not in SPLITS:
         raise DscError(
@@ -61,18 +71,41 @@ def generate(
     found: dict[str, Problem] = {}
     while len(found) < count:
         problem = rng.choice(makers)(rng, difficulty)
-        if split_of(problem.prompt) == split and len(f"{problem.prompt} {problem.solution}".split()) <= LONGEST:
+        if split_of(problem.prompt) != split or problem.prompt in without:
+            continue
+        if len(f"{problem.prompt} {problem.solution}".split()) <= LONGEST:
             found.setdefault(problem.prompt, problem)
     return list(found.values())
 
 
-def mixture(seed: int, count: int, split: str = "test", difficulty: Difficulty = DEFAULT) -> list[Problem]:
-    """`count` problems of all families in their shares, shuffled."""
+def mixture(
+    seed: int,
+    count: int,
+    split: str = "test",
+    difficulty: Difficulty = DEFAULT,
+    without: Collection[str] = (),
+) -> list[Problem]:
+    """`count` problems of all families in their shares, shuffled; none whose prompt is in `without`."""
     counts = {family: int(share * count) for family, (_, share) in FAMILIES.items()}
     counts["mathematics"] += count - sum(counts.values())
-    problems = [p for family, n in counts.items() for p in generate(family, seed, n, split, difficulty)]
+    problems = [p for family, n in counts.items() for p in generate(family, seed, n, split, difficulty, "", without)]
     random.Random(f"mixture/{split}/{seed}").shuffle(problems)
     return problems
+
+
+def selection(count: int = SELECTED, difficulty: Difficulty = DEFAULT) -> list[Problem]:
+    """The problems by which weights are chosen while the built-in model is trained."""
+    return mixture(0, count, "test", difficulty)
+
+
+def unseen(seed: int, count: int) -> list[Problem]:
+    """Test problems by which nothing was chosen."""
+    return mixture(seed, count, "test", without=_selected())
+
+
+@cache
+def _selected() -> frozenset[str]:
+    return frozenset(problem.prompt for problem in selection())
 
 
 def verify(problem: Problem, completion: str) -> Verdict:
@@ -89,10 +122,16 @@ def verify(problem: Problem, completion: str) -> Verdict:
     answer = words[end + 1 :]
     steps = [step for step in programs.split(words[1:end], ";") if step]
     held: list[list[str]] = []
-    for step in steps:
+    wrong = None
+    for number, step in enumerate(steps):
         if _step_holds(problem, step, held, len(held)):
             held.append(step)
-    return Verdict(_right(problem, answer), token_f1(answer, problem.answer.split()), len(held), len(steps))
+        elif wrong is None:
+            wrong = number
+    right, expected = _right(problem, answer), problem.answer.split()
+    midway = not right and any(step[-len(expected) :] == expected for step in held)
+    f1 = token_f1(answer, expected)
+    return Verdict(right, f1, len(held), len(steps), wrong, " ".join(answer) or None, midway)
 
 
 def token_f1(answer: list[str], reference: list[str]) -> float:

@@ -33,13 +33,22 @@ class Problem:
     @property
     def solution(self) -> str:
         """The reference completion, without the end-of-sequence word."""
+        if "solution" in self.meta:
+            return str(self.meta["solution"])
         return f"{THINK} {' ; '.join(self.steps)} {END_THINK} {self.answer}"
 
 
 class Verdict(NamedTuple):
-    """`exact`: the answer is right; `f1`: token F1 of the answer; steps: how many were written, how many hold."""
+    """`exact`: the answer is right; `f1`: token F1 of the answer; steps: how many were written, how many hold.
+
+    `first_wrong`: index of the first step that does not hold; `answer`: as it was read, None where there is none;
+    `midway`: the chain held the right answer, the end did not.
+    """
 
     exact: bool
     f1: float
     valid_steps: int
     written_steps: int
+    first_wrong: int | None = None
+    answer: str | None = None
+    midway: bool = False

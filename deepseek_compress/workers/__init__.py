@@ -11,22 +11,19 @@ of a module; `shared`, tasks and results travel by pickle, between processes of 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from concurrent.futures import Future
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from deepseek_compress import machine, processes
 from deepseek_compress.errors import DscError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -126,12 +123,11 @@ class _Inline:
 
 
 class _Processes:
-    """Processes of a fork server: it imports the libraries once, and the workers share its pages."""
+    """Processes beside this one."""
 
     def __init__(self, shared: Any, count: int) -> None:
         self._shared, self.count = shared, count
-        self._pool: ProcessPoolExecutor | None = None
-        self._alive: Connection | None = None  # whose other end tells the workers that this process ended
+        self._workers: processes.Workers | None = None
 
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         done = lost = 0
@@ -140,7 +136,7 @@ class _Processes:
                 for result in self._ordered(function, tasks[done:]):
                     done, lost = done + 1, 0
                     yield result
-            except (BrokenProcessPool, ConnectionError, EOFError):  # the latter two where the fork server is gone
+            except processes.lost():
                 lost += 1
                 self._stop()
                 if lost == ATTEMPTS:
@@ -148,30 +144,15 @@ class _Processes:
                     raise DscError(what, "give fewer --workers; the same command goes on") from None
 
     def _ordered(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        pool = self._started()
-
-        def submit(task: Task) -> Future[Result]:
-            with processes.safe_environment(), processes.undisturbed():  # the first ones start processes
-                return pool.submit(_compute, function, task)
-
-        return in_order(tasks, submit, Future.result, self.count)
-
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__, *_PRELOAD])
-            alive, self._alive = context.Pipe(duplex=False)
-            with processes.safe_environment():  # its locks start the resource tracker
-                self._pool = ProcessPoolExecutor(self.count, context, _begin, (self._shared, alive))
-        return self._pool
+        if self._workers is None:
+            self._workers = processes.Workers(self.count, [__name__, *_PRELOAD], _begin, [self._shared])
+        workers = self._workers
+        return in_order(tasks, lambda task: workers.submit(_compute, function, task), Future.result, self.count)
 
     def _stop(self) -> None:
-        """End the workers at once, whatever they compute."""
-        if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        if self._workers is not None:
+            self._workers.kill()
+            self._workers = None
 
     def __enter__(self) -> _Processes:
         return self
@@ -180,30 +161,19 @@ class _Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
-        # Waited for, so that the time of its workers counts as this run's
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        processes.stop_server()
 
 
 _PRELOAD = ("deepseek_compress.compress.convert",)  # what tasks import
 _given: list[Any] = []  # in a worker: what its tasks share
 
 
-def _begin(shared: Any, alive: Connection) -> None:
+def _begin(alive: Connection, shared: Any) -> None:
     """Make this process a worker: one thread, deaf to Ctrl-C, and dead when the run is, of whose process is `alive`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the run itself ends its workers
-    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+    processes.end_with(alive)
     become_worker()
     _given[:] = [shared]
-
-
-def _end_with(alive: Connection) -> None:
-    """End this process at once when nobody holds the other end any more, whatever it computes.
-
-    The fork server does not see to it: its workers hold the pipe by which it would notice.
-    """
-    with suppress(EOFError, OSError):
-        alive.recv_bytes()
-    os._exit(1)
 
 
 def _compute(function: Callable[[Any, Task], Result], task: Task) -> Result:

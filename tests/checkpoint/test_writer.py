@@ -255,16 +255,24 @@ KILLED = """
                 w.flush()
             if stop == str(i):
                 os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[4] == "joined":
+            w.join()
         w.finish({}, {"stage": "copy"}, [])
 """
 
 
-@pytest.mark.parametrize("stop", ["9", "model.safetensors.index.json", "dsc_manifest.json", "config.json"])
-def test_kill_and_resume_give_the_bytes_of_an_uninterrupted_run(stop: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stop", "how"),
+    [("9", ""), ("9", "joined"), ("model.safetensors.index.json", ""), ("dsc_manifest.json", "joined"),
+     ("config.json", ""), ("config.json", "joined")],
+)  # fmt: skip
+def test_kill_and_resume_give_the_bytes_of_an_uninterrupted_run(
+    stop: str, how: str, tiny_qwen2: Path, tmp_path: Path
+) -> None:
     source = open_checkpoint(tiny_qwen2)
     out, whole = tmp_path / "out", tmp_path / "whole"
     code = textwrap.dedent(KILLED)
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_qwen2), str(out), stop], check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_qwen2), str(out), stop, how], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (out / "config.json").exists()
     again = 0
@@ -276,6 +284,8 @@ def test_kill_and_resume_give_the_bytes_of_an_uninterrupted_run(stop: str, tiny_
                     again += path == out
                 if i % 4 == 3:
                     writer.flush()
+            if how == "joined":
+                writer.join()
             writer.finish({}, {"stage": "copy"}, [])
     assert contents(out) == contents(whole)
     assert again == (len(source.header.tensors) - 8 if stop == "9" else 0)

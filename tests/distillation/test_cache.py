@@ -16,8 +16,9 @@ import torch
 
 from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.checkpoint.files import write_sealed
 from deepseek_compress.distillation import record as recording
-from deepseek_compress.distillation.cache import CachedTeacher, bytes_a_token
+from deepseek_compress.distillation.cache import CachedTeacher, bytes_a_token, read_index
 from deepseek_compress.distillation.documents import Document, batch_of, read_documents
 from deepseek_compress.distillation.record import Kept, ModelSpeaker, ResidentInputs, Settings, record
 from deepseek_compress.distillation.server import Server
@@ -142,6 +143,41 @@ def test_a_damaged_shard_is_told(tiny_v3: Path, documents: list[Document], tmp_p
         CachedTeacher(tmp_path)
 
 
+@pytest.mark.parametrize("damaged", ["teacher-00001.safetensors", "teacher-00002.safetensors", "recording.json"])
+def test_a_damaged_piece_of_an_interrupted_recording_is_made_again(
+    damaged: str, tiny_v3: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "SHARD_TOKENS", 100)
+    record_into(tmp_path / "whole", tiny_v3, documents, "sampled")
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done > 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_into(tmp_path / "halves", tiny_v3, documents, "sampled", stop)
+    file = tmp_path / "halves" / damaged
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    record_into(tmp_path / "halves", tiny_v3, documents, "sampled")
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert (tmp_path / "halves" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_an_index_that_is_not_what_was_written(tiny_v3: Path, documents: list[Document], tmp_path: Path) -> None:
+    record_into(tmp_path, tiny_v3, documents, "sampled")
+    index, file = read_index(tmp_path), tmp_path / "teacher.json"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"temperature": 2.0', b'"temperature": 3.0'))
+    with pytest.raises(DscError, match=r"teacher\.json: not the bytes that were written"):
+        CachedTeacher(tmp_path)
+    for key, value in (("vocabulary", "x"), ("temperature", 0), ("shards", [{"file": "../x"}]), ("form", [])):
+        write_sealed(file, {**index, key: value})
+        with pytest.raises(DscError, match=rf"teacher\.json: {key}[.0-9a-z, ]*: not what dsc writes there"):
+            CachedTeacher(tmp_path)
+
+
 def test_a_student_learns_without_its_teacher(tiny_llama: Path, tiny_v3: Path, text: Path, tmp_path: Path) -> None:
     """Record, remove the teacher, train; and what does not belong together is refused."""
     teacher = shutil.copytree(tiny_llama, tmp_path / "teacher")
@@ -169,8 +205,8 @@ def test_a_student_learns_without_its_teacher(tiny_llama: Path, tiny_v3: Path, t
     inside = build(Distill, {**knobs, "loss": "hidden_states"}, "distill")
     with pytest.raises(DscError, match="no hidden states"):
         inside.run(open_checkpoint(student), replace(made, out=tmp_path / "inside"))
-    index = json.loads((said.path / "teacher.json").read_text())
-    (said.path / "teacher.json").write_text(json.dumps({**index, "tokenizer": "another"}))
+    index = read_index(said.path)
+    write_sealed(said.path / "teacher.json", {**index, "tokenizer": "another"})
     with pytest.raises(DscError, match=r"other tokenizers \(vocabularies of 512 and 512 tokens\)"):
         stage.run(open_checkpoint(student), replace(made, out=tmp_path / "tokens"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.distillation import importance, objective
 from deepseek_compress.distillation.documents import Batch, Document, batch_of, read_documents
-from deepseek_compress.distillation.features import even_pairs, projections
+from deepseek_compress.distillation.features import even_pairs, inside_loss, projections
 from deepseek_compress.distillation.losses import ForwardKl, losses_of
 from deepseek_compress.distillation.objective import Objective
+from deepseek_compress.distillation.on_policy import chosen, own_text
 from deepseek_compress.distillation.shrink import shrink, sizes
-from deepseek_compress.distillation.teachers import LiveTeacher
-from deepseek_compress.distillation.trainer import Schedule, Trainer
+from deepseek_compress.distillation.teachers import JointTeacher, LiveTeacher
+from deepseek_compress.distillation.trainer import Schedule, State, Trainer
+from deepseek_compress.distillation.views import view
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import moe
 from deepseek_compress.models.runtime import Model
@@ -292,3 +295,79 @@ def test_a_dense_model_is_distilled_as_typed_and_by_another(
     assert "steps and tokens: one of them says how long to train" in done.stderr
     done = dsc("distill", tiny_llama, "-o", "six", "--set", "loss=kl")
     assert "unknown loss 'kl'; valid names: forward_kl" in done.stderr
+
+
+def test_on_its_own_text_a_student_comes_nearer_and_resumes_alike(tiny_llama: Path, text: Path) -> None:
+    """Every step on what the student writes: it depends on the weights of that step, and on nothing else."""
+    teacher = Model.load(tiny_llama)
+    documents = read_documents([Source(path=str(text))], load_tokenizer(tiny_llama), 64, 12)
+    what = Objective(losses_of("forward_kl"), 1.0, teacher.cfg.vocab_size)
+    schedule = Schedule(6, 256, learning_rate=3e-3, held_back=2, on_policy=1.0)
+
+    def training(until: int, state: State | None = None) -> State:
+        student = Model.load(tiny_llama)
+        for name, weight in student.weights.items():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+        trainer = Trainer(student, LiveTeacher(teacher, teacher.cfg.vocab_size, 1.0), documents, what, schedule)
+
+        def stop(now: State) -> None:
+            if now.step == until:
+                raise InterruptedError
+
+        begun = state or trainer.begin()
+        with suppress(InterruptedError):
+            trainer.run(silent, begun, stop)
+        return begun
+
+    whole = training(6)
+    assert whole.validations[-1].kl < whole.validations[0].kl
+    again = training(6, training(3))
+    assert again.losses == whole.losses
+    assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_own_text_keeps_prompts_and_follows_the_seed(tiny_llama: Path) -> None:
+    model = Model.load(tiny_llama)
+    documents = [Document([3, 4, 5, 6, 7, 8, 9, 10], 3), Document([11, 12, 13, 14, 15, 16], 0)]
+    own = own_text(model, documents, 7)
+    assert [document.prompt for document in own] == [3, 0]
+    assert own[0].ids[:3] == [3, 4, 5]
+    assert own[1].ids[:2] == [11, 12]
+    assert all(len(mine.ids) <= len(given.ids) + 1 for mine, given in zip(own, documents, strict=True))
+    assert own == own_text(model, documents, 7)
+    assert own != own_text(model, documents, 8)
+    assert sum(chosen(0.3, 1, step) for step in range(1000)) == pytest.approx(300, abs=50)
+
+
+def test_joint_training_changes_the_teacher_by_its_text_and_by_what_looks_inside(tiny_llama: Path, text: Path) -> None:
+    """The teacher's gradient is that of autograd on its own loss and the contrastive term; none comes by the target."""
+    batch = batch_of(documents_of(tiny_llama, text, 4), range(4), 1.0)
+    size = Model.load(tiny_llama).cfg.vocab_size
+    what = Objective(losses_of({"forward_kl": 1.0, "contrastive": 0.3}), 1.0, size, joint=0.5)
+    teacher, student = JointTeacher(Model.load(tiny_llama), size, 1.0), leaves(Model.load(tiny_llama), 0.3)
+    learned = {name: tensor.requires_grad_() for name, tensor in teacher.leaves().items()}
+    extra = {n: p.requires_grad_() for n, p in projections(what.losses, student.cfg, teacher.model.cfg).items()}
+    teacher.take(learned)
+    weight = float(batch.weights.sum())
+    what.backward(student, batch, what.said(teacher, batch), extra, weight)
+    found = {name: tensor.grad for name, tensor in learned.items()}
+
+    plain = leaves(Model.load(tiny_llama))
+    seen, theirs = view(student, batch), view(plain, batch)
+    own = torch.nn.functional.cross_entropy(theirs.final @ plain.head.T, batch.labels, reduction="sum") / weight
+    (0.5 * own + inside_loss(what.losses, seen, theirs, batch, [], extra)).backward()
+    for name, tensor in plain.weights.items():
+        assert tensor.grad is not None
+        assert torch.allclose(found[f"teacher/{name}"], tensor.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_both_are_trained_and_only_the_student_is_written(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    knobs = {"joint": 0.5, "loss": {"forward_kl": 1.0, "contrastive": 0.1}, "steps": 3, "batch_tokens": 256}
+    given = Context("out", tmp_path / "out", "", 5, {"sources": [str(text)]}, outputs={"model": tiny_llama},
+                    tell=lambda line: None)  # fmt: skip
+    output = build(Distill, {**knobs, "documents": 8}, "distill").run(open_checkpoint(tiny_llama), given)
+    names = set(open_checkpoint(tiny_llama).header.tensors)
+    assert set(open_checkpoint(output.path).header.tensors) == names
+    assert output.facts["losses"][0] > 0
+    problems = build(Distill, {**knobs, "cache": str(tmp_path)}, "distill").problems(open_checkpoint(tiny_llama).header)
+    assert any("joint: needs the teacher itself" in problem.what for problem in problems)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.errors import DscError
-from deepseek_compress.evaluation import divergence
+from deepseek_compress.evaluation import divergence, where
 from deepseek_compress.evaluation.divergence import Sample, batches, measure, record
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.streaming import head
@@ -154,3 +154,35 @@ def test_what_the_user_can_mend_is_said(tmp_path: Path, teacher: Model) -> None:
         divergence.text_windows(tmp_path / "none.txt", Words(), 1, 1)  # type: ignore[arg-type]
     with pytest.raises(DscError, match="token 512 in a vocabulary of 512"):
         measure(teacher, [Sample([1, 512], 1)])
+
+
+def test_logits_alone_give_the_same_numbers_and_llama_cpps_percentiles(
+    teacher: Model, noisy: Model, samples: list[Sample], tmp_path: Path
+) -> None:
+    trace, _ = record(teacher, samples, tmp_path)
+    whole, alone = measure(noisy, samples, trace), divergence.measure_logits(noisy, samples, trace)
+    assert alone.kl == pytest.approx(whole.kl, rel=1e-5)
+    assert alone.nll == pytest.approx(whole.nll, rel=1e-6)
+    assert alone.agreed == whole.agreed
+    assert whole.positions is not None
+    assert alone.positions is not None
+    assert alone.positions.kl == pytest.approx(whole.positions.kl, rel=1e-4, abs=1e-9)
+    assert alone.positions.entropy == pytest.approx(whole.positions.entropy, rel=1e-5)
+    every = []  # llama.cpp: of each position sum p (log p - log q), sorted, interpolated between neighbours
+    for sample in samples:
+        p, q = logits(teacher, sample).log_softmax(1), logits(noisy, sample).log_softmax(1)
+        every += (p.exp() * (p - q)).sum(1).tolist()
+    every.sort()
+    found = where.spread(whole.positions, samples, lambda ids: str(list(ids)))
+    for name, at in (("median", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        place = at * (len(every) - 1)
+        low = int(place)
+        expected = every[low] + (place - low) * (every[min(low + 1, len(every) - 1)] - every[low])
+        assert found[name] == pytest.approx(expected, rel=1e-4)
+    assert found["max"] == pytest.approx(every[-1], rel=1e-4)
+    assert sum(band["share"] for band in found["by_entropy"]) == pytest.approx(1.0)
+    assert sum(band["positions"] for band in found["by_entropy"]) == len(every)
+    worst = found["worst"][0]
+    index = whole.positions.kl.index(max(whole.positions.kl))
+    sample, place_ = samples[whole.positions.sample[index]], whole.positions.place[index]
+    assert worst["token"] == str([sample.tokens[place_]])

@@ -13,7 +13,7 @@ import torch
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.files import hash_file, write_sealed
 from deepseek_compress.errors import DscError, Problems
-from deepseek_compress.evaluation import efficiency, reasoning, summary
+from deepseek_compress.evaluation import answering, efficiency, reasoning, summary
 from deepseek_compress.evaluation.about import about
 from deepseek_compress.evaluation.record import METRICS, Settings, evaluate
 from deepseek_compress.evaluation.statistics import Bootstrap
@@ -150,7 +150,7 @@ def test_answers_are_judged_in_the_order_of_the_problems(tiny_v3: Path, monkeypa
         return found
 
     monkeypatch.setattr(model, "generate", recite)
-    monkeypatch.setattr(reasoning, "BATCH", 4)
+    monkeypatch.setattr(answering, "BATCH", 4)
     verdicts = reasoning.answer(model, tokenizer, prompts)
     assert [verdict.exact for verdict in verdicts] == [False, True] * 4 + [False]
     assert [reasoning.step_share(verdict) for verdict in verdicts] == [0.0, 1.0] * 4 + [0.0]

@@ -1,15 +1,8 @@
-"""GGUF files in a real llama.cpp: node-llama-cpp, whose package has its binaries.
-
-`npm install node-llama-cpp` in a directory, and DSC_LLAMA_CPP=DIRECTORY.
-"""
+"""GGUF files in a real llama.cpp: its words are our tokenizer's tokens, its answers the runtime's."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,44 +13,12 @@ from deepseek_compress.models.resolve import resolve_model
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.tasks import mixture
+from tests.llama_cpp import Asked
 
 from .conftest import write_quantised
 
-NODE = Path(os.environ.get("DSC_LLAMA_CPP", "no-such-directory"))
-SCRIPT = """
-const {module, file, prompts, texts, count} = JSON.parse(process.argv[2]);
-const {getLlama, LlamaLogLevel} = await import(module);
-const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, maxThreads: 1});
-const model = await llama.loadModel({modelPath: file, useMmap: false});
-const context = await model.createContext({contextSize: 256, threads: 1, sequences: 1});
-const sequence = context.getSequence(), answers = [];
-for (const tokens of prompts) {
-    await sequence.clearHistory();
-    const made = [];
-    for await (const token of sequence.evaluate(tokens, {temperature: 0, yieldEogToken: true})) {
-        made.push(token);
-        if (made.length >= count) break;
-    }
-    answers.push(made);
-}
-console.log(JSON.stringify({answers, tokens: texts.map((text) => Array.from(model.tokenize(text, false)))}));
-await llama.dispose();
-"""
+pytest.importorskip("xllamacpp", reason="pip install 'deepseek-compress[llama-cpp]'")
 LEAD = 0.05  # over the largest |logit|
-pytestmark = [
-    pytest.mark.verify,
-    pytest.mark.skipif(not (NODE / "node_modules").is_dir(), reason="DSC_LLAMA_CPP names no node-llama-cpp"),
-]
-
-
-def asked(file: Path, prompts: list[list[int]], texts: list[str], count: int = 24) -> dict[str, Any]:
-    script, module = file.with_suffix(".mjs"), NODE / "node_modules" / "node-llama-cpp" / "dist" / "index.js"
-    script.write_text(SCRIPT)
-    given = {"module": str(module), "file": str(file), "prompts": prompts, "texts": texts, "count": count}
-    done = subprocess.run(["node", script, json.dumps(given)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 def clear_tokens(model: Model, prompt: list[int], made: list[int]) -> list[bool]:
@@ -69,8 +30,12 @@ def clear_tokens(model: Model, prompt: list[int], made: list[int]) -> list[bool]
     return (logits.argmax(-1) == torch.tensor(made))[clear].tolist()
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", None])
-@pytest.mark.parametrize("family", ["tiny_v2", "tiny_v3"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("tiny_v2", "w4a16"), *(pytest.param(*case, marks=pytest.mark.verify) for case in (
+        ("tiny_v2", None), ("tiny_v3", "w4a16"), ("tiny_v3", None),
+    ))],
+)  # fmt: skip
 def test_it_says_what_the_runtime_says(
     request: pytest.FixtureRequest, tmp_path: Path, family: str, scheme: str | None
 ) -> None:
@@ -81,8 +46,9 @@ def test_it_says_what_the_runtime_says(
     prompts = [torch.randint(4, 512, (length,), generator=generator).tolist() for length in (5, 17, 90)]
     model = Model.load(source)
     same: list[bool] = []
-    for prompt, made in zip(prompts, asked(tmp_path / "model.gguf", prompts, [])["answers"], strict=True):
-        same += clear_tokens(model, prompt, made)
+    server = Asked(tmp_path / "model.gguf")
+    for prompt in prompts:
+        same += clear_tokens(model, prompt, server.greedy(prompt, 24))
     # llama.cpp rounds the inputs of packed weights to 8 bits, which may choose other experts in a random model
     assert len(same) > 10 and sum(same) >= (0.95 if scheme else 1.0) * len(same)
 
@@ -94,8 +60,8 @@ def test_nano_reads_and_answers(tmp_path: Path) -> None:
     texts = [problem.prompt for problem in mixture(7, 40, split="calibration")]
     tokenizer = load_tokenizer(source.path)
     prompts = [tokenizer.encode(text, special=True) for text in texts[:4]]
-    found = asked(tmp_path / "model.gguf", prompts, texts)
-    assert found["tokens"] == [tokenizer.encode(text) for text in texts]
-    model = Model.load(source)
-    for prompt, made in zip(prompts, found["answers"], strict=True):
-        assert all(clear_tokens(model, prompt, made))
+    server, model = Asked(tmp_path / "model.gguf"), Model.load(source)
+    assert [server.tokens(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+    for prompt in prompts:
+        same = clear_tokens(model, prompt, server.greedy(prompt, 24))
+        assert same and all(same)

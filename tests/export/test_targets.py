@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def test_graph_targets(tmp_path: Path, tiny_v3: Path, quantised: Quantise, targe
     facts = output.facts
     assert facts["status"] == "ran in onnxruntime"
     assert facts["verification"]["holds"]
+    caches = [value for value in open_session(output.path).get_outputs() if value.name.startswith("present.")]
+    widths = [4 * math.prod(size for size in value.shape[1:] if isinstance(size, int)) for value in caches]
+    assert facts["cache_bytes_per_token"] == sum(widths)
     assert facts["bytes"] == sum((tmp_path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     domains = {node.domain for node in onnx.load(str(output.path), load_external_data=False).graph.node}
     assert ("com.microsoft" in domains) == (target == "onnxruntime")
@@ -69,8 +73,8 @@ def test_a_graph_that_disagrees_leaves_nothing_that_loads(
 ) -> None:
     load = Model.load
 
-    def other(source: Any) -> Model:
-        model = load(source)
+    def other(source: Any, device: str) -> Model:
+        model = load(source, device=device)
         return Model(model.family, model.cfg, {n: t * 1.05 for n, t in model.weights.items()})
 
     run(tiny_llama, tmp_path, verify=False)

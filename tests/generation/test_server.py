@@ -104,6 +104,7 @@ def test_plain_text_and_a_field_for_thoughts(serve: Serve, asked: list[tuple[str
         ([chat("a"), b'data: {"error": "out of memory"}\n\n', DONE], 200, "out of memory.* after 1 tokens"),
         ([b"data: {no JSON\n\n", DONE], 200, "not JSON after 0 tokens"),
         ([b'{"message": "too long"}', DONE], 400, "400 .*too long"),
+        ([b'{"error": {"message": "too\\nlong"}}'], 400, "400 too long; give a shorter prompt"),
     ],
 )
 def test_a_server_that_fails(serve: Serve, lines: list[bytes], status: int, said: str) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from deepseek_compress import limits
+from deepseek_compress.checkpoint.files import write_sealed
 from deepseek_compress.errors import DscError
-from deepseek_compress.generation.backends import engine
+from deepseek_compress.generation.backends import engine, llama_cpp
 from deepseek_compress.generation.backends.genai import GenaiBackend, installed
 from deepseek_compress.generation.backends.graph import GraphBackend
 from deepseek_compress.generation.backends.onnx import OnnxRunner
@@ -149,7 +150,7 @@ def test_a_template_that_loops_or_refuses(
     ("files", "what", "fix"),
     [
         ([], "nothing here that answers", "give a checkpoint"),
-        (["model.gguf"], "llama.cpp runs GGUF files", "llama-server -m "),
+        (["model.gguf"], "no GGUF file", "export it again"),
         (["model.onnx"], "no tokenizer.json", "export it again"),
     ],
 )
@@ -167,7 +168,7 @@ def test_what_does_not_answer(tmp_path: Path, files: list[str], what: str, fix: 
 def engine_folder(folder: Path, **knobs: object) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "model.engine").write_bytes(b"engine")
-    (folder / "dsc_manifest.json").write_text(json.dumps({"knobs": {"target": "tensorrt-rtx", **knobs}}))
+    write_sealed(folder / "dsc_manifest.json", {"knobs": {"target": "tensorrt-rtx", **knobs}})
     return folder
 
 
@@ -205,3 +206,16 @@ def test_a_genai_folder_without_its_package(tiny_llama: Path, exported: Exported
     assert "onnxruntime-genai is not installed" in speaker.note
     with pytest.raises(DscError, match="onnxruntime-genai is not installed"):
         GenaiBackend(folder)
+
+
+def test_a_gguf_file_without_llama_cpp_or_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF and then nothing that llama.cpp knows")
+    if llama_cpp.installed():
+        with pytest.raises(DscError, match=r"llama\.cpp cannot load it"):
+            open_target(str(file))
+    monkeypatch.setattr(llama_cpp, "PACKAGE", "no_such_package")
+    with pytest.raises(DscError, match=r"is run by llama\.cpp, which is not installed") as caught:
+        open_target(str(tmp_path))
+    assert "pip install 'deepseek-compress[llama-cpp]'" in caught.value.fix
+    assert f"llama-server -m {file}" in caught.value.fix

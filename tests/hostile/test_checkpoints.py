@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import checkpoints
+import manifests
 import pytest
-from checkpoints import Case, cases
 from harness import dsc, faults, loads, warm
 
 EVERY = 15  # cases of which the default tests take one
-ALL = cases()
+ALL = [*checkpoints.cases(), *manifests.cases()]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_there_are_enough() -> None:
     "case",
     [pytest.param(c, id=str(i), marks=[] if i % EVERY == 0 else pytest.mark.verify) for i, c in enumerate(ALL)],
 )
-def test_a_malformed_checkpoint(case: Case, home: Path, tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_a_malformed_checkpoint(case: checkpoints.Case, home: Path, tmp_path: Path, tiny_qwen2: Path) -> None:
     folder = tmp_path / "case"
     model = folder / "model"
     shutil.copytree(tiny_qwen2, model)

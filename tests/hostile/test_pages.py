@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from harness import CONTROL, dsc, faults, warm
 
-from deepseek_compress.reports import files
+from deepseek_compress.errors import DscError
+from deepseek_compress.reports import files, merge
 from deepseek_compress.reports.markdown import markdown
 from deepseek_compress.reports.page import page
 
@@ -84,6 +85,25 @@ def test_a_malformed_report(number: int, tmp_path: Path) -> None:
     found = dsc(tmp_path, "compare", "good.json", "bad.json", "-o", "out.html")
     assert faults(found) == [], ALL[number][:300]
     assert found.code == 0 or not (tmp_path / "out.html").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("null"), *(pytest.param(i, marks=pytest.mark.verify) for i in range(15))]
+)
+def test_any_value_at_any_place(name: str | int, tmp_path: Path) -> None:
+    """A record that `read` takes becomes pages; one that it does not is one error."""
+    value = VALUES[0 if name == "null" else int(name)]
+    for at in places(record()):
+        changed = put(record(), at, value) if at else value
+        (tmp_path / "report.json").write_text(json.dumps(changed))
+        try:
+            found = files.read(tmp_path)
+        except DscError:
+            continue
+        merged = merge([record(), found], ["good", "bad"])
+        for whole in (found, merged):
+            page(whole)
+            markdown(whole)
 
 
 class Tags(HTMLParser):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from harness import dsc, faults, warm
 
+from deepseek_compress.models.tokenizer import load_tokenizer
+
 EVERY = 12
 OPTIONS = ("-r", "w4a16", "--group-size", "32", "--samples", "2", "--length", "16")
 LINE = json.dumps({"text": "What is two plus two? It is four. " * 40}).encode()
@@ -70,6 +72,20 @@ def test_malformed_text(number: int, tmp_path: Path, tiny_qwen2: Path) -> None:
     found = dsc(tmp_path, "quantize", str(tiny_qwen2), "-o", "out", *OPTIONS, "--calibration", name)
     assert faults(found) == [], (name, content[:80])
     assert found.code == 0 or not (tmp_path / "out" / "config.json").exists()
+
+
+def test_truncation_and_padding_of_a_tokenizer_are_off(tmp_path: Path, tiny_qwen2: Path) -> None:
+    text = "What is two plus two? It is four."
+    plain = load_tokenizer(tiny_qwen2).encode(text)
+    given = json.loads((tiny_qwen2 / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+           "pad_token": "x"}  # fmt: skip
+    for change in ({"truncation": cut}, {"padding": pad}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**given, **change}))
+        assert load_tokenizer(tmp_path).encode(text) == plain
+        assert load_tokenizer(tmp_path).encode_many([text]) == [plain]
+    assert len(plain) > 4
 
 
 @pytest.mark.verify

@@ -16,6 +16,7 @@ import pytest
 
 from deepseek_compress import __version__
 from deepseek_compress.checkpoint.verified import AGAIN
+from deepseek_compress.errors import DscError
 from tests.house.conftest import Dsc
 
 WORK = ("plan", "run", "distill", "prune", "calibrate", "quantize", "export", "evaluate")
@@ -28,11 +29,31 @@ def errors(text: str) -> list[str]:
 
 
 def test_a_reference_in_a_directory_named_model() -> None:
-    from deepseek_compress.cli.work import _names
+    from deepseek_compress.evaluation.subjects import subjects
 
-    assert _names("a/model", "b/model") == ("model", "model-reference")
-    assert _names("a/out", "b/model") == ("out", "model-reference")
-    assert _names("a/out", "b/teacher") == ("out", "teacher")
+    def names(*models: str, reference: str | None = None) -> tuple[str, list[str], str | None]:
+        found = subjects(models, reference)
+        return found.main, found.names, found.reference
+
+    assert names("a/model", reference="b/model") == ("model", ["model-reference", "model"], "model-reference")
+    assert names("a/out", reference="b/model") == ("out", ["model-reference", "out"], "model-reference")
+    assert names("a/out", "c/out", reference="b/teacher") == ("out", ["teacher", "out", "out-2"], "teacher")
+    assert names("a/out", "b/model", reference="a/out") == ("out", ["out", "model-2"], "out")
+
+
+def test_deployed_files_need_a_checkpoint_beside_them(tmp_path: Path) -> None:
+    from deepseek_compress.evaluation.subjects import subjects
+
+    (tmp_path / "ort").mkdir()
+    (tmp_path / "ort" / "model.onnx").write_bytes(b"x")
+    file, server = str(tmp_path / "ort" / "model.onnx"), "http://host:8000/v1"
+    found = subjects([file, server], "a/teacher")
+    assert (found.main, found.model, found.names) == ("teacher", "a/teacher", ["teacher"])
+    assert found.deployed == {"ort": file, "host-8000-v1": server}
+    with pytest.raises(DscError, match="a deployed file alone; give the checkpoint"):
+        subjects([file], None)
+    with pytest.raises(DscError, match="not a checkpoint"):
+        subjects(["a/out"], file)
 
 
 def test_alone_it_shows_help_in_the_order_of_work(dsc: Dsc) -> None:
@@ -152,7 +173,7 @@ def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, 
         ),
         (["evaluate", "MODEL", "-o", "r.html"], "error: -o r.html: a page beside the report; name that: -o r.json"),
         (["compare", "no.json", "-o", "c.html"], "error: no.json: No such file or directory; "),
-        (["compare", "no.json", "-o", "c.pdf"], "error: -o c.pdf: not a .html file; "),
+        (["compare", "no.json", "-o", "c.pdf"], "error: -o c.pdf: not a .html or .csv file; "),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_1(dsc: Dsc, tiny_llama: Path, words: list[str], line: str) -> None:

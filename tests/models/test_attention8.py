@@ -11,9 +11,9 @@ from torch import Tensor
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.models.activations import input_scheme
+from deepseek_compress.models.attend import attend, causal_mask
 from deepseek_compress.models.attention8 import attend_int8
 from deepseek_compress.models.families.table import family_of
-from deepseek_compress.models.layers import attend, causal_mask
 from deepseek_compress.models.runtime import Model
 
 B, H, G, T, S, V = 2, 4, 2, 5, 9, 6

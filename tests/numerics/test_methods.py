@@ -119,6 +119,23 @@ def test_migration_finds_the_channels_that_matter() -> None:
     assert layer_error(weight, moved, x.t() @ x) < 0.7 * plain
 
 
+def test_awq_scales_are_those_with_the_least_error_on_the_inputs() -> None:
+    """Each alpha in turn; what it loses is taken on the inputs as they come, with the scales undone."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(300, 32, generator=generator) * torch.exp(1.5 * torch.randn(32, generator=generator))
+    weights = [torch.randn(8, 32, generator=generator) for _ in range(2)]
+    statistics, errors, tried = Statistics(300, x.t() @ x, input_absmean=x.abs().mean(0)), [], []
+    for step in range(6):
+        scales = x.abs().mean(0) ** (step / 6)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        moved = [Rtn(group_size=32)(w * scales, statistics).dequantize() / scales for w in weights]
+        errors.append(sum(float((x @ (w - q).T).square().sum()) for w, q in zip(weights, moved, strict=True)))
+        tried.append(scales)
+    best = errors.index(min(errors))
+    assert 0 < best < 5, "neither nothing moved nor everything"
+    torch.testing.assert_close(migration(weights, statistics, Rtn(group_size=32), steps=6), tried[best])
+
+
 def test_hqq_lowers_its_own_norm_where_there_are_outliers() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 128, generator=generator)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek_compress import pipeline
+from deepseek_compress.cli.options import bytes_of
+from deepseek_compress.cli.work import _options
 from deepseek_compress.errors import DscError
-from deepseek_compress.planning import device
+from deepseek_compress.planning import device, rates
+from deepseek_compress.planning.costs import Rates
 from deepseek_compress.recipe import parse_recipe
+from tests.strict_device import SYNCHRONIZED, strict_device
 
 
 @pytest.fixture
@@ -42,7 +48,67 @@ def test_too_little_memory_is_named_by_plan(two_gpus: None, tiny_llama: Path) ->
     small = pipeline.Options(device="cuda:1", gpu_memory=1 << 20)
     (problem,) = pipeline.plan(recipe, small).problems
     assert "of cuda:1, which has" in problem.what and "--device cpu" in problem.fix
+    fits = problem.fix.split("--gpu-memory ")[1].split(",")[0]
+    assert not pipeline.plan(recipe, pipeline.Options(device="cuda:1", gpu_memory=bytes_of(fits))).problems
     assert pipeline.plan(recipe, pipeline.Options(device="cuda:1")).problems == []
+
+
+def test_a_gpu_that_others_fill(two_gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 2 << 30))
+    recipe = parse_recipe(f"model: {tiny_llama}\nstages:\n  - compress: {{weights: gptq}}\n", "r.yaml")
+    (problem,) = pipeline.plan(recipe, pipeline.Options(device="cuda:0")).problems
+    assert re.search(r"free \S+ MB of it, or take another, or use --device cpu", problem.fix)
+
+
+def test_each_device_has_rates_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(rates, "_measured", lambda where: measured.append(where) or Rates(*[len(measured)] * 8))
+    assert rates.rates(device="cuda:0") is None
+    assert rates.rates(measure=True) == Rates(*[1] * 8)
+    assert rates.rates(device="cuda:0") is None, "the processor's are not the GPU's"
+    assert rates.rates(measure=True, device="cuda:0") == Rates(*[2] * 8)
+    assert rates.rates(device="cuda:1") == Rates(*[2] * 8), "a GPU of the same name"
+    assert rates.rates() == Rates(*[1] * 8)
+    assert measured == ["cpu", "cuda:0"]
+
+
+def test_rates_are_measured_where_it_computes() -> None:
+    with strict_device() as counts:
+        before = SYNCHRONIZED.total()
+        assert rates._rate(1.0, lambda: None, "strict", 0.0) >= 0
+        assert SYNCHRONIZED.total() > before
+        x = torch.randn(4, 4).to("strict")
+        assert counts["copies"] == 1
+        assert x.device.type == "strict"
+
+
+def test_operators_that_are_not_repeatable_are_told() -> None:
+    told: list[str] = []
+
+    def compute(where: str, *names: str) -> bool:
+        with device.repeatable(where, told.append):
+            for name in names:
+                what = f"{name} does not have a deterministic implementation, but you set 'torch.use_determ...'"
+                warnings.warn(what, UserWarning, stacklevel=1)
+            warnings.warn("another thing", UserWarning, stacklevel=1)
+            return torch.are_deterministic_algorithms_enabled()
+
+    with pytest.warns(UserWarning, match="another thing"):
+        assert compute("cuda:0", "cumsum_cuda_kernel", "cumsum_cuda_kernel", "kthvalue CUDA")
+    (line,) = told
+    assert line.endswith("on cuda:0: torch has no deterministic cumsum_cuda_kernel, kthvalue CUDA")
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.warns(UserWarning, match="another thing"):
+        assert not compute("cpu")
+    assert len(told) == 1
+
+
+def test_a_cluster_computes_on_processors(two_gpus: None) -> None:
+    assert _options("auto", ray="auto").device == "cpu"
+    with pytest.raises(DscError, match="--ray and --device cuda:1 together"):
+        _options("cuda:1", ray="auto")
 
 
 def test_memory_that_runs_out_is_one_line() -> None:

@@ -179,6 +179,17 @@ def test_what_is_no_report_is_said(tmp_path: Path) -> None:
             read(tmp_path / f"{name}.json")
 
 
+def test_null_where_an_object_belongs_is_said(record: dict[str, Any], tmp_path: Path) -> None:
+    record["models"][1]["metrics"] = None
+    (tmp_path / "report.json").write_text(json.dumps(record))
+    with pytest.raises(DscError, match=r"report\.json: models\.1\.metrics: Input should be an object; evaluate again"):
+        read(tmp_path)
+    del record["models"][1]["metrics"]
+    (tmp_path / "report.json").write_text(json.dumps(record))
+    with pytest.raises(DscError, match=r"report\.json: lacks models\[1\]\.metrics"):
+        read(tmp_path)
+
+
 def test_comparing_puts_runs_side_by_side(record: dict[str, Any], tmp_path: Path) -> None:
     other = copy.deepcopy(record)
     other["models"][1]["metrics"]["exact_match"] = 0.9

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from deepseek_compress.calibration.tokens import calibration_tokens
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.formats.packed import unpack_weight
+from deepseek_compress.compress import loss as loss_of_text
 from deepseek_compress.compress.overrides import build_all
 from deepseek_compress.compress.selection import select
 from deepseek_compress.errors import DscError, Problems
+from deepseek_compress.evaluation.divergence import Sample, measure, record
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics import SPARSITY, WEIGHTS, pattern
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
@@ -103,6 +107,42 @@ def test_sparsity_alone_is_a_plain_checkpoint_with_zeros(
             assert done.header.tensors[name].dtype == torch.bfloat16
     assert output.facts["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert output.facts["bits_per_weight"] == 16
+
+
+@pytest.mark.parametrize(("method", "turned"), [("sparsegpt", False), ("reconstruct", False), ("sparsegpt", True)])
+def test_what_zeros_cost_is_measured_and_told(
+    method: str, turned: bool, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of the block loop are those of an evaluation of what was written."""
+    told: list[str] = []
+    monkeypatch.setattr(loss_of_text, "JUDGED", 3 * 64)
+    monkeypatch.setattr(loss_of_text, "WARN_KL", 1e-9)
+    knobs = stage(sparsity=method, **({"rotation": "hadamard"} if turned else {}))
+    output = knobs.run(open_checkpoint(tiny_llama), context(tmp_path / "out", text, told))
+    tokens = calibration_tokens([text], load_tokenizer(tiny_llama), 12, 64)[:3].tolist()
+    samples = [Sample(window, 1) for window in tokens]
+    (tmp_path / "trace").mkdir()
+    trace, before = record(Model.load(tiny_llama), samples, tmp_path / "trace")
+    after = measure(Model.load(output.path), samples, trace)
+    found = output.facts["loss"]
+    assert found["tokens"] == 3 * 63
+    assert found["before"] == pytest.approx(before.perplexity, rel=1e-3)
+    assert found["after"] == pytest.approx(after.perplexity, rel=0.01)  # a turned model is stored in 16 bits
+    assert found["kl"] == pytest.approx(after.kl_divergence, rel=0.02, abs=1e-4)
+    assert found["kl"] > 1e-3
+    (line,) = (line for line in told if line.startswith("on 189 tokens"))
+    assert f"KL {found['kl']:.4f}" in line
+    assert any(line.startswith("warning: KL") for line in told)
+    card = (output.path / "README.md").read_text()
+    assert f"| 189 | {found['kl']:.4f} | {found['before']:.2f} | {found['after']:.2f} |" in card
+    assert "far from the original" in card
+
+
+def test_zeros_without_text_are_told_as_not_measured(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    output = stage(sparsity="magnitude").run(open_checkpoint(tiny_llama), context(tmp_path / "out", text, told))
+    assert "loss" not in output.facts
+    assert any("not measured: dsc evaluate" in line for line in told)
 
 
 def test_sparse_and_quantised_keeps_the_zeros(tiny_v3: Path, text: Path, tmp_path: Path) -> None:

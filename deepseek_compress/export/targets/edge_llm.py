@@ -49,7 +49,9 @@ class EdgeLlm(Target, frozen=True, extra="forbid"):
         packed = [info for info in header.tensors.values() if info.encoding == "packed"]
         if not packed:
             found.append(DscError(f"{header.path}: holds no packed weights", RECIPE))
-        found += [error for info in packed for error in _misfits(info)]
+        tables = {cfg.names.embedding, cfg.names.head}
+        for info in packed:
+            found += _misfits(info) if info.name not in tables else [_packed_table(info)]
         if not _has_template(header.path):
             fix = "add chat_template.jinja, or chat_template in tokenizer_config.json"
             found.append(DscError(f"{header.path}: has no chat template, which the exporter requires", fix))
@@ -85,6 +87,11 @@ def _misfits(info: TensorInfo) -> list[DscError]:
         what = f"{info.name}: {rows} x {columns}; TensorRT-Edge-LLM takes multiples of {MULTIPLE}"
         return [DscError(what, "leave it 16-bit with `overrides`")]
     return []
+
+
+def _packed_table(info: TensorInfo) -> DscError:
+    """An embedding or a head on few bits."""
+    return DscError(f"{info.name}: packed; TensorRT-Edge-LLM takes 16 bits", "quantise without embedding and head")
 
 
 def _has_template(folder: Path) -> bool:

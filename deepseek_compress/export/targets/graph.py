@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from deepseek_compress import machine
 from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.target import RAN, WRITTEN, Exported, Job, Target, collected, copy_words, sparsity, staged
 from deepseek_compress.models import Architecture
+from deepseek_compress.planning.costs import useful
+
+if TYPE_CHECKING:
+    from deepseek_compress.export.verify import Agreement
 
 ONNX = "model.onnx"
-VERIFIED_BYTES = 2 << 30  # an export streams; comparing needs the whole model in memory
+RESIDENT = 2 << 30  # bytes in FP32: a larger model is compared block by block, as it is written
+CHECK = "check"  # directory of a comparison block by block
 Logits = Literal["all", "last"]
 
 
 class GraphTarget(Target, frozen=True, extra="forbid"):
-    """`verify` runs the file beside the runtime (None: where the model in FP32 fits into 2 GiB), on `samples` texts.
+    """`verify` runs the file beside the runtime on `samples` texts, block by block where the model takes much memory.
+
+    None: unless a block takes more than there is.
 
     `precision` auto: float16 for TensorRT, else float32.
     """
@@ -51,9 +60,13 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
         with staged(out, self.loads) as folder:
             facts: dict[str, Any] = {"target": self.name, "lowering": self.lowering, "precision": dtype}
             facts |= export_onnx(source, folder / ONNX, self.lowering, dtype=dtype, **self.options())
-            facts |= {"status": WRITTEN, "sparsity": sparsity(source)}
-            if dtype != "bfloat16" and self._to_verify(source, job):
-                facts |= {"verification": self._verified(source, folder / ONNX, job), "status": RAN}
+            facts |= {
+                "status": WRITTEN,
+                "sparsity": sparsity(source),
+                "cache_bytes_per_token": cache_bytes(source, dtype),
+            }
+            found = None if dtype == "bfloat16" else self._verified(source, folder / ONNX, job)
+            facts |= {"verification": found, "status": RAN} if found else {}
             copy_words(source, folder)
             facts |= self.finish(source, folder, facts, job)
         return Exported("artifact", out / self.loads, facts)
@@ -62,26 +75,56 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
         """Write what else belongs into the folder; returns more facts."""
         return {}
 
-    def _to_verify(self, source: Checkpoint, job: Job) -> bool:
-        if self.verify is not None:
-            return self.verify
-        size = 4 * sum(info.elements for info in source.header.tensors.values())
-        if size > VERIFIED_BYTES:
-            job.tell(f"not compared with the runtime: that takes {size / 1e9:.1f} GB (verify: true does it)")
-        return size <= VERIFIED_BYTES
-
-    def _verified(self, source: Checkpoint, path: Path, job: Job) -> dict[str, Any]:
+    def _verified(self, source: Checkpoint, path: Path, job: Job) -> dict[str, Any] | None:
         """Compare with the runtime; raise `DscError` where the file is not what the checkpoint computes."""
-        from deepseek_compress.export.verify import random_prompts, verify
-
-        vocabulary = Architecture.of(source).cfg.vocab_size
-        prompts = job.texts(self.samples) or random_prompts(vocabulary, (7, 32))
-        found = verify(path, source, prompts, dtype=self.dtype())
+        if self.verify is False:
+            return None
+        found = self._compared(source, path, job)
+        if found is None:
+            return None
         job.tell(f"{path.name} in onnxruntime: {found}")
         if not found.holds:
             fix = "report it with the model's configuration; `--set verify=false` writes the file all the same"
             raise DscError(f"{path.name} differs from the runtime, most in {found.differs}: {found}", fix)
         return found.facts()
+
+    def _compared(self, source: Checkpoint, path: Path, job: Job) -> Agreement | None:
+        """In memory, or block by block; None where no block fits, which is told."""
+        from deepseek_compress.evaluation.streamed import WHOLE, room
+        from deepseek_compress.export.verify import random_prompts, verify
+
+        prompts = job.texts(self.samples) or random_prompts(Architecture.of(source).cfg.vocab_size, (7, 32))
+        size = 4 * sum(info.elements for info in source.header.tensors.values())
+        most = room(job.memory)
+        if size <= RESIDENT and (most is None or 2 * size + WHOLE <= most):  # onnxruntime may have the weights in FP32
+            return verify(path, source, prompts, dtype=self.dtype(), device=job.device)
+        return self._streamed(source, path, prompts, job)
+
+    def _streamed(self, source: Checkpoint, path: Path, prompts: Sequence[Sequence[int]], job: Job) -> Agreement | None:
+        from deepseek_compress.evaluation.streamed import room
+        from deepseek_compress.export.verify_streamed import Limits, needed, verify_streamed
+
+        cost, limit = needed(path, source, prompts, self.dtype()), room(job.memory)
+        if limit is not None and cost.peak() > limit:
+            what = f"comparing a block with the runtime takes {cost.peak() / 1e9:.1f} GB of {limit / 1e9:.1f}"
+            if self.verify:
+                raise DscError(what, "give more --memory, or leave `verify` out")
+            job.tell(f"not compared with the runtime: {what}")
+            return None
+        count = cost.workers(job.workers, useful(machine.cores(), source.header.bytes), limit)
+        job.tell("compared with the runtime block by block")
+        try:
+            limits = Limits(count, job.progress)
+            return verify_streamed(path, source, prompts, path.parent / CHECK, limits, self.dtype())
+        finally:
+            remove_tree(path.parent / CHECK)
+
+
+def cache_bytes(source: Checkpoint, dtype: str) -> int:
+    """What a token takes in the caches of all layers: latents and rotated keys, or keys and values of every head."""
+    cfg = Architecture.of(source).cfg
+    width = 2 * cfg.num_key_value_heads * cfg.head_dim if cfg.mla is None else cfg.mla.kv_lora_rank + cfg.mla.rope
+    return cfg.num_hidden_layers * width * (4 if dtype == "float32" else 2)
 
 
 def _supported(header: Header) -> None:

@@ -24,7 +24,7 @@ MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 def unusable(folder: Path, capability: tuple[int, int] | None = None) -> DscError | None:
     """Why the engine in `folder` cannot run here; None where it can. `capability`: of the GPU, else looked up."""
-    knobs = _knobs(folder)
+    knobs = manifest_knobs(folder)
     target = knobs.get("target", "tensorrt-rtx")
     if target not in MODULES:
         return DscError(f"{folder}: written for target {target}, which has no engine", "export with tensorrt-rtx")
@@ -43,7 +43,8 @@ def unusable(folder: Path, capability: tuple[int, int] | None = None) -> DscErro
     return None
 
 
-def _knobs(folder: Path) -> Mapping[str, Any]:
+def manifest_knobs(folder: Path) -> Mapping[str, Any]:
+    """Knobs of the stage that wrote a directory; empty where there is no manifest."""
     try:
         knobs = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("knobs") or {}
     except (OSError, ValueError, AttributeError):
@@ -57,7 +58,7 @@ class EngineRunner:
     name = "TensorRT engine"
 
     def __init__(self, file: Path) -> None:
-        knobs = _knobs(file.parent)
+        knobs = manifest_knobs(file.parent)
         self._trt: Any = importlib.import_module(MODULES[knobs.get("target", "tensorrt-rtx")])
         runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._engine = runtime.deserialize_cuda_engine(file.read_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ class OnnxRunner:
         return logits, {name.replace("present", "past"): value for name, value in values.items()}
 
 
-def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = None) -> Any:
+def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = None, without: Sequence[str] = ()) -> Any:
     """An onnxruntime session on the CPU that computes what the graph says; `folder`: where data of bytes lies.
+
+    `without`: names of its optimisations to leave out.
 
     Its optimiser would replace DequantizeLinear + MatMul by 8-bit activations of its own; here it may not.
     """
@@ -64,4 +66,6 @@ def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = Non
     options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS") or machine.cores())
     options.log_severity_level = 3
     model = file if isinstance(file, bytes) else str(file)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*without]
+    )

@@ -1,4 +1,4 @@
-"""A checkpoint in our own runtime, decoded to FP32."""
+"""A checkpoint in our own runtime, decoded to FP32, on any device."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class RuntimeBackend(Backend):
 
     name = "runtime"
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         super().__init__()
-        self.model = Model.load(path, dtype)
+        self.model = Model.load(path, dtype, device=device)
         self.context = min(self.model.cfg.max_position_embeddings or LARGEST, LARGEST)
         self.cache = self.model.cache(self.context)
         self.ids: list[int] = []  # of families without a cache, which compute the whole text again
@@ -30,13 +30,15 @@ class RuntimeBackend(Backend):
         """Logits (vocabulary,) after `ids`."""
         cached = self.model.family.cached
         self.ids += ids
-        tokens = torch.tensor([list(ids) if cached else self.ids])
-        logits: Floats = self.model.forward(tokens, self.cache if cached else None, last_only=True)[0, -1].numpy()
+        tokens = torch.tensor([list(ids) if cached else self.ids]).to(self.model.head.device)
+        found = self.model.forward(tokens, self.cache if cached else None, last_only=True)[0, -1]
+        logits: Floats = found.cpu().numpy()
         return logits
 
     def truncate(self, length: int) -> int:
-        """Keep the first tokens; none where the cache holds differences between neighbours."""
-        if self.model.kv_cache is not None and self.model.kv_cache.delta:
+        """Keep the first tokens; none where the cache holds differences between neighbours, or some tokens alone."""
+        how = self.model.kv_cache
+        if how is not None and (how.delta or how.window is not None):
             length = 0
         if not length:
             self.cache = self.model.cache(self.context)

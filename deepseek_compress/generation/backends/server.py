@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from deepseek_compress.errors import DscError
@@ -27,6 +28,7 @@ class Server(Speaker):
         with self._open("models") as answer:
             try:
                 self.model = str(json.load(answer)["data"][0]["id"])
+                self.name = f"{self.model} at {self.url}"
             except (ValueError, LookupError, TypeError):
                 raise DscError(
                     f"{self.url}/models: no list of models", "give the address of an OpenAI server"
@@ -42,7 +44,7 @@ class Server(Speaker):
         }  # fmt: skip
         asked |= {"top_k": sampling.top_k} if sampling.top_k else {}
         asked |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": [*prompt]}
-        answer = Answer(f"{self.model} at {self.url}")
+        answer = Answer(self.name)
         return answer, self._pieces(answer, "completions" if isinstance(prompt, str) else "chat/completions", asked)
 
     def _pieces(self, answer: Answer, road: str, asked: Mapping[str, Any]) -> Iterator[Piece]:
@@ -94,8 +96,16 @@ class Server(Speaker):
         try:
             return urllib.request.urlopen(request, timeout=PATIENCE)
         except urllib.error.HTTPError as error:
-            said = " ".join(error.read(400).decode("utf-8", "replace").split())
-            raise DscError(f"{self.url}/{road}: {error.code} {said}", "see the server's log") from None
+            said = f"{self.url}/{road}: {error.code} {_message(error.read(4000))}"
+            raise DscError(said, "give a shorter prompt where that is too long, else see the server's log") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             what = getattr(error, "reason", None) or error or type(error).__name__
             raise DscError(f"{self.url}: no answer ({what})", "start the server, or check the address") from None
+
+
+def _message(body: bytes) -> str:
+    """What a server says about an error: the message of OpenAI's form, else the text, on one line."""
+    text = body.decode("utf-8", "replace")
+    with suppress(ValueError, LookupError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:300]
