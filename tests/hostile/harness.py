@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SECONDS, MEMORY = 20, 2 << 30
+TRAINS = ("distill", "recover")  # they start anew: autograd refuses a fork of a process that has run it
 LINES, WIDTH = 60, 2000  # what a command may print about what is wrong
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -93,6 +94,8 @@ def dsc(folder: Path, *arguments: str, seconds: float = SECONDS, before: Callabl
         from deepseek_compress.cli import main
 
         os.chdir(folder)
+        if arguments[0] in TRAINS and before is None:
+            os.execv(sys.executable, [sys.executable, "-P", "-m", "deepseek_compress", *arguments])
         sys.argv = ["dsc", *arguments]
         if before is not None:
             before()
