@@ -22,7 +22,7 @@ test: .venv/.installed-dev check
 	$(PYTEST) -m "not gpu and not verify and not bench"
 
 # At most an hour: the quickstart, every engine, the long kill tests and the real clients, besides what `make test` runs.
-verify: .venv/.installed-dev .venv-genai/.installed check
+verify: .venv/.installed-dev .venv-genai/.installed .venv-axe/.installed check
 	$(PYTEST) -m "not gpu and not bench"
 
 check: .venv/.installed-dev
@@ -39,7 +39,7 @@ bench-gpu:
 	  $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.$$name $(ARGS); done
 
 clean:
-	rm -rf .venv .venv-genai build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-genai .venv-axe build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -53,6 +53,12 @@ clean:
 .venv-genai/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet onnxruntime-genai==0.18.0 numpy
+	touch $@
+
+# axe-core, which judges how accessible the report page is; without npm those tests skip.
+.venv-axe/.installed:
+	mkdir -p .venv-axe
+	! command -v npm > /dev/null || npm install --silent --no-save --prefix .venv-axe axe-core@4.14.1
 	touch $@
 
 .venv/.installed: .venv/.torch pyproject.toml

@@ -214,11 +214,13 @@ def _record(record: Mapping[str, Any]) -> None:
         more = [speeds.get(table.label(record, model), "")] if speeds else []
         rows.append([model["name"], *(table.cell(c, model).value for c in columns), *more])
     headers = [*(column.header for column in columns), *(["tok/s"] if speeds else [])]
-    console.line(words.verdict(record), "next")
+    verdict = words.verdict(record)
+    console.line(verdict, "next")
     console.table("", ["model", *headers], rows, right=headers)
-    for model in table.everything(record)[:-1]:
-        if proof.certain(model):
-            console.line(f"{model['name']}: {proof.certain(model)}")
+    for model in table.everything(record):
+        said = proof.certain(model)
+        if said and said not in verdict:
+            console.line(f"{model['name']}: {said}", "next" if proof.beyond_noise(model) else "")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

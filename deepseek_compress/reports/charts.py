@@ -1,29 +1,53 @@
-"""The three pictures of a report: accuracy against size, families as bars, and error by layer.
+"""The pictures of a report: accuracy against size and speed, error by layer, tokens of each expert.
 
-Each takes a record and a width in pixels and returns one `<svg>`; the page asks for a wide and a narrow one, because
-text that is scaled down with its picture cannot be read on a telephone.
+Each takes a record and a width in pixels and returns one `<svg>`, drawn by matplotlib; the page asks for a wide and a
+narrow one, because text that is scaled down with its picture cannot be read on a telephone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deepseek_compress.reports import svg, table
-from deepseek_compress.reports.svg import Box, Scale, element
+from markupsafe import Markup
+
+from deepseek_compress.reports import gate, proof, table
+from deepseek_compress.reports.inline import SERIES, drawing, figure, ink, inline, plain
 from deepseek_compress.reports.table import Model, Record
 
-TEXT = 13.0  # pixels; the class `name` in the style sheet has the same size
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = "os^DvphX"  # every series has its own shape, because colour alone does not reach every reader
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # a second and third round of the colours
+NAMED = 8  # points that have their names beside them; more are told by the list below and by pointing
+MARKED = 400  # points of lines that have marks of their own
+LEVELS = 8  # shades of the experts' cells
 
 
 class Axis(NamedTuple):
-    """What the vertical axis of the scatter shows: the first metric of this list that at least one model has."""
+    """The vertical axis of the scatter."""
 
     key: str
     title: str
     share: bool  # a share of one, written in percent
+
+    def write(self, value: float) -> str:
+        """As text."""
+        return table.percent(value) if self.share else table.significant(value)
+
+
+class Across(NamedTuple):
+    """The horizontal axis of the scatter."""
+
+    title: str
+    better: str
+    find: Callable[[Model], Any]
+    write: Callable[[float], str]
+    sign: int  # 1 where less is better
 
 
 AXES = (
@@ -31,11 +55,14 @@ AXES = (
     Axis("top1_agreement", "Top-1 agreement with the reference", True),
     Axis("perplexity", "Perplexity", False),
 )
+SIZE = Across("Size on disk", "smaller is to the left", lambda model: model["bytes"] or None, table.size, 1)
+SPEED = Across("Decode speed", "faster is to the right", lambda model: (model.get("speed") or {}).get(
+    "decode_tokens_per_s"), lambda value: f"{table.rate(value)} tok/s", -1)  # fmt: skip
 
 
-def accuracy_axis(record: Record) -> Axis | None:
-    """The metric of the scatter's vertical axis, None when no model has both a size and a metric."""
-    models = [model for model in table.everything(record) if model["bytes"]]
+def accuracy_axis(record: Record, across: Across = SIZE) -> Axis | None:
+    """The first metric that a model with a place on `across` has; None where no model has both."""
+    models = [model for model in table.everything(record) if across.find(model)]
     return next((a for a in AXES if any(_finite(m["metrics"].get(a.key)) for m in models)), None)
 
 
@@ -45,31 +72,61 @@ def series(record: Record) -> dict[str, int]:
     for model in table.everything(record):
         reference = model["name"] == record.get("reference")
         others = sum(1 for name in numbers if name != record.get("reference"))
-        numbers[model["name"]] = 0 if reference else 1 + others % (svg.SERIES - 1)
+        numbers[model["name"]] = 0 if reference else 1 + others % (SERIES - 1)
     return numbers
 
 
-def scatter(record: Record, width: int, key: str) -> str | None:
-    """Accuracy against size on disk, with 95 % intervals and a path from each model to what was made of it."""
-    axis = accuracy_axis(record)
+@lru_cache(maxsize=2 * SERIES)
+def swatch(number: int, hollow: bool) -> Markup:
+    """The mark of a series, for a row of a table or a list."""
+    with drawing():
+        drawn = figure(14, 14)
+        axes = drawn.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        axes.set(xlim=(-1, 1), ylim=(-1, 1))
+        axes.plot([0], [0], MARKERS[number], **_mark(number, hollow), markersize=9)
+        return inline(drawn, "", "", "", {})
+
+
+def scatter(record: Record, width: int, key: str, across: Across = SIZE) -> Markup | None:
+    """Accuracy against size or speed, with 95 % intervals, the Pareto front, and a path to what was made of a model."""
+    axis = accuracy_axis(record, across)
     if axis is None:
         return None
-    points = [m for m in table.everything(record) if m["bytes"] and _finite(m["metrics"].get(axis.key))]
+    points = [m for m in table.everything(record) if across.find(m) and _finite(m["metrics"].get(axis.key))]
     narrow = width < 520
-    key_height = 20.0 * len(points) + 8 if narrow else 0.0
-    height = int((330 if narrow else 420) + key_height)
-    frame = Box(46.0, 30.0 + key_height, width - 14.0, height - 46.0)
-    across = _size_scale([model["bytes"] for model in points], frame)
-    up = _accuracy_scale(_main(record, points), axis, frame)
-    body = _grid(frame, up, across, axis, narrow)
-    places = {m["name"]: (across(m["bytes"]), min(up(m["metrics"][axis.key]), frame.bottom)) for m in points}
-    body += _paths(record, places)
-    body += _points(record, points, places, axis, up, frame)
-    body += _key(record, points) if narrow else _names(record, points, places, axis, up, frame)
-    words = "; ".join(
-        f"{m['name']}: {table.size(m['bytes'])}, {_written(axis, m['metrics'][axis.key])}" for m in points
-    )
-    return svg.picture(width, height, f"{axis.title} against size on disk", words, body, key)
+    with drawing():
+        drawn = figure(width, 300 if narrow else 400)
+        axes = _frame(drawn, axis.title, f"{across.title} ({across.better})", 46)
+        low, high = _vertical(_main(record, points), axis)
+        axes.set_ylim(low, high)
+        _horizontal(axes, [across.find(model) for model in points], across, 4 if narrow else 8)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %" if axis.share else table.trimmed(value))
+        places = {m["name"]: (across.find(m), max(m["metrics"][axis.key], low)) for m in points}
+        _paths(record, axes, places)
+        _front(axes, points, axis, across, low)
+        details = _points(record, axes, points, places, axis, across)
+        if not narrow and len(points) <= NAMED:
+            _names(record, axes, points, places, axis)
+        words = "; ".join(details.values()).replace("\n", ", ")
+        return inline(drawn, f"{axis.title} against {across.title.lower()}", words, key, details)
+
+
+def _frame(drawn: Any, title: str, below: str, left: float) -> Axes:
+    """Axes with their title above and the horizontal one's at the right below."""
+    width, height = (72 * inches for inches in drawn.get_size_inches())
+    box = (left / width, 48 / height, (width - left - 14) / width, (height - 48 - 34) / height)
+    axes: Axes = drawn.add_axes(box)
+    axes.patch.set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=ink("grid"))
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_color(ink("faint"))
+    axes.tick_params(axis="x", color=ink("faint"), labelcolor=ink("soft"))
+    axes.tick_params(axis="y", length=0, labelcolor=ink("soft"))
+    drawn.text(0, 1 - 14 / height, plain(title), color=ink("soft"))
+    drawn.text(1 - 14 / width, 8 / height, plain(below), color=ink("soft"), ha="right")
+    return axes
 
 
 def _main(record: Record, points: Sequence[Model]) -> Sequence[Model]:
@@ -78,116 +135,134 @@ def _main(record: Record, points: Sequence[Model]) -> Sequence[Model]:
     return [model for model in points if model["name"] in names] or points
 
 
-def _size_scale(sizes: Sequence[float], frame: Box) -> Scale:
-    low, high = min(sizes), max(sizes)
-    if high / low > 8:
-        return Scale(low / 1.35, high * 1.35, frame.left, frame.right, log=True)
-    return Scale(0.0, high * 1.12, frame.left, frame.right)
-
-
-def _accuracy_scale(points: Sequence[Model], axis: Axis, frame: Box) -> Scale:
+def _vertical(points: Sequence[Model], axis: Axis) -> tuple[float, float]:
     ends = [model["metrics"][axis.key] for model in points]
     ends += [limit for model in points for limit in _interval(model, axis.key) or ()]
     low, high = min(ends), max(ends)
     if axis.share:
-        low = max(0.0, math.floor((low - 0.02) * 20) / 20)
-        return Scale(low, 1.0, frame.bottom, frame.top)
-    margin = 0.12 * (high - low) or 0.1 * high
-    return Scale(max(0.0, low - margin), high + margin, frame.bottom, frame.top)
+        return max(0.0, math.floor((low - 0.02) * 20) / 20), 1.0
+    margin = 0.12 * (high - low) or 0.1 * high or 1.0
+    return max(0.0, low - margin), high + margin
 
 
-def _grid(frame: Box, up: Scale, across: Scale, axis: Axis, narrow: bool) -> list[str]:
-    body = [svg.text(0.0, 14.0, axis.title, "axis")]
-    for value in svg.linear_ticks(up.low, up.high, 6):
-        y = up(value)
-        body.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="grid"))
-        body.append(
-            svg.text(
-                frame.left - 8, y + 4, f"{100 * value:.0f} %" if axis.share else table.trimmed(value), "tick", "end"
-            )
-        )
-    most = 4 if narrow else 8
-    ticks = svg.log_ticks(across.low, across.high, most) if across.log else svg.linear_ticks(0.0, across.high, most)
-    for value in ticks:
-        words = "0" if value == 0 else _short_size(value)
-        body.append(
-            element("line", x1=across(value), x2=across(value), y1=frame.bottom, y2=frame.bottom + 5, class_="rule")
-        )
-        body.append(svg.text(across(value), frame.bottom + 20, words, "tick", "middle"))
-    body.append(element("line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="rule"))
-    words = "Size on disk" + (", logarithmic" if across.log else "")
-    body.append(svg.text(frame.right, frame.bottom + 40, words + " (smaller is to the left)", "axis", "end"))
-    return body
+def _horizontal(axes: Axes, values: Sequence[float], across: Across, most: int) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    low, high = min(values), max(values)
+    if high / low > 8:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.35, high * 1.35)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=most))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(0, high * 1.12)
+        axes.xaxis.set_major_locator(MaxNLocator(most))
+    axes.xaxis.set_major_formatter(lambda value, _: _tick(across, value))
 
 
-def _paths(record: Record, places: Mapping[str, tuple[float, float]]) -> list[str]:
-    body = []
+def _tick(across: Across, value: float) -> str:
+    number, unit = across.write(value).split(" ")
+    return "0" if value == 0 else f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}"
+
+
+def _paths(record: Record, axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
     for model in table.everything(record):
         parent = parent_of(record, model)
         if parent is not None and model["name"] in places and parent in places:
             (x1, y1), (x2, y2) = places[parent], places[model["name"]]
-            body.append(element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_="path"))
-    return body
+            axes.plot([x1, x2], [y1, y2], ":", color=ink("faint"), linewidth=1.2, gid="path")
+
+
+def _front(axes: Axes, points: Sequence[Model], axis: Axis, across: Across, low: float) -> None:
+    """A line through the models that no other beats in both."""
+    sign = 1 if axis.share else -1
+    best = gate.front([(across.sign * across.find(m), sign * m["metrics"][axis.key], m["name"]) for m in points])
+    line = sorted((across.find(m), max(m["metrics"][axis.key], low)) for m in points if m["name"] in best)
+    if len(points) > 2 and len(line) > 1:
+        axes.plot(*zip(*line, strict=True), "-", color=ink("faint"), linewidth=5, gid="front", zorder=1)
 
 
 def _points(
-    record: Record,
-    points: Sequence[Model],
-    places: Mapping[str, tuple[float, float]],
-    axis: Axis,
-    up: Scale,
-    frame: Box,
-) -> list[str]:
-    numbers, bars, marks = series(record), [], []
-    for model in points:
+    record: Record, axes: Axes, points: Sequence[Model], places: Mapping[str, tuple[float, float]], axis: Axis,
+    across: Across,
+) -> dict[str, str]:  # fmt: skip
+    """A mark and an interval a model, and what each says when it is pointed at."""
+    numbers, details, floor = series(record), {}, axes.get_ylim()[0]
+    for index, model in enumerate(points):
         (x, y), limits, number = places[model["name"]], _interval(model, axis.key), numbers[model["name"]]
-        if limits and up(limits[0]) <= frame.bottom:
-            bars.append(element("path", d=_whisker(x, up(limits[1]), up(limits[0])), class_=f"whisker s{number}"))
-        marks.append(svg.mark(number, x, y, 5.5, _mark_class(record, model)))
-    return bars + marks
+        gid = f"detail-{index}"
+        if limits and limits[0] > floor:
+            apart = [[max(y - limits[0], 0)], [max(limits[1] - y, 0)]]
+            axes.errorbar([x], [y], apart, fmt="none", color=ink(f"s{number}"), capsize=4, elinewidth=1.5)
+        axes.plot([x], [y], MARKERS[number], **_mark(number, _hollow(record, model)), markersize=10, gid=gid,
+                  clip_on=False, zorder=5)  # fmt: skip
+        details[gid] = _detail(model, axis, across)
+    return details
+
+
+def _detail(model: Model, axis: Axis, across: Across) -> str:
+    limits = _interval(model, axis.key)
+    between = f" [{', '.join(axis.write(limit) for limit in limits)}]" if limits else ""
+    lines = [str(model["name"]), f"{axis.title}: {axis.write(model['metrics'][axis.key])}{between}"]
+    lines.append(f"{across.title}: {across.write(across.find(model))}")
+    for column in table.COLUMNS:
+        if column.key in ("bits_per_weight", "kl_divergence") and column.find(model) is not None:
+            lines.append(f"{column.header}: {table.cell(column, model)}")
+    return "\n".join(filter(None, [*lines, proof.certain(model)]))
 
 
 def _names(
-    record: Record,
-    points: Sequence[Model],
-    places: Mapping[str, tuple[float, float]],
-    axis: Axis,
-    up: Scale,
-    frame: Box,
-) -> list[str]:
+    record: Record, axes: Axes, points: Sequence[Model], places: Mapping[str, tuple[float, float]], axis: Axis
+) -> None:
     """Every point's name beside it, where it covers least. A point on the lower edge says how far below it lies."""
-    taken = [Box(x - 8, y - 8, x + 8, y + 8) for x, y in places.values()]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    frame, numbers = axes.get_window_extent(renderer), series(record)
+    centres = [axes.transData.transform(place) for place in places.values()]
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in centres]
     for model in points:
         limits, x = _interval(model, axis.key), places[model["name"]][0]
         if limits:
-            taken.append(Box(x - 4, up(limits[1]), x + 4, up(limits[0])))
-    body = []
+            ends = [axes.transData.transform((x, limit)) for limit in limits]
+            taken.append(Bbox.from_extents(ends[0][0] - 4, ends[0][1], ends[1][0] + 4, ends[1][1]))
+    sides = [(11, -4, "left"), (-11, -4, "right"), (0, 12, "center"), (0, -22, "center")]
+    sides += [(x, y, side) for y in (13, -23, 29, -39, 45) for x, side in ((3, "left"), (-3, "right"))]
     for model in points:
-        value = model["metrics"][axis.key]
-        words = model["name"] + (f" ↓ {_written(axis, value)}" if up(value) > frame.bottom else "")
-        spot = svg.place(words, *places[model["name"]], TEXT, frame, taken)
-        taken.append(spot.box)
-        body.append(svg.text(spot.x, spot.baseline, words, f"name s{series(record)[model['name']]}", spot.anchor))
-    return body
+        value, place = model["metrics"][axis.key], places[model["name"]]
+        words = plain(str(model["name"])) + (f" ↓ {axis.write(value)}" if value < place[1] else "")
+        label = axes.annotate(words, place, (0, 0), textcoords="offset points", gid="name", fontweight="bold",
+                              color=ink(f"s{numbers[model['name']]}"), annotation_clip=False)  # fmt: skip
+        best: tuple[float, Any, Any] | None = None
+        for dx, dy, side in sides:
+            label.set(position=(dx, dy), ha=side)
+            box = label.get_window_extent(renderer)
+            outside = box.width * box.height - _overlap(box, frame)
+            cost = round(sum(_overlap(box, other) for other in taken) + 4 * outside)
+            if best is None or cost < best[0]:
+                best = (cost, (dx, dy, side), box.frozen())
+        assert best is not None
+        label.set(position=best[1][:2], ha=best[1][2])
+        taken.append(best[2])
 
 
-def _key(record: Record, models: Sequence[Model]) -> list[str]:
-    """A list of marks and names above a picture that is too narrow for names beside its marks."""
-    body = []
-    for index, model in enumerate(models):
-        number, y = series(record)[model["name"]], 33.0 + 20 * index
-        body.append(svg.mark(number, 6.0, y, 4.5, _mark_class(record, model)))
-        body.append(svg.text(18.0, y + 4.5, model["name"], f"name s{number}"))
-    return body
+def _overlap(box: Any, other: Any) -> float:
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
+    return float(max(width, 0) * max(height, 0))
 
 
-def _mark_class(record: Record, model: Model) -> str:
-    hollow = any(model is other for other in record.get("ablations") or [])
-    return f"mark s{series(record)[model['name']]}" + (" hollow" if hollow else "")
+def _mark(number: int, hollow: bool) -> dict[str, Any]:
+    colour = ink(f"s{number}")
+    if hollow:
+        return {"markerfacecolor": ink("card"), "markeredgecolor": colour, "markeredgewidth": 2}
+    return {"markerfacecolor": colour, "markeredgecolor": ink("card"), "markeredgewidth": 1}
 
 
-def _whisker(x: float, top: float, bottom: float) -> str:
-    return f"M{x - 4:.1f} {top:.1f}h8M{x:.1f} {top:.1f}V{bottom:.1f}M{x - 4:.1f} {bottom:.1f}h8"
+def _hollow(record: Record, model: Model) -> bool:
+    return any(model is other for other in record.get("ablations") or [])
 
 
 def parent_of(record: Record, model: Model) -> str | None:
@@ -204,127 +279,105 @@ def parent_of(record: Record, model: Model) -> str | None:
     return None
 
 
-def family_bars(record: Record, family: str, key: str, metric: str = "exact_match") -> str | None:
-    """One panel: a bar a model with its share written beside it, name above the bar."""
-    found = [(m, ((m.get("families") or {}).get(family) or {})) for m in table.everything(record)]
-    bars = [(model, facts[metric]) for model, facts in found if _finite(facts.get(metric))]
-    if not bars:
-        return None
-    width, step = 260, 34
-    numbers, body = series(record), []
-    for index, (model, value) in enumerate(bars):
-        top = index * step
-        class_ = f"s{numbers[model['name']]}"
-        body.append(svg.text(0.0, top + 13.0, _clip(model["name"], width - 60), "label"))
-        body.append(svg.text(float(width), top + 13.0, table.percent(value), "figure", "end"))
-        body.append(element("rect", x=0, y=top + 19, width=width, height=6, rx=3, class_="track"))
-        if value > 0:
-            body.append(
-                element(
-                    "rect",
-                    x=0,
-                    y=top + 19,
-                    width=max(float(width * value), 3.0),
-                    height=6,
-                    rx=3,
-                    class_=f"bar {class_}",
-                )
-            )
-    words = "; ".join(f"{model['name']}: {table.percent(value)}" for model, value in bars)
-    return svg.picture(width, step * len(bars), f"Exact match on {family}", words, body, key)
+def layer_lines(record: Record, width: int, key: str) -> Markup | None:
+    """Relative error of every block's output, one line a model."""
+    from matplotlib.ticker import MaxNLocator
 
-
-def layer_lines(record: Record, width: int, key: str) -> str | None:
-    """Relative error of every block's output, one line a model, labelled at its end."""
-    models = [model for model in table.everything(record) if _errors(model)]
+    models = with_errors(record)
     if not models:
         return None
-    narrow = width < 520
-    depth = max(len(model["error_by_layer"]) for model in models)
-    room = 0.0 if narrow else max(svg.text_width(model["name"], TEXT) for model in models) + 18
-    key_height = 20.0 * len(models) + 8 if narrow else 0.0
-    height = int((260 if narrow else 320) + key_height)
-    frame = Box(52.0, 30.0 + key_height, width - 14.0 - room, height - 42.0)
-    top = max(max(_errors(model)) for model in models)
-    up = Scale(0.0, top * 1.08 if top > 0 else 1.0, frame.bottom, frame.top)
-    across = Scale(0.0, float(max(depth - 1, 1)), frame.left + 8, frame.right - 8)
-    body = [svg.text(0.0, 14.0, "Relative error of a block's output", "axis")]
-    body += _layer_grid(frame, up, across, depth, narrow)
-    ends = [up(_errors(model)[-1]) for model in models]
-    labels = svg.spread(ends, TEXT + 5, frame.top + 4, frame.bottom)
-    for index, model in enumerate(models):
-        body += _line(model, series(record)[model["name"]], up, across)
-        if not narrow:
-            number = series(record)[model["name"]]
-            body.append(svg.text(frame.right + 8, labels[index] + 4, model["name"], f"name s{number}"))
-    body += _key(record, models) if narrow else []
-    words = "; ".join(f"{model['name']}: {', '.join(table.significant(e) for e in _errors(model))}" for model in models)
-    return svg.picture(width, height, "Relative error of each block's output, by layer", words, body, key)
+    details, numbers = {}, series(record)
+    marked = sum(len(model["error_by_layer"]) for model in models) <= MARKED
+    with drawing():
+        drawn = figure(width, 260 if width < 520 else 320)
+        axes = _frame(drawn, "Relative error of a block's output", "Layer", 52)
+        for index, model in enumerate(models):
+            errors, number = model["error_by_layer"], numbers[model["name"]]
+            dash = DASHES[index // (SERIES - 1) % len(DASHES)]
+            axes.plot(range(len(errors)), errors, linestyle=dash, color=ink(f"s{number}"), gid=f"line-{index}")
+            worst = max(range(len(errors)), key=errors.__getitem__)
+            details[f"line-{index}"] = f"{model['name']}\nlargest {table.significant(errors[worst])} at layer {worst}"
+            for layer, error in enumerate(errors if marked else []):
+                gid = f"mark-{index}-{layer}"
+                axes.plot([layer], [error], MARKERS[number], **_mark(number, _hollow(record, model)), gid=gid)
+                details[gid] = f"{model['name']}\nlayer {layer}: {table.significant(error)}"
+        top = max(max(model["error_by_layer"]) for model in models)
+        axes.set_ylim(0, 1.08 * top or 1.0)
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(6 if width < 520 else 14, integer=True))
+        axes.yaxis.set_major_formatter(lambda value, _: table.trimmed(value))
+        words = "; ".join(details[f"line-{index}"].replace("\n", ", ") for index in range(len(models)))
+        return inline(drawn, "Relative error of each block's output, by layer", words, key, details)
+
+
+def with_errors(record: Record) -> list[Model]:
+    """Models of which the error by layer is known."""
+    return [model for model in table.everything(record) if model.get("error_by_layer")]
 
 
 CELLS = (
-    "One cell an expert, one row a block: the darker, the more calibration tokens it saw. Outlined: too few, so it was "
-    "rounded without statistics."
+    "One cell an expert, one row a block: the stronger its colour, the more calibration tokens it saw. Outlined: too "
+    "few, so it was rounded without statistics."
 )
 
 
-def expert_cells(model: Model, width: int, key: str) -> str:
+def expert_cells(model: Model, width: int, key: str) -> Markup:
     """How many calibration tokens reached each expert of each block, on a logarithmic scale."""
+    from matplotlib.patches import Rectangle
+
     blocks = model["expert_coverage"]
-    across, most = max(len(block["tokens"]) for block in blocks), max(max(block["tokens"]) for block in blocks)
-    left, step = 34.0, (width - 36.0) / across
-    high = min(max(step, 5.0), 18.0)
-    body = []
+    columns, most = max(len(block["tokens"]) for block in blocks), max(max(block["tokens"]) for block in blocks)
+    high = min(max((width - 36.0) / columns, 5.0), 18.0)
+    height, details = len(blocks) * (high + 1) + 4, {}
+    with drawing():
+        drawn = figure(width, height)
+        axes = drawn.add_axes((34 / width, 0, (width - 36) / width, 1))
+        axes.patch.set_visible(False)
+        axes.set(xlim=(0, columns), ylim=(len(blocks), 0), xticks=[])
+        every = math.ceil(14 / (high + 1))  # rows between numbers that do not cover each other
+        rows = range(0, len(blocks), every)
+        axes.set_yticks([row + 0.5 for row in rows], [str(blocks[row]["block"]) for row in rows])
+        axes.tick_params(length=0, labelcolor=ink("soft"))
+        axes.spines[:].set_visible(False)
+        _shades(axes, blocks, most, high - 1)
+        for row, block in enumerate(blocks):
+            bar = Rectangle((0, row), len(block["tokens"]), 1, alpha=0, gid=f"row-{row}")
+            axes.add_patch(bar)
+            details[f"row-{row}"] = _row(block)
+        few = sum(len(block["starved"]) for block in blocks)
+        words = f"{len(blocks)} blocks of up to {columns} experts, {few} experts with too few tokens, {most} at most"
+        return inline(drawn, f"Tokens that reached each expert of {model['name']}", words, key, details)
+
+
+def _shades(axes: Axes, blocks: Sequence[Mapping[str, Any]], most: int, thick: float) -> None:
+    """The cells of one shade are the strokes of one path, so that thousands of experts stay a small picture."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    cells: dict[int, list[tuple[float, float]]] = {}
+    starved: list[Any] = []
     for row, block in enumerate(blocks):
-        y = row * (high + 1)
-        body.append(svg.text(left - 8, y + high - 1, str(block["block"]), "tick", "end"))
-        starved = set(block["starved"])
+        few = set(block["starved"])
         for expert, tokens in enumerate(block["tokens"]):
-            shade = 0.04 + 0.96 * math.log1p(tokens) / math.log1p(most) if most else 0.04
-            kind = "cell starved" if expert in starved else "cell"
-            body.append(
-                element(
-                    "rect",
-                    x=left + expert * step + 0.5,
-                    y=y + 0.5,
-                    width=max(step - 1, 0.8),
-                    height=high - 1,
-                    fill_opacity=round(shade, 3),
-                    class_=kind,
-                )
-            )
-    few = sum(len(block["starved"]) for block in blocks)
-    words = f"{len(blocks)} blocks of up to {across} experts, {few} experts with too few tokens, {most} tokens at most"
-    height = int(len(blocks) * (high + 1)) + 4
-    return svg.picture(width, height, f"Tokens that reached each expert of {model['name']}", words, body, key)
+            level = round(LEVELS * math.log1p(tokens) / math.log1p(most)) if most else 0
+            cells.setdefault(level, []).extend([(expert + 0.06, row + 0.5), (expert + 0.94, row + 0.5)])
+            if expert in few:
+                corners = [(expert + x, row + y) for x, y in ((0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9))]
+                starved.append(Outline([*corners, corners[0]], closed=True))
+    for level, ends in sorted(cells.items()):
+        strokes = Outline(ends, [Outline.MOVETO, Outline.LINETO] * (len(ends) // 2))
+        axes.add_patch(PathPatch(strokes, facecolor="none", edgecolor=ink("s1"), alpha=0.04 + 0.96 * level / LEVELS,
+                                 linewidth=thick, capstyle="butt"))  # fmt: skip
+    if starved:
+        whole = Outline.make_compound_path(*starved)
+        axes.add_patch(PathPatch(whole, facecolor="none", edgecolor=ink("s4"), linewidth=1.5))
 
 
-def _layer_grid(frame: Box, up: Scale, across: Scale, depth: int, narrow: bool) -> list[str]:
-    body = []
-    for value in svg.linear_ticks(0.0, up.high, 5):
-        y = up(value)
-        body.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="rule" if value == 0 else "grid"))
-        body.append(svg.text(frame.left - 8, y + 4, table.trimmed(value), "tick", "end"))
-    whole = (
-        [int(v) for v in svg.linear_ticks(0.0, float(depth - 1), 6 if narrow else 14) if v == int(v)]
-        if depth > 1
-        else [0]
-    )
-    for layer in whole:
-        body.append(svg.text(across(layer), frame.bottom + 20, str(layer), "tick", "middle"))
-    body.append(svg.text(frame.right, frame.bottom + 38, "Layer", "axis", "end"))
-    return body
-
-
-def _line(model: Model, number: int, up: Scale, across: Scale) -> list[str]:
-    points = [(across(layer), up(error)) for layer, error in enumerate(model["error_by_layer"]) if _finite(error)]
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    marks = [svg.mark(number, x, y, 3.6, f"mark s{number}") for x, y in points] if len(points) <= 40 else []
-    return [element("path", d=path, class_=f"line s{number}"), *marks]
-
-
-def _errors(model: Model) -> list[float]:
-    return [error for error in model.get("error_by_layer") or [] if _finite(error)]
+def _row(block: Mapping[str, Any]) -> str:
+    tokens = sorted(block["tokens"])
+    few = f"\ntoo few: {', '.join(map(str, block['starved'][:20]))}" if block["starved"] else ""
+    middle = tokens[len(tokens) // 2]
+    return f"block {block['block']}: {tokens[0]} to {tokens[-1]} tokens an expert, median {middle}{few}"
 
 
 def _interval(model: Model, key: str) -> list[float] | None:
@@ -334,17 +387,3 @@ def _interval(model: Model, key: str) -> list[float] | None:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _written(axis: Axis, value: float) -> str:
-    return table.percent(value) if axis.share else table.significant(value)
-
-
-def _short_size(value: float) -> str:
-    number, unit = table.size(value).split(" ")
-    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}"
-
-
-def _clip(name: str, width: float) -> str:
-    most = int(width / (svg.CHARACTER * TEXT))
-    return name if len(name) <= most else name[: most - 1] + "…"

@@ -104,9 +104,14 @@ def pareto(record: Record) -> set[str]:
             if m["bytes"] and m["metrics"].get(key) is not None
         ]
         if points:
-            return {
-                name
-                for size, score, name in points
-                if not any(s <= size and v >= score and (s < size or v > score) for s, v, _ in points)
-            }
+            return front(points)
     return set()
+
+
+def front(points: Sequence[tuple[float, float, str]]) -> set[str]:
+    """Names of the (cost, score, name) that no other beats in both."""
+    return {
+        name
+        for cost, score, name in points
+        if not any(c <= cost and s >= score and (c < cost or s > score) for c, s, _ in points)
+    }

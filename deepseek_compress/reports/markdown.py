@@ -73,6 +73,7 @@ def _escaped(value: Any) -> Any:
 
 
 def grid(found: Table) -> str:
-    """A table with its numbers to the right."""
-    lines = [found.headers, ["---", *(["---:"] * (len(found.headers) - 1))], *found.rows]
+    """A table with its numbers to the right; a row beyond noise is bold."""
+    rows = [[f"**{v}**" for v in row] if i in found.strong else row for i, row in enumerate(found.rows)]
+    lines = [found.headers, ["---", *(["---:"] * (len(found.headers) - 1))], *rows]
     return "\n".join("| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in lines)

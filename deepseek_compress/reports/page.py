@@ -1,242 +1,206 @@
-"""One self-contained HTML page from a record: no network, no scripts, pictures inline."""
+"""One self-contained HTML page from a record: no network, pictures inline, one small script that sorts tables.
+
+The template escapes every value (Jinja2's autoescape; the pictures of inline.py are the only markup that comes from
+elsewhere), and the page's Content-Security-Policy lets nothing be loaded and no script run but ours, named by its hash.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deepseek_compress.reports import charts, proof, svg, table, words
-from deepseek_compress.reports.table import Cell, Column, Model, Record
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing is loaded, nothing runs
+from deepseek_compress.reports import charts, proof, table, words
+from deepseek_compress.reports.table import Column, Model, Record
+
+TEMPLATES = Path(__file__).with_name("templates")
 WIDE, NARROW = 1150, 336  # pixels of the two variants of a picture
+SCATTER = (
+    "Bars are 95 % intervals; a dotted line leads from a model to what was made of it, a broad one through those that "
+    "no other beats in both (Pareto front)."
+)
 
 
 def page(record: Record) -> str:
     """The whole document. The same record gives the same bytes."""
-    title = str(record.get("name") or "evaluation")
-    sections = [_header(record, title), _stages(record), *_proof(record), _flips(record)]
-    sections += [_accuracy(record), _families(record), _layers(record)]
-    sections += [_coverage(record), _artifacts(record), _lineage(record), _machine(record), _footer(record)]
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    head += f"<title>{escape(title)} · compression report</title><style>{style}</style>"
-    body = "\n".join(part for part in sections if part)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
+    script = _own("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _environment().get_template("page.html").render(
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        style=_own("page.css"), script=script, key=table.sort_key, unknown=table.UNKNOWN, schema=record["schema"],
+        **_head(record), **_models(record), **_answers(record), **_pictures(record), **_rest(record),
+    )  # fmt: skip
 
 
-def _header(record: Record, title: str) -> str:
-    verdict = f'<p class="verdict">{escape(words.verdict(record))}</p>'
-    facts = "".join(
-        f"<div><dt>{escape(term)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
-        for term, value, note in words.facts(record)
-    )
-    boxes = f'<dl class="facts">{facts}</dl>' if facts else ""
-    eyebrow = f'<p class="eyebrow">{escape(words.subject(record))}</p>'
-    return f"<header>{eyebrow}<h1>{escape(title)}</h1>{verdict}{boxes}</header>"
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
 
 
-def _stages(record: Record) -> str:
-    columns = table.shown(record)
-    cells = [
-        f'<th scope="col" role="columnheader"{_first(columns, i)} title="{escape(c.hint)}">{escape(c.header)}</th>'
-        for i, c in enumerate(columns)
+@cache
+def _own(name: str) -> Markup:
+    """A file of the package, which is markup (or a style, or a script) as it stands."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _head(record: Record) -> dict[str, Any]:
+    return {
+        "title": str(record.get("name") or "evaluation"),
+        "subject": words.subject(record),
+        "verdict": words.verdict(record),
+        "facts": words.facts(record),
+        "measured_on": words.measured_on(record),
+    }
+
+
+def _models(record: Record) -> dict[str, Any]:
+    """The table over the models."""
+    found = table.shown(record)
+    starts = [index == 0 or found[index - 1].group != column.group for index, column in enumerate(found)]
+    columns = [
+        {"header": column.header, "hint": column.hint, "first": Markup(' class="first"') if start else ""}
+        for column, start in zip(found, starts, strict=True)
     ]
-    groups = "".join(f'<th scope="colgroup" colspan="{span}">{escape(name)}</th>' for name, span in _groups(columns))
-    head = f'<thead><tr class="groups" aria-hidden="true"><th></th>{groups}</tr>'
-    head += f'<tr role="row"><th scope="col" role="columnheader">Model</th>{"".join(cells)}</tr></thead>'
-    rows = "".join(_stage_row(record, model, columns) for model in table.everything(record))
-    caption = "<caption>Models in the order of the pipeline. In brackets the 95 % interval.</caption>"
-    grid = f'<table role="table">{caption}{head}<tbody role="rowgroup">{rows}</tbody></table>'
-    missing = table.not_measured(record)
-    note = f'<p class="note">Not measured in this run: {escape(", ".join(missing))}.</p>' if missing else ""
-    lead = f'<p class="lead">{escape(words.measured_on(record))}</p>'
-    return f'<section class="cards"><h2>The models</h2>{lead}{_scroll(grid, "The models")}{note}</section>'
+    names = list(dict.fromkeys(column.group for column in found))
+    return {
+        "columns": columns,
+        "groups": [(name, sum(column.group == name for column in found)) for name in names],
+        "models": [_model(record, model, found, columns) for model in table.everything(record)],
+        "missing": ", ".join(table.not_measured(record)),
+    }
 
 
-def _stage_row(record: Record, model: Model, columns: Sequence[Column]) -> str:
+def _model(
+    record: Record, model: Model, columns: Sequence[Column], shown: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     ablation = any(model is other for other in record.get("ablations") or [])
     reference = model["name"] == record.get("reference")
     kind = "reference" if reference else "ablation" if ablation else ""
-    about = model.get("about") or ("reference" if reference else "beside the pipeline" if ablation else "")
-    number = charts.series(record)[model["name"]]
-    swatch = svg.element(
-        "svg",
-        svg.mark(number, 6.0, 6.0, 4.5, f"mark s{number}" + (" hollow" if ablation else "")),
-        viewBox="0 0 12 12",
-        class_="swatch",
-        aria_hidden="true",
-    )
-    small = f'<span class="about">{escape(about)}</span>' if about else ""
-    head = f'<th scope="row" role="rowheader">{swatch}{escape(model["name"])}{small}</th>'
-    cells = "".join(
-        f'<td role="cell"{_first(columns, index)} data-label="{escape(column.header)}">'
-        f"{_cell(table.cell(column, model))}</td>"
-        for index, column in enumerate(columns)
-    )
-    return f'<tr role="row" class="{kind}">{head}{cells}</tr>'
+    cells = []
+    for column, heading in zip(columns, shown, strict=True):
+        cell, raw = table.cell(column, model), column.find(model)
+        cells.append({
+            "column": heading, "value": cell.value, "interval": cell.interval, "sort": "" if raw is None else raw,
+            "known": cell.value != table.UNKNOWN,
+            "strong": column.key == "exact_match" and proof.beyond_noise(model),
+        })  # fmt: skip
+    about = model.get("about") or {"reference": "reference", "ablation": "beside the pipeline"}.get(kind, "")
+    return {
+        "kind": kind, "name": model["name"], "about": about, "cells": cells,
+        "swatch": charts.swatch(charts.series(record)[model["name"]], ablation),
+    }  # fmt: skip
 
 
-def _cell(cell: Cell) -> str:
-    if cell.value == table.UNKNOWN:
-        return f'<span class="none">{cell.value}</span>'
-    return escape(cell.value) + (f"<small>{escape(cell.interval)}</small>" if cell.interval else "")
-
-
-def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
-    names = list(dict.fromkeys(column.group for column in columns))
-    return [(name, sum(column.group == name for column in columns)) for name in names]
-
-
-def _first(columns: Sequence[Column], index: int) -> str:
-    starts = index == 0 or columns[index - 1].group != columns[index].group
-    return ' class="first"' if starts else ""
-
-
-def _proof(record: Record) -> list[str]:
-    """A section for each table of what the answers prove."""
-    parts = []
-    for title, (make, caption) in proof.SECTIONS.items():
-        found = make(record)
-        if found.rows:
-            parts.append(f"<section><h2>{escape(title)}</h2>{_scroll(_words(found, caption), title)}</section>")
-    return parts
-
-
-def _flips(record: Record) -> str:
-    """Answers that changed, the model's beside the reference's; closed until they are asked for."""
-    parts = []
+def _answers(record: Record) -> dict[str, Any]:
+    """The tables of what the answers prove, and those that changed, the model's beside the reference's."""
+    proofs = [(title, make(record), caption) for title, (make, caption) in proof.SECTIONS.items()]
+    flips = []
     for model in table.everything(record):
         found = model.get("flips")
-        if not found or not found["examples"]:
-            continue
-        shown = "".join(_flip(one) for one in found["examples"])
-        counts = f"{found['lost']} lost, {found['gained']} gained, {table.percent(found['changed'])} changed"
-        title = f"{model['name']}: {counts}"
-        parts.append(f"<details><summary>{escape(title)}</summary>{shown}</details>")
-    return f"<section><h2>Answers that changed</h2>{''.join(parts)}</section>" if parts else ""
+        if found and found["examples"]:
+            counts = f"{found['lost']} lost, {found['gained']} gained, {table.percent(found['changed'])} changed"
+            flips.append({"title": f"{model['name']}: {counts}", "examples": found["examples"]})
+    return {"proofs": [one for one in proofs if one[1].rows], "flips": flips}
 
 
-def _flip(one: Mapping[str, Any]) -> str:
-    sides = "".join(
-        f"<div><h3>{name}: {escape(str(side['answer'] or table.UNKNOWN))}</h3><pre>{escape(side['text'])}</pre></div>"
-        for name, side in (("reference", one["reference"]), ("model", one["model"]))
-    )
-    head = f"{one['kind']} · right: {one['right']}"
-    return f'<p class="note">{escape(head)}</p><p>{escape(one["question"])}</p><div class="columns">{sides}</div>'
+def _pictures(record: Record) -> dict[str, Any]:
+    layers = charts.with_errors(record)
+    return {
+        "scatters": _scatters(record),
+        "legend": _legend(record, table.everything(record)),
+        "families": [] if proof.floor(record) else _families(record),
+        "layers": _both(lambda width, key: charts.layer_lines(record, width, key), "layers", crowded=True),
+        "layer_legend": _legend(record, layers),
+        "cells": charts.CELLS,
+        "coverage": [
+            {
+                "name": model["name"],
+                "both": _both(lambda width, key, model=model: charts.expert_cells(model, width, key), f"x{index}"),  # type: ignore[misc]
+            }
+            for index, model in enumerate(table.covered(record))
+        ],
+        "coverage_rows": table.coverage_rows(record),
+    }
 
 
-def _accuracy(record: Record) -> str:
-    if proof.floor(record) is not None:
-        return ""
-    axis = charts.accuracy_axis(record)
-    if axis is None:
-        return ""
-    drawing = _both(lambda width, key: charts.scatter(record, width, key), "scatter")
-    caption = "Bars are 95 % intervals; a dotted line leads from a model to what was made of it."
+def _scatters(record: Record) -> list[dict[str, Any]]:
+    """Accuracy against size, and against speed where that was measured of two models or more."""
+    found = []
+    caption = SCATTER
     if record.get("ablations"):
         caption += " Hollow marks are ablations, which the pipeline does not use."
-    return f"<section><h2>{escape(axis.title)} against size</h2>{_figure(drawing, caption)}</section>"
+    for across, least in ((charts.SIZE, 1), (charts.SPEED, 2)):
+        models = [model for model in table.everything(record) if across.find(model)]
+        axis = charts.accuracy_axis(record, across)
+        if axis is None or len(models) < least or (axis.key == "exact_match" and proof.floor(record)):
+            continue
+        both = _both(
+            lambda width, key, across=across: charts.scatter(record, width, key, across),  # type: ignore[misc]
+            f"scatter-{across.title[:4].strip().lower()}",
+            crowded=len(models) > charts.NAMED,
+        )
+        found.append({"title": f"{axis.title} against {across.title.lower()}", "both": both, "caption": caption})
+    return found
 
 
-def _families(record: Record) -> str:
-    panels: list[str] = []
-    if proof.floor(record) is not None:
-        return ""
-    for index, family in enumerate(table.family_names(record)):
-        drawing = charts.family_bars(record, family, f"family{index}")
-        if drawing:
-            total = ((record.get("suite") or {}).get("families") or {}).get(family)
-            small = f'<span class="about">{escape(str(total))} problems</span>' if total else ""
-            panels.append(f"<div><h3>{escape(family.capitalize())}{small}</h3>{drawing}</div>")
-    if not panels:
-        return ""
-    figure = _figure(f'<div class="panels">{"".join(panels)}</div>', "Exact match in percent of the family's problems.")
-    return f"<section><h2>By kind of problem</h2>{figure}</section>"
+def _families(record: Record) -> list[dict[str, Any]]:
+    numbers, found = charts.series(record), []
+    totals = (record.get("suite") or {}).get("families") or {}
+    for family in table.family_names(record):
+        shares = [
+            (model["name"], ((model.get("families") or {}).get(family) or {}).get("exact_match"))
+            for model in table.everything(record)
+        ]
+        bars = [
+            {"name": name, "value": table.percent(share), "number": numbers[name], "width": f"{100 * share:.1f}"}
+            for name, share in shares
+            if share is not None
+        ]
+        if bars:
+            found.append({"name": family.capitalize(), "total": totals.get(family), "bars": bars})
+    return found
 
 
-def _layers(record: Record) -> str:
-    drawing = _both(lambda width, key: charts.layer_lines(record, width, key), "layers")
-    if not drawing:
-        return ""
-    caption = "‖h − h′‖ / ‖h‖ of the hidden state after each block, model against reference, on the same tokens."
-    return f"<section><h2>Error by layer</h2>{_figure(drawing, caption)}</section>"
+def _rest(record: Record) -> dict[str, Any]:
+    return {
+        "artifacts": table.artifact_rows(record),
+        "lineage": [
+            {"name": model["name"], "path": model["path"] or "", "steps": words.lineage(model)}
+            for model in table.everything(record)
+        ],
+        "machine": [(name, words.fact(name, value)) for name, value in (record.get("machine") or {}).items()],
+        "versions": [(name, words.fact(name, value)) for name, value in (record.get("versions") or {}).items()],
+        "notes": words.notes(record),
+        "recipe": record.get("recipe"),
+    }
 
 
-def _coverage(record: Record) -> str:
-    """A picture a model, a cell an expert; the numbers by block below."""
-    parts = []
-    for index, model in enumerate(table.covered(record)):
-        drawing = _both(lambda width, key, model=model: charts.expert_cells(model, width, key), f"experts{index}")
-        parts.append(f"<h3>{escape(model['name'])}</h3>{_figure(drawing, charts.CELLS)}")
-    if not parts:
-        return ""
-    grid = _words(table.coverage_rows(record), "Tokens of the calibration text, by block.")
-    details = f"<details><summary>Numbers by block</summary>{_scroll(grid, 'Tokens by block')}</details>"
-    return f"<section><h2>Tokens that reached each expert</h2>{''.join(parts)}{details}</section>"
+def _legend(record: Record, models: Sequence[Model]) -> list[dict[str, Any]]:
+    numbers, ablations = charts.series(record), record.get("ablations") or []
+    return [
+        {
+            "name": model["name"],
+            "swatch": charts.swatch(numbers[model["name"]], any(model is other for other in ablations)),
+        }
+        for model in models
+    ]
 
 
-def _artifacts(record: Record) -> str:
-    found = table.artifact_rows(record)
-    if not found.rows:
-        return ""
-    grid = _words(found, "Built files. What has not been run here has no speed in this report.")
-    return f"<section><h2>Engines and graphs</h2>{_scroll(grid, 'Engines and graphs')}</section>"
+def _both(
+    draw: Callable[[int, str], Markup | None], key: str, crowded: bool = False
+) -> dict[str, Markup | bool | None] | None:
+    """The wide and the narrow variant; the style sheet shows one of them, and only that one is read out.
 
-
-def _lineage(record: Record) -> str:
-    items = []
-    for model in table.everything(record):
-        steps = "".join(f"<li>{escape(step)}</li>" for step in words.lineage(model))
-        chain = f"<ol>{steps}</ol>" if steps else '<p class="about">as it was given</p>'
-        path = escape(str(model["path"] or ""))
-        items.append(f"<li><strong>{escape(model['name'])}</strong> <code>{path}</code>{chain}</li>")
-    return f'<section><h2>Lineage</h2><ul class="chain">{"".join(items)}</ul></section>'
-
-
-def _machine(record: Record) -> str:
-    machine = _pairs("Machine", record.get("machine") or {})
-    versions = _pairs("Versions", record.get("versions") or {})
-    notes = "".join(f"<li>{escape(note)}</li>" for note in words.notes(record))
-    details = f"<details><summary>How it was measured</summary><ul>{notes}</ul></details>" if notes else ""
-    recipe = record.get("recipe")
-    if recipe:
-        details += f"<details><summary>The recipe</summary><pre><code>{escape(recipe)}</code></pre></details>"
-    return f'<section><h2>Where it ran</h2><div class="columns">{machine}{versions}</div>{details}</section>'
-
-
-def _footer(record: Record) -> str:
-    schema = escape(str(record["schema"]))
-    return f"<footer>Written by dsc from its run record, schema {schema}. Fractions in the JSON, percent here.</footer>"
-
-
-def _pairs(title: str, values: Mapping[str, Any]) -> str:
-    pairs = "".join(
-        f"<dt>{escape(str(name))}</dt><dd>{escape(words.fact(name, value))}</dd>" for name, value in values.items()
-    )
-    return f'<div><h3>{title}</h3><dl class="pairs">{pairs}</dl></div>'
-
-
-def _both(draw: Any, key: str) -> str:
-    """The wide and the narrow variant; the style sheet shows one of them, and only that one is read out."""
+    `crowded`: the wide one has no names beside its marks either, so that the list below is needed.
+    """
     wide, narrow = draw(WIDE, f"{key}-wide"), draw(NARROW, f"{key}-narrow")
-    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>' if wide else ""
-
-
-def _figure(drawing: str, caption: str) -> str:
-    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _scroll(grid: str, name: str) -> str:
-    """A table that is wider than its column scrolls by itself, and by keyboard."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">{grid}</div>'
-
-
-def _words(found: table.Table, caption: str) -> str:
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in found.headers)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in found.rows)
-    caption = f"<caption>{escape(caption)}</caption>"
-    return f'<table class="words">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return {"wide": wide, "narrow": narrow, "crowded": crowded} if wide else None

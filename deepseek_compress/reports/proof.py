@@ -33,7 +33,7 @@ def certain(model: Model) -> str:
     if not found:
         return ""
     low, high = (f"{100 * limit:+.1f}" for limit in found["interval"])
-    if found["p_holm"] < found.get("level", 0.05):
+    if beyond_noise(model):
         what = "loss" if found["difference"] < 0 else "gain"
         size = f"{100 * abs(found['difference']):.1f} points (95 % interval {low} to {high}, p = {found['p_holm']:.2g})"
         return f"A {what} of {size}."
@@ -43,18 +43,27 @@ def certain(model: Model) -> str:
     )
 
 
+def beyond_noise(model: Model) -> bool:
+    """Whether the answers differ from the reference's by more than chance, after the correction for several models."""
+    found = model.get("certainty")
+    return found is not None and bool(found["p_holm"] < found.get("level", 0.05))
+
+
 def certainty_rows(record: Record) -> Table:
     """One row a model that was compared with the reference on the same problems."""
-    lines = []
+    lines: list[list[str]] = []
+    strong: set[int] = set()
     for model in table.everything(record):
         found = model.get("certainty")
         if found:
+            if beyond_noise(model):
+                strong.add(len(lines))
             low, high = (f"{100 * limit:+.1f}" for limit in found["interval"])
             lines.append([
                 table.label(record, model), f"{100 * found['difference']:+.1f}", f"{low} to {high}", str(found["lost"]),
                 str(found["gained"]), f"{found['p_holm']:.2g}", certain(model),
             ])  # fmt: skip
-    return Table(["Model", "Points", "95 % interval", "Lost", "Gained", "p", "What it says"], lines)
+    return Table(["Model", "Points", "95 % interval", "Lost", "Gained", "p", "What it says"], lines, frozenset(strong))
 
 
 def process_rows(record: Record) -> Table:

@@ -168,6 +168,7 @@ class _Record(_Typed):
     text: _Text | None = None
     notes: list[Annotated[str, Field(max_length=100_000)]] | None = None
     recipe: Annotated[str, Field(max_length=1 << 20)] | None = None
+    sources: list[Name] | None = None
 
 
 def mistyped(record: Mapping[str, Any], where: str) -> Iterator[str]:

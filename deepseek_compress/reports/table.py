@@ -7,6 +7,7 @@ column that no row has a value for is left out of the table (never out of the re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,10 +38,14 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Formatted text only: `rows[i][j]` belongs under `headers[j]`; the first column is the model's name."""
+    """Formatted text only: `rows[i][j]` belongs under `headers[j]`; the first column is the model's name.
+
+    `strong` are the indices of rows that say something beyond noise.
+    """
 
     headers: list[str]
     rows: list[list[str]]
+    strong: frozenset[int] = frozenset()
 
 
 def percent(value: float) -> str:
@@ -78,6 +83,21 @@ def significant(value: float, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}"
     places = 0 if value == 0 else digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:.{max(places, 0)}f}"
+
+
+_UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_NUMBER = re.compile(r"([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?: ([kMGT]?B)\b)?", re.IGNORECASE)
+
+
+def sort_key(written: str) -> str:
+    """What a cell is sorted by: its number in base units, else its text; nothing where the value is unknown.
+
+    `11.0 MB` -> `11000000.0`, `94.0 % [92.0, 96.0]` -> `94.0`, `w4a16` -> `w4a16`.
+    """
+    if written == UNKNOWN:
+        return ""
+    found = _NUMBER.match(written)
+    return written if found is None else str(float(found[1].replace(",", "")) * _UNITS.get(found[2] or "", 1.0))
 
 
 def trimmed(value: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_compress.reports import gate, proof, table
@@ -10,7 +10,9 @@ from deepseek_compress.reports.table import Model, Record
 
 
 def verdict(record: Record) -> str:
-    """One sentence: what became of the reference. It is about the last model of the pipeline."""
+    """What became of the reference: of the last model of the pipeline, or of all that several runs compare."""
+    if _several(record):
+        return _compared(record)
     reference, last = ends(record)
     if last is None:
         return "No model was evaluated."
@@ -34,7 +36,7 @@ def verdict(record: Record) -> str:
 def facts(record: Record) -> list[tuple[str, str, str]]:
     """(term, value, note) of the figures that stand on top, about the last model; unknown ones are left out."""
     reference, last = ends(record)
-    if last is None:
+    if last is None or _several(record):
         return []
     found = []
     if last["bytes"]:
@@ -102,7 +104,7 @@ def measured_on(record: Record) -> str:
             f"in {text['windows']:,} windows."
         )
     front = [model["name"] for model in table.everything(record) if model["name"] in gate.pareto(record)]
-    if len(table.everything(record)) > 2 and front:
+    if len(table.everything(record)) > 2 and front and not _several(record):
         parts.append(f"Not beaten in size and accuracy together (Pareto front): {', '.join(front)}.")
     return " ".join(parts) or "Size only: neither problems nor text were evaluated."
 
@@ -142,6 +144,32 @@ def fact(name: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(str(item) for item in value)
     return str(value)
+
+
+def _several(record: Record) -> bool:
+    """Whether the models are of several runs, of which none is the last of one pipeline."""
+    return len(record.get("sources") or []) > 1
+
+
+def _compared(record: Record) -> str:
+    reference, _ = ends(record)
+    beside = f" against {reference['name']}" if reference is not None else ", which have no reference in common"
+    said = [f"{len(table.everything(record))} models of {len(record['sources'])} runs{beside}."]
+    best = [str(model["name"]) for model in table.everything(record) if model["name"] in gate.pareto(record)]
+    if best:
+        said.append(f"Not beaten in size and accuracy together: {_listed(best)}.")
+    if proof.floor(record):
+        return " ".join([*said, str(proof.floor(record))])
+    compared = [model for model in table.everything(record) if model.get("certainty")]
+    real = [str(model["name"]) for model in compared if proof.beyond_noise(model)]
+    if compared:
+        said.append(f"Answers differ from the reference's beyond noise: {_listed(real) if real else 'none'}.")
+    return " ".join(said)
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _alone(model: Model) -> str:

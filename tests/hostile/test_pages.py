@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +18,7 @@ from harness import CONTROL, dsc, faults, warm
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.reports import files, merge
+from deepseek_compress.reports.charts import scatter
 from deepseek_compress.reports.markdown import markdown
 from deepseek_compress.reports.page import page
 
@@ -91,9 +95,9 @@ def test_a_malformed_report(number: int, tmp_path: Path) -> None:
     "name", [pytest.param("null"), *(pytest.param(i, marks=pytest.mark.verify) for i in range(15))]
 )
 def test_any_value_at_any_place(name: str | int, tmp_path: Path) -> None:
-    """A record that `read` takes becomes pages; one that it does not is one error."""
+    """A record that `read` takes becomes pages; one that it does not is one error. `null`: at every twelfth place."""
     value = VALUES[0 if name == "null" else int(name)]
-    for at in places(record()):
+    for at in [*places(record())][:: EVERY if name == "null" else 1]:
         changed = put(record(), at, value) if at else value
         (tmp_path / "report.json").write_text(json.dumps(changed))
         try:
@@ -110,9 +114,11 @@ class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self.scripts = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found |= {tag, *(f"@{name}" for name, _ in attrs if name.startswith("on") or name in ("src", "href"))}
+        self.scripts += tag == "script"
 
 
 def strings() -> list[tuple[Any, ...]]:
@@ -126,18 +132,29 @@ def strings() -> list[tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.parametrize("at", strings(), ids=str)
-def test_no_string_of_a_record_becomes_markup(at: tuple[Any, ...]) -> None:
-    plain, made = Tags(), Tags()
+def harmless(attacked: dict[str, Any]) -> None:
+    """Nothing in the page that a plain record's has not, and no script in Markdown outside the recipe."""
+    plain, made, html = Tags(), Tags(), page(attacked)
     plain.feed(page(record()))
-    attacked = put(record(), at, ATTACK)
-    if at == ("models", 0, "name"):
+    made.feed(html)
+    assert made.found - plain.found <= {"g"}
+    assert made.scripts == html.count("<script") == 1  # the page's own, which its policy names by hash
+    assert "<script" not in markdown({**attacked, "recipe": None})
+
+
+@pytest.mark.parametrize(
+    "several", [pytest.param([at], marks=pytest.mark.verify) for at in strings()] + [
+        pytest.param(strings(), id="all"),
+        pytest.param([at for at in strings() if at[-1] not in ("name", "reference")], id="all but names"),
+    ], ids=str,
+)  # fmt: skip
+def test_no_string_of_a_record_becomes_markup(several: list[tuple[Any, ...]]) -> None:
+    attacked = record()
+    for at in several:
+        attacked = put(attacked, at, ATTACK)
+    if ("models", 0, "name") in several:
         attacked["reference"] = ATTACK
-    made.feed(page(attacked))
-    assert made.found - plain.found <= {"svg", "rect"}
-    assert "<script" not in page(attacked)
-    if at != ("recipe",):
-        assert "<script" not in markdown(attacked)
+    harmless(attacked)
 
 
 @pytest.mark.parametrize("at", [("suite", "families", "maths"), ("models", 0, "families")], ids=str)
@@ -146,12 +163,28 @@ def test_no_key_of_a_record_becomes_markup(at: tuple[Any, ...]) -> None:
     attacked["suite"]["families"][ATTACK] = ATTACK
     attacked["versions"][ATTACK] = ATTACK
     attacked["machine"][ATTACK] = [ATTACK]
-    assert "<script" not in page(attacked)
+    assert page(attacked).count("<script") == 1
     assert "onerror=alert(2)>" not in page(attacked)
 
 
-def test_the_page_may_load_and_run_nothing() -> None:
-    assert "Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page(record())
+def test_a_picture_draws_names_as_they_are_and_never_as_markup() -> None:
+    """Mathematics of matplotlib, control characters, what XML can't hold, and a name longer than the page."""
+    for name in ("$\\frac{1}$ and $x", "a\x00b\x1b[2J\ud800", "<b>&amp;" * 300, "\u202egnp.exe"):
+        drawn = scatter(put(record(), ("models", 1, "name"), name), 1150, "k") or ""
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\ud800-\udfff\u202e]|<b>", drawn)
+        if name.startswith("$"):
+            assert f">{name}</text>" in drawn
+
+
+def test_the_page_may_load_nothing_and_run_its_own_script_alone() -> None:
+    html = page(record())
+    policy = re.search('Content-Security-Policy" content="([^"]*)"', html)
+    script = re.search("<script>(.*)</script>", html, re.DOTALL)
+    assert policy is not None
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    said = policy[1].replace("&#39;", "'")
+    assert said == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def test_the_terminal_gets_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
