@@ -8,7 +8,7 @@ differs in any of them is refused with what differs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from deepseek_compress.calibration.settings import Select
 from deepseek_compress.calibration.sources import files_of
 from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint, verified
 from deepseek_compress.checkpoint.files import write_sealed
+from deepseek_compress.checkpoint.owned import forget
 from deepseek_compress.console import StageProgress, duration, size
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models import Architecture
@@ -126,6 +127,7 @@ def run(
         device.bound_memory(options.device, options.gpu_memory)
         if options.device != device.CPU:
             state.progress.tell(device.told(options.device))
+        _pages(state, recipe.steps)
         for number, step in enumerate(recipe.steps, start=1):
             state.progress.start(step.name, number, len(recipe.steps))
             _stage(state, step)
@@ -307,8 +309,16 @@ def _stage(state: _Run, step: Step) -> None:
     else:
         _run_stage(state, step, directory, fingerprint)
     workspace.Sources.end(state.out / workspace.HOUSE, step.name)
-    if step.stage.writes == "report" and not state.flat:
-        workspace.copy(directory, state.out, REPORTS)
+    forget(directory)
+    for pages in _pages(state, [step]):
+        pages.publish()
+
+
+def _pages(state: _Run, steps: Sequence[Step]) -> list[workspace.Pages]:
+    """Reports of stages, for the directory of the whole run; refused where somebody else wrote one there."""
+    copies = {name: state.out / name for name in REPORTS}
+    found = [step for step in steps if step.stage.writes == "report" and not state.flat]
+    return [workspace.Pages(state.directory(step.name), copies, state.out) for step in found]
 
 
 def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> None:
@@ -320,11 +330,10 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     texts = {f"text {source.name}": file for source in state.recipe.calibration.named for file in files_of(source.path)}
     sources = workspace.Sources(state.out / workspace.HOUSE, step.name, {**paths, **texts})
     sources.begin(directory, state.progress.tell)
-    before = verified.identities(directory)
     source = open_checkpoint(state.paths[step.source])
     with machine.peak_memory() as peak, device.careful(state.options.device, state.progress.tell):
         output = step.stage.run(source, _context(state, step, directory))
-    sources.check(directory, before)
+    sources.check(directory)
     write_sealed(directory / workspace.RUN, workspace.costs(began, peak[0], output.facts))
     state.paths[step.name] = output.path
     manifest = verified.manifest_of(directory) if step.stage.writes != "report" else None
@@ -334,9 +343,8 @@ def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> No
     known = (manifest.get("source") or {}).get("files") or {}
     given = [name for name in read if name in ("model", *state.recipe.inputs)]
     hashes = {name: workspace.source_hashes(paths[name], known if name == step.source else {}) for name in given}
-    relative = str(output.path.relative_to(directory))
-    entry = {"fingerprint": fingerprint, "kind": output.kind, "output": relative, "sources": hashes}
-    workspace.finish(directory, entry, before)
+    place = {"kind": output.kind, "output": str(output.path.relative_to(directory))}
+    workspace.finish(directory, {"fingerprint": fingerprint, **place, "sources": hashes})
     state.progress.finish(step.name, f"done in {duration(time.time() - began)}")
 
 
@@ -384,11 +392,8 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
 def _close(state: _Run) -> None:
     """The manifest of the whole run."""
     recipe = state.recipe
-    manifest = {
-        "schema": provenance.SCHEMA,
-        "recipe": recipe.text,
-        "seed": recipe.seed,
-        "versions": state.versions,
+    manifest = {"schema": provenance.SCHEMA, "recipe": recipe.text, "seed": recipe.seed, "versions": state.versions}
+    manifest |= {
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
         "stages": {step.name: state.prints[step.name] for step in recipe.steps},
     }

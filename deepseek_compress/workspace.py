@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from deepseek_compress import machine
 from deepseek_compress.checkpoint.files import disk_errors, kept, remove, remove_tree, write_file, write_sealed
-from deepseek_compress.checkpoint.owned import recorded
+from deepseek_compress.checkpoint.owned import announced, recorded, withdraw
 from deepseek_compress.checkpoint.verified import (
     CARD,
     MANIFEST,
     RUN,
-    Identity,
     changed,
     described,
     hash_of,
@@ -149,15 +147,12 @@ def finished(directory: Path, fingerprint: str, quick: bool, tell: Callable[[str
     return entry
 
 
-def finish(directory: Path, entry: Mapping[str, Any], before: Mapping[str, Identity]) -> None:
-    """Mark the stage finished: its entry in the manifest, and every file it wrote with size and hash.
-
-    before: the files that were there when it began, which are not its own unless they have changed.
-    """
+def finish(directory: Path, entry: Mapping[str, Any]) -> None:
+    """Mark the stage finished: its entry in the manifest, and every file it announced with size and hash."""
     manifest = manifest_of(directory) or {}
-    here, files = identities(directory), listed(manifest)
+    here, files, ours = identities(directory), listed(manifest), announced(directory)
     files = {name: facts for name, facts in files.items() if name in here}
-    new = [name for name, found in here.items() if name not in files and before.get(name) != found]
+    new = [name for name in here if name not in files and (name in ours or name.startswith("dsc_"))]
     files = dict(sorted({**files, **described(directory, new)}.items()))
     write_sealed(directory / MANIFEST, {**manifest, "files": files, "pipeline": dict(entry)})
 
@@ -186,15 +181,14 @@ class Sources:
                 tell("what it reads has changed since it was stopped: it starts over")
             write_sealed(self._record, here)
 
-    def check(self, directory: Path, before: Mapping[str, Identity]) -> None:
+    def check(self, directory: Path) -> None:
         """Raise DscError where a file has changed meanwhile; what the stage wrote is removed."""
         for label, file in self._files.items():
             if identity(file) != self._seen[label]:
+                ours = recorded(directory)
                 discard(directory)
-                for name, found in identities(directory).items():
-                    if before.get(name) != found:
-                        remove(directory / name)
-                remove(directory / MANIFEST)
+                for name in ours:
+                    remove(directory / name)
                 raise changed(file)
 
     @staticmethod
@@ -210,9 +204,9 @@ def _sources(house: Path, name: str) -> Path:
 class Pages:
     """Copies of files of `home` beside it, where nothing but earlier copies is overwritten."""
 
-    def __init__(self, home: Path, copies: Mapping[str, Path]) -> None:
-        """Raise DscError for a target that somebody else wrote."""
-        self._home, self._copies, self._record = home, copies, home / HOUSE / "pages.json"
+    def __init__(self, home: Path, copies: Mapping[str, Path], house: Path | None = None) -> None:
+        """Raise DscError for a target that somebody else wrote. house: whose record it is, `home`'s if not given."""
+        self._home, self._copies, self._record = home, copies, (house or home) / HOUSE / "pages.json"
         self._known = set((kept(self._record) or {}).get("hashes") or [])
         for name, target in copies.items():
             ours = self._known | ({hash_of(home / name)} if (home / name).is_file() else set())
@@ -220,15 +214,18 @@ class Pages:
                 raise DscError(f"{target}: exists and was not written by this command", "choose another -o")
 
     def publish(self) -> None:
-        """Copy, each hash written down before, so that a copy is known as ours whenever this is interrupted."""
-        hashes = self._known | {hash_of(self._home / name) for name in self._copies}
+        """Copy those that are there, each hash written down before: a copy is ours whenever this is interrupted."""
+        there = {name: target for name, target in self._copies.items() if (self._home / name).is_file()}
+        hashes = self._known | {hash_of(self._home / name) for name in there}
         write_sealed(self._record, {"hashes": sorted(hashes)})
-        for name, target in self._copies.items():
+        for name, target in there.items():
             write_file(target, (self._home / name).read_bytes())
 
 
 def discard(directory: Path) -> bool:
-    """Remove what unfinished stages keep in `directory`; true where there was something."""
+    """Remove what unfinished stages left in `directory`; true where there was something."""
+    if directory.is_dir():
+        withdraw(directory)
     found = [path for path in directory.glob(".dsc_*") if path.name != HOUSE] if directory.is_dir() else []
     for path in found:
         remove_tree(path) if path.is_dir() else remove(path)
@@ -271,10 +268,3 @@ def costs(began: float, peak: int | None, facts: Mapping[str, Any]) -> dict[str,
         "host": machine.describe(),
         "facts": json.loads(json.dumps(dict(facts), default=str)),
     }
-
-
-def copy(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy the files among `names` that are there."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

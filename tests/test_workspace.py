@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_compress import limits, workspace
 from deepseek_compress.checkpoint.files import write_sealed
-from deepseek_compress.checkpoint.verified import identities
+from deepseek_compress.checkpoint.owned import announce, forget
 from deepseek_compress.errors import DscError
 
 LARGE = 2 << 20  # bytes that --quick does not read
@@ -20,15 +20,17 @@ def silent(text: str) -> None:
 
 
 def finished(out: Path) -> Path:
-    """A stage's output with a small and a large file, and the user's notes."""
+    """A stage's output with a small and a large file, and the user's notes, of before and of meanwhile."""
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    before = identities(out)
+    announce(out, ["large.bin", "small.json"])
     (out / "large.bin").write_bytes(bytes(LARGE))
     (out / "small.json").write_text("{}")
     entry = {"fingerprint": "f", "kind": "artifact", "output": ".", "sources": {}}
     write_sealed(out / "dsc_manifest.json", {"schema": 2})
-    workspace.finish(out, entry, before)
+    (out / "during.txt").write_text("mine")
+    workspace.finish(out, entry)
+    forget(out)
     return out
 
 
@@ -128,13 +130,15 @@ def test_a_source_that_changes_meanwhile_leaves_nothing(tmp_path: Path) -> None:
         path.mkdir()
     (source / "a").write_text("1")
     (out / "notes.txt").write_text("mine")
-    sources, before = workspace.Sources(house, "stage", {"model": source}), identities(out)
-    sources.check(out, before)
+    sources = workspace.Sources(house, "stage", {"model": source})
+    sources.check(out)
+    announce(out, ["config.json"])
     (out / "config.json").write_text("{}")
+    (out / "during.txt").write_text("mine")
     (source / "a").write_text("2")
     with pytest.raises(DscError, match="changed while it was read"):
-        sources.check(out, before)
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+        sources.check(out)
+    assert sorted(path.name for path in out.iterdir()) == ["during.txt", "notes.txt"]
 
 
 def test_a_finished_output_of_another_source(tmp_path: Path) -> None:

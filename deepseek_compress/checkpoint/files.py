@@ -169,7 +169,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-            sync_directory(path.parent)
+            sync(path.parent)
         except BaseException:
             remove(beside)
             raise
@@ -201,8 +201,8 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames in a directory, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import disk_errors, hash_file, kept, sync_directory, write_sealed
+from deepseek_compress.checkpoint.files import disk_errors, hash_file, kept, sync, write_sealed
 from deepseek_compress.checkpoint.header import Location, read_shard_header
-from deepseek_compress.checkpoint.owned import PARTIAL
+from deepseek_compress.checkpoint.owned import PARTIAL, announce, recorded
 from deepseek_compress.checkpoint.reader import read_tensor
 from deepseek_compress.checkpoint.shards import ShardFile
 from deepseek_compress.checkpoint.verified import hash_of, manifest_of
@@ -108,10 +108,11 @@ class StatisticsWriter:
     def finish(self) -> dict[str, str]:
         """Give the files their places; BLAKE3 of each. The directory they grew in goes with the manifest's writing."""
         files = [self._path(number) for number in range(len(self._blocks))]
+        announce(self.out, [file.name for file in files])
         for file in files:
             with disk_errors(file):
                 os.replace(file, self.out / file.name)
-        sync_directory(self.out)
+        sync(self.out)
         return {file.name: shard["blake3"] for file, shard in zip(files, self._shards, strict=True)}
 
     @property
@@ -122,7 +123,7 @@ class StatisticsWriter:
         """A block's file of an interrupted run, where it is what was written; also one that has its place already."""
         file, facts = self._path(number), kept(self._path(number).with_suffix(".json"))
         named = self.out / file.name
-        if facts is not None and not file.exists() and named.is_file():
+        if facts is not None and not file.exists() and named.is_file() and named.name in recorded(self.out):
             os.replace(named, file)
         return facts if facts is not None and file.is_file() and hash_file(file) == facts["blake3"] else None
 

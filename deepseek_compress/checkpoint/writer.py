@@ -30,7 +30,7 @@ from deepseek_compress.checkpoint.files import (
     remove_empty,
     remove_tree,
     replacing,
-    sync_directory,
+    sync,
     write_file,
     write_json,
     write_sealed,
@@ -38,12 +38,21 @@ from deepseek_compress.checkpoint.files import (
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.checkpoint.joining import join
 from deepseek_compress.checkpoint.ledger import Ledger, OpenShard, input_parts, parts_of, read_ledger
-from deepseek_compress.checkpoint.owned import CONFIG, NAMES, PARTIAL, recorded, refuse_foreign, unname_shards
+from deepseek_compress.checkpoint.owned import (
+    CONFIG,
+    PARTIAL,
+    announce,
+    forget,
+    recorded,
+    refuse_foreign,
+    refuse_to_overwrite,
+    unname_shards,
+)
 from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
 from deepseek_compress.checkpoint.reader import INDEX, Checkpoint
 from deepseek_compress.checkpoint.shards import Shard
 from deepseek_compress.checkpoint.verified import CARD, MANIFEST, described
-from deepseek_compress.errors import DscError, raise_problems
+from deepseek_compress.errors import DscError
 from deepseek_compress.numerics.types import Quantized
 
 COPIED = (
@@ -194,7 +203,7 @@ class CheckpointWriter:
         copied = copied_files(self.source.path)
         named = self._shard_names()
         others = [INDEX, MANIFEST, CARD, CONFIG, *(file.name for file in copied)]
-        write_sealed(self._partial / NAMES, {"names": sorted([*named, *others])})
+        announce(self.out, [*named, *others])
         files = self._name_shards(named)
         self._write_index(files)
         for file in copied:
@@ -211,6 +220,7 @@ class CheckpointWriter:
         write_file(self.out / CONFIG, config_text)
         self._finished = True
         remove_tree(self._partial)
+        forget(self.out)
         return notes
 
     def __enter__(self) -> CheckpointWriter:
@@ -286,19 +296,15 @@ class CheckpointWriter:
 
     def _refuse_to_overwrite(self) -> None:
         """Raise Problems for files of the user's that have the name of one of an output."""
-        ours = recorded(self.out)
-        coming = [INDEX, CARD, CONFIG, MANIFEST, *(file.name for file in copied_files(self.source.path))]
-        there = [name for name in coming if name not in ours and os.path.lexists(self.out / name)]
-        raise_problems(
-            DscError(f"{self.out / name}: not written by dsc, and would be overwritten", "move it to another directory")
-            for name in there
-        )
+        copied = [file.name for file in copied_files(self.source.path)]
+        refuse_to_overwrite(self.out, [INDEX, CARD, CONFIG, MANIFEST, *copied])
 
     def _remove_output(self) -> None:
         """Remove the recorded files of an earlier output: first config.json, without which the rest does not load,
         last the manifest, which records them."""
         for name in sorted(recorded(self.out), key=lambda name: (name == MANIFEST, name != CONFIG)):
             remove(self.out / name)
+        forget(self.out)
 
     def _config(self, changes: Mapping[str, Any], ignore: Iterable[str], notes: list[str]) -> dict[str, Any]:
         """The published config with as little changed as possible; its keys survive, known to us or not."""
@@ -356,7 +362,7 @@ class CheckpointWriter:
         for name, number in named.items():
             with disk_errors(self.out / name):
                 os.replace(self._joined or self.shard_path(number), self.out / name)
-        sync_directory(self.out)
+        sync(self.out)
         return {name: self._ledgers[number].shard for name, number in named.items()}
 
     def _write_index(self, files: Mapping[str, Shard]) -> None:

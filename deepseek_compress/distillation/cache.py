@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from deepseek_compress import provenance
-from deepseek_compress.checkpoint.files import disk_errors, kept, read_sealed, sync_directory, write_sealed
+from deepseek_compress.checkpoint.files import disk_errors, kept, read_sealed, sync, write_sealed
 from deepseek_compress.checkpoint.header import Location, read_shard_header
 from deepseek_compress.checkpoint.shards import ShardFile
 from deepseek_compress.distillation.documents import Batch, Document
@@ -105,7 +105,7 @@ class CacheWriter:
         path = self.folder / f"teacher-{len(self.shards) + 1:05d}.safetensors"
         with disk_errors(path):
             os.replace(growing, path)
-            sync_directory(self.folder)
+            sync(self.folder)
         counts = {"documents": len(documents), "tokens": sum(len(document.ids) for document in documents)}
         self.shards.append({"file": path.name, **counts, "bytes": shard.bytes, "blake3": shard.blake3})
         self._list()

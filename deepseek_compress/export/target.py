@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from deepseek_compress.checkpoint import Checkpoint, Header
-from deepseek_compress.checkpoint.files import remove, remove_tree
-from deepseek_compress.checkpoint.owned import PARTIAL
+from deepseek_compress.checkpoint.files import remove, remove_tree, sync
+from deepseek_compress.checkpoint.owned import PARTIAL, announce, refuse_to_overwrite
 from deepseek_compress.checkpoint.writer import copied_files
 from deepseek_compress.errors import DscError
 
@@ -70,27 +70,39 @@ def collected(*checks: Callable[[], None]) -> list[DscError]:
 
 
 @contextmanager
-def staged(out: Path, last: str) -> Iterator[Path]:
+def staged(out: Path, last: str, others: Iterable[str] = ()) -> Iterator[Path]:
     """A hidden folder of `out`; its files move up at the end, `last` after the others. Left early, none is there.
 
     A `last` of an earlier run goes first: what does not pass its check must not leave an older file to be loaded.
+    Raises Problems, before anything is computed, where it or one of `others` is there and not ours.
     """
     folder = out / PARTIAL
+    refuse_to_overwrite(out, [last, *others])
     remove_tree(folder)
     remove(out / last)
     folder.mkdir(parents=True)
     try:
         yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == last):
+        files = sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name))
+        for file in files:
+            sync(file)
+        announce(out, [file.name for file in files])
+        for file in files:
             os.replace(file, out / file.name)
+        sync(out)
     finally:
         remove_tree(folder)
 
 
+def words(source: Checkpoint) -> list[str]:
+    """Names of config.json, tokenizer, chat template and generation settings: what it takes to answer in words."""
+    return [*(file.name for file in copied_files(source.path)), "config.json"]
+
+
 def copy_words(source: Checkpoint, folder: Path) -> None:
-    """config.json, tokenizer, chat template and generation settings: what it takes to answer in words."""
-    for file in (*copied_files(source.path), source.path / "config.json"):
-        shutil.copyfile(file, folder / file.name)
+    """Copy those files."""
+    for name in words(source):
+        shutil.copyfile(source.path / name, folder / name)
 
 
 def sparsity(source: Checkpoint) -> str | None:

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import remove_tree, write_file, write_json, write_sealed
+from deepseek_compress.checkpoint.owned import announce
 from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.compress import selection
 from deepseek_compress.compress.fused_groups import fused_groups
@@ -172,6 +173,7 @@ class Allocate(Stage, frozen=True):
         lines = [f"{key}: {value}" for key, value in facts.items() if key != "schemes"]
         lines += [f"{share:.1%} of the weights: {scheme}" for scheme, share in facts["schemes"].items()]
         lines.append("below: KL in nats a token with that unit alone stored so, what was chosen in bold")
+        announce(context.out, [f"{TABLE}.json", f"{TABLE}.md", RECIPE])
         write_json(context.out / f"{TABLE}.json", {"schema": 1, **facts, "units": list(rows)})
         page = allocation.markdown(rows, "Sensitivity", lines)
         write_file(context.out / f"{TABLE}.md", page.encode("utf-8"))

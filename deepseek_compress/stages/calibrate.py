@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from deepseek_compress import provenance
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import remove_tree, write_json, write_sealed
-from deepseek_compress.checkpoint.owned import PARTIAL
+from deepseek_compress.checkpoint.owned import PARTIAL, announce
 from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
 from deepseek_compress.checkpoint.verified import MANIFEST
 from deepseek_compress.compress.collection import expected, observing
@@ -77,6 +77,7 @@ class Calibrate(Stage, frozen=True):
         with open_pool(job, workers, context.ray, memory.task if memory else 0) as pool:
             done = convert_with_text(job, writer, pool, text.tokens, context.progress)
         blocks = [_facts(layer, block) for layer, block in enumerate(done.blocks)]
+        announce(context.out, [FILE])
         write_json(context.out / FILE, {"schema": 1, "tokens": text.tokens.numel(), "blocks": blocks})
         saved = {"fields": sorted(self.fields), "files": writer.finish(), "tokenizer": tokenizer_hash(source)}
         manifest = provenance.build_manifest(

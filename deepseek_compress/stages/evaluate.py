@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress.checkpoint import Checkpoint, Header, is_checkpoint, open_checkpoint
 from deepseek_compress.checkpoint.files import remove_tree
+from deepseek_compress.checkpoint.owned import announce
 from deepseek_compress.checkpoint.verified import MANIFEST, RUN, hash_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.reasoning import BUILTIN, SUITES, known
@@ -118,6 +119,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         record["name"] = title(context.recipe_text, list(models), reference)
         record["recipe"] = context.recipe_text
         path = context.out / "report.json"
+        announce(context.out, [path.with_suffix(suffix).name for suffix in (".json", ".md", ".html")])
         write(record, path)
         remove_tree(work)
         return Output("report", path, {"report": str(path), "models": len(models)})

@@ -14,6 +14,7 @@ from deepseek_compress import provenance
 from deepseek_compress.calibration.sources import BUILTIN, read_samples
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import remove_tree, write_file
+from deepseek_compress.checkpoint.owned import announce
 from deepseek_compress.checkpoint.verified import hash_of
 from deepseek_compress.distillation.traces import TRACES, Settings, Teacher, write_traces
 from deepseek_compress.distillation.user_verifier import UserVerifier
@@ -100,6 +101,7 @@ class Traces(Stage, frozen=True):
         revised = sum(line["attempt"] > 0 for line in kept)
         context.tell(f"{told}: {len(kept) - revised} at the first attempt, {revised} at a later one")
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        announce(context.out, [TRACES])
         write_file(context.out / TRACES, content.encode("utf-8"))
         remove_tree(work)
         score = sum(line["score"] for line in kept) / len(kept)

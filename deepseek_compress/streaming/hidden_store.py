@@ -23,7 +23,7 @@ import blake3
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import blocks, remove, sync_directory
+from deepseek_compress.checkpoint.files import blocks, remove, sync
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
 from deepseek_compress.planning.costs import STATES
@@ -149,7 +149,7 @@ class HiddenStore:
             os.pwrite(self._fd, self._hash(here), self.rows * self._width)
             os.fsync(self._fd)
             os.replace(self.path, path)
-            sync_directory(path.parent)
+            sync(path.parent)
         self.path = path
 
     def intact(self) -> bool:

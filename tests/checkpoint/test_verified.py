@@ -157,7 +157,7 @@ def test_only_recorded_files_are_removed(tiny_qwen2: Path, tmp_path: Path) -> No
 def test_a_damaged_shard_of_an_interrupted_run_is_made_again(tiny_qwen2: Path, tmp_path: Path) -> None:
     whole = output(tiny_qwen2, tmp_path / "whole")
     checkpoint, out = open_checkpoint(tiny_qwen2), tmp_path / "out"
-    for damaged in ("shard-00001.safetensors", "shard-00001.json", "names.json"):
+    for damaged in ("shard-00001.safetensors", "shard-00001.json", "other.json"):
 
         def interrupted() -> None:
             with CheckpointWriter(out, checkpoint, resume=True) as writer:
@@ -170,7 +170,7 @@ def test_a_damaged_shard_of_an_interrupted_run_is_made_again(tiny_qwen2: Path, t
         file = out / ".dsc_partial" / damaged
         flip(file) if file.exists() else file.write_text("damaged")
         with CheckpointWriter(out, checkpoint, resume=True) as writer:
-            assert len(writer.written) == (damaged == "names.json")
+            assert len(writer.written) == (damaged == "other.json")
             for name in checkpoint.header.tensors:
                 if name not in writer.written:
                     writer.copy(name)

@@ -22,7 +22,7 @@ from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.checkpoint.reader import INDEX
 from deepseek_compress.checkpoint.shards import ShardFile
 from deepseek_compress.errors import DscError
-from deepseek_compress.export.target import Exported, Job, Target, copy_words, sparsity, staged
+from deepseek_compress.export.target import Exported, Job, Target, copy_words, sparsity, staged, words
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.family import IGNORED
 from deepseek_compress.numerics.types import Quantized
@@ -64,7 +64,7 @@ class EdgeLlm(Target, frozen=True, extra="forbid"):
         if source.activations:
             job.tell("8-bit activations are not part of it: TensorRT-Edge-LLM computes with 16-bit ones")
         plain = [module_of(info.name)[0] for info in source.header.tensors.values() if _is_plain_linear(info)]
-        with staged(out, "config.json") as folder:
+        with staged(out, "config.json", words(source)) as folder:
             size = _write_tensors(source, folder)
             copy_words(source, folder)
             config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "dtype")}

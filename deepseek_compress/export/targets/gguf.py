@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.errors import DscError
-from deepseek_compress.export.target import Exported, Job, Target, sparsity
+from deepseek_compress.export.target import Exported, Job, Target, sparsity, staged
 
 GGUF = "model.gguf"
 
@@ -32,8 +32,8 @@ class Gguf(Target, frozen=True, extra="forbid"):
             raise DscError("GGUF has no 2:4 weights, and its zeros would not be exact", fix)
         if source.activations:
             job.tell("8-bit activations are not part of a GGUF file: llama.cpp rounds inputs in its own way")
-        out.mkdir(parents=True, exist_ok=True)
-        facts = export_gguf(source, out / GGUF)
+        with staged(out, GGUF) as folder:
+            facts = export_gguf(source, folder / GGUF)
         if facts["recoded"]:
             kinds = "Q8_0, or BF16 where 32 does not divide the columns"
             job.tell(f"{facts['recoded']} packed tensors have no GGUF type that keeps their codes; written as {kinds}")

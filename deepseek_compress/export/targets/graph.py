@@ -12,7 +12,18 @@ from deepseek_compress import machine
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import remove_tree
 from deepseek_compress.errors import DscError
-from deepseek_compress.export.target import RAN, WRITTEN, Exported, Job, Target, collected, copy_words, sparsity, staged
+from deepseek_compress.export.target import (
+    RAN,
+    WRITTEN,
+    Exported,
+    Job,
+    Target,
+    collected,
+    copy_words,
+    sparsity,
+    staged,
+    words,
+)
 from deepseek_compress.models import Architecture
 from deepseek_compress.planning.costs import useful
 
@@ -57,7 +68,7 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
         from deepseek_compress.export.onnx import export_onnx
 
         dtype = self.dtype()
-        with staged(out, self.loads) as folder:
+        with staged(out, self.loads, [ONNX, *words(source)]) as folder:
             facts: dict[str, Any] = {"target": self.name, "lowering": self.lowering, "precision": dtype}
             facts |= export_onnx(source, folder / ONNX, self.lowering, dtype=dtype, **self.options())
             facts |= {

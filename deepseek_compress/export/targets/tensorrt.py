@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.owned import announce
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.export import BATCH, COMPUTE_CAPABILITIES, NEW, PAST, Range
 from deepseek_compress.export.target import Job, collected
 from deepseek_compress.export.targets.graph import ONNX, GraphTarget, Logits
 
-ENGINE = "model.engine"
+ENGINE, TIMING = "model.engine", "timing.cache"
 
 
 class TensorRt(GraphTarget, frozen=True, extra="forbid"):
@@ -53,7 +54,9 @@ class TensorRt(GraphTarget, frozen=True, extra="forbid"):
 
         job.tell(f"building an engine for {', '.join(self.capabilities)}")
         ranges = {"batch": self.batch, "new": self.new, "past": self.past}
-        cache = folder.parent / "timing.cache" if self.name == "tensorrt" else None
+        cache = folder.parent / TIMING if self.name == "tensorrt" else None
+        if cache is not None:
+            announce(folder.parent, [TIMING])
         built = build_engine(
             folder / ONNX, folder / ENGINE, target=self.name, compute_capabilities=self.capabilities,
             timing_cache=cache, **ranges,
