@@ -54,7 +54,7 @@ def pairs_first(places: range, pairs: int, device: torch.device | str = "cpu") -
     """The split of these places of what `alongside` gives."""
     count, odd = len(places), places.start % 2
     end = min(max(0, 2 * pairs - places.start), count)
-    ours, partners = (torch.arange(first, end, 2, device=device) for first in (odd, 1 - odd))
+    ours, partners = (torch.arange(min(first, end), end, 2, device=device) for first in (odd, 1 - odd))
     rest = torch.arange(end, count, device=device)
     return Split(count, ours, torch.cat((partners, rest)), partners)
 

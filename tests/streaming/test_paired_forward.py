@@ -20,6 +20,7 @@ from deepseek_compress.numerics.types import Quantized, Statistics
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
+from deepseek_compress.streaming.paired_forward import pairs_first
 from deepseek_compress.tasks import mixture
 
 SAMPLES, LENGTH = 6, 48
@@ -176,3 +177,16 @@ def test_correction_brings_the_outputs_closer(tiny_llama: Path, text: Path, tmp_
         out = compress(tiny_llama, tmp_path / f"strength-{strength}", text, strength=strength)
         errors.append(float((inputs(out, tokens)[1][-1] - wanted).square().sum()))
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(("pairs", "rows"), [(3, 4), (0, 4), (1, 6), (5, 2), (4, 8)])
+def test_every_piece_of_an_expert_is_split_like_the_whole(pairs: int, rows: int) -> None:
+    """Also pieces that lie wholly behind the pairs, as of an expert that one model's router sends far more."""
+    count = 16
+    for start in range(0, count, rows):
+        places = range(start, min(start + rows, count))
+        split = pairs_first(places, pairs)
+        expected = [place - start for place in places if place < 2 * pairs and place % 2 == 0]
+        assert split.ours.tolist() == expected
+        assert sorted([*split.ours.tolist(), *split.theirs.tolist()]) == list(range(len(places)))
+        assert split.partners.tolist() == [place - start for place in places if place < 2 * pairs and place % 2 == 1]
