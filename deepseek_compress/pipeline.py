@@ -28,7 +28,7 @@ from deepseek_compress.planning import device
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
-from deepseek_compress.stages.identity import code_hash, manifest_hash, text_hashes
+from deepseek_compress.stages.identity import code_hash, lasting, manifest_hash, text_hashes
 from deepseek_compress.stages.text import choice_cost
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -45,6 +45,7 @@ class Options:
     gpu_memory: int | None = None  # bytes of a GPU
     quick: bool = False  # do not read large files a second time to verify them
     verifier: str | None = None  # FILE.py:FUNCTION, code of the user's for the stage `traces`
+    filter: str | None = None  # the same for `evaluate`
 
 
 @dataclass(frozen=True)
@@ -276,22 +277,17 @@ def _identity(state: _Run) -> dict[str, Any]:
     """What the bytes of all outputs follow from."""
     recipe = state.recipe
     return {
-        "recipe": {key: value for key, value in _lasting(recipe).items() if key not in {"model", "inputs", "name"}},
+        "recipe": {
+            key: value
+            for key, value in lasting(recipe.document, recipe.steps).items()
+            if key not in {"model", "inputs", "name"}
+        },
         "inputs": {name: state.prints[name] for name in ("model", *recipe.inputs)},
         "calibration_data": {source.path: text_hashes(source.path) for source in recipe.calibration.named},
         "statistics": manifest_hash(recipe.calibration.statistics),
         "versions": state.versions,
-        **code_hash(state.options.verifier),
+        **code_hash(verifier=state.options.verifier, filter=state.options.filter),
     }
-
-
-def _lasting(recipe: Recipe) -> dict[str, Any]:
-    """The document without the knobs that change no bytes, so that they may change in one directory."""
-    items = []
-    for item, step in zip(recipe.document["stages"], recipe.steps, strict=False):
-        kept = {key: value for key, value in step.knobs.items() if key not in step.stage.same_bytes}
-        items.append({**item, step.kind: kept} if step.stage.same_bytes else item)
-    return {**recipe.document, "stages": [*items, *recipe.document["stages"][len(items) :]]}
 
 
 def _stage(state: _Run, step: Step) -> None:
@@ -383,6 +379,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         workers=options.workers,
         ray=options.ray,
         verifier=options.verifier,
+        filter=options.filter,
         outputs=dict(state.paths),
         progress=state.progress.update,
         tell=state.progress.tell,

@@ -228,6 +228,9 @@ def evaluate(
     kv_cache: Annotated[
         int | None, typer.Option("--kv-cache", metavar="BITS", help="Keep MODEL's keys and values in 8 or 4 bits.")
     ] = None,
+    guard: Annotated[
+        str | None, typer.Option("--filter", metavar="FILE.py:NAME", help="Code of yours that blocks answers.")
+    ] = None,
     recipe: o.RecipeOption = "evaluate",
     settings: o.Settings = None,
     seed: o.Seed = None,
@@ -261,7 +264,8 @@ def evaluate(
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        page = pipeline.run_report(wanted, out, _options(device, memory, workers, None, gpu_memory, quick), progress)
+        given = replace(_options(device, memory, workers, None, gpu_memory, quick), filter=guard)
+        page = pipeline.run_report(wanted, out, given, progress)
     show.report(page, page.with_suffix(".html"), json)
 
 

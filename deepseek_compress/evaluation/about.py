@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepseek_compress.checkpoint import Checkpoint, TensorInfo
+from deepseek_compress.checkpoint.verified import hash_of
 from deepseek_compress.models import Architecture, Role
 from deepseek_compress.numerics.kv_cache import KvRounding
 
@@ -77,3 +80,13 @@ def _two_of_four(checkpoint: Checkpoint, info: TensorInfo) -> bool:
         return False
     zeros = (checkpoint.read(info.name).view(-1, 4) == 0).sum(1)
     return bool((zeros >= 2).all())
+
+
+def seen_before(text: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """A note on each model whose manifest says that it was calibrated on the file that judges it."""
+    here, notes = hash_of(text), []
+    for name, checkpoint in checkpoints.items():
+        calibration = (checkpoint.manifest or {}).get("calibration") or {}
+        if any(here in (source.get("files") or {}).values() for source in calibration.get("sources") or []):
+            notes.append(f"{name} was calibrated on {text.name}: expect worse on text it never saw.")
+    return notes

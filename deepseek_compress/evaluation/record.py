@@ -15,7 +15,6 @@ from typing import Any
 
 from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
-from deepseek_compress.checkpoint.verified import hash_of
 from deepseek_compress.compress.summary import coverage
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.evaluation import (
@@ -25,13 +24,14 @@ from deepseek_compress.evaluation import (
     efficiency,
     process,
     reasoning,
+    safety,
     speed,
     streamed,
     summary,
     until,
     where,
 )
-from deepseek_compress.evaluation.about import about
+from deepseek_compress.evaluation.about import about, seen_before
 from deepseek_compress.evaluation.answering import Answerer, Answers, FromModel
 from deepseek_compress.evaluation.divergence import Divergence, Trace
 from deepseek_compress.evaluation.process import Judged
@@ -68,6 +68,7 @@ class _Run:
     reference: Sequence[Judged] | None = None
     work: Path | None = None  # where answers are kept as they come
     level: float = certainty.LEVEL
+    first: str | None = None  # name of the reference
     done: int = 0
 
     def step(self, note: str, share: float = 0.0) -> None:
@@ -96,11 +97,11 @@ def evaluate(
     first = reference if reference is not None else next(iter(models))
     tokenizer = load_tokenizer(checkpoints[first].path)
     task = prepare(settings, tokenizer)
-    notes = [] if settings.text is None else _seen_before(settings.text, checkpoints)
+    notes = [] if settings.text is None else seen_before(settings.text, checkpoints)
     run = _Run(settings, tokenizer, task, notes, progress, len(everything) + len(settings.deployed))
     rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="dsc-evaluate-") as folder:
-        run.work = work or Path(folder)
+        run.work, run.first = work or Path(folder), reference
         if settings.until is not None and reference is not None and task.prompts is not None:
             _until(run, checkpoints, reference, settings.until)
         if _is_streamed(settings, checkpoints):
@@ -162,16 +163,6 @@ def _cache_problems(
             yield from cache_problems(Architecture.of(checkpoint).cfg, kv_cache)
 
 
-def _seen_before(text: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """A note on each model whose manifest says that it was calibrated on the file that judges it."""
-    here, notes = hash_of(text), []
-    for name, checkpoint in checkpoints.items():
-        calibration = (checkpoint.manifest or {}).get("calibration") or {}
-        if any(here in (source.get("files") or {}).values() for source in calibration.get("sources") or []):
-            notes.append(f"{name} was calibrated on {text.name}: expect worse on text it never saw.")
-    return notes
-
-
 def _is_streamed(settings: Settings, checkpoints: Mapping[str, Checkpoint]) -> bool:
     if settings.streamed is not None:
         return settings.streamed
@@ -220,10 +211,12 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
     if run.streamed is not None:
         _report(run, row, run.streamed.get(name), folder is not None)
         return row
-    if run.task.prompts or run.task.samples:
+    if run.task.prompts or run.task.samples or run.settings.safety:
         model = Model.load(checkpoint, kv_cache=rounding, device=run.settings.limits.device)
         _fidelity(run, row, model, checkpoint, folder)
         _reasoning(run, row, model, checkpoint, folder is not None)
+        own = run.tokenizer if _same_tokenizer(run.tokenizer, checkpoint) else load_tokenizer(checkpoint.path)
+        _safety(run, row, FromModel(model, own), lambda some: divergence.measure(model, some).nll, own)
         del model
         gc.collect()
     if run.settings.efficiency and not run.settings.deployed:  # else all are timed in turns
@@ -307,6 +300,15 @@ def _answers(
         row["flips"] = process.flips(prompts.problems, found, run.reference, many)
 
 
+def _safety(
+    run: _Run, row: dict[str, Any], answerer: Answerer, likelihood: safety.Likelihood | None, tokenizer: Tokenizer
+) -> None:
+    if run.settings.safety is not None:
+        run.step(f"{row['name']}: safety", 0.85)
+        kept = run.work / f"safety-{row['name']}.jsonl" if run.work else None
+        row["safety"] = run.settings.safety(answerer, likelihood, tokenizer, kept, run.first == row["name"])
+
+
 def _until(run: _Run, checkpoints: Mapping[str, Checkpoint], reference: str, points: float) -> None:
     """Ask as many problems as settle the difference; the report is about those."""
     prompts = run.task.prompts
@@ -357,6 +359,9 @@ def deployed_row(run: _Run, name: str, target: str) -> dict[str, Any]:
         if opened.tokenizer is not None and not opened.same_tokenizer(run.tokenizer):
             prompts = reasoning.prepare(prompts.problems, tokenizer, prompts.asking)
         _answers(run, row, opened.answerer, tokenizer, prompts, False)
+    logits = opened.predict
+    likelihood = None if logits is None else lambda some: safety.from_logits(logits, some)
+    _safety(run, row, opened.answerer, likelihood, opened.tokenizer or run.tokenizer)
     return row
 
 
@@ -378,7 +383,7 @@ def _empty(name: str, path: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "path": path, "bytes": None, "parameters": None, "bits_per_weight": None}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": [], "about": "", "relative": {}}
     unknown = ("families", "error_by_layer", "kv_cache_bytes_per_token", "expert_coverage", "process", "sampled")
-    return {**row, **dict.fromkeys((*unknown, "certainty", "flips", "kl", "speed"))}
+    return {**row, **dict.fromkeys((*unknown, "certainty", "flips", "kl", "speed", "safety"))}
 
 
 def _same_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint) -> bool:

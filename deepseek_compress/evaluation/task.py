@@ -10,6 +10,7 @@ from typing import Any
 from deepseek_compress.evaluation import divergence, reasoning
 from deepseek_compress.evaluation.divergence import Sample
 from deepseek_compress.evaluation.reasoning import Asking, Prompts
+from deepseek_compress.evaluation.safety import Check
 from deepseek_compress.evaluation.statistics import Bootstrap
 from deepseek_compress.evaluation.streamed import NO_LIMITS, Limits
 from deepseek_compress.generation.sampling import Sampling
@@ -41,6 +42,7 @@ class Settings:
     scorer: str = "numbers"
     until: float | None = None  # points of difference that shall be settled; `problems` is the limit
     deployed: Mapping[str, str] = field(default_factory=dict)  # name -> what `dsc generate` opens
+    safety: Check | None = None  # of paired completions, refusals, bias
 
     @property
     def suites(self) -> tuple[str, ...]:

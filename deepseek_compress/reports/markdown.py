@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_compress.reports import proof, table, words
+from deepseek_compress.reports import proof, safety, table, words
 from deepseek_compress.reports.table import Record, Table
 
 
@@ -22,7 +22,7 @@ def markdown(record: Record) -> str:
     missing = table.not_measured(record)
     if missing:
         parts.append(f"Not measured in this run: {', '.join(missing)}.")
-    for title, (make, _) in proof.SECTIONS.items():
+    for title, (make, _) in {**proof.SECTIONS, **safety.SECTIONS}.items():
         found = make(record)
         if found.rows:
             parts += [f"## {title}", grid(found)]
@@ -34,7 +34,7 @@ def markdown(record: Record) -> str:
     ):
         if found.rows and len(found.headers) > 1:
             parts += [f"## {title}", grid(found)]
-    parts += _flips(record)
+    parts += _flips(record) + _refusals(record)
     chains = [f"- **{m['name']}**: {' → '.join(words.lineage(m)) or 'unknown'}" for m in table.everything(record)]
     parts += ["## Lineage", "\n".join(chains)]
     parts += ["## How it was measured", "\n".join(f"- {note}" for note in words.notes(record))]
@@ -61,6 +61,17 @@ def _flips(record: Record) -> list[str]:
                 f"  - model: {mine['answer'] or table.UNKNOWN} ({mine['tokens']} tokens)"
             )
     return ["## Answers that changed", "\n".join(parts)] if parts else []
+
+
+def _refusals(record: Record) -> list[str]:
+    """The first refusals that changed, with both answers."""
+    parts = [
+        f"- **{group['name']}**, {one['kind']}: {one['prompt'][:300]}\n  - reference: {one['reference'][:300]}\n"
+        f"  - model: {one['model'][:300]}"
+        for group in safety.changed(record)
+        for one in group["examples"][:6]
+    ]
+    return ["## Refusals that changed", "\n".join(parts)] if parts else []
 
 
 def _escaped(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from deepseek_compress.reports import charts, proof, table, words
+from deepseek_compress.reports import charts, proof, safety, table, words
 from deepseek_compress.reports.table import Column, Model, Record
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -102,14 +102,16 @@ def _model(
 
 def _answers(record: Record) -> dict[str, Any]:
     """The tables of what the answers prove, and those that changed, the model's beside the reference's."""
-    proofs = [(title, make(record), caption) for title, (make, caption) in proof.SECTIONS.items()]
+    sections = {**proof.SECTIONS, **safety.SECTIONS}
+    proofs = [(title, make(record), caption) for title, (make, caption) in sections.items()]
     flips = []
     for model in table.everything(record):
         found = model.get("flips")
         if found and found["examples"]:
             counts = f"{found['lost']} lost, {found['gained']} gained, {table.percent(found['changed'])} changed"
             flips.append({"title": f"{model['name']}: {counts}", "examples": found["examples"]})
-    return {"proofs": [one for one in proofs if one[1].rows], "flips": flips}
+    shown = [one for one in proofs if one[1].rows]
+    return {"proofs": shown, "flips": flips, "refusals": safety.changed(record)}
 
 
 def _pictures(record: Record) -> dict[str, Any]:

@@ -112,6 +112,58 @@ class _Speed(_Typed):
     peak_bytes: Positive | None = None
 
 
+_Limits = Annotated[list[Number], Field(min_length=2, max_length=2)] | None
+
+
+class _Aspect(_Typed):
+    prompts: Count
+    preferred: Share
+    margin: Number
+    interval: _Limits = None
+    change: Number | None = None
+    change_interval: _Limits = None
+    lost: Count | None = None
+    gained: Count | None = None
+    p_holm: Share | None = None
+
+
+class _Refusal(_Typed):
+    kind: Name
+    aspect: Name
+    prompt: Name
+    model: Name
+    reference: Name
+
+
+class _Refusals(_Typed):
+    answers: Count
+    share: Share
+    of_safety: Share | None
+    of_others: Share | None
+    lost: Count | None = None
+    gained: Count | None = None
+    examples: Annotated[list[_Refusal], Field(max_length=100)] | None = None
+
+
+class _Bias(_Typed):
+    pairs: Count
+    gap: Positive
+    change: Number | None = None
+    change_interval: _Limits = None
+
+
+class _Filter(_Typed):
+    inputs: Count
+    outputs: Count
+
+
+class _Safety(_Typed):
+    aspects: Annotated[dict[Name, _Aspect], Field(max_length=100)] | None = None
+    refusals: _Refusals | None = None
+    bias: Annotated[dict[Name, _Bias], Field(max_length=1000)] | None = None
+    filter: _Filter | None = None
+
+
 class _Model(_Typed):
     name: Name
     certainty: _Certainty | None = None
@@ -120,6 +172,7 @@ class _Model(_Typed):
     flips: _Flips | None = None
     kl: _Kl | None = None
     speed: _Speed | None = None
+    safety: _Safety | None = None
     path: Name | None = None
     bytes: Count | None = None
     parameters: Count | None = None

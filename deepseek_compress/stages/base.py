@@ -54,6 +54,7 @@ class Context:
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster that computes the tasks instead
     verifier: str | None = None  # FILE.py:FUNCTION of the command line: code of the user's, which no recipe can name
+    filter: str | None = None  # the same, of prompts and answers
     outputs: Mapping[str, Path] = field(default_factory=dict)  # name -> path of earlier outputs; "model" is the input
     progress: Callable[[int, int, str], None] = _silent  # (done, total, note)
     tell: Callable[[str], None] = print  # one line: what was decided, and from where

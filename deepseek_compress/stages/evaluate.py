@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -44,6 +46,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
     samples: int = Field(1, gt=0, le=1000)  # answers to each question: pass@k
     scorer: Literal["numbers", "strict", "flexible"] = "numbers"  # the latter as lm-evaluation-harness scores GSM8K
     until: float | None = Field(None, gt=0)  # points: ask more problems until such a difference is settled
+    safety: str | None = None  # builtin, or a .jsonl file of paired completions: aspects, refusals, bias
     deployed: Mapping[str, str] = Field({})  # name -> what `dsc generate` opens: an exported file, or a server
     asked: int | None = Field(None, ge=0, alias="problems")  # `problems` is what every stage tells about a header
     text: Path | None = None
@@ -77,6 +80,8 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             for name in self._suites
             if name not in SUITES and not Path(name).expanduser().is_file()
         ]
+        if self.safety not in (None, BUILTIN) and not Path(str(self.safety)).expanduser().is_file():
+            found.append(DscError(f"{self.safety}: no such file", f"give a .jsonl file of pairs, or {BUILTIN}"))
         return found + [
             DscError(f"{target}: no such file or directory", "give an output of dsc export, or http://HOST:PORT")
             for target in self.deployed.values()
@@ -113,7 +118,9 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         reference = self.reference or (next(iter(models)) if several else None)
         ablations = {name: _path(context.outputs, name) for name in self.ablations}
         self._claim(source, {**models, **ablations}, context, work)
-        record = evaluate(models, reference, self._settings(context), ablations, context.progress, work)
+        with self._check(context) as check:
+            settings = replace(self._settings(context), safety=check)
+            record = evaluate(models, reference, settings, ablations, context.progress, work)
         context.tell_all(record["notes"])
         record["artifacts"] = artifacts(context.outputs)
         record["name"] = title(context.recipe_text, list(models), reference)
@@ -123,6 +130,25 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         write(record, path)
         remove_tree(work)
         return Output("report", path, {"report": str(path), "models": len(models)})
+
+    @contextmanager
+    def _check(self, context: Context) -> Iterator[Any]:
+        """What is asked of safety; the filter's process ends with it."""
+        from deepseek_compress.evaluation import filters, safety
+        from deepseek_compress.tasks.pairs import read_pairs
+
+        if self.safety is None:
+            if context.filter is not None:
+                raise DscError("--filter without prompts to filter", "add --set evaluate.safety=builtin, or a file")
+            yield None
+            return
+        pairs = read_pairs(self.safety)
+        chosen = None if context.filter is None else filters.Filter(context.filter, filters.SECONDS)
+        try:
+            yield safety.Check(pairs, context.seed, self.max_new_tokens or safety.NEW_TOKENS, chosen)
+        finally:
+            if chosen is not None:
+                chosen.close()
 
     def _models(self, outputs: Mapping[str, Path]) -> dict[str, Path]:
         """Name -> directory, in the order of the recipe. The reference is first where `models` leaves it out."""
@@ -138,8 +164,9 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
 
         prints = {name: provenance.fingerprint(open_checkpoint(path)) for name, path in models.items()}
         files = [Path(name).expanduser() for name in self._suites if name not in SUITES]
+        files += [Path(self.safety).expanduser()] if self.safety not in (None, BUILTIN) else []
         text = "/".join(hash_of(file) for file in [*files, *([self.text] if self.text else [])]) or None
-        knobs = {**self.model_dump(mode="json"), "models": prints}
+        knobs = {**self.model_dump(mode="json"), "models": prints, "filter": _code(context.filter)}
         knobs["deployed"] = {name: fingerprint(target) for name, target in self.deployed.items()}
         Resumable.of(source, knobs, text, seed=context.seed, device=context.device).claim(context.out, work)
 
@@ -168,6 +195,12 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
             streamed=self.streamed,
             limits=Limits(context.memory, context.workers, context.device),
         )
+
+
+def _code(function: str | None) -> str | None:
+    """Hash of FILE in FILE.py:FUNCTION."""
+    file = Path((function or "").rpartition(":")[0])
+    return hash_of(file) if file.is_file() else None
 
 
 def title(recipe: str, models: Sequence[str], reference: str | None) -> str:

@@ -38,7 +38,7 @@ def read_questions(path: Path, most: int | None = None) -> list[Problem]:
     if not path.is_file():
         raise DscError(f"{path}: no such file", "give a .jsonl or .parquet file of questions and answers, or builtin")
     found, bad = [], []
-    for origin, entry in _entries(path):
+    for origin, entry in entries(path):
         try:
             if isinstance(entry, DscError):
                 raise entry
@@ -124,7 +124,7 @@ def _chosen(origin: str, answer: Any, choices: tuple[str, ...]) -> str:
     return same[0]
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+def entries(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, entry) of a file; the error of one that cannot be decoded in its place."""
     if path.suffix == ".parquet":
         from deepseek_compress.calibration.parquet import read_rows

@@ -38,7 +38,7 @@ LAYERS = [
     {"numerics"},
     {"cuda_ops"},
     {"workers"},
-    {"errors", "registry", "console", "resources", "machine", "processes", "limits"},
+    {"errors", "registry", "console", "resources", "machine", "processes", "limits", "user_code"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {
