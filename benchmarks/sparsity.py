@@ -43,6 +43,7 @@ COLUMNS = (
 )
 ONE_SHOT, TIMES, RECOVERED = 0.6, 3.0, 0.35
 TRAINED = "  - distill: {teacher: model, minutes: 10}\n"
+BY_BLOCK = "  - recover: {by_block: {passes: 2, batch_tokens: 512}, passes: 0}\n"
 FOUR_BITS = "weights: {METHOD: {num_bits: 4, group_size: GROUP, symmetric: false}}"
 
 
@@ -67,6 +68,7 @@ ROWS = (
     Row("dsc magnitude", compressing("magnitude")),
     Row("dsc sparsegpt", compressing("sparsegpt")),
     Row("dsc reconstruct", compressing("reconstruct")),
+    Row("dsc reconstruct, by block", compressing("reconstruct") + BY_BLOCK),
     Row("dsc reconstruct, recovered 10 min", compressing("reconstruct") + TRAINED),
     Row("dsc sparsegpt, then gptq 4 bits", compressing("sparsegpt", "gptq"), bits=True),
     Row("dsc reconstruct, then gptq 4 bits", compressing("reconstruct", "gptq"), bits=True),
@@ -104,7 +106,7 @@ def prepared(row: Row, subject: Case, samples: int, work: Path) -> tuple[list[st
     recipe = work / "recipe.yaml"
     text = f"{{sources: ['{subject.calibration}'], samples: {samples}, length: {subject.length}}}"
     recipe.write_text(f"calibration: {text}\nstages:\n{row.stages.replace('GROUP', str(subject.group))}")
-    last = "distill" if "distill" in row.stages else "compress"
+    last = next(name for name in ("distill", "recover", "compress") if f"- {name}:" in row.stages)
     command = [*DSC, "run", str(recipe), "--model", str(subject.model), "-o", str(work / "runs")]
     return command, work / "runs" / last
 

@@ -1,16 +1,17 @@
-"""Recovery block by block: the scales and norms of one block at a time, until its outputs are the original's again.
+"""Recovery block by block: what may move of one block at a time, until its outputs are the original's again.
 
 For block l with the changed model's stream h as input and the original's h* beside it, what is trained lowers
 
     sum over tokens of |block_l(h) - block*_l(h*)|^2 / |block*_l(h*)|^2
 
 so a block also makes up for what those before it lost. Each token counts by its error relative to its size, as the norm
-of the next block sees it: plain squares would be those of the few tokens whose states are by far the largest. This is
-the block-wise training of EfficientQAT (Chen et al. 2024, arXiv 2407.11062, section 3.2), of scales and norms alone:
-codes and zero points stay. It needs neither the logits nor the other blocks: both streams lie in hidden stores, what is
-found of a block is kept in the work directory, and an interrupted run goes on at the block where it stopped. Within a
-block a weight is there only while it is multiplied, forward and again backward, so that a block of many experts is
-never in memory either.
+of the next block sees it: plain squares would be those of the few tokens whose states are by far the largest. Of packed
+weights that is the block-wise training of EfficientQAT (Chen et al. 2024, arXiv 2407.11062, section 3.2), of scales and
+norms alone: codes and zero points stay. Of 2:4 weights the values that are left move and the zeros stay, as in EBFT
+(Guo et al. 2024, arXiv 2402.12419). It needs neither the logits nor the other blocks: both streams lie in hidden
+stores, what is found of a block is kept in the work directory, and an interrupted run goes on at the block where it
+stopped. Within a block a packed weight is there only while it is multiplied, forward and again backward, so that a
+block of many experts is never in memory either; the 2:4 weights of a block are, with their gradients and moments.
 """
 
 from __future__ import annotations
@@ -29,22 +30,32 @@ from torch.nn import functional
 
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.checkpoint.files import write_arrays
-from deepseek_compress.distillation.recovery import BETAS, Norm, by_scale, moved, rate
+from deepseek_compress.distillation.recovery import BETAS, Norm, Sparse, by_scale, moved, rate
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Role
 from deepseek_compress.models.weights import Weights
+from deepseek_compress.numerics import pattern
 from deepseek_compress.numerics.grid import STORED
 from deepseek_compress.numerics.types import Quantized
 from deepseek_compress.planning.costs import Work
-from deepseek_compress.streaming.batches import BATCH_TOKENS
+from deepseek_compress.streaming.batches import BATCH_TOKENS, Batches
 from deepseek_compress.streaming.hidden_store import HELD, HiddenStore
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 
 _Weight = tuple[Tensor, Quantized | None]  # float32 (rows, columns), and where it is packed that
 
 
+class Schedule(NamedTuple):
+    """How a block is trained: Adam, its rates what an early step of it changes."""
+
+    passes: int  # over the text
+    learning_rate: float  # of scales and norms, relative
+    weight_rate: float  # of 2:4 weights, relative to the root mean square of what is kept
+    batch_tokens: int | None  # of a step, whole samples; None: as many as a batch has elsewhere
+
+
 class Models(NamedTuple):
-    """The packed checkpoint, the one that it was made of, and what is known of both."""
+    """The changed checkpoint, the one that it was made of, and what is known of both."""
 
     changed: Checkpoint
     original: Checkpoint
@@ -52,7 +63,7 @@ class Models(NamedTuple):
     device: str = "cpu"
 
     def found(self, layer: int) -> Path:
-        """Scales and norms of block `layer` by their names in the checkpoint."""
+        """What was trained of block `layer` by its names in the checkpoint."""
         return self.work / f"block-{layer:05d}.npz"
 
 
@@ -77,9 +88,20 @@ class Found(Mapping[str, Quantized | Tensor]):
         return len(self.files)
 
 
-def recover_blocks(
-    models: Models, tokens: Tensor, *, passes: int, learning_rate: float, seed: int, progress: Progress
-) -> list[Facts]:
+def check_trainable(changed: Checkpoint) -> None:
+    """Raise DscError where no linear of the first block is packed or 2:4."""
+    first = Architecture.of(changed).blocks[0]
+    for linear in first.linears:
+        name = f"{first.prefix}{linear.name}.weight"
+        if changed.header.tensors[name].encoding == "packed" or pattern.holds(changed.read(name)):
+            return
+    what = (
+        f"{changed.path}: neither packed nor 2:4 weights in {first.prefix.rstrip('.')}, so recover has nothing to train"
+    )
+    raise DscError(what, "put a compress stage before it")
+
+
+def recover_blocks(models: Models, tokens: Tensor, schedule: Schedule, *, seed: int, progress: Progress) -> list[Facts]:
     """Train every block on tokens int64 (samples, length); what is found lies in `models.found(layer)`.
 
     Returns for each block the relative squared error of its output for a token of one batch, before and after. The
@@ -97,7 +119,7 @@ def recover_blocks(
             what = f"{models.changed.path}: embeds text otherwise than {models.original.path}"
             raise DscError(f"{what}, so no hidden state compares", "leave by_block out, or the rotation")
 
-    return loop.run(_Recover(models, passes, learning_rate, seed), progress, begin=begin)
+    return loop.run(_Recover(models, schedule, seed), progress, begin=begin)
 
 
 @dataclass(frozen=True)
@@ -105,23 +127,24 @@ class _Recover:
     """Trains each block of the first stream towards the second's."""
 
     models: Models
-    passes: int
-    learning_rate: float
+    schedule: Schedule
     seed: int
 
     def visit(self, at: Visit) -> Facts:
         """{"before", "after"}: relative squared errors."""
         order = torch.Generator().manual_seed(self.seed * 10_007 + at.layer)
         trained = _Block(self.models, at)
-        facts = trained.train(self.passes, self.learning_rate, order)
+        facts = trained.train(self.schedule, order)
         trained.save(self.models.found(at.layer))
         return facts
 
 
 def cost(header: Header, tokens: int, length: int, passes: int) -> tuple[int, Work]:
     """Bytes and work for `tokens` of text in samples of `length`: one block's codes that every token uses, what is
-    trained of it, a weight and its gradient, and what a batch leaves for the backward pass."""
+    trained of it, a weight and its gradient, and what a batch leaves for the backward pass. Where nothing is packed,
+    all linears count as 2:4: values, gradients and two moments."""
     architecture = Architecture.of(header)
+    packed = any(info.encoding == "packed" for info in header.tensors.values())
     cfg = architecture.cfg
     share = 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts
     batch = max(length, BATCH_TOKENS)
@@ -130,10 +153,11 @@ def cost(header: Header, tokens: int, length: int, passes: int) -> tuple[int, Wo
         sizes = {linear: linear.rows * linear.columns for linear in block.linears}
         active = {linear: share if linear.expert is not None else 1.0 for linear in sizes}
         codes = sum(size for linear, size in sizes.items() if linear.expert is None)
+        trained = 0 if packed else 16 * sum(sizes.values())
         groups = sum(_groups(header, f"{block.prefix}{linear.name}.weight") for linear in sizes)
         kept = 20 * cfg.hidden_size + sum(2 * (x.rows + x.columns) * part for x, part in active.items())
         scores = batch * cfg.num_attention_heads * length
-        most = max(most, int(codes + 24 * groups + 16 * max(sizes.values()) + 4 * batch * kept + 12 * scores))
+        most = max(most, int(trained + codes + 24 * groups + 16 * max(sizes.values()) + 4 * batch * kept + 12 * scores))
         products += 2.2 * sum(size * active[linear] for linear, size in sizes.items())
         touched += 8 * kept + 40 * cfg.num_attention_heads * length
     runs = 2 + 3 * passes  # the original and the trained block once, and a pass forward and backward
@@ -169,34 +193,49 @@ class _Block:
             for name in names
             if self.block.family.role(name) is Role.NORM
         }
+        plain = (f"{self.prefix}{linear.name}.weight" for linear in self.block.linears)
+        read = ((name, source.read(name, device=models.device)) for name in plain if name not in self.scales)
+        self.sparse = {name: Sparse(weight) for name, weight in read if pattern.holds(weight)}
 
-    def train(self, passes: int, learning_rate: float, order: torch.Generator) -> Facts:
+    def train(self, schedule: Schedule, order: torch.Generator) -> Facts:
         """Fill the outputs with what the trained and the original block make of their inputs."""
         before, after = self.at.before, self.at.after
         self._advance(self.original, self.original.weights(), before[1], after[1])
-        leaves = [*self.changes.values(), *(norm.change for norm in self.norms.values())]
-        adam = torch.optim.Adam(leaves, lr=learning_rate, betas=BETAS)
-        steps = [i for _ in range(passes) for i in torch.randperm(len(self.batches), generator=order).tolist()]
+        adam = self._adam(schedule)
+        rates = [group["lr"] for group in adam.param_groups]
+        batches = Batches(self.batches.tokens, device=self.batches.device, size=schedule.batch_tokens)
+        steps = [i for _ in range(schedule.passes) for i in torch.randperm(len(batches), generator=order).tolist()]
         weights, first = _Trained(self), math.nan
         for step, batch in enumerate(steps):
-            target = self.batches.read(after[1], batch)
-            error = self._run(self.block, weights, before[0], batch) - target
+            target = batches.read(after[1], batch)
+            error = self.block.run(weights, batches.read(before[0], batch), batches.ids(batch)) - target
             error.backward(error.detach() / _size(target))  # type: ignore[no-untyped-call]
             first = _relative(error.detach(), target) if step == 0 else first
-            for group in adam.param_groups:
-                group["lr"] = learning_rate * rate(step, len(steps))
+            for group, most in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = most * rate(step, len(steps))
             adam.step()
             adam.zero_grad()
             for norm in self.norms.values():
                 norm.refresh()
+        for weight in self.sparse.values():
+            weight.settle()
         self._advance(self.block, weights, before[0], after[0])
-        target = self.batches.read(after[1], steps[0])
-        return {"before": first, "after": _relative(self.batches.read(after[0], steps[0]) - target, target)}
+        target = batches.read(after[1], steps[0])
+        return {"before": first, "after": _relative(batches.read(after[0], steps[0]) - target, target)}
+
+    def _adam(self, schedule: Schedule) -> torch.optim.Adam:
+        """Over what is trained, each group at its rate."""
+        relative = [*self.changes.values(), *(norm.change for norm in self.norms.values())]
+        groups = [{"params": relative, "lr": schedule.learning_rate}]
+        sparse = self.sparse.values()
+        groups += [{"params": [part.weight], "lr": schedule.weight_rate * part.size} for part in sparse]
+        return torch.optim.Adam(groups, betas=BETAS)
 
     def save(self, path: Path) -> None:
         """Write the values that will be stored."""
         found = {name: moved(scale, self.changes[name]) for name, scale in self.scales.items()}
         found |= {name: norm.result().float() for name, norm in self.norms.items()}
+        found |= {name: part.weight.detach() for name, part in self.sparse.items()}
         write_arrays(path, {name: values.cpu() for name, values in found.items()})
 
     def packed(self, name: str) -> Quantized | None:
@@ -205,9 +244,6 @@ class _Block:
         if found is None and (read := self.models.changed.read_quantized(name)) is not None:
             found = read.to(self.models.device)
         return found and found._replace(scale=moved(self.scales[name], self.changes[name]))
-
-    def _run(self, block: Block, weights: Weights, hidden: HiddenStore, batch: int) -> Tensor:
-        return block.run(weights, self.batches.read(hidden, batch), self.batches.ids(batch))
 
     @torch.no_grad()
     def _advance(self, block: Block, weights: Weights, before: HiddenStore, after: HiddenStore) -> None:
@@ -235,6 +271,8 @@ class _Trained:
     def __getitem__(self, name: str) -> Tensor:
         """A norm that is trained, or a tensor that is not."""
         full = self.block.prefix + name
+        if full in self.block.sparse:
+            return self.block.sparse[full].weight
         if full in self.block.norms:
             return self.block.norms[full].weight
         return self.source.read(full, device=self.block.models.device)
@@ -246,7 +284,11 @@ class _Trained:
         """x (..., columns) -> (..., rows)."""
         full = f"{self.block.prefix}{name}.weight"
         change, start = self.block.changes.get(full), self.block.scales.get(full)
-        out: Tensor = _Linear.apply(x, change, start, partial(self._weight, full))  # type: ignore[no-untyped-call]
+        out: Tensor
+        if full in self.block.sparse:
+            out = functional.linear(x, self.block.sparse[full].weight)
+        else:
+            out = _Linear.apply(x, change, start, partial(self._weight, full))  # type: ignore[no-untyped-call]
         return out + self[name + ".bias"] if name + ".bias" in self else out
 
     def _weight(self, full: str) -> _Weight:

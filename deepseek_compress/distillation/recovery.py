@@ -101,6 +101,21 @@ class Norm:
         return self.weight.detach().to(STORED)
 
 
+class Sparse:
+    """A 2:4 weight whose values move and whose zeros stay: `weight` (rows, columns) float32 is a leaf."""
+
+    def __init__(self, start: Tensor) -> None:
+        kept = start != 0
+        self.weight = start.clone().requires_grad_()
+        self.weight.register_hook(lambda gradient: gradient * kept)  # type: ignore[no-untyped-call]
+        self.size = float(start.square().sum().div(kept.sum().clamp(min=1)).sqrt())  # root mean square of what is kept
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round to what is stored."""
+        self.weight.copy_(self.weight.to(STORED))
+
+
 def recover(
     teacher: Model,
     student: Model,

@@ -1,5 +1,6 @@
-"""Recover: train the scales and norms of a packed checkpoint against the original model; the format stays.
+"""Recover: train what may move of a compressed checkpoint against the original model; the format stays.
 
+That is the scales and norms of packed weights; of 2:4 weights in 16 bits the values that are left, and the norms.
 `by_block` trains one block after the other towards the original's hidden states, with nothing else of either model in
 memory. `passes` over the text by KL, end to end, hold both models in float32: 0 for models that do not fit. `plan`
 tells the memory beforehand.
@@ -35,10 +36,12 @@ class ByBlock(BaseModel, frozen=True, extra="forbid"):
 
     passes: int = Field(1, gt=0)
     learning_rate: float = Field(3e-3, gt=0)  # relative change of a scale in an early step of Adam
+    weight_rate: float = Field(0.03, gt=0)  # of 2:4 weights: change in such a step over their root mean square
+    batch_tokens: int | None = Field(None, gt=0)  # of a step, whole samples; None: 2,048
 
 
 class Recover(Stage, frozen=True):
-    """Scales and norms trained on the original's hidden states or outputs; codes and zero points stay as they are."""
+    """Scales, norms and 2:4 weights trained on the original's hidden states or outputs; codes and zeros stay."""
 
     reference: str = "model"  # the name of the output that holds the original
     samples: int | None = Field(None, gt=0)  # None: as many as the recipe's calibration; more text beats more passes
@@ -48,14 +51,13 @@ class Recover(Stage, frozen=True):
     learning_rate: float = Field(3e-3, gt=0)  # relative change of a scale in an early step of Adam
 
     def problems(self, header: Header) -> list[DscError]:
-        """No packed weight or no pass: nothing to train."""
+        """No pass, or no packed weight for one end to end: nothing to train."""
         if not self.passes and self.by_block is None:
             return [DscError("recover: nothing to do", "give by_block, or passes of 1 and more")]
-        if any(info.encoding == "packed" for info in header.tensors.values()):
+        if not self.passes or any(info.encoding == "packed" for info in header.tensors.values()):
             return []
-        return [
-            DscError("recover: the checkpoint has no packed weights", "put a compress stage with weights before it")
-        ]
+        fix = "put a compress stage with weights before it, or train 2:4 weights: passes: 0 and by_block"
+        return [DscError("recover: the checkpoint has no packed weights, which passes end to end train", fix)]
 
     def reads(self) -> Sequence[str]:
         """The original."""
@@ -95,9 +97,10 @@ class Recover(Stage, frozen=True):
         facts: dict[str, Any] = {}
         blocks = blockwise.Models(source, original, work, context.device)
         if self.by_block is not None:
-            progress = context.progress
+            blockwise.check_trainable(source)
+            schedule = blockwise.Schedule(**self.by_block.model_dump())
             facts["blocks"] = blockwise.recover_blocks(
-                blocks, text.tokens, seed=context.seed, progress=progress, **self.by_block.model_dump()
+                blocks, text.tokens, schedule, seed=context.seed, progress=context.progress
             )
         trained: Mapping[str, Quantized | Tensor] = blockwise.Found(blocks)
         if self.passes:
@@ -118,7 +121,7 @@ class Recover(Stage, frozen=True):
                 inputs={"reference": original.path / "config.json"},
                 extra={"calibration": text.facts, "facts": facts},
             )
-            notes = writer.finish({}, manifest, source.config["quantization_config"]["ignore"])
+            notes = writer.finish({}, manifest, source.config.get("quantization_config", {}).get("ignore", ()))
         remove_tree(work)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 

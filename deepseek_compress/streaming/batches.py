@@ -17,16 +17,22 @@ class Batches:
     """tokens int64 (samples, length); `paired`: every sample stands there twice, and the two are never parted.
 
     Batches are read to `device`. `together`: batches that run as one, where each would read all experts of a block.
+    `size`: tokens of a batch, `BATCH_TOKENS` unless told.
     """
 
     def __init__(
-        self, tokens: Tensor, paired: bool = False, together: int = 1, device: torch.device | str = "cpu"
+        self,
+        tokens: Tensor,
+        paired: bool = False,
+        together: int = 1,
+        device: torch.device | str = "cpu",
+        size: int | None = None,
     ) -> None:
         self.tokens = tokens.to(device)
         self.device = self.tokens.device
         self.paired = paired
         self.samples, self.length = tokens.shape
-        self.step = max(1, BATCH_TOKENS // self.length) * together
+        self.step = max(1, (size or BATCH_TOKENS) // self.length) * together
         if paired:
             self.step += self.step % 2
 

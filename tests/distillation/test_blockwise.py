@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
-from deepseek_compress.distillation.blockwise import Found, Models, recover_blocks
+from deepseek_compress.distillation.blockwise import Found, Models, Schedule, recover_blocks
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Role
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import ResidentWeights
+from deepseek_compress.numerics import pattern
 from deepseek_compress.numerics.types import Quantized
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
@@ -25,7 +26,8 @@ from deepseek_compress.streaming.loop import silent
 from deepseek_compress.tasks import mixture
 
 TOKENS = torch.randint(2, 500, (6, 32), generator=torch.Generator().manual_seed(9))
-PASSES, RATE, SEED = 2, 5e-3, 1
+PASSES, RATE, WEIGHT_RATE, SEED = 2, 5e-3, 0.05, 1
+SCHEDULE = Schedule(PASSES, RATE, WEIGHT_RATE, None)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +46,14 @@ def pack(path: Path, out: Path, **more: object) -> Checkpoint:
     return open_checkpoint(stage.run(open_checkpoint(path), context(out, path)).path)
 
 
+def prune(path: Path, out: Path) -> Checkpoint:
+    """A model with two of every four weights of its linears zero, in 16 bits."""
+    stage = build(Compress, {"sparsity": "magnitude"}, "compress")
+    return open_checkpoint(stage.run(open_checkpoint(path), context(out, path)).path)
+
+
 def recover(models: Models) -> dict[str, Quantized | Tensor]:
-    recover_blocks(models, TOKENS, passes=PASSES, learning_rate=RATE, seed=SEED, progress=silent)
+    recover_blocks(models, TOKENS, SCHEDULE, seed=SEED, progress=silent)
     found = Found(models)
     return {name: found[name] for name in found}
 
@@ -68,13 +76,23 @@ def plainly(packed: Checkpoint, original: Checkpoint) -> dict[str, Tensor]:
         codes = {name: q for name in names if (q := packed.read_quantized(name)) is not None}
         starts = {name: student.weights[name] for name in names if family.role(name) is Role.NORM}
         starts |= {name: q.scale for name, q in codes.items()}
-        changes = {name: torch.zeros_like(start).requires_grad_() for name, start in starts.items()}
-        adam = torch.optim.Adam(changes.values(), lr=RATE, betas=(0.9, 0.99))
+        free = {
+            name: student.weights[name] for name in names if "_proj" in name and "weight" in name and name not in codes
+        }
+        free = {name: weight for name, weight in free.items() if pattern.holds(weight)}
+        changes = {name: torch.zeros_like(start).requires_grad_() for name, start in (starts | free).items()}
+        sizes = {name: float(weight[weight != 0].square().mean().sqrt()) for name, weight in free.items()}
+        rates = [WEIGHT_RATE * sizes[name] if name in sizes else RATE for name in changes]
+        groups = [{"params": [change], "lr": most} for change, most in zip(changes.values(), rates, strict=True)]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
         order = torch.Generator().manual_seed(SEED * 10_007 + layer)
         steps = [i for _ in range(PASSES) for i in torch.randperm(3, generator=order).tolist()]
         for step, batch in enumerate([*steps, None]):
             rows = slice(None) if batch is None else slice(2 * batch, 2 * batch + 2)
             now = {name: stored(start, changes[name]) for name, start in starts.items()}
+            now |= {name: weight + changes[name] * (weight != 0) for name, weight in free.items()}
+            if batch is None:
+                now |= {name: now[name].bfloat16().float() for name in free}
             weights = {**student.weights, **now}
             for name, q in codes.items():
                 zero_point, scale = (its.repeat_interleave(q.group_size, 1) for its in (q.zero_point, now[name]))
@@ -89,7 +107,8 @@ def plainly(packed: Checkpoint, original: Checkpoint) -> dict[str, Tensor]:
             target = theirs[layer + 1][rows]
             error = (out - target).square().sum(-1) / target.square().mean(-1)
             error.sum().mul(0.5).backward()  # type: ignore[no-untyped-call]
-            adam.param_groups[0]["lr"] = RATE * (1 - step / len(steps))  # six steps: one of warming up
+            for group, most in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = most * (1 - step / len(steps))  # six steps: one of warming up
             adam.step()
     return found
 
@@ -113,6 +132,24 @@ def test_it_finds_what_plain_autograd_finds(name: str, tmp_path: Path, request: 
     assert moved > 0.01
 
 
+@pytest.mark.parametrize("name", ["tiny_qwen2", "tiny_v3"])
+def test_sparse_weights_move_and_their_zeros_stay(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    original = open_checkpoint(request.getfixturevalue(name))
+    sparse = prune(original.path, tmp_path / "sparse")
+    found, wanted = recover(Models(sparse, original, tmp_path / "work")), plainly(sparse, original)
+    assert found.keys() == wanted.keys()
+    moved = 0.0
+    for key, part in found.items():
+        assert isinstance(part, Tensor)
+        before = sparse.read(key)
+        if "_proj" in key:
+            assert torch.equal(part == 0, before == 0), key
+            moved = max(moved, float((part.float() - before).abs().max() / before.square().mean().sqrt()))
+        after = part.float()  # Adam makes much of the last bit of a small gradient
+        assert (after - wanted[key]).norm() <= 0.1 * (after - before).norm() + 0.004 * before.norm(), key
+    assert moved > 0.05
+
+
 def test_blocks_come_closer_and_a_stop_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     original, packed = open_checkpoint(tiny_llama), pack(tiny_llama, tmp_path / "packed")
 
@@ -122,7 +159,7 @@ def test_blocks_come_closer_and_a_stop_changes_nothing(tiny_llama: Path, tmp_pat
                 raise KeyboardInterrupt
 
         models = Models(packed, original, work)
-        facts = recover_blocks(models, TOKENS, passes=6, learning_rate=0.02, seed=SEED, progress=progress)
+        facts = recover_blocks(models, TOKENS, Schedule(6, 0.02, RATE, None), seed=SEED, progress=progress)
         return facts, {file.name: file.read_bytes() for file in sorted(work.glob("block-*"))}
 
     facts, whole = run(tmp_path / "whole")
@@ -169,6 +206,22 @@ def test_stage(passes: int, text: Path, tiny_llama: Path, tmp_path: Path) -> Non
         other.run(packed, context(tmp_path / "again", tiny_llama, text))
     again = stage.run(packed, context(tmp_path / "again", tiny_llama, text)).path
     assert all((again / file.name).read_bytes() == file.read_bytes() for file in new.path.glob("*.safetensors"))
+
+
+def test_stage_on_a_sparse_checkpoint(text: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    sparse = prune(tiny_llama, tmp_path / "sparse")
+    knobs = {"by_block": {"passes": 3, "batch_tokens": 48}, "passes": 0}
+    stage = build(Recover, knobs, "recover")
+    assert stage.problems(sparse.header) == []
+    assert "no packed weights" in str(build(Recover, {"by_block": {}}, "recover").problems(sparse.header)[0])
+    facts = stage.run(sparse, context(tmp_path / "out", tiny_llama, text)).facts
+    assert all(block["after"] < block["before"] for block in facts["blocks"])
+    new = open_checkpoint(tmp_path / "out")
+    linears = [name for name in new.header.tensors if name.endswith("_proj.weight")]
+    assert all(torch.equal(new.read(name) == 0, sparse.read(name) == 0) for name in linears)
+    assert not all(torch.equal(new.read(name), sparse.read(name)) for name in linears)
+    with pytest.raises(DscError, match="neither packed nor 2:4"):
+        stage.run(open_checkpoint(tiny_llama), context(tmp_path / "dense", tiny_llama, text))
 
 
 def test_what_cannot_be_done_is_told(text: Path, tiny_llama: Path, tmp_path: Path) -> None:
