@@ -1,9 +1,13 @@
-"""llm-compressor's 2:4: SparseGPT and Wanda, each with its defaults; every expert is calibrated with every token."""
+"""llm-compressor's 2:4: SparseGPT and Wanda, each with its defaults; every expert is calibrated with every token.
+
+Both fail by themselves on latent attention, since a linear there has inputs of four dimensions: those are flattened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import plain
 from torch import Tensor
@@ -18,10 +22,22 @@ def recipe(method: str) -> list[object]:
     return [{"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method](**KNOBS)]
 
 
+def flattened(module: Any, name: str) -> None:
+    """Give a function of the rival's that takes inputs of a linear no more than three dimensions."""
+    plainly = getattr(module, name)
+    setattr(
+        module, name, lambda inp, *rest, **more: plainly(inp.flatten(1, -2) if inp.dim() > 3 else inp, *rest, **more)
+    )
+
+
 def quantize(model: Path, file: Path, out: Path, method: str) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning.sparsegpt import base as sparsegpt
+    from llmcompressor.modifiers.pruning.wanda import base as wanda
 
+    flattened(sparsegpt, "accumulate_hessian")
+    flattened(wanda, "accumulate_row_scalars")
     ids = plain.ids(file)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
     net, words = plain.load(model), plain.tokenizer(model)
