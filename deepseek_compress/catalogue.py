@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepseek_compress import export, resources, stages
+from deepseek_compress import resources, stages
 from deepseek_compress.distillation.losses import LOSSES
+from deepseek_compress.export import TARGETS
 from deepseek_compress.models import FAMILIES
 from deepseek_compress.models.resolve import builtin_models
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
@@ -37,7 +38,7 @@ def catalogue() -> dict[str, list[Entry]]:
         "rotation": _components(ROTATION),
         "migration": _components(MIGRATION),
         "kv_cache": [Entry("bits", _first_line(KvRounding), KvRounding.paper)],
-        "targets": [Entry(name, entry.summary) for name, entry in export.TARGETS.items()],
+        "targets": [Entry(name, entry.summary) for name, entry in TARGETS.items()],
         "model families": [Entry(name, _first_line(family)) for name, family in FAMILIES.items()],
         "built-in models": [Entry(name, _described(path)) for name, path in builtin_models().items()],
         "suites": [

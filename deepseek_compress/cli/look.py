@@ -10,7 +10,7 @@ import typer
 from deepseek_compress import console
 from deepseek_compress.cli import options as o
 from deepseek_compress.cli import show
-from deepseek_compress.errors import DscError, raise_problems
+from deepseek_compress.errors import raise_problems
 
 
 def inspect(
@@ -78,21 +78,6 @@ def compare(
     from deepseek_compress.reports import gate
 
     conditions = [gate.parse(text) for text in fail_if or ()]
-    if out is not None and out.suffix not in (".html", ".csv"):
-        raise DscError(f"-o {out}: not a .html or .csv file", "name the page, for instance -o compare.html")
-    pages = [out.with_suffix(suffix) for suffix in {".html", ".md", ".json", out.suffix}] if out is not None else []
-    for page in pages:
-        if out is not None and page.exists() and not _is_report(out.with_suffix(".json")):
-            raise DscError(f"{page}: exists and was not written by dsc", "choose another -o")
     record = library.compare(reports, out)
     show.report(record, out, json)
     raise_problems(gate.failures(record, conditions))
-
-
-def _is_report(path: Path) -> bool:
-    from deepseek_compress import reports
-
-    try:
-        return bool(reports.read(path))
-    except DscError:
-        return False

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from deepseek_compress.errors import DscError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def _remember_json(context: typer.Context, value: bool) -> bool:
@@ -80,24 +75,3 @@ def typed(context: typer.Context, *but: str) -> str:
             for one in value if isinstance(value, (list, tuple)) else [value]:
                 words += f" {option.opts[0]} {shlex.quote(str(one))}"
     return words
-
-
-def bytes_of(text: str | None, option: str = "--memory") -> int | None:
-    """`8GiB`, `500MB` or a plain number -> bytes."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    if not found or not float(found[1]):
-        raise DscError(f"{option} {text!r} is no size", f"write for instance {option} 8GiB")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
-
-
-def source_of(text: str) -> str | dict[str, Any]:
-    """`a.jsonl` or `a.jsonl=0.7` -> a calibration source of a recipe. A path that exists is never cut."""
-    path, equals, share = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text
-    try:
-        return {"path": path, "share": float(share)}
-    except ValueError:
-        raise DscError(f"--calibration {text!r}: {share!r} is no share", "write for instance a.jsonl=0.7") from None

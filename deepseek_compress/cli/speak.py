@@ -183,20 +183,15 @@ def _open(
     quick: bool,
 ) -> tuple[Speaker, Sampling]:
     """What answers, and how it chooses: the model's own settings, changed by what was given."""
-    from deepseek_compress.generation.sampling import Sampling
+    from deepseek_compress.generation.loaded import check_sampling, choose_sampling
     from deepseek_compress.generation.targets import open_target
     from deepseek_compress.planning.device import choose
-    from deepseek_compress.registry import build
 
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     given = {key: value for key, value in given.items() if value is not None}
-    build(Sampling, given, "sampling")  # before a model is loaded
+    check_sampling(given)
     speaker = open_target(target, threads, choose(device), quick)
-    own = (
-        {"temperature": 1.0, **given} if {"top_p", "top_k"} & set(given) and not speaker.defaults.temperature else given
-    )
-    sampling = Sampling(seed=given.get("seed", 0)) if greedy else speaker.defaults.model_copy(update=own)
-    return speaker, sampling
+    return speaker, choose_sampling(speaker, given, greedy)
 
 
 def _tell(speaker: Speaker, sampling: Sampling) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deepseek_compress import console, resources
+from deepseek_compress import console, jobs
 from deepseek_compress.cli import options as o
 from deepseek_compress.cli import show
-from deepseek_compress.errors import DscError
 from deepseek_compress.export import TARGETS
-from deepseek_compress.recipe import Changes, Recipe, read_recipe
+from deepseek_compress.recipe import Recipe
 
 if TYPE_CHECKING:
     from deepseek_compress.pipeline import Options
@@ -46,11 +44,13 @@ def plan(
     json: o.Json = False,
 ) -> None:
     """Show what a recipe would do to a model: stages, tensors, bytes, time, and every problem at once."""
-    wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
+    wanted = jobs.read_recipe(
+        recipe, model, settings or (), _text(calibration, statistics, samples, length, seed), group_size
+    )
     from deepseek_compress import pipeline
     from deepseek_compress.planning.rates import rates
 
-    found = pipeline.plan(wanted, _options(device, memory, workers, ray, gpu_memory))
+    found = pipeline.plan(wanted, jobs.options(device, memory, workers, ray, gpu_memory))
     given = o.typed(context, "recipe", "measure", "json")
     show.plan(
         found, rates(measure, found.options.device), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}"
@@ -80,9 +80,11 @@ def run(
     json: o.Json = False,
 ) -> None:
     """Run every stage of a recipe; run it again after a stop and it goes on."""
-    wanted = _recipe(recipe, model, settings, _calibration(calibration, statistics, samples, length, seed), group_size)
+    wanted = jobs.read_recipe(
+        recipe, model, settings or (), _text(calibration, statistics, samples, length, seed), group_size
+    )
     target = out or Path("runs") / wanted.name
-    given = replace(_options(device, memory, workers, ray, gpu_memory, quick), verifier=verifier)
+    given = jobs.options(device, memory, workers, ray, gpu_memory, quick, verifier)
     paths = _pipeline(wanted, target, given, json, flat=False)
     show.outputs(target, paths, wanted, json)
 
@@ -109,9 +111,9 @@ def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
         quick: o.Quick = False,
         json: o.Json = False,
     ) -> None:
-        text = _calibration(calibration, statistics, samples, length, seed)
-        wanted = _recipe(recipe, model, settings, text, group_size, kind=kind)
-        _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory, quick), json, model)
+        text = _text(calibration, statistics, samples, length, seed)
+        wanted = jobs.read_recipe(recipe, model, settings or (), text, group_size, kind=kind)
+        _one_stage(wanted, out, jobs.options(device, memory, workers, ray, gpu_memory, quick), json, model)
 
     command.__doc__ = summary
     return command
@@ -139,21 +141,17 @@ def distill(
     json: o.Json = False,
 ) -> None:
     """Train a smaller student from a teacher."""
-    recorded = cache is not None and (Path(cache) / "teacher.json").is_file()
     values: dict[str, Any] = {
-        **_calibration(calibration, None, None, None, seed),
+        **_text(calibration, None, None, None, seed),
         "distill.cache": cache,
         "distill.length": length,
         "distill.steps": steps,
         "distill.tokens": tokens,
         "distill.minutes": minutes,
     }
-    if student is not None:
-        values["distill.keep"] = 1.0
-        if not recorded:  # else the teacher need not be there
-            values |= {"distill.teacher": "teacher", "inputs": {"teacher": teacher}}
-    wanted = _recipe(recipe, student or teacher, settings, values, kind="distill")
-    _one_stage(wanted, out, _options(device, memory), json, teacher)
+    model, values = jobs.distillation(teacher, student, values)
+    wanted = jobs.read_recipe(recipe, model, settings or (), values, kind="distill")
+    _one_stage(wanted, out, jobs.options(device, memory), json, teacher)
 
 
 prune = _compressing("compress", "sparse24", "Make two of every four weights zero.")
@@ -187,9 +185,9 @@ def allocate(
     json: o.Json = False,
 ) -> None:
     """Find by measurement which bits each part of a model needs under a size; writes a recipe for quantize."""
-    values = {**_calibration(calibration, None, samples, length, seed), "allocate.target": target}
-    wanted = _recipe(recipe, model, settings, values, group_size, kind="allocate")
-    _one_stage(wanted, out, _options(device, memory, workers, ray, gpu_memory, quick), json, model)
+    values = {**_text(calibration, None, samples, length, seed), "allocate.target": target}
+    wanted = jobs.read_recipe(recipe, model, settings or (), values, group_size, kind="allocate")
+    _one_stage(wanted, out, jobs.options(device, memory, workers, ray, gpu_memory, quick), json, model)
 
 
 def export(
@@ -205,8 +203,8 @@ def export(
     json: o.Json = False,
 ) -> None:
     """Write a checkpoint in a form that others run."""
-    wanted = _recipe(recipe, model, settings, {"export.target": target}, kind="export")
-    _one_stage(wanted, out, _options(device, memory, workers, quick=quick), json, model)
+    wanted = jobs.read_recipe(recipe, model, settings or (), {"export.target": target}, kind="export")
+    _one_stage(wanted, out, jobs.options(device, memory, workers, quick=quick), json, model)
 
 
 def evaluate(
@@ -242,16 +240,7 @@ def evaluate(
     json: o.Json = False,
 ) -> None:
     """Measure what a model can still do, against a reference."""
-    from deepseek_compress.evaluation.subjects import subjects
-
-    found = subjects(models, reference)
     values = {
-        "as": found.main,
-        "inputs": found.inputs or None,
-        "evaluate.models": found.names,
-        "evaluate.reference": found.reference,
-        "evaluate.deployed": found.deployed or None,
-        "evaluate.suite": tasks[0] if tasks and len(tasks) == 1 else tasks,
         "evaluate.text": text,
         "evaluate.windows": windows,
         "evaluate.length": length,
@@ -260,63 +249,21 @@ def evaluate(
         "evaluate.kv_cache": None if kv_cache is None else {"num_bits": kv_cache},
         "seed": seed,
     }
-    wanted = _recipe(recipe, found.model, settings, values, kind="evaluate")
+    model, values = jobs.evaluation(models, reference, tasks or (), values)
+    wanted = jobs.read_recipe(recipe, model, settings or (), values, kind="evaluate")
     from deepseek_compress import pipeline
 
     with console.progress(quiet=json) as progress:
-        given = replace(_options(device, memory, workers, None, gpu_memory, quick), filter=guard)
+        given = jobs.options(device, memory, workers, None, gpu_memory, quick, guard=guard)
         page = pipeline.run_report(wanted, out, given, progress)
     show.report(page, page.with_suffix(".html"), json)
 
 
-def _calibration(
+def _text(
     sources: list[str] | None, statistics: str | None, samples: int | None, length: int | None, seed: int | None
 ) -> dict[str, Any]:
-    values = {
-        "sources": [o.source_of(source) for source in sources or ()] or None,
-        "samples": samples,
-        "length": length,
-    }
-    if statistics is None:
-        return {**{f"calibration.{key}": value for key, value in values.items()}, "seed": seed}
-    given = {key: value for key, value in values.items() if value is not None}
-    return {"calibration": {"statistics": statistics, **given}, "seed": seed}  # the recipe's own text does not count
-
-
-def _recipe(
-    name: str,
-    model: str | None,
-    settings: list[str] | None,
-    values: Mapping[str, Any],
-    group_size: int | None = None,
-    kind: str | None = None,
-) -> Recipe:
-    """The recipe that options ask for; with `kind`, it must have that one stage."""
-    changes = Changes(settings or (), {**values, "model": model}, group_size)
-    wanted = read_recipe(resources.recipe_path(name), changes)
-    kinds = [step.kind for step in wanted.steps]
-    if kind and kinds != [kind]:
-        raise DscError(f"{name}: has the stages {', '.join(kinds)}, not one {kind}", f"use dsc run {name}")
-    return wanted
-
-
-def _options(
-    device: str = "cpu",
-    memory: str | None = None,
-    workers: int | None = None,
-    ray: str | None = None,
-    gpu_memory: str | None = None,
-    quick: bool = False,
-) -> Options:
-    from deepseek_compress.pipeline import Options
-    from deepseek_compress.planning.device import choose
-
-    if workers is not None and ray is not None:
-        raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    chosen = "cpu" if ray is not None and device == "auto" else choose(device)
-    if ray is not None and chosen != "cpu":
-        raise DscError(f"--ray and --device {device} together: a cluster's tasks compute on CPUs", "give one of them")
-    return Options(chosen, o.bytes_of(memory), workers, ray, o.bytes_of(gpu_memory, "--gpu-memory"), quick=quick)
+    given = [jobs.source_of(source) for source in sources or ()]
+    return jobs.Text(given, statistics, samples, length, seed).values()
 
 
 def _pipeline(wanted: Recipe, out: Path, options: Options, json: bool, flat: bool) -> dict[str, Path]:

@@ -21,8 +21,10 @@ def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
     """Read the report.json files at `paths`, write one report to `out` (.html or .csv, with .json and .md beside).
 
     Returns the record; `out` None writes nothing. Raises `DscError` for a file that is no report, for none at all, and
-    where `out` is one of the inputs.
+    where `out` is one of the inputs, or a page that `dsc` did not write.
     """
+    if out is not None:
+        _check_page(out)
     if not paths:
         raise DscError("no reports to compare", "give at least one report.json")
     suffixes = (".json", ".md", ".html", ".csv")
@@ -38,6 +40,21 @@ def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
     if out is not None:
         files.write(record, out)
     return record
+
+
+def _check_page(out: Path) -> None:
+    if out.suffix not in (".html", ".csv"):
+        raise DscError(f"-o {out}: not a .html or .csv file", "name the page, for instance -o compare.html")
+    for page in (out.with_suffix(suffix) for suffix in sorted({".html", ".md", ".json", out.suffix})):
+        if page.exists() and not _is_report(out.with_suffix(".json")):
+            raise DscError(f"{page}: exists and was not written by dsc", "choose another -o")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return bool(files.read(path))
+    except DscError:
+        return False
 
 
 def correct_again(record: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.calibration.tokens import apportion, by_share, facts, read_windows, spread
-from deepseek_compress.cli.options import source_of
 from deepseek_compress.errors import DscError
+from deepseek_compress.jobs import source_of
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.tasks import mixture
 from tests.calibration.test_calibration_text import lines
@@ -137,5 +137,5 @@ def test_shares_on_the_command_line(tmp_path: Path) -> None:
     odd.write_text("text")
     assert source_of(str(odd)) == str(odd)
     assert source_of(f"{odd}=2") == {"path": str(odd), "share": 2.0}
-    with pytest.raises(DscError, match="'much' is no share"):
+    with pytest.raises(DscError, match="invalid share 'much'"):
         source_of("a.jsonl=much")

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
+from deepseek_compress.export import parts as cutting
 from deepseek_compress.export.onnx import export_onnx, hidden_name
 from deepseek_compress.export.parts import Parts
 from deepseek_compress.export.verify import Agreement, random_prompts, verify
@@ -134,7 +135,7 @@ def test_a_head_that_is_rounded_at_load_comes_in_pieces(
         return [part(ones, ones, rows, [slice(0, 1)]) for part in parts.open_head(last)]
 
     (whole,), all_of_it = logits(), parts.head_memory(last)
-    monkeypatch.setattr("deepseek_compress.export.parts.AT_ONCE", 100 * source.config["hidden_size"])
+    monkeypatch.setattr(cutting, "AT_ONCE", 100 * source.config["hidden_size"])
     pieces = logits()
     assert [piece.shape[-1] for piece in pieces] == [100] * 5 + [12]
     assert np.array_equal(np.concatenate(pieces, -1), whole)

@@ -157,7 +157,7 @@ def test_the_next_command_can_be_typed_as_it_stands(dsc: Dsc, tiny_llama: Path, 
             "error: w4a16.yaml (as changed by options): ",
         ),
         (["quantize", "MODEL", "-o", "q", "--calibration", "no.jsonl"], "error: calibration: no.jsonl: no such file"),
-        (["quantize", "MODEL", "-o", "q", "--memory", "much"], "error: --memory 'much' is no size; "),
+        (["quantize", "MODEL", "-o", "q", "--memory", "much"], "error: --memory: invalid size 'much'; "),
         (
             ["quantize", "MODEL", "-o", "q", "--device", "tpu"],
             "error: --device tpu: unknown device; use",

@@ -128,7 +128,7 @@ def test_a_recipe_that_runs_out_of_memory_resumes(
 def test_a_size_that_is_none(dsc: Dsc, tiny_llama: Path) -> None:
     done = dsc("quantize", tiny_llama, "-o", "out", "--gpu-memory", "much")
     assert done.exit_code == 1
-    assert done.stderr.startswith("error: --gpu-memory 'much' is no size; write for instance --gpu-memory 8GiB")
+    assert done.stderr.startswith("error: --gpu-memory: invalid size 'much'; write for instance --gpu-memory 8GiB")
 
 
 @pytest.mark.parametrize(

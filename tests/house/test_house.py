@@ -24,8 +24,8 @@ PACKAGE = ROOT / "deepseek_compress"
 # A module may import from its own layer's files and from layers below (greater numbers); no two import each other.
 LAYERS = [
     {"__main__"},
-    {"cli"},
-    {"catalogue", "doctor", "survey"},
+    {"cli", "api"},
+    {"catalogue", "doctor", "survey", "jobs"},
     {"pipeline"},
     {"recipe", "workspace"},
     {"stages"},

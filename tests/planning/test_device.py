@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from deepseek_compress import pipeline
-from deepseek_compress.cli.options import bytes_of
-from deepseek_compress.cli.work import _options
 from deepseek_compress.errors import DscError
+from deepseek_compress.jobs import bytes_of, options
 from deepseek_compress.planning import device, rates
 from deepseek_compress.planning.costs import Rates
 from deepseek_compress.recipe import parse_recipe
@@ -106,9 +105,9 @@ def test_operators_that_are_not_repeatable_are_told() -> None:
 
 
 def test_a_cluster_computes_on_processors(two_gpus: None) -> None:
-    assert _options("auto", ray="auto").device == "cpu"
+    assert options("auto", ray="auto").device == "cpu"
     with pytest.raises(DscError, match="--ray and --device cuda:1 together"):
-        _options("cuda:1", ray="auto")
+        options("cuda:1", ray="auto")
 
 
 def test_memory_that_runs_out_is_one_line() -> None:
