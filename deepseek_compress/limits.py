@@ -31,6 +31,7 @@ PIECE = 1 << 16  # characters of a document that are tokenized at a time; each t
 WINDOW_PIECE = 1 << 21  # of a text to evaluate on, so that all but books are tokenized as a whole
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 30  # of a chat template: time, and memory beyond what is taken already
 PROBLEMS = 50  # lines that a command prints about what is wrong
+SAMPLES = 200_000  # of a log of another harness
 REPORTS, MODELS = 200, 200  # of dsc compare
 REPEATS, OPTIONAL = 4, 8  # in a regular expression: parts without an upper bound, parts with one
 

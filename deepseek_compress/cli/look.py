@@ -63,7 +63,9 @@ def list_(json: o.Json = False) -> None:
 
 
 def compare(
-    reports: Annotated[list[Path], typer.Argument(metavar="REPORT...", help="report.json files.")],
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="REPORT...", help="report.json files; logs of lm-eval or Inspect.")
+    ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="REPORT.html", help="One page; .csv: a table beside it.")
     ] = None,

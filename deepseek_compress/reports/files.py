@@ -9,19 +9,16 @@ from typing import Any
 
 from deepseek_compress.checkpoint.files import read_json, write_file
 from deepseek_compress.errors import DscError, raise_problems
+from deepseek_compress.reports import logs
 from deepseek_compress.reports.markdown import markdown
 from deepseek_compress.reports.page import page
-from deepseek_compress.reports.schema import mistyped
+from deepseek_compress.reports.schema import METRICS, mistyped
 from deepseek_compress.reports.spreadsheet import csv_text
 from deepseek_compress.reports.table import Record
 
 SCHEMA = 1
 TOP = ("schema", "reference", "models", "artifacts", "machine", "versions")
 MODEL = ("name", "path", "bytes", "bits_per_weight", "parameters", "metrics", "intervals", "lineage")
-METRICS = (
-    "exact_match", "f1", "valid_steps", "perplexity", "kl_divergence", "top1_agreement",
-    "prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes",
-)  # fmt: skip
 ARTIFACT = ("name", "target", "path", "bytes", "status")
 
 
@@ -50,13 +47,20 @@ def write(record: Record, path: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record in a report.json, or beside the .html or .md that is named. Raises `DscError` where there is none."""
+    """The record in a report.json, or beside the .html or .md that is named; that of another harness's log.
+
+    Raises `DscError` where there is none.
+    """
+    if path.suffix == ".eval":
+        return logs.read_archive(path)
     path = path.with_suffix(".json") if path.suffix in {".html", ".md"} else path
     path = path / "report.json" if path.is_dir() else path
     try:
         record = read_json(path)
     except DscError as error:
         raise DscError(error.what, "give a report.json that dsc wrote") from None
+    if logs.is_log(record):
+        return logs.record_of(record, path)
     if record.get("schema") != SCHEMA:
         what = f"{path}: schema {str(record.get('schema'))[:40]}, this version reads {SCHEMA}"
         raise DscError(what, "evaluate again")

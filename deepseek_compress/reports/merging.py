@@ -12,7 +12,7 @@ from typing import Any
 
 from deepseek_compress import limits
 from deepseek_compress.errors import DscError
-from deepseek_compress.reports import files
+from deepseek_compress.reports import files, logs
 
 SAME = ("suite", "text", "machine", "versions")  # what must agree before numbers may be compared without a word
 
@@ -34,7 +34,9 @@ def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
             raise DscError(f"{path}: would be overwritten by {out}", "choose another -o")
     if len(paths) > limits.REPORTS:
         raise DscError(f"{len(paths)} reports, {limits.REPORTS} at most are compared", "give fewer")
-    record = merge([files.read(path) for path in paths], _names(paths))
+    records = [files.read(path) for path in paths]
+    logs.paired(records)
+    record = merge(records, _names(paths))
     correct_again(record)
     record["name"] = out.stem if out is not None else "comparison"
     if out is not None:
@@ -150,11 +152,13 @@ def _reference(records: Sequence[Mapping[str, Any]], models: Sequence[Mapping[st
     """The reference that all runs share, None where they have different ones."""
     rows: list[Mapping[str, Any]] = []
     for record in records:
+        if record.get("log") and record["reference"] is None:
+            continue
         row = next((model for model in record["models"] if model["name"] == record["reference"]), None)
         if row is None or (rows and not _equal(row, rows[0])):
             return None
         rows.append(row)
-    return next((str(model["name"]) for model in models if _equal(model, rows[0])), None)
+    return next((str(model["name"]) for model in models if rows and _equal(model, rows[0])), None)
 
 
 def _differences(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

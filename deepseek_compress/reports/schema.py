@@ -8,6 +8,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
+METRICS = (
+    "exact_match", "f1", "valid_steps", "perplexity", "kl_divergence", "top1_agreement",
+    "prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes",
+)  # fmt: skip
 _LARGE = 1e15
 Number = Annotated[float, Field(ge=-_LARGE, le=_LARGE, allow_inf_nan=False)]
 Positive = Annotated[float, Field(ge=0, le=_LARGE, allow_inf_nan=False)]
