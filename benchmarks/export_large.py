@@ -1,12 +1,12 @@
 """Export of a 1.5-billion-parameter model: how much memory, how long, how large?
 
-    python -m benchmarks.export_large [--layers N] [--targets NAME ...] [--scratch DIR]
+    python -m benchmarks.export_large [--shape NAME] [--layers N] [--targets NAME ...] [--scratch DIR]
 
 A random BF16 checkpoint of R1-Distill-Qwen-1.5B's shape (28 layers: 1.78 G parameters with both embeddings, 3.6 GB) is
 made 4-bit asymmetric data-free, and each target is written from that, without verification, which would hold the model
 in FP32. Bar: at most 3 GB peak resident (PSS over all processes, imports included) for the graphs; what the builder of
 an engine needs is TensorRT's own and is reported beside. Each file is opened by its client afterwards: onnx checks the
-graph, onnxruntime runs two tokens.
+graph, onnxruntime runs two tokens. `--shape v2-lite --layers 4`: DeepSeek-V2-Lite's widths, with its experts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, measure, present
-from benchmarks.make_checkpoint import write_checkpoint
+from benchmarks.make_checkpoint import V2_LITE, write_checkpoint
 from benchmarks.v2_lite import size_of
 
 PYTHON, DSC = (str(ROOT / ".venv" / "bin" / name) for name in ("python", "dsc"))
@@ -41,6 +41,7 @@ TARGETS: dict[str, list[str]] = {
     "bf16": [],
     "tensorrt-rtx": ["--set", "compute_capabilities=[sm89]"],
 }
+SHAPES = {"qwen-1.5b": ("R1-Distill-Qwen-1.5B", QWEN_1_5B), "v2-lite": ("DeepSeek-V2-Lite", V2_LITE)}
 BARRED = ("onnx", "onnxruntime", "onnxruntime, 8-bit embedding", "bf16")  # what we write ourselves
 COLUMNS = ("target", "wall s", "CPU s", "peak GB", "file GB", "of BF16", "largest tensor GB", "client")
 
@@ -86,34 +87,37 @@ def export(name: str, packed: Path, out: Path, stored: int, largest: int) -> lis
 def main() -> None:
     """Write, quantise, export, delete, report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen-1.5b")
+    parser.add_argument("--layers", type=int, help="the shape's own unless given")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=tuple(TARGETS))
     parser.add_argument("--scratch", type=Path, default=None)
     options = parser.parse_args()
+    name, shape = SHAPES[options.shape]
+    layers = options.layers or shape["num_hidden_layers"]
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         scratch = Path(folder)
         if shutil.disk_usage(scratch).free < 16e9:
             raise SystemExit(f"{scratch}: less than 16 GB free; give --scratch")
         source, packed = scratch / "model", scratch / "packed"
-        made = write_checkpoint(source, {**QWEN_1_5B, "num_hidden_layers": options.layers}, "bf16", 2, 0, {})
+        made = write_checkpoint(source, {**shape, "num_hidden_layers": layers}, "bf16", 2, 0, {})
         stored = size_of(source)
         done = measure([DSC, "quantize", str(source), "-o", str(packed), "-r", "w4a16-fast"])
         if done.returncode:
             raise SystemExit(f"quantize failed:\n{done.output[-3000:]}")
         shutil.rmtree(source)
-        largest = QWEN_1_5B["vocab_size"] * QWEN_1_5B["hidden_size"] * 4  # the embedding in FP32
+        largest = shape["vocab_size"] * shape["hidden_size"] * 4  # the embedding in FP32
         rows = []
-        for name in options.targets:
-            rows.append(export(name, packed, scratch / "out", stored, largest))
+        for target in options.targets:
+            rows.append(export(target, packed, scratch / "out", stored, largest))
             print(rows[-1], file=sys.stderr, flush=True)
     facts = {
-        "model": f"R1-Distill-Qwen-1.5B's shape, {options.layers} layers, random, 4-bit asymmetric, group 128",
+        "model": f"{name}'s shape, {layers} layers, random, 4-bit asymmetric, group 128",
         "parameters": made["parameters"],
         "bar_gb": MEMORY_BAR / 1e9,
         "passed": all(row[3] <= MEMORY_BAR / 1e9 and row[4] for row in rows if row[0] in BARRED),
         "load": round(os.getloadavg()[0], 1),
     }
-    present("export_large", COLUMNS, rows, facts)
+    present("export_large" if shape is QWEN_1_5B else f"export_{options.shape}", COLUMNS, rows, facts)
 
 
 if __name__ == "__main__":
