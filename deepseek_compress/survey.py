@@ -20,7 +20,7 @@ def survey(model: str, verify: bool = True, sparsity: bool = False) -> dict[str,
         family = Architecture.of(checkpoint).family
         problems += family.problems(checkpoint.header)
     except DscError as error:  # an unknown family still has tensors to show
-        problems.append(error)
+        problems += getattr(error, "problems", [error])
     listed = (checkpoint.manifest or {}).get("files")
     broken = list(verify_hashes(checkpoint)) if verify else []
     hashes = "no manifest lists them" if not listed else "not verified" if not verify else "as written"

@@ -41,7 +41,7 @@ def fold(
     """
     tensors: dict[str, TensorInfo] = {}
     problems: list[DscError] = []
-    block = fp8.block_size(config)
+    fp8.block_size(config)  # refuses what is no size
     for name, place in stored.items():
         suffix = module_of(name)[1]
         main = stored_name(name, "weight")
@@ -49,7 +49,7 @@ def fold(
             if suffix == "weight_packed":
                 tensors[main] = _packed(main, _siblings(stored, main))
             elif suffix == "weight" and place.dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8):
-                tensors[main] = _scaled(main, _siblings(stored, main), block)
+                tensors[main] = _scaled(main, _siblings(stored, main), fp8.block_of(main, config))
             elif suffix in _PARTS and _is_part(stored, main, suffix):
                 continue  # its weight's turn
             elif suffix in _PARTS and suffix != "scale":
@@ -68,8 +68,8 @@ def fold(
 
 
 def _siblings(stored: Mapping[str, Location], main: str) -> dict[str, Location]:
-    names = {suffix: stored_name(main, suffix) for suffix in ("weight", *_PARTS)}
-    return {suffix: stored[name] for suffix, name in names.items() if name in stored}
+    start = main.removesuffix("weight")  # of a hundred thousand names
+    return {suffix: stored[start + suffix] for suffix in ("weight", *_PARTS) if start + suffix in stored}
 
 
 def _is_part(stored: Mapping[str, Location], main: str, suffix: str) -> bool:
@@ -95,8 +95,13 @@ def _scaled(name: str, parts: dict[str, Location], block: tuple[int, int]) -> Te
     if len(weight.shape) != 2:
         raise DscError(f"{name}: shape {list(weight.shape)} of an encoded weight is not (rows, columns)")
     if weight.dtype == torch.float8_e4m3fn:
+        size = " x ".join(map(str, block))
         _check_scale(
-            name, scale, fp8.scale_shape(weight.shape, block), (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+            name,
+            scale,
+            fp8.scale_shape(weight.shape, block),
+            (torch.float32, torch.bfloat16, torch.float8_e8m0fnu),
+            f"give the config.json of these shards (weight_block_size: blocks of {size} here), or download them again",
         )
         return TensorInfo(name, weight.shape, "fp8_block", weight.dtype, kept)
     if weight.dtype == torch.int8 and scale.dtype in packed.SCALE_TYPES:
@@ -133,9 +138,15 @@ def _check_mxfp4(name: str, scale: Location, shape: tuple[int, ...]) -> None:
     _check_scale(name, scale, (shape[0], shape[1] // mxfp4.GROUP), (torch.float8_e8m0fnu, torch.uint8))
 
 
-def _check_scale(name: str, scale: Location, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_scale(
+    name: str,
+    scale: Location,
+    shape: tuple[int, int],
+    dtypes: tuple[torch.dtype, ...],
+    fix: str = "download the checkpoint again",
+) -> None:
     if scale.shape != shape or scale.dtype not in dtypes:
         raise DscError(
             f"{name}: scale is {scale.dtype} {list(scale.shape)}, not {list(shape)} of {' or '.join(map(str, dtypes))}",
-            "download the checkpoint again",
+            fix,
         )

@@ -21,6 +21,7 @@ from deepseek_compress.checkpoint.files import blocks, disk_errors, inside, open
 from deepseek_compress.checkpoint.fold import fold
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, read_shard_header
+from deepseek_compress.checkpoint.rows import read_rows
 from deepseek_compress.checkpoint.verified import changed, check, identity, manifest_of
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.numerics.types import Quantized
@@ -89,6 +90,18 @@ class Checkpoint:
             decoded = _decode(info, parts, self.config, dtype or torch.bfloat16)
         check_finite(name, decoded)
         return decoded
+
+    def read_rows(
+        self,
+        name: str,
+        places: Tensor,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """The rows `places`, int64 (n,), of a matrix, decoded like `read`; only these are read from the disk."""
+        rows = read_rows(self._info(name), places, self.config, dtype or torch.bfloat16)
+        check_finite(name, rows)
+        return rows.to(device)
 
     def read_raw(self, name: str) -> dict[str, Tensor]:
         """The stored parts of `name` as they are, in fresh memory: `{"weight": ..., "weight_scale_inv": ...}`."""
@@ -267,7 +280,7 @@ def _disagreements(shard: str, expected: set[str], found: set[str], weight_map: 
 def _decode(info: TensorInfo, parts: dict[str, Tensor], config: dict[str, Any], dtype: torch.dtype) -> Tensor:
     if info.encoding == "fp8_block":
         scale = next(part for suffix, part in parts.items() if suffix != "weight")
-        return fp8.decode_fp8_block(parts["weight"], scale, fp8.block_size(config), dtype, name=info.name)
+        return fp8.decode_fp8_block(parts["weight"], scale, fp8.block_of(info.name, config), dtype, name=info.name)
     if info.encoding == "mxfp4":
         return mxfp4.decode_mxfp4(*mxfp4.main_parts(parts), dtype, name=info.name)
     return packed.unpack_weight(info.name, parts).dequantize(dtype)

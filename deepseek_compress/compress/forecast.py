@@ -127,7 +127,7 @@ def calibrated_cost(
     tokens, models = samples * length, 2 if paired else 1
     experts = [linear for linear in linears if linear.role is Role.EXPERT]
     here = [linear for linear in linears if linear.role is not Role.EXPERT]
-    attention = [linear for linear in here if linear.role in (Role.ATTENTION, Role.INDEXER)]
+    attention = [linear for linear in here if linear.role in (Role.ATTENTION, Role.INDEXER, Role.ENGRAM)]
     scores = 10 * cfg.num_attention_heads * length  # numbers that softmax touches for a token
     alone = 0
     for part in (attention, [linear for linear in here if linear not in attention]):

@@ -86,7 +86,7 @@ def _stored(job: Job, info: TensorInfo) -> tuple[Tensor, Tensor | None, tuple[in
     weight = raw.pop("weight")
     if info.encoding == "plain":
         return weight, None, (1, 1)
-    return weight, fp8.finite_scale(next(iter(raw.values())), info.name), fp8.block_size(job.source.config)
+    return weight, fp8.finite_scale(next(iter(raw.values())), info.name), fp8.block_of(info.name, job.source.config)
 
 
 def _measured(

@@ -280,6 +280,10 @@ class _Trained:
     def __contains__(self, name: str) -> bool:
         return self.block.prefix + name in self.source.header.tensors
 
+    def rows(self, name: str, places: Tensor) -> Tensor:
+        """The rows `places` (n,) of a tensor: (n, columns)."""
+        return self.source.read_rows(self.block.prefix + name, places, torch.float32, self.block.models.device)
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x (..., columns) -> (..., rows)."""
         full = f"{self.block.prefix}{name}.weight"

@@ -164,7 +164,7 @@ def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace
         hidden = _head_input(model, states[-1], batch)
         np.save(folder / f"final-{number}.npy", _numpy(hidden))
         if chosen[0] in compared:
-            np.save(folder / f"blocks-{number}.npy", np.stack([_numpy(state[batch.valid]) for state in states[1:]]))
+            np.save(folder / f"blocks-{number}.npy", _blocks(model, states, batch.valid))
             trace.layered = number + 1
         _add(nll, batch.owner, scores([HeadInput.of(hidden, model.head)], batch.following).nll[0].tolist())
     counts = [sample.predicted for sample in samples]
@@ -285,6 +285,7 @@ class _LayerError:
     """Sums of squares of the difference and of the reference, per block."""
 
     def __init__(self, model: Model, trace: Trace | None) -> None:
+        self.model = model
         same = trace is not None and trace.shape == (model.cfg.num_hidden_layers, model.cfg.hidden_size)
         self.trace = trace if same else None  # blocks of another number or width have no counterpart
         self.apart = torch.zeros(model.cfg.num_hidden_layers, dtype=torch.float64)
@@ -295,7 +296,8 @@ class _LayerError:
             return
         expected = self.trace.blocks(number)
         for layer, state in enumerate(states[1:]):
-            difference = state[valid].double() - expected[layer].double()
+            found = self.model.family.residual(self.model.cfg, state)[valid]
+            difference = found.double() - expected[layer].double()
             self.apart[layer] += difference.square().sum().cpu()
             self.whole[layer] += expected[layer].double().square().sum().cpu()
 
@@ -323,6 +325,11 @@ def check(samples: Sequence[Sample], vocabulary: int, reference: int | None = No
 def _add(sums: list[Number], owners: Sequence[int], values: Sequence[Number]) -> None:
     for owner, value in zip(owners, values, strict=True):
         sums[owner] += value
+
+
+def _blocks(model: Model, states: Sequence[Tensor], valid: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """The residual streams after every block, (blocks, tokens, ...)."""
+    return np.stack([_numpy(model.family.residual(model.cfg, state)[valid]) for state in states[1:]])
 
 
 def _numpy(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from deepseek_compress.models.config import Linear, ModelConfig, Moe, Role
 from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.family import Family, Shape
 from deepseek_compress.models.rope import places
-from deepseek_compress.models.weights import StreamedWeights, Weights
+from deepseek_compress.models.weights import Rows, StreamedWeights, Weights
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,8 @@ class Architecture:
         header = model.header if isinstance(model, Checkpoint) else model
         family = family_of(header.config)
         checkpoint = model if isinstance(model, Checkpoint) else None
-        return cls(header, family, family.parse(header.config), checkpoint, torch.device(device))
+        cfg = family.located(family.parse(header.config), header.path)
+        return cls(header, family, cfg, checkpoint, torch.device(device))
 
     @property
     def source(self) -> Checkpoint:
@@ -70,6 +71,16 @@ class Architecture:
     def mtp(self) -> dict[str, Shape]:
         """The tensors of multi-token prediction blocks."""
         return self.family.mtp_tensors(self.cfg)
+
+    @cached_property
+    def vision(self) -> dict[str, Shape]:
+        """The tensors that only images need."""
+        return self.family.vision_tensors(self.cfg)
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the checkpoint holds them."""
+        return any(name in self.header.tensors for name in self.vision)
 
     @property
     def has_mtp(self) -> bool:
@@ -159,8 +170,19 @@ class Block:
         return self.architecture.source.read(self.prefix + name, dtype, self.architecture.device)
 
     def resident(self) -> dict[str, Tensor]:
-        """Read all tensors, floats in float32, by local name."""
-        return {name: self.read(name) for name in self.tensors}
+        """Read all tensors, floats in float32, by local name; not the tables whose rows are gathered."""
+        return {name: self.read(name) for name in self.tensors if name not in self.family.gathered}
+
+    def tables(self) -> dict[str, Rows]:
+        """What gathers rows of those tables, float32, by local name."""
+        source, device = self.architecture.checkpoint, self.architecture.device
+        if source is None:
+            return {}
+        return {
+            name: partial(source.read_rows, self.prefix + name, dtype=torch.float32, device=device)
+            for name in self.tensors
+            if name in self.family.gathered
+        }
 
     def weights(self) -> Weights:
         """Tensors read and decoded at each access, and freed after it."""

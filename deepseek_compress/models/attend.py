@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.models.attention8 import attend_int8
+from deepseek_compress.models.wide import wide_type
 
 SCORES_AT_ONCE = 1 << 20  # attention scores held at a time, so that they stay in the cache
 
@@ -57,11 +58,12 @@ def attend(
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """float32 (B, H, T, S); with `sinks` a row's shares add up to less than one."""
+    """float32 (B, H, T, S), float64 of such scores; with `sinks` a row's shares add up to less than one."""
+    kind = wide_type(scores)
     if sinks is None:
-        return torch.softmax(scores, dim=-1, dtype=torch.float32)
+        return torch.softmax(scores, dim=-1, dtype=kind)
     sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
-    return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+    return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1, dtype=kind)[..., :-1]
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from deepseek_compress.models.config import Compressed, Indexer, ModelConfig, Ro
 from deepseek_compress.models.layers import rms_norm
 from deepseek_compress.models.rope import cos_sin
 from deepseek_compress.models.weights import Weights
+from deepseek_compress.models.wide import wide
 
 
 def compressed_attention(
@@ -53,7 +54,7 @@ def rotate_tail(rope: Rope, x: Tensor, positions: Tensor, back: bool = False) ->
     """Rotate the last `rope.dim` channels of x (B, H, T, D), pairs side by side, keeping their order."""
     cos, sin = cos_sin(rope, positions)
     sin = -sin if back else sin
-    still, turned = x[..., : -rope.dim], x[..., -rope.dim :].float()
+    still, turned = x[..., : -rope.dim], wide(x[..., -rope.dim :])
     first, second = turned[..., 0::2], turned[..., 1::2]
     pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((still, pairs.flatten(-2).to(x.dtype)), dim=-1)

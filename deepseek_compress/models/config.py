@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_compress import limits
@@ -28,6 +29,8 @@ class Role(str, Enum):
     HEAD = "head"
     MTP = "mtp"
     INDEXER = "indexer"
+    ENGRAM = "engram"
+    VISION = "vision"
 
     def __str__(self) -> str:
         return self.value
@@ -178,6 +181,53 @@ class Compressed:
 
 
 @dataclass(frozen=True)
+class SharedEntries:
+    """Who makes the entries of DeepSeek-V4.1, and who chooses; blocks between two sources use the former's."""
+
+    sources: tuple[int, ...]  # blocks that make entries and index keys
+    index_sources: tuple[int, ...]  # blocks that choose
+    candidate_source: int  # the one whose best blocks of entries are all that later ones choose from
+    candidate_blocks: int
+    candidate_block_size: int
+    rounded: bool = True  # keys, queries and entries are rounded to 8 and 4 bits, as the published model does
+
+
+@dataclass(frozen=True)
+class Engram:
+    """Tables of hashed n-grams (DeepSeek-V4.1), looked up before a block runs."""
+
+    layers: tuple[int, ...]
+    rows: tuple[int, ...]  # of each layer's table
+    ngrams: int  # 2, 3, ... to this many tokens are hashed
+    vocabulary: int  # every hash is taken modulo a prime that is not below this
+    heads: int  # hashes of an n-gram
+    head_dim: int  # columns of a table
+    pad_token: int  # stands where an n-gram reaches beyond the text
+    tokens: int  # distinct tokens once case, accents and spaces are folded
+    folder: Path | None = None  # where tokenizer.json lies; None: nothing can be looked up
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Encoder of images, whose tensors are kept and never run."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    patch: int
+    downsample: int
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Blocks that draft tokens (DSpark, DeepSeek-V4.1), whose tensors are kept and never run."""
+
+    experts: int
+    targets: int  # blocks of the model whose inputs they read
+    markov_rank: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything a block needs to know. `raw` is the published config.json, which writers copy."""
 
@@ -203,6 +253,10 @@ class ModelConfig:
     indexer: Indexer | None = None
     streams: HyperConnections | None = None
     compressed: Compressed | None = None
+    entries: SharedEntries | None = None
+    engram: Engram | None = None
+    vision: Vision | None = None
+    drafts: Drafts | None = None
     eos_token_ids: tuple[int, ...] = ()
     names: Names = NAMES
 
@@ -255,6 +309,15 @@ class Fields:
         if value not in allowed:
             raise DscError(f"config.json: {name} is {str(value)[:80]!r}", f"supported: {', '.join(allowed)}")
         return str(value)
+
+    def wholes(self, name: str, below: int) -> tuple[int, ...]:
+        """A list of different whole numbers in rising order, each less than `below`."""
+        value = self.config.get(name)
+        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+            raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be a list of integers, not negative")
+        if sorted(set(value)) != value or (value and value[-1] >= below):
+            raise DscError(f"config.json: {name} {str(value)[:80]}", f"its numbers must rise and stay below {below}")
+        return tuple(value)
 
     def eos(self) -> tuple[int, ...]:
         """The ids that end a text."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class Family:
     qk_norm: ClassVar[bool] = False
     names: ClassVar[Names] = NAMES
     cached: ClassVar[bool] = True  # generation may keep what it knows of earlier tokens
+    gathered: ClassVar[frozenset[str]] = frozenset()  # tables of a block too large for memory, read row by row
 
     # -- what the checkpoint says ------------------------------------------------------------------------------------
 
@@ -75,6 +77,10 @@ class Family:
             eos_token_ids=fields.eos(),
             names=self.names,
         )
+
+    def located(self, cfg: ModelConfig, folder: Path) -> ModelConfig:
+        """`cfg` of the checkpoint in `folder`, where running it needs more of its files."""
+        return cfg
 
     def prefix(self, layer: int) -> str:
         """Name of block `layer`, without the last dot."""
@@ -115,11 +121,19 @@ class Family:
         found[self.names.norm] = (cfg.hidden_size,)
         if not cfg.tie_word_embeddings:
             found[self.names.head] = (cfg.vocab_size, cfg.hidden_size)
-        return {**found, **self.mtp_tensors(cfg)}
+        return {**found, **self.mtp_tensors(cfg), **self.vision_tensors(cfg)}
 
     def mtp_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
         """Tensors of the multi-token prediction blocks: all of them are there, or none."""
         return {}
+
+    def vision_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
+        """Tensors that only images need: all of them are there, or none."""
+        return {}
+
+    def untouched(self, name: str) -> bool:
+        """Whether an output has the very bytes of a tensor, whatever encodings others get."""
+        return False
 
     def block_tensors(self, cfg: ModelConfig, layer: int) -> dict[str, Shape]:
         """Tensors of one block, by their name within it."""
@@ -171,10 +185,11 @@ class Family:
         if least > 2 * len(header.tensors) + 1000:
             what = f"config.json: {cfg.num_hidden_layers} layers, {experts} experts in {blocks} of them"
             return [DscError(f"{what}: {len(header.tensors)} tensors", "config.json and shards do not belong together")]
-        expected, mtp = self.tensors(cfg), self.mtp_tensors(cfg)
+        expected = self.tensors(cfg)
         given = {name: info for name, info in header.tensors.items() if not IGNORED.search(name)}
-        if not any(name in given for name in mtp):
-            expected = {name: shape for name, shape in expected.items() if name not in mtp}
+        for group in (self.mtp_tensors(cfg), self.vision_tensors(cfg)):
+            if not any(name in given for name in group):
+                expected = {name: shape for name, shape in expected.items() if name not in group}
         optional = {self.names.head} if cfg.tie_word_embeddings else set()
         return [*_missing(expected, given), *_unknown(given, expected, optional), *_misshaped(expected, given)]
 
@@ -183,6 +198,10 @@ class Family:
     def embed(self, cfg: ModelConfig, embedding: Tensor, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> hidden (B, T, hidden_size)."""
         return functional.embedding(tokens, embedding)
+
+    def residual(self, cfg: ModelConfig, hidden: Tensor) -> Tensor:
+        """What a block gives, (B, T, *row_shape) -> the residual stream or streams of it: what errors are taken of."""
+        return hidden
 
     def final_hidden(self, cfg: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
         """What the last block gives -> the input of the head (B, T, hidden_size). `weights` has checkpoint names."""

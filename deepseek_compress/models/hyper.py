@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from deepseek_compress.models.config import HyperConnections
 from deepseek_compress.models.weights import Weights
+from deepseek_compress.models.wide import wide
 
 
 class Mixing(NamedTuple):
@@ -26,18 +27,19 @@ class Mixing(NamedTuple):
 
 
 def normed(streams: Tensor, eps: float) -> Tensor:
-    """(B, T, N, hidden) -> float32 (B, T, N * hidden), of unit mean square."""
-    flat = streams.flatten(2).float()
+    """(B, T, N, hidden) -> float32 (float64 of such streams) (B, T, N * hidden), of unit mean square."""
+    flat = wide(streams.flatten(2))
     return flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
 def mixing(hyper: HyperConnections, weights: Weights, name: str, streams: Tensor, norm_eps: float) -> Mixing:
     """The weights of the connection `name` ("hc_attn", "hc_ffn")."""
     n = hyper.streams
-    values = functional.linear(normed(streams, norm_eps), weights[name + "_fn"].float())
+    x = normed(streams, norm_eps)
+    values = functional.linear(x, weights[name + "_fn"].to(x.dtype))
     pre, post, comb = torch.split(values, [n, n, n * n], dim=-1)
-    pre_base, post_base, comb_base = torch.split(weights[name + "_base"].float(), [n, n, n * n])
-    pre_scale, post_scale, comb_scale = weights[name + "_scale"].float().unbind(0)
+    pre_base, post_base, comb_base = torch.split(weights[name + "_base"].to(x.dtype), [n, n, n * n])
+    pre_scale, post_scale, comb_scale = weights[name + "_scale"].to(x.dtype).unbind(0)
     comb = (comb * comb_scale + comb_base).view(*comb.shape[:-1], n, n).softmax(-1) + hyper.eps
     comb = comb / (comb.sum(-2, keepdim=True) + hyper.eps)
     for _ in range(hyper.sinkhorn_iterations - 1):

@@ -14,12 +14,13 @@ from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import FFN_NAMES, FfnNames, ModelConfig
 from deepseek_compress.models.rope import cos_sin, rotate, softmax_scale
 from deepseek_compress.models.weights import Weights
+from deepseek_compress.models.wide import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (float64 of such an x)."""
+    values = wide(x)
+    return weight * (values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def swiglu(weights: Weights, name: str, x: Tensor, limit: float | None = None, names: FfnNames = FFN_NAMES) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from deepseek_compress.models.config import Moe
 from deepseek_compress.models.layers import swiglu
 from deepseek_compress.models.weights import Weights
+from deepseek_compress.models.wide import wide
 
 
 class Routing(NamedTuple):
@@ -27,8 +28,9 @@ class Routing(NamedTuple):
 
 
 def score(moe: Moe, weights: Weights, x: Tensor) -> Tensor:
-    """x (N, hidden) -> float32 (N, E), before any bias."""
-    logits = functional.linear(x.float(), weights[moe.names.router].float())
+    """x (N, hidden) -> float32 (N, E), float64 of such an x, before any bias."""
+    x = wide(x)
+    logits = functional.linear(x, weights[moe.names.router].to(x.dtype))
     if moe.scoring == "softmax":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if moe.scoring == "sigmoid" else functional.softplus(logits).sqrt()
@@ -51,7 +53,7 @@ def route(moe: Moe, weights: Weights, x: Tensor, tokens: Tensor | None = None) -
 
 def _choose(moe: Moe, weights: Weights, scores: Tensor) -> Tensor:
     if moe.method == "noaux_tc":
-        scores = scores + weights[moe.names.bias].float()
+        scores = scores + weights[moe.names.bias].to(scores.dtype)
     if moe.method != "greedy" and moe.groups > 1:
         groups = scores.view(len(scores), moe.groups, -1)
         best = groups.topk(2, dim=-1).values.sum(-1) if moe.method == "noaux_tc" else groups.amax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from deepseek_compress.models.cache import KvCache, cache_problems, kv_rounding
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.family import Family
 from deepseek_compress.models.rope import known, places
-from deepseek_compress.models.weights import ResidentWeights, Weights
+from deepseek_compress.models.weights import ResidentWeights, Rows, Weights
 from deepseek_compress.numerics.kv_cache import KvRounding
 
 Choose = Callable[[Tensor, Sequence[int]], Tensor]  # logits (B, vocabulary), whose rows -> next tokens, int64 (B,)
@@ -36,6 +37,7 @@ class Model:
         weights: Mapping[str, Tensor],
         scheme: InputScheme | None = None,
         kv_cache: KvRounding | None = None,
+        tables: Mapping[str, Rows] = {},
     ) -> None:
         self.family = family
         self.cfg = cfg
@@ -51,7 +53,7 @@ class Model:
         self.weights = weights
         self.top = ResidentWeights(weights)
         blocks = Architecture(Header(Path(), {}, {}), family, cfg).blocks  # of weights that lie on no disk
-        self.blocks: list[Weights] = [ResidentWeights(weights, block.prefix) for block in blocks]
+        self.blocks: list[Weights] = [ResidentWeights(weights, block.prefix, tables) for block in blocks]
         if scheme is not None:
             self.blocks = [scheme.applied(*pair) for pair in zip(blocks, self.blocks, strict=True)]
 
@@ -72,10 +74,13 @@ class Model:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(Path(source))
         architecture = Architecture.of(checkpoint)
         raise_problems(architecture.problems())
-        names = [name for name in architecture.tensors if name not in architecture.mtp]
-        weights = {name: checkpoint.read(name, dtype, device) for name in names}
-        kv_cache = kv_cache or kv_rounding(checkpoint.kv_cache)
-        return cls(architecture.family, architecture.cfg, weights, input_scheme(checkpoint.activations), kv_cache)
+        family, unused = architecture.family, {**architecture.mtp, **architecture.vision}
+        names = [name for name in architecture.tensors if name not in unused]
+        large = {name for name in names if name.endswith(tuple(family.gathered))}
+        weights = {name: checkpoint.read(name, dtype, device) for name in names if name not in large}
+        tables = {name: partial(checkpoint.read_rows, name, dtype=dtype, device=device) for name in large}
+        scheme, kv_cache = input_scheme(checkpoint.activations), kv_cache or kv_rounding(checkpoint.kv_cache)
+        return cls(family, architecture.cfg, weights, scheme, kv_cache, tables)
 
     def cache(self, capacity: int | None) -> KvCache:
         """An empty cache for `capacity` tokens, which stores them as the model's scheme says."""

@@ -64,6 +64,11 @@ class Tokenizer:
             text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special)
             return text
 
+    def token(self, index: int) -> str | None:
+        """How the vocabulary writes the token of this id; None where it has none."""
+        found: str | None = self._fast.id_to_token(index)
+        return found
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""

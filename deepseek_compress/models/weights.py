@@ -32,13 +32,24 @@ class Weights(Protocol):
         """x (..., columns) -> (..., rows)."""
         ...
 
+    def rows(self, name: str, places: Tensor) -> Tensor:
+        """The rows `places`, int64 (n,), of a tensor that may be too large for memory: (n, columns)."""
+        ...
+
+
+Rows = Callable[[Tensor], Tensor]  # int64 (n,) -> those rows of a table (n, columns)
+
 
 class ResidentWeights:
-    """Tensors in memory, under `prefix` in the mapping ("model.layers.3.", or "" for local names)."""
+    """Tensors in memory, under `prefix` in the mapping ("model.layers.3.", or "" for local names).
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    `tables`: rows of tensors that are not in memory, by the same names.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "", tables: Mapping[str, Rows] = {}) -> None:
         self.tensors = tensors
         self.prefix = prefix
+        self.tables = tables
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[self.prefix + name]
@@ -50,6 +61,11 @@ class ResidentWeights:
         """x (..., columns) -> (..., rows)."""
         key = self.prefix + name
         return functional.linear(x, self.tensors[key + ".weight"], self.tensors.get(key + ".bias"))
+
+    def rows(self, name: str, places: Tensor) -> Tensor:
+        """The rows `places` (n,) of a tensor: (n, columns)."""
+        table = self.tables.get(self.prefix + name)
+        return self.tensors[self.prefix + name][places] if table is None else table(places)
 
 
 class StreamedWeights:
@@ -78,6 +94,10 @@ class StreamedWeights:
         bias = self[name + ".bias"] if name + ".bias" in self else None  # noqa: SIM401 - no mapping
         return functional.linear(x, self[name + ".weight"], bias)
 
+    def rows(self, name: str, places: Tensor) -> Tensor:
+        """The rows `places` (n,) of a tensor: (n, columns)."""
+        return self.checkpoint.read_rows(self.prefix + name, places, self.dtype, self.device)
+
 
 class ObservingWeights:
     """`inner`, with `observe(name, x)` called for the input of every linear before it is applied."""
@@ -97,6 +117,10 @@ class ObservingWeights:
         self.observe(name, x)
         return self.inner.linear(name, x)
 
+    def rows(self, name: str, places: Tensor) -> Tensor:
+        """The rows `places` (n,) of a tensor: (n, columns)."""
+        return self.inner.rows(name, places)
+
 
 class QuantizedInputs:
     """`inner`, with the input of each linear in `roundings` rounded by its function (x -> x on its 8-bit grid)."""
@@ -115,3 +139,7 @@ class QuantizedInputs:
         """x (..., columns) -> (..., rows)."""
         rounding = self.roundings.get(name)
         return self.inner.linear(name, x if rounding is None else rounding(x))
+
+    def rows(self, name: str, places: Tensor) -> Tensor:
+        """The rows `places` (n,) of a tensor: (n, columns)."""
+        return self.inner.rows(name, places)

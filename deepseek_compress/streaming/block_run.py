@@ -6,7 +6,7 @@ block as it is; what solves a block overrides `outputs`, and sees each part's li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.architecture import Architecture
 from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import Linear
-from deepseek_compress.models.weights import QuantizedInputs, ResidentWeights, Weights
+from deepseek_compress.models.weights import QuantizedInputs, ResidentWeights, Rows, Weights
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.streaming.paired_forward import PairedWeights, Split, only_changed
@@ -130,8 +130,12 @@ class BlockRun:
 
     def unrounded(self, split: Split | None = None) -> Weights:
         """The same, for inputs that are rounded already."""
-        weights = ResidentWeights(self.tensors)
+        weights = ResidentWeights(self.tensors, tables=self.tables())
         return weights if split is None else PairedWeights(weights, ResidentWeights(self.original), split)
+
+    def tables(self) -> Mapping[str, Rows]:
+        """What gathers rows of tables that are too large for memory, by local name."""
+        return self.block.tables()
 
     def cache(self) -> KvCache | None:
         """What attention reads keys and values through; None where it reads them as they are."""
@@ -151,7 +155,7 @@ class BlockRun:
         """Read what belongs to no linear: norms, the router."""
         linears = {linear.name + suffix for linear in self.block.linears for suffix in (".weight", ".bias")}
         for name in self.block.tensors:
-            if name not in linears:
+            if name not in linears and name not in self.block.family.gathered:
                 self.read(name)
 
     def read(self, name: str, exact: bool = False) -> None:

@@ -60,7 +60,7 @@ def run_block(
 
 def _attention(run: Run, block: BlockRun, hidden: HiddenStore, attended: HiddenStore, batches: Batches) -> None:
     here = block.block
-    linears = [linear for linear in here.linears if linear.role in (Role.ATTENTION, Role.INDEXER)]
+    linears = [linear for linear in here.linears if linear.role in (Role.ATTENTION, Role.INDEXER, Role.ENGRAM)]
 
     def forward(watch: Watch, batch: int) -> Tensor:
         x, weights = batches.read(hidden, batch), block.weights(watch, batches.split(batch))

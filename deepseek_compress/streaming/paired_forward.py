@@ -79,6 +79,10 @@ class PairedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.changed
 
+    def rows(self, name: str, places: Tensor) -> Tensor:
+        """The rows `places` (n,) of a tensor: (n, columns)."""
+        return self.changed.rows(name, places)
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x (n, ..., columns) -> (n, ..., rows). What no recipe changes is the same in both."""
         if name + ".weight" not in self.original:

@@ -93,12 +93,18 @@ class _Together:
         alike = [number for number, other in enumerate(at.after) if other.row_shape == first.row_shape]
         for batch in range(len(at.batches)):
             rows = self.compared[batch * at.batches.step : (batch + 1) * at.batches.step].to(at.batches.device)
-            expected = at.batches.read(first, batch)[rows].double()
+            expected = self._residual(0, at.batches.read(first, batch))[rows].double()
             whole += float(expected.square().sum())
             for number in alike:
-                given = at.batches.read(at.after[number], batch)[rows].double() if number else expected
+                given = expected
+                if number:
+                    given = self._residual(number, at.batches.read(at.after[number], batch))[rows].double()
                 apart[number] += float((given - expected).square().sum())
         return [(apart[n] / whole) ** 0.5 if whole and n in alike else None for n in range(len(self.runs))]
+
+    def _residual(self, number: int, hidden: Tensor) -> Tensor:
+        architecture = self.runs[number].architecture
+        return architecture.family.residual(architecture.cfg, hidden)
 
 
 def advance(runs: Runs, number: int, at: Visit, pool: Pool) -> None:

@@ -1,6 +1,9 @@
-"""FP8 E4M3 with one scale for each block of 128 x 128: how DeepSeek publishes V3, R1, V3.1, V3.2 and most of V4.
+"""FP8 E4M3 with one scale for each block: how DeepSeek publishes V3, R1, V3.1, V3.2 and most of V4 and V4.1.
 
     weight[i, j] = float(code[i, j]) * scale[i // 128, j // 128]
+
+Blocks are of 128 x 128, in V4.1 of 32 x 32: the config says it. Engram tables (V4.1) have a scale for 32 columns of a
+row.
 
 `weight_scale_inv` is the multiplier in spite of its name (DeepSeek-V3, README_WEIGHTS.md; inference/fp8_cast_bf16.py).
 Scales are float32, or powers of two where the config says `scale_fmt: ue8m0` (V3.1, V3.2 as float32, V4 as E8M0).
@@ -9,6 +12,7 @@ A ragged last block has fewer rows or columns and a scale of its own.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -18,6 +22,8 @@ from deepseek_compress.errors import DscError
 
 E4M3_MAX = 448.0
 DEFAULT_BLOCK = (128, 128)
+ROW_TABLE = re.compile(r"(^|\.)engram\.embed\.weight$")
+ROW_BLOCK = (1, 32)  # of these tables, whose rows are looked up one by one, in every published checkpoint
 
 
 def block_size(config: dict[str, Any]) -> tuple[int, int]:
@@ -26,6 +32,11 @@ def block_size(config: dict[str, Any]) -> tuple[int, int]:
     if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
         raise DscError(f"config.json: weight_block_size {block!r} is not two sizes", "write it as [128, 128]")
     return block[0], block[1]
+
+
+def block_of(name: str, config: dict[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of a block of the weight `name`: as the config says; of an Engram table, a row by 32 columns."""
+    return ROW_BLOCK if ROW_TABLE.search(name) else block_size(config)
 
 
 def uses_power_of_two(config: dict[str, Any]) -> bool:

@@ -10,13 +10,15 @@ from deepseek_compress.models.families.deepseek_v2 import DeepseekV2
 from deepseek_compress.models.families.deepseek_v3 import DeepseekV3
 from deepseek_compress.models.families.deepseek_v4 import DeepseekV4
 from deepseek_compress.models.families.deepseek_v32 import DeepseekV32
+from deepseek_compress.models.families.deepseek_v41 import DeepseekV41
 from deepseek_compress.models.families.llama import Llama
 from deepseek_compress.models.families.qwen2 import Qwen2
 from deepseek_compress.models.families.qwen3 import Qwen3
 from deepseek_compress.models.family import Family
 
 FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, Llama, Qwen2, Qwen3)
+    family.model_type: family
+    for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, DeepseekV41, Llama, Qwen2, Qwen3)
 }
 
 
