@@ -27,6 +27,15 @@ class Hashed(Checkpoint):
                 self.hash.saw(place.offset, parts[suffix].reshape(-1).view(torch.uint8).numpy().data)
         return parts
 
+    def read_slice(self, name: str, suffix: str, start: int, count: int) -> Tensor:
+        """Rows of a stored part; those of scales, which lie after all codes, are hashed when the file is done."""
+        rows = super().read_slice(name, suffix, start, count)
+        place = self._info(name).parts[suffix]
+        if suffix == "weight" and place.file == self.hash.file:
+            at = place.offset + start * (place.bytes // place.shape[0])
+            self.hash.saw(at, rows.reshape(-1).view(torch.uint8).numpy().data)
+        return rows
+
     def pieces(self, place: Location) -> Iterator[memoryview]:
         """A stored tensor's bytes."""
         done = 0

@@ -20,7 +20,7 @@ from deepseek_compress.checkpoint.files import hash_file, kept, remove, write_se
 from deepseek_compress.checkpoint.formats import mxfp4, packed
 from deepseek_compress.checkpoint.header import Location, module_of, stored_name
 from deepseek_compress.checkpoint.quantization_config import Stored, describe
-from deepseek_compress.checkpoint.reader import Checkpoint, check_finite
+from deepseek_compress.checkpoint.reader import Checkpoint, check_finite, read_tensor
 from deepseek_compress.checkpoint.shards import ELEMENT, Outline, Shard, ShardFile
 from deepseek_compress.numerics.types import Quantized
 
@@ -75,6 +75,21 @@ class OpenShard:
             self.add(name, {"weight_packed": codes, "weight_scale": scale})
         else:
             self.copy(source, name, decode=True)
+
+    def untouched(self, source: Checkpoint, name: str) -> None:
+        """Write a tensor of `source` byte for byte, under its own names."""
+        info = source.header.tensors[name]
+        self.stored[name] = Stored("untouched", info.bytes, len(info.shape))
+        small = {suffix for suffix, place in info.parts.items() if place.bytes < STREAMED or place.bytes % ELEMENT}
+        raw = _finite(name, source.read_raw(name)) if len(small) == len(info.parts) else {}
+        for suffix, place in info.parts.items():
+            stored = stored_name(name, suffix)
+            if suffix in raw:
+                self.file.add(stored, raw[suffix])
+            elif suffix in small:
+                self.file.add(stored, _finite(name, {suffix: read_tensor(place, name)})[suffix])
+            else:
+                self.file.stream(stored, place, _finite_pieces(name, place.dtype, source, place))
 
     def close(self, facts: Iterable[dict[str, Any]] = ()) -> Ledger:
         """Make the file safe, then its ledger."""

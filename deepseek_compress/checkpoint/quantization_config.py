@@ -30,7 +30,7 @@ _TABLE = re.compile(r"^(model\.)?(embed_tokens|lm_head|embed|head)$")  # modules
 class Stored(NamedTuple):
     """How one logical tensor was written. Plain values: it is kept in the ledger of an unfinished output."""
 
-    format: str  # plain, published, or one of compressed-tensors' formats
+    format: str  # plain, published, untouched, or one of compressed-tensors' formats
     bytes: int
     rank: int  # of the logical tensor
     num_bits: int = 0
@@ -81,6 +81,8 @@ def assign_schemes(stored: Mapping[str, Stored]) -> tuple[dict[str, Scheme], lis
     published: list[str] = []
     for name, s in stored.items():
         module, suffix = module_of(name)
+        if s.format == "untouched":  # whatever it is; the caller's patterns in `ignore` cover it
+            continue
         if s.format == "published":
             published.append(module)
         elif s.format == "plain":

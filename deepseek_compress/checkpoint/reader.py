@@ -107,6 +107,13 @@ class Checkpoint:
         """The stored parts of `name` as they are, in fresh memory: `{"weight": ..., "weight_scale_inv": ...}`."""
         return {suffix: read_tensor(place, f"{name} ({suffix})") for suffix, place in self._info(name).parts.items()}
 
+    def read_slice(self, name: str, suffix: str, start: int, count: int) -> Tensor:
+        """Rows [start, start + count) of the stored part `suffix` of `name`, as they are."""
+        place = self._info(name).parts[suffix]
+        width, shape = place.bytes // place.shape[0], (count, *place.shape[1:])
+        part = Location(place.file, place.offset + start * width, count * width, place.dtype, shape, place.identity)
+        return read_tensor(part, f"{name} ({suffix})")
+
     def pieces(self, place: Location) -> Iterator[memoryview]:
         """The bytes of one stored tensor, unchanged; each piece is valid until the next is asked for."""
         done = 0

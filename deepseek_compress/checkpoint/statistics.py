@@ -10,7 +10,7 @@ until all are safe, with its size and hash beside it, so that an interrupted run
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deepseek_compress.checkpoint.files import disk_errors, hash_file, kept, sync, write_sealed
 from deepseek_compress.checkpoint.header import Location, read_shard_header
+from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.checkpoint.owned import PARTIAL, announce, recorded
 from deepseek_compress.checkpoint.reader import read_tensor
 from deepseek_compress.checkpoint.shards import ShardFile
@@ -89,6 +90,9 @@ class StatisticsWriter:
             self._open.add(f"{name}.{suffix}", tensor)
 
     def keep(self, name: str) -> None:
+        """A tensor of the model: not stored."""
+
+    def append(self, name: str, write: Callable[[OpenShard], None]) -> None:
         """A tensor of the model: not stored."""
 
     def flush(self) -> None:

@@ -12,7 +12,7 @@ import copy
 import fnmatch
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +59,7 @@ COPIED = (
     "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+BLOCKS = ("weight_block_size", "scale_fmt")  # of quantization_config
 
 
 class _Closing(NamedTuple):
@@ -153,6 +154,10 @@ class CheckpointWriter:
     def keep(self, name: str) -> None:
         """Write a tensor of the source with its values, as servers read it beside packed weights."""
         self._room(name).keep(self.source, name)
+
+    def append(self, name: str, write: Callable[[OpenShard], None]) -> None:
+        """Let `write` put the tensor `name` into a shard."""
+        write(self._room(name))
 
     def _room(self, name: str) -> OpenShard:
         """The shard that takes `name`: a new one when the last is full."""
@@ -312,13 +317,17 @@ class CheckpointWriter:
         if config.pop("auto_map", None):
             notes.append("auto_map dropped from config.json: code of the checkpoint is neither run nor copied")
         published = config.pop("quantization_config", None)
-        schemes, plain, kept = assign_schemes(self._stored())
+        stored = self._stored()
+        schemes, plain, kept = assign_schemes(stored)
+        raw = any(how.format == "untouched" for how in stored.values())
         if schemes and kept:
             raise ValueError(f"{kept[0]} keeps its published encoding beside packed weights: decode it")
         if schemes:
             inputs = _input_activations(self._activations, schemes)
             config["quantization_config"] = quantization_config(schemes, plain, ignore, inputs)
-        elif kept:
+            if raw:  # compressed-tensors passes over these keys
+                config["quantization_config"] |= {key: published[key] for key in BLOCKS if key in (published or {})}
+        elif kept or raw:
             config["quantization_config"] = self._published(published or {}, plain)
         for key, value in changes.items():
             config[key] = value

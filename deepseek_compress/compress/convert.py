@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.files import remove_tree
-from deepseek_compress.compress import data_free
+from deepseek_compress.checkpoint.ledger import OpenShard
+from deepseek_compress.compress import data_free, row_tables
 from deepseek_compress.compress.ends import Ends
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.loss import Loss, judged, measure
@@ -36,6 +38,10 @@ class Writer(Protocol):
 
     def keep(self, name: str) -> None:
         """Take a tensor of the source as it is."""
+        ...
+
+    def append(self, name: str, write: Callable[[OpenShard], None]) -> None:
+        """Take a tensor that `write` puts into a shard by itself."""
         ...
 
     def flush(self) -> None:
@@ -93,7 +99,8 @@ def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, prog
             loss = measure(job, plain[: judged(*plain.shape)], changed, progress)
     files = provenance.unhashed(job.source)
     hashes = {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)}
-    return Done(blocks, hashes, ends.facts, loss)
+    tables = [fact for block in blocks for fact in block.pop("tables", [])]
+    return Done(blocks, hashes, ends.facts + tables, loss)
 
 
 def clean(job: Job) -> None:
@@ -120,7 +127,9 @@ class _Solve:
         following = at.after[0] if at.after else None
         facts = run_block(self.job, at.layer, at.before[0], at.batches, following, self.store, self.pool)
         self.writer.flush()
-        return facts
+        mine = [name for name in self.job.rows if name.startswith(block.prefix)]
+        tables = [row_tables.facts(self.job.source, name, self.job.rows[name]) for name in mine]
+        return {**facts, "tables": tables} if tables else facts
 
     def finished(self, layer: int) -> bool:
         """Whether all tensors of a block are in finished shards."""
@@ -130,7 +139,14 @@ class _Solve:
     def keep(self, names: list[str]) -> None:
         """Write tensors that do not change, unless an interrupted run did."""
         for name in names:
-            if name not in self.written:
+            if name in self.written:
+                continue
+            if name in self.job.rows:
+                table = partial(row_tables.write, name=name, how=self.job.rows[name], work=self.job.work)
+                self.writer.append(name, partial(table, source=self.job.source))
+            elif self.job.untouched(name):
+                self.writer.append(name, partial(OpenShard.untouched, source=self.job.source, name=name))
+            else:
                 self.writer.keep(name)
 
     def store(self, name: str, parts: Mapping[str, Tensor]) -> None:

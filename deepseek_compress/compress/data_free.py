@@ -26,7 +26,7 @@ from deepseek_compress.checkpoint.hashed import Hashed
 from deepseek_compress.checkpoint.header import Location, TensorInfo, module_of, stored_name
 from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.checkpoint.shards import Outline
-from deepseek_compress.compress import ends, packing
+from deepseek_compress.compress import ends, packing, row_tables
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.layout import packed, stored16
 from deepseek_compress.models import Block, Linear
@@ -66,7 +66,7 @@ def convert(
             hashes[task.file.name] = str(hashed)
         progress(done, len(tasks), "shards")
     found = {fact["name"]: fact for ledger in writer.ledgers for fact in ledger.facts}
-    tables = [found[name] for name in map(_module, job.tables) if name in found]
+    tables = [found[name] for name in map(_module, [*job.tables, *job.rows]) if name in found]
     return [{"linears": _in_order(block, found)} for block in job.architecture.blocks], hashes, tables
 
 
@@ -143,6 +143,11 @@ def _write(job: Job, shard: _Shard) -> None:
                     parts, fact = _convert(job, *shard.changed[name])
                     file.add(name, parts)
                     facts.append(fact)
+                elif name in job.rows:
+                    row_tables.write(file, job.source, name, job.rows[name], job.work)
+                    facts.append(row_tables.facts(job.source, name, job.rows[name]))
+                elif job.untouched(name):
+                    file.untouched(job.source, name)
                 elif name in job.tables:
                     parts, fact = ends.rounded_parts(job, name)
                     file.add(name, parts)
@@ -161,12 +166,12 @@ def _outline(job: Job, shard: _Shard) -> Outline | None:
     for name in shard.names:
         info = job.source.header.tensors[name]
         changed = shard.changed.get(name)
-        rounding: WeightQuantizer | None = job.tables.get(name)
+        rounding: WeightQuantizer | None = job.tables.get(name) or job.rows.get(name)
         if changed:
             rounding = packing.rounding(job, job.architecture.blocks[changed[0]], changed[1])
-        if rounding is None and (changed or info.encoding == "mxfp4"):
+        if rounding is None and not job.untouched(name) and (changed or info.encoding == "mxfp4"):
             return None
-        coming = stored16(info) if rounding is None else packed(info, rounding)
+        coming = info if job.untouched(name) else stored16(info) if rounding is None else packed(info, rounding)
         found |= {stored_name(name, suffix): (part.dtype, part.shape) for suffix, part in coming.parts.items()}
     return found
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from deepseek_compress.checkpoint.header import Header, TensorInfo
 from deepseek_compress.compress.job import by_input
 from deepseek_compress.compress.layout import packed, stored16
+from deepseek_compress.compress.row_tables import PIECE as ROW_PIECE
 from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.compress.tables import PIECE
 from deepseek_compress.models import Architecture, Linear, ModelConfig, Role
@@ -42,14 +43,17 @@ def expect(
     samples: int,
     length: int,
     tables: Mapping[str, Rtn] = {},
+    rows: Mapping[str, Rtn] = {},
 ) -> Expected:
     """For calibration with `samples` of `length` tokens; no samples: no block is run.
 
-    A change that needs statistics then has them from before. `tables`: embedding and head that change.
+    A change that needs statistics then has them from before. `tables`: embedding and head that change; `rows`:
+    Engram tables.
     """
     cfg, header = architecture.cfg, architecture.header
-    tensors = {name: stored16(info) for name, info in header.tensors.items()}
-    tensors |= {name: packed(tensors[name], rounding) for name, rounding in tables.items()}
+    streamed = {name for name in header.tensors if architecture.family.untouched(name)} | rows.keys()
+    tensors = {name: info if name in streamed else stored16(info) for name, info in header.tensors.items()}
+    tensors |= {name: packed(tensors[name], rounding) for name, rounding in [*tables.items(), *rows.items()]}
     changed: list[str] = []
     quick: list[str] = []  # those that a data-free run packs in one pass
     costs = [_Block(0, 0, 0, Work(), Work())]
@@ -73,9 +77,13 @@ def expect(
         memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
     else:
         saved = bool(solver.needs)
-        memory = Memory(0, 0, max(_largest(header, changed, quick, saved), _tables(cfg, tables) if tables else 0))
-        copied = header.bytes - sum(header.tensors[n].bytes for n in changed)
-        fast, all_ = (sum(header.tensors[name].elements for name in names) for names in (quick, changed))
+        memory = Memory(
+            0, 0, max(_largest(header, changed, quick, saved, streamed), _tables(cfg, tables) if tables else 0)
+        )
+        copied = header.bytes - sum(header.tensors[n].bytes for n in [*changed, *rows])
+        fast, all_ = (
+            sum(header.tensors[name].elements for name in names) for names in ([*quick, *rows], [*changed, *rows])
+        )
         slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience
         costs.append(_Block(0, 0, 0, Work(), Work(packed=fast + slow + copied / 2)))
         costs += [_Block(0, 0, 0, Work(), _saved_work(header.tensors[name])) for name in changed if saved]
@@ -107,11 +115,18 @@ def _saved_work(weight: TensorInfo) -> Work:
     return Work(float(k) ** 3 / 3 + float(rows) * k**2, 40.0 * rows * k, float(rows) * k)
 
 
-def _largest(header: Header, changed: Collection[str], quick: Collection[str], saved: bool) -> int:
-    """Bytes that the largest tensor takes in a data-free task, with the shard that waits to be written."""
+def _largest(
+    header: Header, changed: Collection[str], quick: Collection[str], saved: bool, streamed: Collection[str]
+) -> int:
+    """Bytes that the largest tensor takes in a data-free task, with the shard that waits to be written.
+
+    `streamed`: tensors that pass piece by piece.
+    """
     kernel, solved, found = set(quick), set(changed), [0]
     for name, info in header.tensors.items():
-        if name in solved:
+        if name in streamed:
+            found.append(min(4 * ROW_PIECE, 4 * info.elements))
+        elif name in solved:
             hessians = 4 * (HESSIANS + 1) * info.shape[1] ** 2 if saved else 0
             here = info.bytes + info.elements if name in kernel else 4 * (COPIES + 1) * info.elements + hessians
             found.append(here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -19,7 +20,9 @@ from deepseek_compress.compress.collect import Accumulator, collect
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Linear, ModelConfig
 from deepseek_compress.models.activations import InputScheme
+from deepseek_compress.models.weights import Rows
 from deepseek_compress.numerics.hessian import Unsolvable
+from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.numerics.types import Quantized, Statistics, WeightQuantizer
 from deepseek_compress.streaming.block_run import BlockRun, Part, Store
 from deepseek_compress.streaming.hidden_store import HiddenStore
@@ -78,6 +81,8 @@ class Job:
     observing: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run
     tables: Mapping[str, WeightQuantizer] = field(default_factory=dict)  # embedding and head that change, see `tables`
+    rows: Mapping[str, Rtn] = field(default_factory=dict)  # Engram tables that change, see `row_tables`
+    keep_vision: bool = True
     judged: bool = False  # what it cost on the text is measured at the end
 
     @property
@@ -112,10 +117,15 @@ class Job:
         """Those of the source that go into the output."""
         architecture = self.architecture
         dropped = set() if self.keep_mtp else set(architecture.mtp)
+        dropped |= set() if self.keep_vision else set(architecture.vision)
         known = set(architecture.tensors) | {architecture.cfg.names.head}
         for name, info in self.source.header.tensors.items():
             if name in known and name not in dropped:
                 yield info
+
+    def untouched(self, name: str) -> bool:
+        """Whether a tensor of the source is written byte for byte."""
+        return self.architecture.family.untouched(name) and name not in self.rows
 
     def changed(self, block: Block) -> dict[str, Linear]:
         """The linears of a block that change, by the name of their weight in the checkpoint."""
@@ -129,6 +139,12 @@ class SolvedBlock(BlockRun):
     def __init__(self, job: Job, block: Block, store: Store) -> None:
         super().__init__(block, store, job.scheme)
         self.job = job
+
+    def tables(self) -> Mapping[str, Rows]:
+        """What gathers rows of tables, as the output has them."""
+        found, prefix = super().tables(), self.block.prefix
+        changed = {name: self.job.rows[prefix + name] for name in found if prefix + name in self.job.rows}
+        return {**found, **{name: partial(rounded_rows, found[name], how) for name, how in changed.items()}}
 
     def wants(self, linear: Linear) -> bool:
         """Whether the job changes this linear."""
@@ -268,6 +284,12 @@ class SolvedBlock(BlockRun):
             loaded = solved.stored.dequantize() if isinstance(solved.stored, Quantized) else solved.stored.float()
             self.tensors[linear.name + ".weight"] = loaded
             self.facts.append({"name": prefix + linear.name, "role": str(linear.role), **solved.facts})
+
+
+def rounded_rows(rows: Rows, how: Rtn, places: Tensor) -> Tensor:
+    """Rows of a table rounded to nearest."""
+    found = rows(places)
+    return how(found, Statistics()).dequantize().to(found.device) if len(found) else found
 
 
 def observed(linear: Linear, statistics: Statistics) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Linear, Role
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
 
-CHANGEABLE = (Role.ATTENTION, Role.MLP, Role.EXPERT, Role.SHARED_EXPERT, Role.INDEXER)
+CHANGEABLE = (Role.ATTENTION, Role.MLP, Role.EXPERT, Role.SHARED_EXPERT, Role.INDEXER, Role.ENGRAM)
 GROUP_SIZES = (128, 64, 32)
 LEFT_AT_MOST = 0.01  # share of the weights that a chosen group size may leave in 16 bits
 PROVIDED = frozenset({"hessian", "input_absmax", "input_absmean", "cross_covariance", "half"})  # by the block loop

@@ -131,6 +131,18 @@ class Family:
         """Tensors that only images need: all of them are there, or none."""
         return {}
 
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of modules that servers are told to leave as they are, see `untouched`."""
+        return ()
+
+    def without_drafts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of config.json that say that blocks which draft tokens are not there; None removes one."""
+        return {"num_nextn_predict_layers": 0}
+
+    def without_vision(self) -> dict[str, Any]:
+        """Keys of config.json that say that images are not understood; None removes one."""
+        return {}
+
     def untouched(self, name: str) -> bool:
         """Whether an output has the very bytes of a tensor, whatever encodings others get."""
         return False

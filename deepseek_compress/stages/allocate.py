@@ -35,7 +35,7 @@ from deepseek_compress.workers import open_pool
 
 WORK = ".dsc_allocate"  # in the output directory, while a run is unfinished
 RECIPE, TABLE = "recipe.yaml", "sensitivity"
-ROLES = frozenset(selection.CHANGEABLE) - {Role.INDEXER}  # as in `compress`, when its `keep` is not set
+ROLES = frozenset(selection.CHANGEABLE) - {Role.INDEXER, Role.ENGRAM}  # as in `compress`, when its `keep` is not set
 MIN_TOKENS = 64  # as in `compress`
 LOSSES = {"kl": sensitivity.measure, "fisher": fisher.estimate}
 OPTIONS = tuple(Scheme(num_bits=bits) for bits in (2, 3, 4, 5, 6, 8))

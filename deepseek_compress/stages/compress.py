@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,7 +22,7 @@ from torch import Tensor
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
-from deepseek_compress.compress import loss, moved_scales, ranges, rotation, selection, summary, tables
+from deepseek_compress.compress import loss, moved_scales, ranges, rotation, row_tables, selection, summary, tables
 from deepseek_compress.compress.convert import clean, convert
 from deepseek_compress.compress.forecast import TEXT, expect
 from deepseek_compress.compress.job import Job
@@ -48,10 +48,10 @@ from deepseek_compress.streaming import observe
 from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
-PARTS = ("rotation", "migration", "sparsity", "weights", "embedding", "head", "activations", "kv_cache")
+PARTS = ("rotation", "migration", "sparsity", "weights", "embedding", "head", "engram", "activations", "kv_cache")
 EVERY_TOKEN = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
-KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER)
+KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER, Role.ENGRAM)
 
 
 class Compress(Stage, frozen=True):
@@ -65,11 +65,13 @@ class Compress(Stage, frozen=True):
     activations: Annotated[SerializeAsAny[Activations] | None, picked(ACTIVATIONS, "activations")] = None
     embedding: tables.Embedding | None = None  # a tied head with it; None: 16 bits
     head: tables.Head | None = None  # of its own; None: 16 bits
+    engram: row_tables.Engram | None = None  # how Engram tables are stored; None: byte for byte, as servers read them
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     every_token_bits: int | None = Field(None, ge=2, le=8)  # of what every token of a mixture of experts goes through
     keep: tuple[Role, ...] = KEPT  # roles whose linears stay 16-bit; embedding and head have parts of their own
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
+    vision: Literal["keep", "drop"] = "keep"  # what only images need: kept byte for byte, or left out
     requantize: bool = False  # change experts that are published in MXFP4 too: few bits to gain, accuracy to lose
     min_tokens: int = Field(64, ge=0)  # a linear whose input fewer tokens reach is solved without statistics
 
@@ -105,6 +107,7 @@ class Compress(Stage, frozen=True):
         found += [] if self.rotation is None else rotation.problems(architecture, self.mtp == "keep")
         found += [] if self.migration is None else selection.packed_problems(header, "migration")
         found += tables.problems(architecture, self.embedding, self.head)
+        found += row_tables.problems(architecture, self.engram)
         return [*found, *([] if self.kv_cache is None else cache_problems(cfg, self.kv_cache))]
 
     def reads_text(self, header: Header) -> bool:
@@ -139,7 +142,8 @@ class Compress(Stage, frozen=True):
             architecture = Architecture.of(header)
         solver, samples = self._solver(architecture), self._used(samples, max(1, length), architecture)
         tabled = tables.changed(architecture, self.embedding, self.head)
-        expected = expect(architecture, solver, samples if solver.needs else 0, length, tabled)
+        rows = row_tables.changed(architecture, self.engram)
+        expected = expect(architecture, solver, samples if solver.needs else 0, length, tabled, rows)
         moving = self._moving(architecture.cfg)
         looked_at = min(samples, (moving and moving.samples) or samples)
         before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
@@ -201,7 +205,7 @@ class Compress(Stage, frozen=True):
             card = done.loss.card() if done.loss else ""
             summary.write(context.out, done.blocks)
             manifest = self._manifest(source, context, saved or text, facts, done.hashes)
-            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture.cfg), card)
+            notes = writer.finish(self._config_changes(architecture), manifest, _ignore(architecture, job.rows), card)
         clean(job)
         context.tell_all(notes)
         return Output("checkpoint", context.out, {**facts, "notes": notes})
@@ -235,7 +239,12 @@ class Compress(Stage, frozen=True):
         job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics, judged=judged)
         if self.rotation is not None:
             job = rotation.rotate(job, self.rotation)
-        job = replace(job, tables=tables.changed(job.architecture, self.embedding, self.head))
+        job = replace(
+            job,
+            tables=tables.changed(job.architecture, self.embedding, self.head),
+            rows=row_tables.changed(job.architecture, self.engram),
+            keep_vision=self.vision == "keep",
+        )
         if (moving := self._moving(job.cfg)) is not None:
             job = moved_scales.migrate(job, tokens, moving, context.progress)
         if isinstance(self.activations, Static) and tokens is not None:
@@ -294,12 +303,17 @@ class Compress(Stage, frozen=True):
             lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
         if header.mxfp4 and not self.requantize and (self.weights or self.sparsity):
             lines.append("routed experts keep their MXFP4 values (requantize: true changes them)")
-        if any(name.startswith("mtp.") for name in header.tensors):
+        if any(name.startswith("mtp.") for name in header.tensors) and not architecture.has_mtp:
             lines.append("MTP block left out")
         if architecture.has_mtp:
-            lines.append("MTP block kept in 16 bits" if self.mtp == "keep" else "MTP block left out")
+            bytewise = any(architecture.family.untouched(name) for name in architecture.mtp)
+            kept = "MTP block kept byte for byte" if bytewise else "MTP block kept in 16 bits"
+            lines.append(kept if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
+        lines += row_tables.decisions(architecture, self.engram)
+        if architecture.has_vision:
+            lines.append("image encoder kept byte for byte" if self.vision == "keep" else "image encoder left out")
         lines += tables.decisions(cfg.tie_word_embeddings and self.rotation is None, self.embedding, self.head)
         if self.activations is not None:
             lines.append(self._told_inputs(cfg, chosen.group_size is None))
@@ -341,8 +355,11 @@ class Compress(Stage, frozen=True):
 
     def _config_changes(self, architecture: Architecture) -> dict[str, Any]:
         """num_nextn_predict_layers is 0 where the MTP block is not there: engines break when it is announced."""
+        family, found = architecture.family, dict[str, Any]()
         stays = architecture.has_mtp and self.mtp == "keep"
-        return {"num_nextn_predict_layers": 0} if architecture.cfg.num_nextn_predict_layers and not stays else {}
+        if architecture.cfg.num_nextn_predict_layers and not stays:
+            found |= family.without_drafts(architecture.header.config)
+        return found if architecture.has_vision and self.vision == "keep" else {**found, **family.without_vision()}
 
 
 def _too_large(weights: Gptaq, header: Header) -> bool:
@@ -350,5 +367,7 @@ def _too_large(weights: Gptaq, header: Header) -> bool:
     return weights.largest is not None and sum(info.elements for info in header.tensors.values()) > weights.largest
 
 
-def _ignore(cfg: ModelConfig) -> list[str]:
-    return ["lm_head", *(["re:.*mlp\\.gate$"] if cfg.moe else [])]
+def _ignore(architecture: Architecture, rows: Collection[str]) -> list[str]:
+    """Modules that stay plain; those of `rows` do not."""
+    own = [pattern for pattern in architecture.family.ignored() if not (rows and "engram" in pattern)]
+    return ["lm_head", *(["re:.*mlp\\.gate$"] if architecture.cfg.moe else []), *own]

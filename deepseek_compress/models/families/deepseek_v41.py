@@ -113,11 +113,16 @@ class DeepseekV41(Family):
         """Whether a tensor is written with its bytes, whatever becomes of others: servers read these as published."""
         return name.startswith(UNTOUCHED) or name.endswith(TABLE)
 
-    def without_drafts(self) -> dict[str, Any]:
-        """Keys of config.json that say that the drafting blocks are not there; None removes one."""
-        gone = ("block_size", "noise_token_id", "target_layer_ids", "markov_rank", "n_routed_experts")
-        keys = {f"dspark_{name}": None for name in (*gone, "num_experts_per_tok")}
-        return {"text_config": {"num_nextn_predict_layers": 0, **keys}}
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of the modules that `untouched` covers."""
+        return tuple(f"re:(?:.+\\.)?{name}" for name in ("mtp\\.", "vision\\.", "aligner\\.", "engram\\.embed$"))
+
+    def without_drafts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of config.json that say that the drafting blocks are not there."""
+        text = dict(nested(config))
+        ratios = text["compress_ratios"][: text["num_hidden_layers"]]
+        kept = {key: value for key, value in text.items() if not key.startswith("dspark_")}
+        return {"text_config": {**kept, "num_nextn_predict_layers": 0, "compress_ratios": ratios}}
 
     def without_vision(self) -> dict[str, Any]:
         """Keys of config.json that say that the image encoder is not there."""
