@@ -109,7 +109,7 @@ def write_headers(out: Path, config: dict[str, Any]) -> Path:
     weight_map = {}
     for number, tensors in sorted(shards.items()):
         file = f"model-{number:05d}-of-{max(shards):05d}.safetensors"
-        _write_header(out / file, tensors)
+        write_header(out / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
     index = {"metadata": {"total_size": size(stored(config))}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -122,7 +122,8 @@ def size(tensors: dict[str, Stored]) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
 
 
-def _write_header(path: Path, tensors: dict[str, Stored]) -> None:
+def write_header(path: Path, tensors: dict[str, Stored]) -> None:
+    """A file with this header, its length, and no bytes."""
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)

@@ -108,12 +108,12 @@ def write_plain(out: Path, given: dict[str, Any], seed: int = 12) -> Path:
             state[name.removesuffix("weight") + "scale"] = ones.view(torch.float8_e8m0fnu)
         else:
             state[name] = value if v41_layout.FP32.search(name) else value.bfloat16()
-    return _written(out, given, state)
+    return written(out, given, state)
 
 
 def write_published(out: Path, given: dict[str, Any], seed: int = 12) -> Path:
     """The tiny model as V4.1 is published: FP8 in blocks, experts in FP4, Engram tables in FP8."""
-    return _written(out, given, published(given, seed))
+    return written(out, given, published(given, seed))
 
 
 def published(given: dict[str, Any], seed: int = 12) -> dict[str, Tensor]:
@@ -134,7 +134,8 @@ def published(given: dict[str, Any], seed: int = 12) -> dict[str, Tensor]:
     return state
 
 
-def _written(out: Path, given: dict[str, Any], state: dict[str, Tensor]) -> Path:
+def written(out: Path, given: dict[str, Any], state: dict[str, Tensor]) -> Path:
+    """Stored tensors and a config.json in three shards."""
     out.mkdir(parents=True, exist_ok=True)
     write_shards(
         out, state, shards=3, last=("layers.1.attn.wq_a.scale",) if "layers.1.attn.wq_a.scale" in state else ()

@@ -25,6 +25,7 @@ from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import Location, TensorInfo, module_of, stored_name
 from deepseek_compress.errors import DscError
 
+SIZES = (16, 32, 64, 128, 256)  # of square FP8 blocks that somebody might publish
 _INPUT = ("input_scale", "input_zero_point")
 _PARTS = ("weight_scale_inv", "weight_scale", "scale", "weight_packed", "weight_zero_point", "weight_shape", *_INPUT)
 _PACKED_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", *_INPUT)
@@ -52,7 +53,7 @@ def fold(
                 tensors[main] = _scaled(main, _siblings(stored, main), fp8.block_of(main, config))
             elif suffix in _PARTS and _is_part(stored, main, suffix):
                 continue  # its weight's turn
-            elif suffix in _PARTS and suffix != "scale":
+            elif suffix in _PARTS and (suffix != "scale" or place.dtype == torch.float8_e8m0fnu):
                 raise DscError(f"{name}: a part without its weight", f"no encoded {main} goes with it")
             elif place.dtype in _ENCODED:
                 raise DscError(
@@ -64,7 +65,31 @@ def fold(
         except DscError as error:
             if absent.isdisjoint(stored_name(name, part) for part in ("weight", *_PARTS)):
                 problems.append(error)
-    return tensors, problems
+    return tensors, _one_cause(problems, config)
+
+
+class _OtherBlock(DscError):
+    """A scale that fits its FP8 weight in blocks of other sizes, `fits`."""
+
+    def __init__(self, error: DscError, fits: frozenset[int]) -> None:
+        super().__init__(error.what, error.fix)
+        self.fits = fits
+
+
+def _one_cause(problems: list[DscError], config: dict[str, Any]) -> list[DscError]:
+    """`problems`, those of many scales as one where another block size explains them all."""
+    apart = [problem for problem in problems if isinstance(problem, _OtherBlock)]
+    fits = frozenset[int].intersection(*(problem.fits for problem in apart)) if apart[1:] else frozenset[int]()
+    if not fits:
+        return problems
+    height, width = fp8.block_size(config)
+    told = f"weight_block_size is {height} x {width}"
+    if not (config.get("quantization_config") or {}).get("weight_block_size"):
+        told = f"no quantization_config.weight_block_size, so {height} x {width} is meant"
+    size = max(fits)
+    what = f"config.json: {told}, but the scales of {len(apart)} FP8 weights are those of {size} x {size}"
+    one = DscError(f"{what} ({apart[0].what.split(':')[0]}, ...)", "give the config.json of these shards")
+    return [one, *(problem for problem in problems if not isinstance(problem, _OtherBlock))]
 
 
 def _siblings(stored: Mapping[str, Location], main: str) -> dict[str, Location]:
@@ -95,14 +120,7 @@ def _scaled(name: str, parts: dict[str, Location], block: tuple[int, int]) -> Te
     if len(weight.shape) != 2:
         raise DscError(f"{name}: shape {list(weight.shape)} of an encoded weight is not (rows, columns)")
     if weight.dtype == torch.float8_e4m3fn:
-        size = " x ".join(map(str, block))
-        _check_scale(
-            name,
-            scale,
-            fp8.scale_shape(weight.shape, block),
-            (torch.float32, torch.bfloat16, torch.float8_e8m0fnu),
-            f"give the config.json of these shards (weight_block_size: blocks of {size} here), or download them again",
-        )
+        _check_fp8(name, weight, scale, block)
         return TensorInfo(name, weight.shape, "fp8_block", weight.dtype, kept)
     if weight.dtype == torch.int8 and scale.dtype in packed.SCALE_TYPES:
         groups = scale.shape[-1] if len(scale.shape) == 2 else 0
@@ -113,6 +131,19 @@ def _scaled(name: str, parts: dict[str, Location], block: tuple[int, int]) -> Te
     shape = (weight.shape[0], weight.shape[1] * 2)
     _check_mxfp4(name, scale, shape)
     return TensorInfo(name, shape, "mxfp4", weight.dtype, kept)
+
+
+def _check_fp8(name: str, weight: Location, scale: Location, block: tuple[int, int]) -> None:
+    size = " x ".join(map(str, block))
+    fix = f"give the config.json of these shards (weight_block_size: blocks of {size} here), or download them again"
+    kinds = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+    try:
+        _check_scale(name, scale, fp8.scale_shape(weight.shape, block), kinds, fix)
+    except DscError as error:
+        fits = frozenset(
+            n for n in SIZES if scale.dtype in kinds and fp8.scale_shape(weight.shape, (n, n)) == scale.shape
+        )
+        raise _OtherBlock(error, fits) from None
 
 
 def _packed(name: str, parts: dict[str, Location]) -> TensorInfo:

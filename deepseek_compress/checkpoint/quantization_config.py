@@ -131,6 +131,25 @@ def quantization_config(
     return published
 
 
+def input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
+    """compressed-tensors' form of a scheme that servers have: integers, symmetric weights, one dynamic scale a token,
+    or one static scale for all tokens.
+
+    vLLM takes static scales, and zero points of inputs, with 8-bit weights of one scale a row only, and not in its
+    kernels for experts.
+    """
+    granularity = (scheme or {}).get("granularity")
+    schemes = {name: its for name, its in schemes.items() if not its.table}
+    if not scheme or granularity not in ("token", "tensor") or not all(s.symmetric for s in schemes.values()):
+        return None
+    symmetric, static = bool(scheme.get("symmetric", True)), granularity == "tensor"
+    plain = all(s.format == "int-quantized" and ".experts." not in name for name, s in schemes.items())
+    if (static or not symmetric) and not plain:
+        return None
+    bits = scheme["num_bits"]
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": granularity, "dynamic": not static}
+
+
 def ignore_list(schemes: Mapping[str, Scheme], plain: Iterable[str], ignore: Iterable[str]) -> list[str]:
     """The caller's patterns, then every plain module that they miss, and the head, which may be tied."""
     wanted = [pattern for pattern in dict.fromkeys(ignore) if pattern not in schemes or not _TABLE.match(pattern)]

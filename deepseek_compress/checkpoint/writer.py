@@ -48,7 +48,12 @@ from deepseek_compress.checkpoint.owned import (
     refuse_to_overwrite,
     unname_shards,
 )
-from deepseek_compress.checkpoint.quantization_config import Scheme, Stored, assign_schemes, quantization_config
+from deepseek_compress.checkpoint.quantization_config import (
+    Stored,
+    assign_schemes,
+    input_activations,
+    quantization_config,
+)
 from deepseek_compress.checkpoint.reader import INDEX, Checkpoint
 from deepseek_compress.checkpoint.shards import Shard
 from deepseek_compress.checkpoint.verified import CARD, MANIFEST, described
@@ -85,7 +90,7 @@ class CheckpointWriter:
 
         expected_bytes: what will be written, if known; refused where the disk has less.
         activations: scheme for the manifest, `{"num_bits": 8, "granularity": "token"}`; servers are told too where
-            they have it (`_input_activations`), with the grids of a static one. Symmetric 8-bit weights with one scale
+            they have it (`input_activations`), with the grids of a static one. Symmetric 8-bit weights with one scale
             a row are then stored as `int-quantized`.
         resume: keep finished shards when left by an exception, and go on after those that are there.
         """
@@ -323,7 +328,7 @@ class CheckpointWriter:
         if schemes and kept:
             raise ValueError(f"{kept[0]} keeps its published encoding beside packed weights: decode it")
         if schemes:
-            inputs = _input_activations(self._activations, schemes)
+            inputs = input_activations(self._activations, schemes)
             config["quantization_config"] = quantization_config(schemes, plain, ignore, inputs)
             if raw:  # compressed-tensors passes over these keys
                 config["quantization_config"] |= {key: published[key] for key in BLOCKS if key in (published or {})}
@@ -385,22 +390,3 @@ def copied_files(folder: Path) -> list[Path]:
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     wanted = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)]
     return [file for file in wanted if file.suffix != ".py" and inside(folder, file)]
-
-
-def _input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
-    """compressed-tensors' form of a scheme that servers have: integers, symmetric weights, one dynamic scale a token,
-    or one static scale for all tokens.
-
-    vLLM takes static scales, and zero points of inputs, with 8-bit weights of one scale a row only, and not in its
-    kernels for experts.
-    """
-    granularity = (scheme or {}).get("granularity")
-    schemes = {name: its for name, its in schemes.items() if not its.table}
-    if not scheme or granularity not in ("token", "tensor") or not all(s.symmetric for s in schemes.values()):
-        return None
-    symmetric, static = bool(scheme.get("symmetric", True)), granularity == "tensor"
-    plain = all(s.format == "int-quantized" and ".experts." not in name for name, s in schemes.items())
-    if (static or not symmetric) and not plain:
-        return None
-    bits = scheme["num_bits"]
-    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": granularity, "dynamic": not static}

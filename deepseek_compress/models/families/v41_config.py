@@ -120,16 +120,18 @@ def _sources(cfg: ModelConfig) -> Iterator[DscError]:
     how, kinds, indexer = cfg.entries, cfg.compressed, cfg.indexer
     assert how is not None and kinds is not None and indexer is not None
     where = f"kv_source_layer_ids {list(how.sources)}, index_source_layer_ids {list(how.index_sources)}"
+    wrong: dict[str, list[int]] = {}
     for layer, rate in enumerate(kinds.rates):
         source = max((s for s in how.sources if s <= layer), default=-1)
         choice = max((s for s in how.index_sources if s <= layer), default=-1)
         if not rate and layer in (source, choice):
-            yield DscError(f"config.json: block {layer} has compress_ratios 0 and is a source ({where})", AGAIN)
+            wrong.setdefault("are sources with compress_ratios 0", []).append(layer)
         elif rate and (source < 0 or kinds.rates[source] != rate):
-            what = f"config.json: block {layer} reads entries of {rate} tokens, and no source before it makes such"
-            yield DscError(f"{what} ({where})", AGAIN)
+            wrong.setdefault(f"read entries of {rate} tokens, which no source before them makes", []).append(layer)
         elif rate and choice < source:
-            yield DscError(f"config.json: block {layer} reads entries of which nobody chose ({where})", AGAIN)
+            wrong.setdefault("read entries of which nobody chose", []).append(layer)
+    for what, layers in wrong.items():
+        yield DscError(f"config.json: blocks {str(layers)[:80]} {what} ({where})", AGAIN)
     later = [s for s in how.index_sources if s > how.candidate_source]
     own = max((s for s in how.sources if s <= how.candidate_source), default=-1)
     if how.candidate_source not in how.index_sources or any(own < s for s in how.sources if later and s <= later[-1]):
