@@ -32,6 +32,7 @@ from deepseek_compress.checkpoint.files import read_bytes
 from deepseek_compress.checkpoint.reader import check_finite
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import safe_exp
+from deepseek_compress.models.two_level import shared
 from deepseek_compress.streaming.head import HeadInput, Scores, scores
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Divergence:
     agreed: list[int] | None = None  # positions with the reference's most likely token
     error_by_layer: list[float] | None = None
     positions: Positions | None = None
+    choice_by_layer: list[float | None] | None = None  # share of the reference's chosen entries; None: none are chosen
 
     @property
     def perplexity(self) -> float:
@@ -148,6 +150,16 @@ class Trace:
         """(blocks, valid tokens, hidden): what each block gave."""
         return torch.from_numpy(np.load(self.folder / f"blocks-{number}.npy")).to(self.head.device)
 
+    def keep_choices(self, number: int, choices: Sequence[Tensor | None]) -> None:
+        """Store what each block chose, (valid tokens, K); None where it does not choose."""
+        chosen = {str(layer): choice.cpu().numpy() for layer, choice in enumerate(choices) if choice is not None}
+        np.savez(self.folder / f"choices-{number}.npz", **chosen)  # type: ignore[arg-type]
+
+    def choices(self, number: int) -> dict[int, Tensor]:
+        """What blocks chose, by their number."""
+        with np.load(self.folder / f"choices-{number}.npz") as found:
+            return {int(layer): torch.from_numpy(found[layer]).to(self.head.device) for layer in found}
+
 
 @torch.no_grad()
 def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace, Divergence]:
@@ -166,6 +178,7 @@ def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace
         if chosen[0] in compared:
             np.save(folder / f"blocks-{number}.npy", _blocks(model, states, batch.valid))
             trace.layered = number + 1
+            trace.keep_choices(number, choices(model, states, batch.valid))
         _add(nll, batch.owner, scores([HeadInput.of(hidden, model.head)], batch.following).nll[0].tolist())
     counts = [sample.predicted for sample in samples]
     return trace, Divergence(counts, nll, [0.0] * len(samples), counts)
@@ -192,7 +205,9 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
         _add(agreed, batch.owner, (found.best[0] == found.best[-1]).long().tolist())
         _collect(positions, batch, found)
     counts = [sample.predicted for sample in samples]
-    return Divergence(counts, nll, kl, agreed, layers.result(), positions) if trace else Divergence(counts, nll)
+    if trace is None:
+        return Divergence(counts, nll)
+    return Divergence(counts, nll, kl, agreed, layers.result(), positions, layers.choices())
 
 
 @torch.no_grad()
@@ -290,10 +305,17 @@ class _LayerError:
         self.trace = trace if same else None  # blocks of another number or width have no counterpart
         self.apart = torch.zeros(model.cfg.num_hidden_layers, dtype=torch.float64)
         self.whole = torch.zeros_like(self.apart)
+        self.chosen: dict[int, tuple[int, int]] = {}  # block -> chosen as the reference does, chosen by the reference
 
     def add(self, number: int, states: Sequence[Tensor], valid: Tensor) -> None:
         if self.trace is None or number >= self.trace.layered:
             return
+        ours, theirs = choices(self.model, states, valid), self.trace.choices(number)
+        for layer, choice in theirs.items():
+            if (mine := ours[layer]) is not None:
+                before = self.chosen.get(layer, (0, 0))
+                more = shared(choice, mine)
+                self.chosen[layer] = (before[0] + more[0], before[1] + more[1])
         expected = self.trace.blocks(number)
         for layer, state in enumerate(states[1:]):
             found = self.model.family.residual(self.model.cfg, state)[valid]
@@ -306,6 +328,11 @@ class _LayerError:
             return None
         errors: list[float] = (self.apart / self.whole).sqrt().tolist()
         return errors
+
+    def choices(self) -> list[float | None] | None:
+        """Of what the reference's queries see, the share that ours see too, by block."""
+        found = {layer: same / total for layer, (same, total) in self.chosen.items() if total}
+        return [found.get(layer) for layer in range(len(self.apart))] if found else None
 
 
 def check(samples: Sequence[Sample], vocabulary: int, reference: int | None = None) -> None:
@@ -325,6 +352,12 @@ def check(samples: Sequence[Sample], vocabulary: int, reference: int | None = No
 def _add(sums: list[Number], owners: Sequence[int], values: Sequence[Number]) -> None:
     for owner, value in zip(owners, values, strict=True):
         sums[owner] += value
+
+
+def choices(model: Model, states: Sequence[Tensor], valid: Tensor) -> list[Tensor | None]:
+    """What each block chose for the valid tokens, (tokens, K)."""
+    found = [model.family.choice(model.cfg, layer, state) for layer, state in enumerate(states[1:])]
+    return [None if choice is None else choice[valid] for choice in found]
 
 
 def _blocks(model: Model, states: Sequence[Tensor], valid: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -249,6 +249,7 @@ def _report(run: _Run, row: dict[str, Any], found: Divergence | None, is_referen
     row["metrics"] |= metrics
     row["intervals"] |= {"perplexity": intervals["perplexity"]} if is_reference else intervals
     row["error_by_layer"] = found.error_by_layer
+    row["choice_by_layer"] = found.choice_by_layer
     if found.positions is not None:
         row["kl"] = where.spread(found.positions, run.task.samples, run.tokenizer.decode)
     if not is_reference and found.kl is not None and found.error_by_layer is None and not row.get("target"):
@@ -383,7 +384,8 @@ def _empty(name: str, path: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "path": path, "bytes": None, "parameters": None, "bits_per_weight": None}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": [], "about": "", "relative": {}}
     unknown = ("families", "error_by_layer", "kv_cache_bytes_per_token", "expert_coverage", "process", "sampled")
-    return {**row, **dict.fromkeys((*unknown, "certainty", "flips", "kl", "speed", "safety"))}
+    others = ("choice_by_layer", "certainty", "flips", "kl", "speed", "safety")
+    return {**row, **dict.fromkeys((*unknown, *others))}
 
 
 def _same_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint) -> bool:

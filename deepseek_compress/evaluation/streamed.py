@@ -92,6 +92,7 @@ def measure(
     tokens, places, following, owner = _tokens(samples)
     found: dict[str, HeadInput] = {}
     errors: dict[str, list[float] | None] = {}
+    choices: dict[str, list[float | None] | None] = {}
     with ExitStack() as stack:
         for depth in dict.fromkeys(depths):
             together = [name for name, its in zip(runs, depths, strict=True) if its == depth]
@@ -104,7 +105,10 @@ def measure(
                 found[name] = heads[number]
                 layers = [block["errors"][number] for block in facts]
                 errors[name] = None if None in layers else layers
-        return _divergences({name: found[name] for name in subjects}, errors, samples, following, owner)
+                shares = [block["choices"][number] for block in facts]
+                choices[name] = None if all(share is None for share in shares) else shares
+        heads_of = {name: found[name] for name in subjects}
+        return _divergences(heads_of, errors, choices, samples, following, owner)
 
 
 def _run(subject: Subject, work: Path, device: str) -> PlainRun:
@@ -145,6 +149,7 @@ def _compared(samples: Sequence[Sample], tokens: Tensor) -> Tensor:
 def _divergences(
     models: Mapping[str, HeadInput],
     errors: Mapping[str, list[float] | None],
+    choices: Mapping[str, list[float | None] | None],
     samples: Sequence[Sample],
     following: Tensor,
     owner: list[int],
@@ -161,5 +166,6 @@ def _divergences(
         nll, kl = summed(scores.nll[number]).tolist(), summed(scores.kl[number]).tolist()
         if not all(map(math.isfinite, nll)):
             raise ValueError(f"{name}: logits that are NaN or infinite")
-        found[name] = Divergence(counts, nll, kl, agreed, errors[name] if number else None)
+        apart = (errors[name], None, choices[name]) if number else ()
+        found[name] = Divergence(counts, nll, kl, agreed, *apart)
     return found

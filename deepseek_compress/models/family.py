@@ -215,6 +215,13 @@ class Family:
         """What a block gives, (B, T, *row_shape) -> the residual stream or streams of it: what errors are taken of."""
         return hidden
 
+    def choice(self, cfg: ModelConfig, layer: int, hidden: Tensor) -> Tensor | None:
+        """Which entries the queries of block `layer` see, int64 (B, T, K), rising, -1 for none, from what it gives.
+
+        None where the block does not choose.
+        """
+        return None
+
     def final_hidden(self, cfg: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
         """What the last block gives -> the input of the head (B, T, hidden_size). `weights` has checkpoint names."""
         return rms_norm(hidden, weights[self.names.norm], cfg.rms_norm_eps)

@@ -67,6 +67,13 @@ def opened_places(places: Tensor, count: int) -> Tensor:
     return out.scatter(-1, torch.where(places < 0, none, places), True)[..., :count]
 
 
+def shared(reference: Tensor, found: Tensor) -> tuple[int, int]:
+    """Two choices (n, K), rising, -1 for none -> (how many of the reference's the other has, how many there are)."""
+    place = torch.searchsorted(found, reference).clamp(max=found.shape[-1] - 1)
+    real = reference >= 0
+    return int(((found.gather(-1, place) == reference) & real).sum()), int(real.sum())
+
+
 def _picked(scored: Tensor, top_k: int) -> Tensor:
     found = scored.topk(min(top_k, scored.shape[-1]), dim=-1)
     places = torch.where(found.values == CLOSED, torch.full_like(found.indices, -1), found.indices)

@@ -29,6 +29,7 @@ def markdown(record: Record) -> str:
     for title, found in (
         ("Exact match by kind of problem", table.family_rows(record)),
         ("Error by layer", table.layer_rows(record)),
+        ("Share of the entries chosen that the reference chooses", table.layer_rows(record, "choice_by_layer")),
         ("Calibration tokens that reached each expert", table.coverage_rows(record)),
         ("Engines and graphs", table.artifact_rows(record)),
     ):

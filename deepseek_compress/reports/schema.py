@@ -188,6 +188,7 @@ class _Model(_Typed):
     relative: dict[str, Number | None] | None = None
     families: dict[Name, _Metrics | None] | None = None
     error_by_layer: list[Positive] | None = None
+    choice_by_layer: list[Positive | None] | None = None
     kv_cache_bytes_per_token: Positive | None = None
     expert_coverage: list[_Experts] | None = None
 

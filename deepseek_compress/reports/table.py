@@ -252,12 +252,13 @@ def coverage_rows(record: Record) -> Table:
     return Table(headers, lines)
 
 
-def layer_rows(record: Record) -> Table:
-    """One row a layer, one column a model whose error by layer is known."""
-    models = [model for model in everything(record) if model.get("error_by_layer")]
-    depth = max((len(model["error_by_layer"]) for model in models), default=0)
+def layer_rows(record: Record, key: str = "error_by_layer") -> Table:
+    """One row a layer, one column a model whose `key` by layer is known."""
+    models = [model for model in everything(record) if model.get(key)]
+    depth = max((len(model[key]) for model in models), default=0)
     lines = []
     for layer in range(depth):
-        errors = [model["error_by_layer"][layer] if layer < len(model["error_by_layer"]) else None for model in models]
-        lines.append([str(layer), *(UNKNOWN if e is None else significant(e) for e in errors)])
+        values = [model[key][layer] if layer < len(model[key]) else None for model in models]
+        if key == "error_by_layer" or any(value is not None for value in values):
+            lines.append([str(layer), *(UNKNOWN if v is None else significant(v) for v in values)])
     return Table(["Layer", *(model["name"] for model in models)], lines)

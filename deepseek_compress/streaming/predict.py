@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from deepseek_compress.models.two_level import shared
 from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.streaming.forward import run_block
@@ -41,9 +42,9 @@ def predictions(
     """Run models of one depth over tokens int64 (samples, length), padded at the right: inputs of their heads, facts.
 
     The former have the rows at `places`, which count through the samples.
-    `pool` shares `runs`. Facts of a block: {"errors": [||h - h'|| / ||h|| of each model, h of the first]} over the
-    rows where `compared`, bool (samples, length), is true; null for a model of another width. An interrupted run goes
-    on from `work`.
+    `pool` shares `runs`. Facts of a block: {"errors": [||h - h'|| / ||h|| of each model, h of the first], "choices":
+    [share of the first model's chosen entries]} over the rows where `compared`, bool (samples, length), is true; null
+    for a model of another width, and where a block chooses nothing. An interrupted run goes on from `work`.
     """
     streams = tuple(Stream(run.architecture, f"states-{number}") for number, run in enumerate(runs))
     loop = Loop(streams, tokens, work, "predict", last=True)
@@ -81,10 +82,10 @@ class _Together:
 
     @torch.no_grad()
     def visit(self, at: Visit) -> Facts:
-        """{"errors": [...]}."""
+        """{"errors": [...], "choices": [...]}."""
         for number in range(len(self.runs)):
             advance(self.runs, number, at, self.pool)
-        return {"errors": self._errors(at)}
+        return {"errors": self._errors(at), "choices": self._choices(at)}
 
     def _errors(self, at: Visit) -> list[float | None]:
         if self.compared is None:
@@ -101,6 +102,23 @@ class _Together:
                     given = self._residual(number, at.batches.read(at.after[number], batch))[rows].double()
                 apart[number] += float((given - expected).square().sum())
         return [(apart[n] / whole) ** 0.5 if whole and n in alike else None for n in range(len(self.runs))]
+
+    def _choices(self, at: Visit) -> list[float | None]:
+        """Of the entries that the first model's queries see, the share that each model's see too."""
+        architectures = [run.architecture for run in self.runs]
+        found: list[float | None] = [None] * len(self.runs)
+        if self.compared is None or any(a.row_shape != architectures[0].row_shape for a in architectures):
+            return found
+        counts = [(0, 0)] * len(self.runs)
+        for batch in range(len(at.batches)):
+            rows = self.compared[batch * at.batches.step : (batch + 1) * at.batches.step].to(at.batches.device)
+            each = [a.family.choice(a.cfg, at.layer, at.batches.read(store, batch))
+                    for a, store in zip(architectures, at.after, strict=True)]  # fmt: skip
+            for number, choice in enumerate(each):
+                if choice is not None and each[0] is not None:
+                    more = shared(each[0][rows], choice[rows])
+                    counts[number] = (counts[number][0] + more[0], counts[number][1] + more[1])
+        return [same / total if total else None for same, total in counts]
 
     def _residual(self, number: int, hidden: Tensor) -> Tensor:
         architecture = self.runs[number].architecture

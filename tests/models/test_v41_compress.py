@@ -11,7 +11,9 @@ import torch
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.compress.job import rounded_rows
 from deepseek_compress.errors import DscError
+from deepseek_compress.evaluation import divergence, streamed
 from deepseek_compress.models import Architecture
+from deepseek_compress.models.carried import carried
 from deepseek_compress.models.config import Role
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import Tokenizer
@@ -20,6 +22,7 @@ from deepseek_compress.numerics.types import Statistics
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
+from deepseek_compress.streaming.loop import silent
 from deepseek_compress.tasks import mixture
 from tests import v41
 from tests.conftest import finish_directory
@@ -170,3 +173,29 @@ def test_a_tokenizer_that_folds_otherwise_is_refused_before_any_row_is_read(sour
     with pytest.raises(DscError, match=r"config\.json says engram_compressed_vocab_size 256"):
         Model.load(path).forward(TOKENS)
     assert Tokenizer(path).vocab_size == 512
+
+
+def test_how_far_the_choice_of_entries_moves(source: Checkpoint, tmp_path: Path) -> None:
+    """By block, of the entries that the original's queries see, the share that the compressed model's see too: the same
+    whether both run whole or block by block."""
+    done = compressed(source, tmp_path / "out", [])
+    samples = [divergence.Sample(((torch.arange(60) * 7 + 13 * i) % 500 + 4).tolist(), 1) for i in range(3)]
+    (tmp_path / "trace").mkdir()
+    trace, _ = divergence.record(Model.load(source), samples, tmp_path / "trace")
+    found = divergence.measure(Model.load(done), samples, trace)
+    assert found.choice_by_layer is not None
+    assert [share is None for share in found.choice_by_layer] == [True, False, True, False, True, False]
+    shares = [share for share in found.choice_by_layer if share is not None]
+    assert all(0.3 < share < 1 for share in shares)
+    with torch.no_grad():
+        tokens, cfg = torch.tensor([sample.tokens for sample in samples]), Architecture.of(source).cfg
+        states = [Model.load(model).hidden_states(tokens)[4] for model in (done, source)]
+    same = total = 0
+    for mine, other in zip(*(carried(cfg, state).chosen.flatten(0, 1) for state in states), strict=True):
+        expected = {int(j) for j in other if j >= 0}
+        same, total = same + len(expected & {int(j) for j in mine}), total + len(expected)
+    assert found.choice_by_layer[3] == pytest.approx(same / total)
+    subjects = {"original": streamed.Subject(source), "compressed": streamed.Subject(done)}
+    block_by_block = streamed.measure(subjects, samples, tmp_path / "work", streamed.NO_LIMITS, silent)["compressed"]
+    assert block_by_block.choice_by_layer == pytest.approx(found.choice_by_layer, abs=0.01)
+    assert block_by_block.error_by_layer == pytest.approx(found.error_by_layer, rel=1e-3)
