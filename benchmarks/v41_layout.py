@@ -54,6 +54,18 @@ CONFIG: dict[str, Any] = {
         "max_image_tokens": 1024, "min_pixels": 295936, "max_wh_ratio": None,
     },
 }  # fmt: skip
+GAINS = {
+    "wq_a": 1.6, "wo_a": 1.6, "indexer.wk": 1.6, "indexer.wq_b": 1.6, "wq_b": 0.95, "compressor.wkv": 1.8,
+    "engram.wkv": 1.5, "wkv": 1.8, "wgate": 1.8, "wo_b": 1.9, "gate": 2.9, "weights_proj": 2.9, "w1": 1.5, "w3": 1.5,
+    "w2": 1.05, "hc_attn_fn": 1.5, "hc_ffn_fn": 1.5,
+}  # fmt: skip
+SPREAD = {  # name -> (standard deviation, mean); the first that matches
+    r"^embed": (0.12, 0.0), r"attn_norm": (0.005, 0.2), r"ffn_norm": (0.02, 0.4),
+    r"^norm": (0.1, 1.0), r"q_norm": (0.1, 0.97), r"kv_norm": (0.05, 0.4), r"compressor\.norm": (0.05, 0.6),
+    r"k_norm": (0.05, 0.5), r"attn_sink": (1.0, 0.0), r"gate\.bias": (0.3, 0.0),
+    r"hc_\w+_base": (0.5, 0.0), r"hc_\w+_scale": (0.2, 1.0), r"engram\.embed": (0.5, 0.0),
+    r"engram\.._weight": (0.1, 1.0),
+}  # fmt: skip
 FP32 = re.compile(r"(hc_\w+|attn_sink|ffn\.gate\.bias(_vl)?)$")
 FP4 = re.compile(r"\.experts\.\d+\.w[123]\.weight$")
 FP8 = re.compile(
@@ -98,6 +110,16 @@ def shard_of(name: str, layers: int) -> int:
     if found[1] == "mtp":
         return layers + 4 + number
     return layers + 7 + (number > 1) if found[3] else number + 3
+
+
+def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Standard deviation and mean of a tensor of logical `shape`, as trained ones have them or near."""
+    for pattern, found in SPREAD.items():
+        if re.search(pattern, name):
+            return found
+    module = name.removesuffix(".weight")
+    gain = next((gain for suffix, gain in GAINS.items() if module.endswith("." + suffix)), 1.0)
+    return gain / math.sqrt(shape[-1]), 0.0
 
 
 def write_headers(out: Path, config: dict[str, Any]) -> Path:

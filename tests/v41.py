@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,6 @@ TEXT: dict[str, Any] = {
     "dspark_markov_rank": 32, "dspark_n_routed_experts": 2, "dspark_num_experts_per_tok": 1,
 }  # fmt: skip
 VISION = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
-GAINS = {
-    "wq_a": 1.6, "wo_a": 1.6, "indexer.wk": 1.6, "indexer.wq_b": 1.6, "wq_b": 0.95, "compressor.wkv": 1.8,
-    "engram.wkv": 1.5, "wkv": 1.8,
-    "wgate": 1.8, "wo_b": 1.9, "gate": 2.9, "weights_proj": 2.9, "w1": 1.5, "w3": 1.5, "w2": 1.05,
-}  # fmt: skip
-SPREAD = {  # name -> (standard deviation, mean); the first that matches
-    r"^embed": (0.12, 0.0), r"^head": (1 / 16, 0.0), r"attn_norm": (0.005, 0.2), r"ffn_norm": (0.02, 0.4),
-    r"^norm": (0.1, 1.0), r"q_norm": (0.1, 0.97), r"kv_norm": (0.05, 0.4), r"compressor\.norm": (0.05, 0.6),
-    r"k_norm": (0.05, 0.5), r"attn_sink": (1.0, 0.0), r"gate\.bias": (0.3, 0.0), r"hc_\w+_fn": (1.5 / 32, 0.0),
-    r"hc_\w+_base": (0.5, 0.0), r"hc_\w+_scale": (0.2, 1.0), r"engram\.embed": (0.5, 0.0),
-    r"engram\.._weight": (0.1, 1.0),
-}  # fmt: skip
 
 
 def config(block: int = 32, drafts: bool = False, vision: bool = False, **changes: Any) -> dict[str, Any]:
@@ -70,7 +57,7 @@ def values(given: Mapping[str, Any], seed: int = 12) -> dict[str, Tensor]:
     """Every logical tensor in float32, with the values that its storage holds exactly; names in ASCII order."""
     found = {}
     for k, (name, shape) in enumerate(sorted(v41_layout.logical(dict(given)).items())):
-        spread, mean = _spread(name, shape)
+        spread, mean = v41_layout.spread(name, shape)
         value = torch.from_numpy(_uniform(math.prod(shape), k, seed) * (math.sqrt(12) * spread) + mean).float()
         if v41_layout.TABLE.search(name):
             value = value.to(torch.float8_e4m3fn).float()
@@ -87,15 +74,6 @@ def _uniform(count: int, k: int, seed: int) -> np.ndarray[Any, np.dtype[np.float
     x = (x * np.uint64(2246822519)) & np.uint64(0xFFFFFFFF)
     x ^= x >> np.uint64(13)
     return x.astype(np.float64) / 2**32 - 0.5
-
-
-def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    for pattern, found in SPREAD.items():
-        if re.search(pattern, name):
-            return found
-    module = name.removesuffix(".weight")
-    gain = next((gain for suffix, gain in GAINS.items() if module.endswith("." + suffix)), 1.0)
-    return gain / math.sqrt(shape[-1]), 0.0
 
 
 def write_plain(out: Path, given: dict[str, Any], seed: int = 12) -> Path:

@@ -22,7 +22,7 @@ from deepseek_compress.numerics.types import Statistics
 from deepseek_compress.registry import build
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
-from deepseek_compress.streaming.loop import silent
+from deepseek_compress.streaming.loop import Progress, silent
 from deepseek_compress.tasks import mixture
 from tests import v41
 from tests.conftest import finish_directory
@@ -41,11 +41,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(v41.write_published(out, given))
 
 
-def compressed(source: Checkpoint, out: Path, told: list[str], workers: int = 1, **knobs: Any) -> Checkpoint:
+def compressed(
+    source: Checkpoint, out: Path, told: list[str], workers: int = 1, progress: Progress = silent, **knobs: Any
+) -> Checkpoint:
     text = out.parent / "text.txt"
     text.write_text("\n".join(f"{p.prompt} {p.solution}" for p in mixture(seed=4, count=30, split="calibration")))
     calibration = {"sources": [str(text)], "samples": 8, "length": 48}
-    context = Context("out", out, "", 0, calibration=calibration, tell=told.append, workers=workers)
+    context = Context("out", out, "", 0, calibration=calibration, tell=told.append, workers=workers, progress=progress)
     stage = build(Compress, {"weights": {"rtn": {"group_size": 32}}, **knobs}, "compress")
     assert stage.problems(source.header) == []
     return open_checkpoint(stage.run(source, context).path)
@@ -199,3 +201,26 @@ def test_how_far_the_choice_of_entries_moves(source: Checkpoint, tmp_path: Path)
     block_by_block = streamed.measure(subjects, samples, tmp_path / "work", streamed.NO_LIMITS, silent)["compressed"]
     assert block_by_block.choice_by_layer == pytest.approx(found.choice_by_layer, abs=0.01)
     assert block_by_block.error_by_layer == pytest.approx(found.error_by_layer, rel=1e-3)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_stopped_run_goes_on_to_the_same_bytes(stop: int, source: Checkpoint, tmp_path: Path) -> None:
+    knobs = {"weights": {"gptq": {"group_size": 32}}, "engram": {"num_bits": 4}}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = compressed(source, tmp_path / "whole" / "out", [], **knobs)
+
+    def stopping(done: int, total: int, note: str) -> None:
+        if done == stop and note.startswith("block"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compressed(source, tmp_path / "cut" / "out", [], progress=stopping, **knobs)
+    assert not (tmp_path / "cut" / "out" / "config.json").exists()
+    resumed = compressed(source, tmp_path / "cut" / "out", [], **knobs)
+    for file in sorted((tmp_path / "whole" / "out").iterdir()):
+        if file.suffix == ".safetensors":
+            assert (resumed.path / file.name).read_bytes() == file.read_bytes()
+    assert resumed.manifest is not None and whole.manifest is not None
+    assert resumed.manifest["facts"]["tables"] == whole.manifest["facts"]["tables"]
