@@ -2,8 +2,10 @@
 
 One scheme: a group with the target "Linear". Several: every group lists its modules, because vLLM matches the class
 name of a fused layer ("QKVParallelLinear" contains "Linear") before the names of its parts. The experts of a layer
-become one regular expression when all of them share the scheme, as vLLM asks of them anyway. An embedding or a head on
-few bits has a group of its own, since inputs of it are never rounded and an embedding is no "Linear".
+become one regular expression when all of them share the scheme, as vLLM asks of them anyway; where names have no
+"model." prefix (DeepSeek-V4) it leaves room for one, which vLLM puts before its modules and not into expressions. An
+embedding or a head on few bits has a group of its own, since inputs of it are never rounded and an embedding is no
+"Linear".
 
 Everything two-dimensional that stays plain (routers, embeddings, the head, layers that did not fit) stands in `ignore`.
 Source: compressed-tensors 0.20, quantization/quant_config.py and utils/match.py; vLLM, compressed_tensors/utils.py.
@@ -182,7 +184,8 @@ def collapse(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
         if family is None or family in missing:
             out[module] = None
         else:
-            out[f"re:^{re.escape(family[0])}\\.\\d+\\.{re.escape(family[1])}$"] = None
+            start = "" if family[0].startswith("model.") else r"(?:.+\.)?"
+            out[f"re:^{start}{re.escape(family[0])}\\.\\d+\\.{re.escape(family[1])}$"] = None
     return list(out)
 
 

@@ -55,6 +55,9 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     needs = [row["device_memory"] for row in rows if row["device_memory"]]
     if needs:
         console.line(f"{found.options.device}: {console.size(max(needs))} of its memory")
+    for row in rows:
+        for line in row["decisions"]:
+            console.line(f"{row['name']}: {line}", "quiet")
     if found.problems:
         console.errors(Problems(found.problems))
         return
@@ -78,6 +81,7 @@ def _planned(found: Plan, name: str, kind: str, source: str, rates: Rates | None
         "device_memory": _on_device(forecast.memory) if forecast and options.device != "cpu" else None,
         "workers": workers,
         "seconds": forecast.seconds(rates, workers) if forecast and rates else None,
+        "decisions": list(forecast.decisions) if forecast else [],
     }
 
 

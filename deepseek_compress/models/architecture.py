@@ -65,12 +65,12 @@ class Architecture:
     @cached_property
     def tensors(self) -> dict[str, Shape]:
         """Every tensor of a complete checkpoint with its shape, those of MTP blocks included."""
-        return self.family.tensors(self.cfg)
+        return {**self.family.tensors(self.cfg), **self.mtp}
 
     @cached_property
     def mtp(self) -> dict[str, Shape]:
         """The tensors of multi-token prediction blocks."""
-        return self.family.mtp_tensors(self.cfg)
+        return {**self.family.mtp_tensors(self.cfg), **self.family.drafts(self.header)}
 
     @cached_property
     def vision(self) -> dict[str, Shape]:

@@ -42,6 +42,7 @@ class Family:
     names: ClassVar[Names] = NAMES
     cached: ClassVar[bool] = True  # generation may keep what it knows of earlier tokens
     gathered: ClassVar[frozenset[str]] = frozenset()  # tables of a block too large for memory, read row by row
+    kept: ClassVar[str] = ""  # matrices that stay in 16 bits whatever a recipe says, and why
 
     # -- what the checkpoint says ------------------------------------------------------------------------------------
 
@@ -146,6 +147,10 @@ class Family:
     def untouched(self, name: str) -> bool:
         """Whether an output has the very bytes of a tensor, whatever encodings others get."""
         return False
+
+    def drafts(self, header: Header) -> dict[str, Shape]:
+        """Tensors of a checkpoint that belong to blocks which draft tokens, whatever their layout."""
+        return {}
 
     def block_tensors(self, cfg: ModelConfig, layer: int) -> dict[str, Shape]:
         """Tensors of one block, by their name within it."""

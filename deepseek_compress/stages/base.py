@@ -94,6 +94,7 @@ class Forecast:
     tasks: Work | None = None  # in workers
     read: int = 0  # bytes of the source
     scratch: int = 0  # bytes on disk while it runs, which go when it is done
+    decisions: tuple[str, ...] = ()  # what would be decided, and why, a line each
 
     def workers(self, wanted: int | None, limit: int | None) -> int:
         """How many this machine would use with `limit` bytes of memory."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header
+from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.compress import loss, moved_scales, ranges, rotation, row_tables, selection, summary, tables
 from deepseek_compress.compress.convert import clean, convert
 from deepseek_compress.compress.forecast import TEXT, expect
@@ -137,6 +138,11 @@ class Compress(Stage, frozen=True):
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
         architecture = Architecture.of(header)
+        told_first = tuple(self._decisions(architecture))
+        dropped = {*(architecture.mtp if self.mtp == "drop" else ()), *(architecture.vision if self.vision == "drop" else ())}
+        if dropped:
+            header = replace(header, tensors={name: i for name, i in header.tensors.items() if name not in dropped})
+            architecture = Architecture.of(header)
         if self.rotation is not None:
             header = rotation.rotated_header(architecture)
             architecture = Architecture.of(header)
@@ -162,6 +168,7 @@ class Compress(Stage, frozen=True):
             expected.tasks,
             read=header.bytes,
             scratch=scratch(architecture, samples * length) if solver.needs else 0,
+            decisions=told_first,
         )
 
     def _moving(self, cfg: ModelConfig) -> Migration | None:
@@ -303,12 +310,10 @@ class Compress(Stage, frozen=True):
             lines.append(f"kept in 16 bits, since the group size does not fit: {', '.join(sorted(chosen.left))}")
         if header.mxfp4 and not self.requantize and (self.weights or self.sparsity):
             lines.append("routed experts keep their MXFP4 values (requantize: true changes them)")
-        if any(name.startswith("mtp.") for name in header.tensors) and not architecture.has_mtp:
-            lines.append("MTP block left out")
+        if architecture.family.kept and (self.weights or self.sparsity):
+            lines.append(f"kept in 16 bits: {architecture.family.kept}")
         if architecture.has_mtp:
-            bytewise = any(architecture.family.untouched(name) for name in architecture.mtp)
-            kept = "MTP block kept byte for byte" if bytewise else "MTP block kept in 16 bits"
-            lines.append(kept if self.mtp == "keep" else "MTP block left out")
+            lines.append(_told_mtp(architecture) if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
         lines += row_tables.decisions(architecture, self.engram)
@@ -367,7 +372,16 @@ def _too_large(weights: Gptaq, header: Header) -> bool:
     return weights.largest is not None and sum(info.elements for info in header.tensors.values()) > weights.largest
 
 
+def _told_mtp(architecture: Architecture) -> str:
+    if any(architecture.family.untouched(name) for name in architecture.mtp):
+        return "MTP block kept byte for byte"
+    given = architecture.header.tensors
+    experts = any(given[name].encoding == "mxfp4" for name in architecture.mtp if name in given)
+    return "MTP block kept: its experts in MXFP4, the rest in 16 bits" if experts else "MTP block kept in 16 bits"
+
+
 def _ignore(architecture: Architecture, rows: Collection[str]) -> list[str]:
     """Modules that stay plain; those of `rows` do not."""
     own = [pattern for pattern in architecture.family.ignored() if not (rows and "engram" in pattern)]
-    return ["lm_head", *(["re:.*mlp\\.gate$"] if architecture.cfg.moe else []), *own]
+    router = re.escape(module_of(architecture.cfg.names.ffn.router)[0])
+    return ["lm_head", *([f"re:.*{router}$"] if architecture.cfg.moe else []), *own]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.checkpoint.formats.fp8 import encode_fp8_block
 from deepseek_compress.checkpoint.formats.mxfp4 import encode_mxfp4
-from tests.conftest import V3_CONFIG, YARN, finish_directory, published_state, write_shards
+from tests.conftest import V3_CONFIG, YARN, finish_directory, published_state, shape_of, write_shards
 from tests.models.reference import v4_name
 
 V32_CONFIG: dict[str, Any] = {
@@ -40,29 +43,85 @@ V4_CONFIG: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def tiny_v32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSeek-V3.2 in small, BF16."""
-    out = tmp_path_factory.mktemp("tiny_v32")
-    write_shards(out, published_state(V32_CONFIG, seed=6), shards=1)
-    return finish_directory(out, V32_CONFIG)
+    return _v32(tmp_path_factory.mktemp("tiny_v32"), V32_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def clear_v32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_v32` with so many index heads that no two scores are equal: ties are broken in other ways elsewhere."""
+    return _v32(tmp_path_factory.mktemp("clear_v32"), {**V32_CONFIG, "index_n_heads": 16})
+
+
+def _v32(out: Path, config: dict[str, Any]) -> Path:
+    write_shards(out, published_state(config, seed=6), shards=1)
+    return finish_directory(out, config)
+
+
+V4_FP8 = {
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}  # fmt: skip
+V4_FP8_LINEARS = re.compile(r"(wq_a|wq_b|wkv|wo_a|wo_b|[eh]_proj|shared_experts\.w[123])\.weight$")
+
+
+@pytest.fixture(scope="session")
+def tiny_v4_published(tiny_v4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_v4` with the types of V4-Flash: attention and shared experts in FP8 with E8M0 scales, and an MTP block."""
+    out = tmp_path_factory.mktemp("tiny_v4_published")
+    config = {**V4_CONFIG, "num_nextn_predict_layers": 1, "quantization_config": V4_FP8}
+    source, generator = open_checkpoint(tiny_v4), torch.Generator().manual_seed(9)
+    state = {name: source.read(name, None) for name, info in source.header.tensors.items() if info.encoding == "plain"}
+    experts = [name for name, info in source.header.tensors.items() if info.encoding == "mxfp4"]
+    stored = {
+        name.removesuffix("weight") + suffix: part for name in experts for suffix, part in source.read_raw(name).items()
+    }
+    for name, shape in shape_of(config).mtp.items():
+        scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.1
+        tensor = scale * torch.randn(shape, generator=generator) + ("norm" in name)
+        if ".experts." in name:
+            codes, factors = encode_mxfp4(tensor)
+            stored |= _mxfp4_parts(name, codes, factors)
+        else:
+            state[name] = tensor if "hc_" in name or name.endswith(("bias", "attn_sink")) else tensor.bfloat16()
+    for name, tensor in state.items():
+        if V4_FP8_LINEARS.search(name) and "compressor" not in name:
+            stored[name], factors = encode_fp8_block(tensor, power_of_two=True)
+            stored[name.removesuffix("weight") + "scale"] = factors.to(torch.float8_e8m0fnu)
+        else:
+            stored[name] = tensor
+    write_shards(out, stored, shards=2)
+    return finish_directory(out, config)
+
+
+def _mxfp4_parts(name: str, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    return {name: codes.view(torch.int8), name.removesuffix("weight") + "scale": scale.view(torch.float8_e8m0fnu)}
 
 
 @pytest.fixture(scope="session")
 def tiny_v4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSeek-V4 in small, published names, experts in MXFP4."""
-    out = tmp_path_factory.mktemp("tiny_v4")
+    return _v4(tmp_path_factory.mktemp("tiny_v4"), V4_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def clear_v4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_v4` with so many index heads that no two scores are equal."""
+    return _v4(tmp_path_factory.mktemp("clear_v4"), {**V4_CONFIG, "index_n_heads": 16})
+
+
+def _v4(out: Path, config: dict[str, Any]) -> Path:
     generator = torch.Generator().manual_seed(8)
     stored: dict[str, Tensor] = {}
-    for name, tensor in published_state(V4_CONFIG, seed=8).items():
+    for name, tensor in published_state(config, seed=8).items():
         published = v4_name(name)
         if published.endswith("tid2eid"):
             places = torch.rand(512, 8, generator=generator).topk(2).indices
             stored[published] = places
         elif ".experts." in published:
-            codes, scale = encode_mxfp4(tensor.float())
-            stored[published] = codes.view(torch.int8)
-            stored[published.removesuffix("weight") + "scale"] = scale.view(torch.float8_e8m0fnu)
+            stored |= _mxfp4_parts(published, *encode_mxfp4(tensor.float()))
         elif "hc_" in published or published.endswith(("ape", "attn_sink")):
             stored[published] = 0.3 * torch.randn(tensor.shape, generator=generator)  # float32, as published
         else:
             stored[published] = tensor
     write_shards(out, stored, shards=1)
-    return finish_directory(out, V4_CONFIG)
+    return finish_directory(out, config)

@@ -1,7 +1,8 @@
 """DeepSeek-V4: compressed attention, hyper-connections, every block a mixture of experts, the first routed by token id.
 
 Tensors have the names that DeepSeek publishes ("layers.0.attn.wq_a.weight", no "model." prefix). `wo_a` is a product
-per group of heads, not one linear, and stays 16-bit, like the compressors.
+per group of heads, not one linear: vLLM and SGLang read it in 16 bits or FP8 blocks alone, and the compressors and the
+indexer's `weights_proj` in 16 bits, so those are kept. MTP blocks are checked and kept, not run.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class DeepseekV4(Family):
     model_type: ClassVar[str] = "deepseek_v4"
     names: ClassVar[Names] = NAMES
     cached: ClassVar[bool] = False
+    kept: ClassVar[str] = "attn.wo_a, compressors and indexer.weights_proj, which servers read in no fewer"
 
     def parse(self, config: Mapping[str, Any]) -> ModelConfig:
         """config.json -> ModelConfig."""
@@ -88,15 +90,35 @@ class DeepseekV4(Family):
         return Role.NORM if "hc_" in name and not name.startswith("mtp.") else super().role(name)
 
     def problems(self, header: Header) -> list[DscError]:
-        """Every missing, unknown and misshaped tensor; the layout of MTP blocks is not published, they pass."""
-        plain = {name: info for name, info in header.tensors.items() if not name.startswith("mtp.")}
+        """Every missing, unknown and misshaped tensor; blocks that draft in another way than `mtp_tensors` pass."""
+        if header.config.get("num_nextn_predict_layers") and "mtp.0.e_proj.weight" in header.tensors:
+            return super().problems(header)
+        drafts = self.drafts(header)
+        plain = {name: info for name, info in header.tensors.items() if name not in drafts}
         return super().problems(dataclasses.replace(header, tensors=plain))
 
+    def drafts(self, header: Header) -> dict[str, Shape]:
+        """Later releases draft with blocks of another layout (DSpark)."""
+        return {name: info.shape for name, info in header.tensors.items() if name.startswith("mtp.")}
+
+    def mtp_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
+        """Blocks with a window alone and a router with a bias; `e_proj` and `h_proj` let token and streams in."""
+        kinds, moe, streams = _parts(cfg)
+        alone = dataclasses.replace(
+            cfg,
+            compressed=dataclasses.replace(kinds, rates=(0,), overlapping=(False,)),
+            moe=dataclasses.replace(moe, hash_layers=0),
+        )
+        hidden, n = cfg.hidden_size, streams.streams
+        block = {**self.block_tensors(alone, 0), "e_proj.weight": (hidden, hidden), "h_proj.weight": (hidden, hidden)}
+        block |= {f"{name}.weight": (hidden,) for name in ("enorm", "hnorm", "norm")} | _hc_head(n, hidden)
+        count = cfg.num_nextn_predict_layers
+        return {f"mtp.{index}.{name}": shape for index in range(count) for name, shape in block.items()}
+
     def tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
-        """Every tensor but those of MTP blocks."""
+        """Every tensor, those of MTP blocks included."""
         n = cfg.streams.streams if cfg.streams else 1
-        head = {"hc_head_fn": (n, n * cfg.hidden_size), "hc_head_base": (n,), "hc_head_scale": (1,)}
-        return {**super().tensors(cfg), **head}
+        return {**super().tensors(cfg), **_hc_head(n, cfg.hidden_size)}
 
     def block_tensors(self, cfg: ModelConfig, layer: int) -> dict[str, Shape]:
         """Tensors of one block."""
@@ -246,6 +268,11 @@ def _moe(config: Mapping[str, Any], layers: int) -> Moe:
         hash_layers=min(hashed, layers),
         names=FFN,
     )
+
+
+def _hc_head(streams: int, hidden: int) -> dict[str, Shape]:
+    """What collapses the streams before the head."""
+    return {"hc_head_fn": (streams, streams * hidden), "hc_head_base": (streams,), "hc_head_scale": (1,)}
 
 
 def _compressor(cfg: ModelConfig, name: str, rate: int, dim: int, overlapping: bool) -> dict[str, Shape]:
