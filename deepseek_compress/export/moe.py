@@ -31,8 +31,10 @@ def route(build: Build, moe: Moe, stem: str, x: str) -> str:
     wide = g.op("Cast", x, to=TensorProto.FLOAT)
     router = f"{stem}.{moe.names.router}"
     weight = g.weight(router, to_numpy(build.checkpoint.read(router)))
-    logits = g.op("Gemm", wide, weight, transB=1)
-    scores = g.op("Softmax", logits, axis=-1) if moe.scoring == "softmax" else g.op("Sigmoid", logits)
+    scores = _scores(build, moe, g.op("Gemm", wide, weight, transB=1))
+    table = f"{stem}.{moe.names.table}"
+    if table in build.checkpoint.header.tensors:
+        return _normalized(build, moe, g.op("Mul", scores, _by_token_id(build, moe, table)))
     choice = scores
     if moe.method == "noaux_tc":
         name = f"{stem}.{moe.names.bias}"
@@ -40,7 +42,27 @@ def route(build: Build, moe: Moe, stem: str, x: str) -> str:
     if moe.method != "greedy" and moe.groups > 1:
         choice = _close_groups(build, moe, choice)
     chosen, _ = _first_of(build, choice, moe.top_k, moe.experts)
-    shares = g.op("Where", chosen, scores, g.scalar(0, np.float32))
+    return _normalized(build, moe, g.op("Where", chosen, scores, g.scalar(0, np.float32)))
+
+
+def _scores(build: Build, moe: Moe, logits: str) -> str:
+    g = build.graph
+    if moe.scoring == "softmax":
+        return g.op("Softmax", logits, axis=-1)
+    return g.op("Sigmoid", logits) if moe.scoring == "sigmoid" else g.op("Sqrt", g.op("Softplus", logits))
+
+
+def _by_token_id(build: Build, moe: Moe, table: str) -> str:
+    """float32 (tokens, experts): how often the table names an expert for the token (DeepSeek-V4's first blocks)."""
+    g = build.graph
+    experts = g.weight(table, to_numpy(build.checkpoint.read(table, None)).astype(np.int64))  # (vocabulary, K)
+    own = g.op("Gather", experts, g.op("Reshape", "input_ids", g.ints(-1)), axis=0)
+    same = g.op("Equal", g.op("Unsqueeze", own, g.ints(-1)), g.constant(np.arange(moe.experts, dtype=np.int64)))
+    return g.op("ReduceSum", g.op("Cast", same, to=TensorProto.FLOAT), g.ints(1), keepdims=0)
+
+
+def _normalized(build: Build, moe: Moe, shares: str) -> str:
+    g = build.graph
     if moe.normalize:
         total = g.op("Add", g.op("ReduceSum", shares, g.ints(-1), keepdims=1), g.scalar(1e-20, np.float32))
         shares = g.op("Div", shares, total)

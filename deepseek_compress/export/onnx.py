@@ -6,7 +6,9 @@
 | attention_mask | int64 (batch, total) | 1 for a token, 0 for padding; total = past + new |
 | position_ids | int64 (batch, new) | |
 | past.L.latent, past.L.rope | (batch, past, kv_lora_rank), (batch, past, rope) | latent attention; past may be 0 |
+| past.L.index | (batch, past, index_head_dim) | the keys of DeepSeek-V3.2's indexer |
 | past.L.key, past.L.value | (batch, key heads, past, head_dim) | grouped-query attention |
+| past.L.key, past.L.entries, ... | see `compressed` | DeepSeek-V4; with padding its logits are NaN |
 
 Outputs: logits float32 (batch, new, vocabulary) and present.L.*, which are the next step's past.L.*. Calls may take the
 tokens in any pieces; only onnxruntime's GroupQueryAttention (target `onnxruntime`: Llama, Qwen2, Qwen3) wants one token
@@ -33,24 +35,26 @@ from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import module_of
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.build import Build, Weight
+from deepseek_compress.export.compressed import compressed_attention
 from deepseek_compress.export.graph import CONTRIB, Graph
 from deepseek_compress.export.lowering import LOWERINGS, float_weight, is_quantized, linear, nbits_product, nbits_weight
 from deepseek_compress.export.moe import moe_part
 from deepseek_compress.export.pieces import grouped_attention, latent_attention, rms_norm, swiglu
+from deepseek_compress.export.streams import around, last_collapse, spread
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.activations import input_scheme
-from deepseek_compress.models.config import Mla, ModelConfig, Moe, Rope
+from deepseek_compress.models.config import Compressed, HyperConnections, Indexer, Mla, ModelConfig, Moe, Rope
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.activations import SMALLEST, Dynamic, InputGrid
 from deepseek_compress.numerics.grid import fit_group_size
 from deepseek_compress.numerics.types import Quantized, Statistics
 
-SCORES, METHODS = ("softmax", "sigmoid"), ("greedy", "group_limited_greedy", "noaux_tc")
+SCORES, METHODS = ("softmax", "sigmoid", "sqrtsoftplus"), ("greedy", "group_limited_greedy", "noaux_tc")
 READ = {  # fields of a configuration that the emitters, or the runtime's functions they call, compute with
     ModelConfig: frozenset(
         "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim rms_norm_eps rope tie_word_embeddings qkv_bias o_bias mlp_bias qk_norm max_position_embeddings "
-        "num_nextn_predict_layers mla moe eos_token_ids names".split()
+        "num_nextn_predict_layers mla moe indexer streams compressed eos_token_ids names".split()
     ),
     Rope: frozenset(
         "theta dim kind factor original_length beta_fast beta_slow mscale mscale_all_dim attention_factor truncate "
@@ -59,10 +63,12 @@ READ = {  # fields of a configuration that the emitters, or the runtime's functi
     Mla: frozenset("q_lora_rank kv_lora_rank nope rope value".split()),
     Moe: frozenset(
         "experts shared top_k intermediate first_dense layer_freq groups top_groups method scoring normalize "
-        "scaling names".split()
+        "scaling swiglu_limit hash_layers names".split()
     ),
+    Indexer: frozenset("heads head_dim top_k".split()),
+    HyperConnections: frozenset("streams sinkhorn_iterations eps".split()),
+    Compressed: frozenset("rates overlapping window q_lora_rank o_groups o_lora_rank rope_window".split()),
 }
-WORDS = dict.fromkeys(("indexer", "compressed"), "sparse attention") | {"streams": "hyper-connections"}
 ROWS_AT_ONCE = 4096  # of a table that is rounded
 
 
@@ -87,7 +93,7 @@ def export_onnx(
     """
     architecture = Architecture.of(checkpoint)
     cfg = architecture.cfg
-    check_supported(cfg)
+    check_supported(cfg, lowering)
     if lowering not in LOWERINGS:
         raise DscError(f"unknown lowering {lowering!r}", f"use one of {', '.join(LOWERINGS)}")
     if embedding_bits not in (8, 16) or (embedding_bits == 8 and lowering != "matmulnbits"):
@@ -132,18 +138,22 @@ def rounded_inputs(architecture: Architecture) -> tuple[int, frozenset[str], Map
     return scheme.quantize.num_bits, frozenset(name for name, _ in architecture.linears(scheme.roles)), {}
 
 
-def check_supported(cfg: ModelConfig) -> None:
+def check_supported(cfg: ModelConfig, lowering: str) -> None:
     """Raise `DscError` unless every feature of the configuration is one that the emitters know.
 
     What they read is listed (`READ`); any other field must have the value that means it is not used.
     """
     fix = "export compressed-tensors and serve with vLLM"
-    for part in (cfg, cfg.rope, cfg.mla, cfg.moe):
+    kinds = cfg.compressed
+    parts = (cfg, cfg.rope, cfg.mla, cfg.moe, cfg.indexer, cfg.streams, kinds, kinds and kinds.rope_window)
+    for part in parts:
         for field in () if part is None else fields(part):
             value, unused = getattr(part, field.name), field.default
             if field.name not in READ[type(part)] and value != unused:
-                what = WORDS.get(field.name, f"{field.name} {value!r}")
-                raise DscError(f"{cfg.model_type}: {what} has no ONNX form here", fix)
+                raise DscError(f"{cfg.model_type}: {field.name} {value!r} has no ONNX form here", fix)
+    if lowering == "tensorrt" and kinds is not None:
+        what = f"{cfg.model_type}: a cache whose entries hold several tokens fits no profile of a TensorRT engine here"
+        raise DscError(what, "use target onnx or onnxruntime")
     if cfg.moe is not None and (cfg.moe.scoring not in SCORES or cfg.moe.method not in METHODS):
         raise DscError(f"{cfg.model_type}: this router has no ONNX form here", fix)
 
@@ -159,20 +169,32 @@ def emit_model(build: Build) -> None:
         x = emit_block(build, layer, x)
     lengths = g.op("Shape", "input_ids")
     if build.last_only:
-        x = g.op("Reshape", x, g.op("Concat", lengths, g.ints(cfg.hidden_size), axis=0))
+        x = g.op("Reshape", x, g.op("Concat", lengths, g.ints(-1), axis=0))
         x = g.op("Gather", x, g.constant(np.array(-1, np.int64)), axis=1)
         lengths = g.op("Concat", g.op("Slice", lengths, g.ints(0), g.ints(1)), g.ints(1), axis=0)
+    x = x if cfg.streams is None else last_collapse(build, cfg.streams, x)
     logits = head(build, rms_norm(build, module_of(cfg.names.norm)[0], x, cfg.rms_norm_eps))
-    logits = g.op("Cast", logits, to=TensorProto.FLOAT)
+    logits = _without_padding(build, g.op("Cast", logits, to=TensorProto.FLOAT))
     shape = g.op("Concat", lengths, g.ints(cfg.vocab_size), axis=0)
     logits = g.op("Reshape", logits, shape, named="logits")
     g.output(logits, TensorProto.FLOAT, ["batch", 1 if build.last_only else "new", cfg.vocab_size], first=True)
 
 
+def _without_padding(build: Build, logits: str) -> str:
+    """NaN for a batch with padding where entries hold several tokens: they begin where the rows do."""
+    g = build.graph
+    if build.cfg.compressed is None:
+        return logits
+    real = g.op("Greater", g.op("ReduceMin", "attention_mask", keepdims=0), g.constant(np.array(0, np.int64)))
+    return g.op("Where", real, logits, g.scalar(np.nan, np.float32))
+
+
 def emit_block(build: Build, layer: int, x: str) -> str:
-    """One decoder block: x (tokens, hidden) -> (tokens, hidden)."""
+    """One decoder block: x (tokens, hidden) -> (tokens, hidden); of several streams (tokens, streams hidden)."""
     g, cfg, names = build.graph, build.cfg, build.cfg.names
     stem = names.block.format(layer)
+    if cfg.streams is not None:
+        return _emit_streams(build, cfg.streams, layer, stem, x)
     y = rms_norm(build, f"{stem}.{names.attention_norm}", x, cfg.rms_norm_eps)
     with g.scope(f"{stem}.{names.attention}"):
         if cfg.mla is not None:
@@ -189,13 +211,32 @@ def emit_block(build: Build, layer: int, x: str) -> str:
     return g.op("Add", x, y, named=hidden_name(layer + 1))
 
 
+def _emit_streams(build: Build, hyper: HyperConnections, layer: int, stem: str, x: str) -> str:
+    """A block of DeepSeek-V4."""
+    g, cfg = build.graph, build.cfg
+    kinds, moe = cfg.compressed, cfg.moe
+    assert kinds is not None and moe is not None  # the family's parser gives both
+
+    def attention(y: str) -> str:
+        with g.scope(f"{stem}.{cfg.names.attention}"):
+            return compressed_attention(build, kinds, layer, stem, y)
+
+    def experts(y: str) -> str:
+        with g.scope(f"{stem}.{cfg.names.ffn.mlp}"):
+            return moe_part(build, moe, stem, y)
+
+    x = around(build, hyper, f"{stem}.hc_attn", f"{stem}.{cfg.names.attention_norm}", x, attention)
+    x = around(build, hyper, f"{stem}.hc_ffn", f"{stem}.{cfg.names.ffn_norm}", x, experts)
+    return g.op("Identity", x, named=hidden_name(layer + 1))
+
+
 def hidden_name(layer: int) -> str:
     """What the graph calls the input of block `layer`; one more is what the last block gives."""
     return f"hidden/{layer}"
 
 
 def embed(build: Build) -> str:
-    """(B, S) tokens -> (B S, hidden)."""
+    """(B, S) tokens -> (B S, hidden), or that many equal streams beside each other."""
     g, name = build.graph, module_of(build.cfg.names.embedding)[0]
     if build.embedding_bits == 8:
         table, scale, zero = nbits_weight(build, f"{name}.weight", rounded_table(build.checkpoint, name))
@@ -207,7 +248,9 @@ def embed(build: Build) -> str:
         weight = float_weight(build, Weight(name, (name,)), cast=False)
         x = g.op("Gather", weight, "input_ids", axis=0)
         x = x if g.type_of(weight) == g.elem_type else g.op("Cast", x, to=g.elem_type)
-    return g.op("Reshape", x, g.ints(-1, build.cfg.hidden_size), named=hidden_name(0))
+    several = build.cfg.streams is not None
+    x = g.op("Reshape", x, g.ints(-1, build.cfg.hidden_size), named="" if several else hidden_name(0))
+    return spread(build, x, hidden_name(0))
 
 
 def head(build: Build, x: str) -> str:

@@ -8,6 +8,8 @@ and expands them in each step. Left out: the absorbed form of latent attention, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -15,8 +17,9 @@ from onnx import TensorProto, helper
 from deepseek_compress.export.build import Build
 from deepseek_compress.export.graph import CONTRIB, DOMAIN, OPSET, Graph
 from deepseek_compress.export.lowering import attention_product, linear, to_numpy
-from deepseek_compress.models.config import Mla
-from deepseek_compress.models.mla import LATENT_EPS
+from deepseek_compress.export.sparse import choose
+from deepseek_compress.models.config import Mla, Rope
+from deepseek_compress.models.mla import INDEX_EPS, LATENT_EPS
 from deepseek_compress.models.rope import frequencies, softmax_scale
 
 SOFTMAX = "RowSoftmax"
@@ -52,12 +55,18 @@ def rms_norm(build: Build, name: str, x: str, eps: float) -> str:
     """x / sqrt(mean(x^2) + eps) in FP32, then times the weight `name`, over the last dimension."""
     g = build.graph
     with g.scope(name):
-        wide = g.op("Cast", x, to=TensorProto.FLOAT) if g.dtype != "float32" else x
-        mean = g.op("ReduceMean", g.op("Pow", wide, g.scalar(2, np.float32)), g.ints(-1), keepdims=1)
-        y = g.op("Div", wide, g.op("Sqrt", g.op("Add", mean, g.scalar(eps, np.float32))))
-        y = g.op("Cast", y, to=g.elem_type) if g.dtype != "float32" else y
+        y = unit(build, x, eps)
         weight = to_numpy(build.checkpoint.read(f"{name}.weight")).astype(g.numpy)
         return g.op("Mul", y, g.weight(f"{name}.weight", weight))
+
+
+def unit(build: Build, x: str, eps: float, wide: bool = False) -> str:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, computed in FP32; `wide`: and left so."""
+    g = build.graph
+    values = g.op("Cast", x, to=TensorProto.FLOAT) if g.dtype != "float32" else x
+    mean = g.op("ReduceMean", g.op("Pow", values, g.scalar(2, np.float32)), g.ints(-1), keepdims=1)
+    y = g.op("Div", values, g.op("Sqrt", g.op("Add", mean, g.scalar(eps, np.float32))))
+    return g.op("Cast", y, to=g.elem_type) if g.dtype != "float32" and not wide else y
 
 
 def swiglu(build: Build, stem: str, x: str) -> str:
@@ -68,8 +77,10 @@ def swiglu(build: Build, stem: str, x: str) -> str:
 
 
 def gated(build: Build, gate: str, up: str) -> str:
-    """silu(gate) * up."""
-    g = build.graph
+    """silu(gate) * up; where the experts have a limit, gate is clipped above and up on both sides."""
+    g, limit = build.graph, build.cfg.moe.swiglu_limit if build.cfg.moe else None
+    if limit is not None:
+        gate, up = g.op("Min", gate, g.scalar(limit)), g.op("Max", g.op("Min", up, g.scalar(limit)), g.scalar(-limit))
     return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
 
 
@@ -105,7 +116,7 @@ def causal_mask(build: Build) -> str:
 def rotate(build: Build, x: str) -> str:
     """Rotate the pairs of x (B, S, heads, rope) by `position_ids`; halves come out as in models.rope.rotate."""
     g, rope = build.graph, build.cfg.rope
-    cos, sin = _turns(build, g.op("Unsqueeze", "position_ids", g.ints(2, 3)))  # (B, S, 1, rope / 2)
+    cos, sin = turns(build, g.op("Unsqueeze", "position_ids", g.ints(2, 3)), rope)  # (B, S, 1, rope / 2)
     half = rope.dim // 2
     if rope.interleaved:
         first, second = (g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1))
@@ -119,10 +130,10 @@ def rotate(build: Build, x: str) -> str:
     )
 
 
-def _turns(build: Build, positions: str) -> tuple[str, str]:
+def turns(build: Build, positions: str, rope: Rope) -> tuple[str, str]:
     """Cosine and sine of int64 positions (..., 1) by channel pair, (..., rope / 2), with the scaling's factor."""
     g = build.graph
-    angle, factor = frequencies(build.cfg.rope)
+    angle, factor = frequencies(rope)
     angles = g.op("Mul", g.op("Cast", positions, to=TensorProto.FLOAT), g.constant(angle.numpy()))
     cos, sin = (
         g.op("Cast", g.op("Mul", g.op(kind, angles), g.scalar(factor, np.float32)), to=g.elem_type)
@@ -131,12 +142,23 @@ def _turns(build: Build, positions: str) -> tuple[str, str]:
     return cos, sin
 
 
-def _shares(build: Build, scores: str) -> str:
+class RowMask(NamedTuple):
+    """Which columns a query may see."""
+
+    seen: str  # bool (B, 1, S, T)
+
+    def bias(self, g: Graph) -> str:
+        """The mask as something to add to scores: 0, or what no score outweighs."""
+        return g.op("Where", self.seen, g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
+
+
+def shares_of(build: Build, scores: str, mask: RowMask) -> str:
+    """Softmax of the scores (B, H, S, T) of what is seen."""
     g = build.graph
     if build.contrib:
-        return g.op("Softmax", g.op("Add", scores, _bias(build)), axis=-1)  # one pass over the row
+        return g.op("Softmax", g.op("Add", scores, mask.bias(g)), axis=-1)  # one pass over the row
     g.function(row_softmax(g.elem_type))
-    return g.op(SOFTMAX, scores, causal_mask(build), domain=DOMAIN)
+    return g.op(SOFTMAX, scores, mask.seen, domain=DOMAIN)
 
 
 def _real(build: Build, values: str) -> str:
@@ -146,12 +168,6 @@ def _real(build: Build, values: str) -> str:
         return values
     real = g.op("Greater", g.op("Unsqueeze", "attention_mask", g.ints(1, 3)), g.constant(np.array(0, np.int64)))
     return g.op("Where", real, values, g.scalar(0))
-
-
-def _bias(build: Build) -> str:
-    """The mask as something to add to scores, (B, 1, S, T): 0, or what no score outweighs."""
-    g = build.graph
-    return g.op("Where", causal_mask(build), g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
 
 
 def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: tuple[int, ...]) -> str:
@@ -166,20 +182,21 @@ def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: t
     return g.output(every, g.elem_type, dims("total"))
 
 
-def _queries(build: Build, mla: Mla, stem: str, x: str) -> str:
+def _queries(build: Build, mla: Mla, stem: str, x: str) -> tuple[str, str]:
+    """The query latent, or x where there is none, and the queries (B S, heads (nope + rope))."""
+    names = build.cfg.names
     if mla.q_lora_rank is None:
-        return linear(build, f"{stem}.{build.cfg.names.q}", x)
-    latent = rms_norm(
-        build, f"{stem}.{build.cfg.names.q_a_norm}", linear(build, f"{stem}.{build.cfg.names.q_a}", x), LATENT_EPS
-    )
-    return linear(build, f"{stem}.{build.cfg.names.q_b}", latent)
+        return x, linear(build, f"{stem}.{names.q}", x)
+    latent = rms_norm(build, f"{stem}.{names.q_a_norm}", linear(build, f"{stem}.{names.q_a}", x), LATENT_EPS)
+    return latent, linear(build, f"{stem}.{names.q_b}", latent)
 
 
 def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> str:
     """Multi-head latent attention (DeepSeek-V2, section 2.1): x (B S, hidden) -> (B S, hidden)."""
     g, heads = build.graph, build.cfg.num_attention_heads
     scale = g.scalar(softmax_scale(build.cfg.rope, mla.nope + mla.rope))
-    q = _unflatten(build, _queries(build, mla, stem, x), _steps(build), heads, mla.nope + mla.rope)
+    q_latent, q = _queries(build, mla, stem, x)
+    q = _unflatten(build, q, _steps(build), heads, mla.nope + mla.rope)
     q_nope, q_rope = g.ops("Split", q, g.ints(mla.nope, mla.rope), count=2, axis=-1)
     q_rope = rotate(build, q_rope)
     q_nope, q_rope = (g.op("Mul", g.op("Transpose", part, perm=[0, 2, 1, 3]), scale) for part in (q_nope, q_rope))
@@ -206,9 +223,54 @@ def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> s
             g.op("MatMul", q_rope, g.op("Unsqueeze", g.op("Transpose", k_rope, perm=[0, 2, 1]), g.ints(1))),
         )
     v = _real(build, g.op("Transpose", v, perm=[0, 2, 1, 3]))
-    out = attention_product(build, _shares(build, scores), v, shares=True)
+    mask = RowMask(_indexed(build, layer, stem, x, q_latent))
+    out = attention_product(build, shares_of(build, scores, mask), v, shares=True)
     out = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), g.ints(-1, heads * mla.value))
     return linear(build, f"{stem}.{build.cfg.names.o}", out)
+
+
+def _indexed(build: Build, layer: int, stem: str, x: str, q_latent: str) -> str:
+    """bool (B, 1, S, T): what is open to a query, of it what the indexer chose where the model has one."""
+    g, indexer = build.graph, build.cfg.indexer
+    if indexer is None:
+        return causal_mask(build)
+    name = f"{stem}.{build.cfg.names.attention}.indexer"
+    keys = _layer_norm(build, f"{name}.k_norm", linear(build, f"{name}.wk", x), INDEX_EPS)
+    keys = _rotate_front(build, _unflatten(build, keys, _steps(build), 1, indexer.head_dim))
+    keys = _remember(build, layer, "index", g.op("Squeeze", keys, g.ints(2)), 1, (indexer.head_dim,))
+    q = _unflatten(build, linear(build, f"{name}.wq_b", q_latent), _steps(build), indexer.heads, indexer.head_dim)
+    shares = g.op("Cast", linear(build, f"{name}.weights_proj", x), to=TensorProto.FLOAT)
+    shares = g.op("Mul", shares, g.scalar(indexer.heads**-0.5, np.float32))
+    shares = _unflatten(build, shares, _steps(build), indexer.heads)
+    open_ = g.op("Squeeze", causal_mask(build), g.ints(1))
+    return g.op("Unsqueeze", choose(build, indexer, _rotate_front(build, q), keys, shares, open_), g.ints(1))
+
+
+def _rotate_front(build: Build, x: str) -> str:
+    """Rotate the first channels of x (B, S, heads, D), channel i with i + rope / 2, whatever the attention pairs."""
+    g, rope = build.graph, build.cfg.rope
+    cos, sin = turns(build, g.op("Unsqueeze", "position_ids", g.ints(2, 3)), rope)
+    sizes = (rope.dim // 2, rope.dim // 2, build.cfg.indexer.head_dim - rope.dim if build.cfg.indexer else 0)
+    first, second, rest = g.ops("Split", x, g.ints(*sizes), count=3, axis=-1)
+    return g.op(
+        "Concat",
+        g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
+        g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),
+        rest,
+        axis=-1,
+    )
+
+
+def _layer_norm(build: Build, name: str, x: str, eps: float) -> str:
+    """(x - mean) / sqrt(variance + eps), times weight, plus bias, over the last dimension, in FP32."""
+    g = build.graph
+    with g.scope(name):
+        wide = g.op("Cast", x, to=TensorProto.FLOAT)
+        y = unit(build, g.op("Sub", wide, g.op("ReduceMean", wide, g.ints(-1), keepdims=1)), eps, wide=True)
+        weight, bias = (
+            g.weight(f"{name}.{part}", to_numpy(build.checkpoint.read(f"{name}.{part}"))) for part in ("weight", "bias")
+        )
+        return g.op("Cast", g.op("Add", g.op("Mul", y, weight), bias), to=g.elem_type)
 
 
 def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
@@ -236,7 +298,7 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     if shared != heads:
         new = g.op("Slice", _steps(build), g.ints(1), g.ints(2))
         scores = g.op("Reshape", scores, g.op("Concat", g.ints(0, heads), new, g.ints(-1), axis=0))
-    shares = _shares(build, scores)
+    shares = shares_of(build, scores, RowMask(causal_mask(build)))
     if shared != heads:
         seen = g.op("Slice", _seen(build), g.ints(1), g.ints(2))
         shares = g.op("Reshape", shares, g.op("Concat", g.ints(0, shared, -1), seen, axis=0))
@@ -264,7 +326,7 @@ def _attention_node(build: Build, layer: int, q: str, k: str, v: str) -> str:
     q, k = (_rotation_node(build, part) for part in (q, k))
     present = [n.format("present") for n in names]
     out = g.ops(
-        "GroupQueryAttention", q, k, v, *past, last, total, "", "", "", _bias(build),
+        "GroupQueryAttention", q, k, v, *past, last, total, "", "", "", RowMask(causal_mask(build)).bias(g),
         count=3, domain=CONTRIB, named=("", *present),
         num_heads=cfg.num_attention_heads, kv_num_heads=shared, scale=softmax_scale(cfg.rope, dim),
     )  # fmt: skip
@@ -277,10 +339,10 @@ def _rotation_node(build: Build, x: str) -> str:
     """onnxruntime's RotaryEmbedding on (B, S, heads dim): GroupQueryAttention's own rotation takes a token that is
     decoded behind padding for its place in the cache (onnxruntime 1.31). The table has one row for each new token."""
     g = build.graph
-    turns = _turns(build, g.op("Reshape", "position_ids", g.ints(-1, 1)))  # (B S, dim / 2)
+    table = turns(build, g.op("Reshape", "position_ids", g.ints(-1, 1)), build.cfg.rope)  # (B S, dim / 2)
     zero, one = (g.constant(np.array(value, np.int64)) for value in (0, 1))
     rows = g.op("Reshape", g.op("Range", zero, g.op("Size", "input_ids"), one), _steps(build))
-    return g.op("RotaryEmbedding", x, rows, *turns, domain=CONTRIB, interleaved=int(build.cfg.rope.interleaved))
+    return g.op("RotaryEmbedding", x, rows, *table, domain=CONTRIB, interleaved=int(build.cfg.rope.interleaved))
 
 
 def _merge_heads(build: Build, x: str, width: int) -> str:

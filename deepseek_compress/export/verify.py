@@ -34,7 +34,6 @@ from deepseek_compress.export.onnx import held_table, hidden_name, rounded_to_8
 from deepseek_compress.export.rounding import in_blocks, rounded_rows, without_rounding
 from deepseek_compress.generation.backends.graph import GraphModel, Ints
 from deepseek_compress.generation.backends.onnx import OnnxRunner
-from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.weights import QuantizedInputs
@@ -158,6 +157,7 @@ def verify(
     plain = without_rounding(graph)
     blocks, tables = in_blocks(graph), tables_of(graph, source, model.cfg)
     exact, rounded = Rounded(model, tables, None), Rounded(model, tables, blocks)
+    prompts = comparable(prompts, model.cfg)
     calls, want = _generate(exact, prompts, decoded)
     file = path if plain is None else plain.SerializeToString()
     have, mask = _replay(OnnxModel(file, folder=path.parent), calls)
@@ -200,12 +200,10 @@ def tables_of(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> T
 def _generate(model: Model, prompts: Sequence[Sequence[int]], decoded: int) -> tuple[list[Call], list[Floats]]:
     """The calls: the prompts, then a greedy token each; and the model's logits after each call."""
     tokens, mask = left_padded(prompts)
-    cache, padding = model.cache(tokens.shape[1] + decoded), _padding(mask)
-    calls, logits = [], []
+    logits_of, calls, logits = _Calls(model, tokens.shape[1] + decoded, mask), [], []
     for _ in range(decoded + 1):
         calls.append((tokens, mask))
-        with torch.no_grad():
-            logits.append(_logits(model, tokens, cache, padding))
+        logits.append(logits_of(tokens))
         tokens = logits[-1][:, -1].argmax(-1)[:, None].astype(np.int64)
         mask = np.ones_like(tokens)
     return calls, logits
@@ -219,17 +217,35 @@ def _replay(model: OnnxModel, calls: Sequence[Call]) -> tuple[list[Floats], list
 
 
 def _runtime(model: Model, calls: Sequence[Call], like: Sequence[Floats]) -> list[Floats]:
-    cache = model.cache(sum(tokens.shape[1] for tokens, _ in calls))
-    padding = _padding(calls[0][1])
-    with torch.no_grad():
-        every = [_logits(model, tokens, cache, padding) for tokens, _ in calls]
-    return [logits[:, -got.shape[1] :] for logits, got in zip(every, like, strict=True)]
+    logits_of = _Calls(model, sum(tokens.shape[1] for tokens, _ in calls), calls[0][1])
+    return [logits_of(tokens)[:, -got.shape[1] :] for (tokens, _), got in zip(calls, like, strict=True)]
 
 
-def _logits(model: Model, tokens: Ints, cache: KvCache, padding: Tensor) -> Floats:
-    device = model.head.device
-    found: Floats = model.forward(torch.from_numpy(tokens).to(device), cache, padding.to(device)).cpu().numpy()
-    return found
+class _Calls:
+    """The runtime, called with a text piece by piece: with its cache, or with the whole text again."""
+
+    def __init__(self, model: Model, capacity: int, mask: Ints) -> None:
+        self.model, self.padding = model, _padding(mask).to(model.head.device)
+        self.cache = model.cache(capacity) if model.family.cached else None
+        self.text: Ints = np.zeros((len(mask), 0), np.int64)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Ints) -> Floats:
+        """Tokens (B, S) after those of earlier calls -> logits (B, S, vocabulary)."""
+        device, padding = self.model.head.device, self.padding
+        if self.cache is not None:
+            found = self.model.forward(torch.from_numpy(tokens).to(device), self.cache, padding)
+        else:
+            self.text = np.concatenate([self.text, tokens], axis=1)
+            found = self.model.forward(torch.from_numpy(self.text).to(device))[:, -tokens.shape[1] :]
+        logits: Floats = found.cpu().numpy()
+        return logits
+
+
+def comparable(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> list[list[int]]:
+    """The prompts; of one length where a graph takes no padding."""
+    most = min(map(len, prompts)) if cfg.compressed is not None else None
+    return [list(prompt[:most]) for prompt in prompts]
 
 
 def _padding(mask: Ints) -> Tensor:
@@ -282,11 +298,12 @@ def _differs(graph: onnx.ModelProto, path: Path, exact: Model, model: Model, cal
     device, real = model.head.device, mask.astype(bool).reshape(-1)
     with torch.no_grad():
         ids, padding = torch.from_numpy(tokens).to(device), _padding(mask).to(device)
-        want, other = (m.hidden_states(ids, None, padding) for m in (exact, model))
+        padded = padding if model.family.cached else None  # no padding there
+        want, other = (m.hidden_states(ids, None, padded) for m in (exact, model))
     errors = [0.0]
     for left, right, file in zip(want, other, files, strict=True):
         sides = (left.cpu().numpy(), right.cpu().numpy(), np.asarray(file, np.float32))
-        flat = [x.reshape(-1, x.shape[-1])[real] for x in sides]
+        flat = [x.reshape(len(real), -1)[real] for x in sides]
         own = np.linalg.norm(flat[1] - flat[0]) if model is not exact else 0.0
         errors.append(abs(float(np.linalg.norm(flat[2] - flat[0]) - own)) / max(float(np.linalg.norm(flat[0])), 1e-30))
     return place_of(errors, model.cfg, model is exact)

@@ -33,6 +33,7 @@ from deepseek_compress.export.verify import (
     Floats,
     Tables,
     clear_tokens,
+    comparable,
     kl_of,
     modules,
     place_of,
@@ -66,6 +67,7 @@ def verify_streamed(
 ) -> Agreement:
     """Compare the file with the runtime over `prompts`; files go into `work`."""
     graph = onnx.load(str(path), load_external_data=False)
+    prompts = comparable(prompts, Architecture.of(source).cfg)
     plain, text = without_rounding(graph), _Text.of(prompts)
     tables = tables_of(graph, source, Architecture.of(source).cfg)
     runs: tuple[PlainRun, ...] = (_runtime(source, work, None),)
@@ -212,12 +214,13 @@ class _File:
         rows = at.before[self.number].read(0, self.text.tokens.numel())
         hidden = self.text.left(rows.view(*shape, -1)).numpy()
         given = part(self.text.left(self.text.tokens).numpy(), self._mask, hidden, self.text.pieces)
-        at.after[self.number].write(0, self.text.right(torch.from_numpy(given)).flatten(0, 1))
+        after = self.text.right(torch.from_numpy(given)).reshape(-1, *self.architecture.row_shape)
+        at.after[self.number].write(0, after)
 
     def logits(self, rows: Tensor) -> Floats:
         """As the runtime's. Each row is a text of one token: nothing here looks at another."""
         ones = np.ones((ROWS, 1), np.int64)
-        given = [(ones[: len(some)], some[:, None].numpy()) for some in torch.split(rows, ROWS)]
+        given = [(ones[: len(some)], some[:, None].numpy()) for some in torch.split(rows.flatten(1), ROWS)]
         found: Floats = np.concatenate(
             [
                 np.concatenate([part(one, one, some, [slice(0, 1)])[:, 0] for one, some in given])
@@ -259,7 +262,7 @@ def _compared(sides: Sequence[_Side], text: _Text, work: Path, progress: Progres
     loop = Loop(streams, text.tokens, work, "compare", last=True)
 
     def begin(stream: Stream, store: HiddenStore) -> None:
-        store.write(0, sides[streams.index(stream)].embed(text.tokens).flatten(0, 1))
+        store.write(0, sides[streams.index(stream)].embed(text.tokens).reshape(-1, *architecture.row_shape))
 
     facts = loop.run(_Beside(sides, text.real), progress, begin=begin)
     logits = []

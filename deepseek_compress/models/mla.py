@@ -19,6 +19,7 @@ from deepseek_compress.models.rope import cos_sin, rotate, softmax_scale
 from deepseek_compress.models.weights import Weights
 
 LATENT_EPS = 1e-6  # of the norms of the latents, in the published code whatever rms_norm_eps is
+INDEX_EPS = 1e-6  # of the indexer's layer norm, likewise
 
 
 def latent_attention(
@@ -91,7 +92,7 @@ def _index_keys(cfg: ModelConfig, indexer: Indexer, weights: Weights, x: Tensor,
     """Keys of the indexer, (B, 1, T, head_dim): one head, layer-normed, its first channels rotated."""
     k = weights.linear("self_attn.indexer.wk", x)
     norm = "self_attn.indexer.k_norm"
-    k = functional.layer_norm(k, (indexer.head_dim,), weights[norm + ".weight"], weights[norm + ".bias"], 1e-6)
+    k = functional.layer_norm(k, (indexer.head_dim,), weights[norm + ".weight"], weights[norm + ".bias"], INDEX_EPS)
     return _rotate_front(cfg, k.unsqueeze(1), cos, sin)
 
 

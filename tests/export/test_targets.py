@@ -173,6 +173,3 @@ def test_wrong_knobs_and_models_are_told_before_the_run(tiny_v3: Path) -> None:
     assert (
         "range of past" in Export.model_validate({"target": "tensorrt-rtx", "past": (9, 1, 2)}).problems(header)[0].what
     )
-    sparse = {**header.config, "model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
-    (problem,) = Export.model_validate({}).problems(type(header)(header.path, sparse, header.tensors))
-    assert "sparse attention" in problem.what

@@ -53,7 +53,7 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
 
     def problems(self, header: Header) -> list[DscError]:
         """A model whose blocks have no emitter."""
-        return collected(lambda: _supported(header))
+        return collected(lambda: _supported(header, self.lowering))
 
     def dtype(self) -> str:
         """The float type of the graph."""
@@ -132,13 +132,20 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
 
 
 def cache_bytes(source: Checkpoint, dtype: str) -> int:
-    """What a token takes in the caches of all layers: latents and rotated keys, or keys and values of every head."""
-    cfg = Architecture.of(source).cfg
+    """What a token takes in the caches of all layers: latents and rotated keys, or keys and values of every head.
+
+    An indexer's keys with them; of DeepSeek-V4 its share of the entries, without the window.
+    """
+    cfg, size = Architecture.of(source).cfg, 4 if dtype == "float32" else 2
+    index = cfg.indexer.head_dim if cfg.indexer else 0
+    if (kinds := cfg.compressed) is not None:
+        pairs = zip(kinds.rates, kinds.overlapping, strict=True)
+        return round(sum(size * (cfg.head_dim + index * both) / rate for rate, both in pairs if rate))
     width = 2 * cfg.num_key_value_heads * cfg.head_dim if cfg.mla is None else cfg.mla.kv_lora_rank + cfg.mla.rope
-    return cfg.num_hidden_layers * width * (4 if dtype == "float32" else 2)
+    return cfg.num_hidden_layers * (width + index) * size
 
 
-def _supported(header: Header) -> None:
+def _supported(header: Header, lowering: str) -> None:
     from deepseek_compress.export.onnx import check_supported
 
-    check_supported(Architecture.of(header).cfg)
+    check_supported(Architecture.of(header).cfg, lowering)

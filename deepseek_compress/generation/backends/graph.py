@@ -55,10 +55,16 @@ class GraphModel:
         logits, self.past = self.runner.run(feed)
         return logits
 
-    def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens of each row: caches are (..., tokens, channels)."""
+    def truncate(self, length: int) -> bool:
+        """Keep the first `length` tokens of each row: caches are (..., tokens, channels).
+
+        False, and nothing changes, where a cache holds something else than every token.
+        """
+        if any(value.shape[-2] != self.mask.shape[1] for value in self.past.values()):
+            return False
         self.past = {name: value[..., :length, :] for name, value in self.past.items()}
         self.mask = self.mask[:, :length]
+        return True
 
 
 class GraphBackend(Backend):
@@ -81,6 +87,8 @@ class GraphBackend(Backend):
         return last
 
     def truncate(self, length: int) -> int:
-        """Cut the cache."""
-        self.model.truncate(length) if length else self.model.start(1)
-        return length
+        """Cut the cache, or begin again."""
+        if length and self.model.truncate(length):
+            return length
+        self.model.start(1)
+        return 0
