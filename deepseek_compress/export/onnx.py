@@ -49,6 +49,7 @@ from deepseek_compress.numerics.activations import SMALLEST, Dynamic, InputGrid
 from deepseek_compress.numerics.grid import fit_group_size
 from deepseek_compress.numerics.types import Quantized, Statistics
 
+WORDS = {"entries": "entries that blocks share", "engram": "Engram"}  # DeepSeek-V4.1
 SCORES, METHODS = ("softmax", "sigmoid", "sqrtsoftplus"), ("greedy", "group_limited_greedy", "noaux_tc")
 READ = {  # fields of a configuration that the emitters, or the runtime's functions they call, compute with
     ModelConfig: frozenset(
@@ -150,7 +151,8 @@ def check_supported(cfg: ModelConfig, lowering: str) -> None:
         for field in () if part is None else fields(part):
             value, unused = getattr(part, field.name), field.default
             if field.name not in READ[type(part)] and value != unused:
-                raise DscError(f"{cfg.model_type}: {field.name} {value!r} has no ONNX form here", fix)
+                what = WORDS.get(field.name, f"{field.name} {value!r}")
+                raise DscError(f"{cfg.model_type}: {what}: this has no ONNX form here", fix)
     if lowering == "tensorrt" and kinds is not None:
         what = f"{cfg.model_type}: a cache whose entries hold several tokens fits no profile of a TensorRT engine here"
         raise DscError(what, "use target onnx or onnxruntime")

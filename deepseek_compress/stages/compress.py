@@ -139,7 +139,8 @@ class Compress(Stage, frozen=True):
         """Sizes, memory and work from shapes."""
         architecture = Architecture.of(header)
         told_first = tuple(self._decisions(architecture))
-        dropped = {*(architecture.mtp if self.mtp == "drop" else ()), *(architecture.vision if self.vision == "drop" else ())}
+        dropped = set(architecture.mtp if self.mtp == "drop" else ())
+        dropped |= set(architecture.vision if self.vision == "drop" else ())
         if dropped:
             header = replace(header, tensors={name: i for name, i in header.tensors.items() if name not in dropped})
             architecture = Architecture.of(header)
