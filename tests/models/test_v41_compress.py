@@ -29,6 +29,7 @@ from tests.conftest import finish_directory
 
 TABLES = ("layers.0.engram.embed.weight", "layers.1.engram.embed.weight")
 TOKENS = torch.arange(4, 44)[None]
+TABLED = [("rtn", False), ("rtn", True), pytest.param("gptq", False, marks=pytest.mark.verify)]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_drafts_and_images_are_dropped_and_the_config_says_so(source: Checkpoint
     assert "MTP block left out" in told and "image encoder left out" in told
 
 
-@pytest.mark.parametrize(("method", "symmetric"), [("rtn", False), ("rtn", True), ("gptq", False)])
+@pytest.mark.parametrize(("method", "symmetric"), TABLED)
 def test_tables_in_four_bits(
     method: str, symmetric: bool, source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_tokenizer_that_folds_otherwise_is_refused_before_any_row_is_read(sour
     assert Tokenizer(path).vocab_size == 512
 
 
+@pytest.mark.verify
 def test_how_far_the_choice_of_entries_moves(source: Checkpoint, tmp_path: Path) -> None:
     """By block, of the entries that the original's queries see, the share that the compressed model's see too: the same
     whether both run whole or block by block."""
@@ -224,3 +226,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stop: int, source: Checkpoint, 
             assert (resumed.path / file.name).read_bytes() == file.read_bytes()
     assert resumed.manifest is not None and whole.manifest is not None
     assert resumed.manifest["facts"]["tables"] == whole.manifest["facts"]["tables"]
+
+
+def test_a_table_with_a_value_that_is_none_is_refused(tmp_path: Path) -> None:
+    given = v41.config(engram_compressed_vocab_size=512)
+    state = v41.published(given)
+    state[TABLES[1]].view(torch.uint8)[700, 3] = 0x7F
+    source = open_checkpoint(finish_directory(v41.written(tmp_path / "in", given, state), given))
+    with pytest.raises(DscError, match=r"layers\.1\.engram\.embed\.weight"):
+        compressed(source, tmp_path / "out", [], engram={"num_bits": 4})
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -40,6 +40,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return v41_layout.write_headers(tmp_path_factory.mktemp("v41_full"), v41_layout.CONFIG)
 
 
+@pytest.mark.verify
 def test_inspect_of_the_full_size(full: Path) -> None:
     found = survey(str(full), verify=False)
     assert found["problems"] == []
