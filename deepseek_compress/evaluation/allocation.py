@@ -113,6 +113,51 @@ def allocate(sizes: Sizes, losses: Sequence[Sequence[float]], target: Target) ->
     return chosen
 
 
+def uniform(found: Sequence[Choice], sizes: Sizes, target: Target) -> list[int] | None:
+    """The options of all units at one number of bits, the most that keeps to the target; None where none does.
+
+    A unit that lacks that number takes its next larger one: a recipe without overrides would do no better.
+    """
+    counts = {quantizer.num_bits for choice in found for quantizer in choice.options if quantizer is not None}
+    for bits in sorted(counts, reverse=True):
+        chosen = [_nearest(choice, taken, bits) for choice, taken in zip(found, sizes.options, strict=True)]
+        if sizes.taken(chosen) <= sizes.budget(target):
+            return chosen
+    return None
+
+
+def _nearest(choice: Choice, taken: Sequence[int], bits: int) -> int:
+    """The smallest option of at least so many bits, else the largest there is."""
+    widths = [16 if quantizer is None else quantizer.num_bits for quantizer in choice.options]
+    enough = [option for option, width in enumerate(widths) if width >= bits]
+    return min(enough, key=lambda option: (widths[option], taken[option])) if enough else widths.index(max(widths))
+
+
+def moved(
+    found: Sequence[Choice], losses: Sequence[Sequence[float]], plain: Sequence[int], chosen: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The units that `chosen` stores otherwise than `plain`, those that gain most first: where it hurts."""
+    rows = [
+        {
+            "unit": choice.group.label, "role": str(choice.group.linears[0].role), "from": said(choice.options[before]),
+            "to": said(choice.options[after]), "gain": loss[before] - loss[after],
+        }
+        for choice, loss, before, after in zip(found, losses, plain, chosen, strict=True)
+        if before != after
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -row["gain"])
+
+
+def moved_lines(rows: Sequence[Mapping[str, Any]], most: int = 20) -> str:
+    """The table of them for people."""
+    if not rows:
+        return ""
+    head = "| unit | role | from | to | KL saved |\n| --- | --- | --- | --- | ---: |\n"
+    cells = [f"| {r['unit']} | {r['role']} | {r['from']} | {r['to']} | {r['gain']:+.2e} |" for r in rows[:most]]
+    rest = f"\n\nand {len(rows) - most} more" if len(rows) > most else ""
+    return f"\n## Where more bits help, and where fewer do no harm\n\n{head}" + "\n".join(cells) + rest + "\n"
+
+
 def too_small(sizes: Sizes, target: Target) -> DscError:
     """What to say where nothing fits."""
     least = sum(min(options) for options in sizes.options)

@@ -101,8 +101,16 @@ class Allocate(Stage, frozen=True):
             chosen = allocation.allocate(sizes, losses, target)
             context.tell("the whole assignment is measured")
             measured = sensitivity.joint(search, chosen, pool)
+            plain = allocation.uniform(search.choices, sizes, target)
+            plain_kl = None if plain is None else sensitivity.joint(search, plain, pool)
         found = self._facts(search.choices, sizes, losses, chosen, measured)
-        self._write(context, search.choices, chosen, found, allocation.table(search.choices, sizes, losses, chosen))
+        moved: list[dict[str, Any]] = []
+        if plain is not None and plain_kl is not None:
+            found |= self._gain(sizes, losses, plain, plain_kl, found)
+            moved = allocation.moved(search.choices, losses, plain, chosen)
+            context.tell(_came_true(found))
+        rows = allocation.table(search.choices, sizes, losses, chosen)
+        self._write(context, search.choices, chosen, found, rows, moved)
         manifest = provenance.build_manifest(
             stage="allocate",
             source=source,
@@ -158,6 +166,20 @@ class Allocate(Stage, frozen=True):
             "schemes": {scheme: weights / sizes.weights for scheme, weights in sorted(shares.items())},
         }
 
+    def _gain(
+        self, sizes: Sizes, losses: Sequence[Sequence[float]], plain: Sequence[int], measured: float,
+        chosen: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        """What the assignment gains over one number of bits for all units, as predicted and as measured."""
+        predicted = sum(loss[option] for loss, option in zip(losses, plain, strict=True))
+        return {
+            "plain_bits_per_weight": sizes.taken(plain) / sizes.weights,
+            "plain_predicted_kl": predicted,
+            "plain_measured_kl": measured,
+            "predicted_gain": predicted - chosen["predicted_kl"],
+            "measured_gain": measured - chosen["measured_kl"],
+        }
+
     def _write(
         self,
         context: Context,
@@ -165,6 +187,7 @@ class Allocate(Stage, frozen=True):
         chosen: Sequence[int],
         facts: Mapping[str, Any],
         rows: Sequence[Mapping[str, Any]],
+        moved: Sequence[Mapping[str, Any]],
     ) -> None:
         """The recipe and the table."""
         note = f"{facts['bits_per_weight']:.4g} bits per weight, found by dsc allocate (target {self.target}): "
@@ -174,10 +197,19 @@ class Allocate(Stage, frozen=True):
         lines += [f"{share:.1%} of the weights: {scheme}" for scheme, share in facts["schemes"].items()]
         lines.append("below: KL in nats a token with that unit alone stored so, what was chosen in bold")
         announce(context.out, [f"{TABLE}.json", f"{TABLE}.md", RECIPE])
-        write_json(context.out / f"{TABLE}.json", {"schema": 1, **facts, "units": list(rows)})
-        page = allocation.markdown(rows, "Sensitivity", lines)
+        lines += [_came_true(facts)] if "measured_gain" in facts else []
+        write_json(context.out / f"{TABLE}.json", {"schema": 1, **facts, "units": list(rows), "moved": list(moved)})
+        page = allocation.markdown(rows, "Sensitivity", lines) + allocation.moved_lines(moved)
         write_file(context.out / f"{TABLE}.md", page.encode("utf-8"))
         write_file(context.out / RECIPE, text.encode("utf-8"))
+
+
+def _came_true(facts: Mapping[str, Any]) -> str:
+    """Whether the gain that was predicted is there, on the text that judged the units."""
+    plain, bits = facts["plain_measured_kl"], facts["plain_bits_per_weight"]
+    word = "came true" if facts["measured_gain"] > 0 else "did not come true: take one number of bits for all"
+    gain = f"{facts['predicted_gain']:.4g} nats a token predicted, {facts['measured_gain']:.4g} measured"
+    return f"one number of bits for all ({bits:.4g} bits per weight) has KL {plain:.4g}; gain: {gain}, it {word}"
 
 
 def _roles(header: Header) -> frozenset[Role]:

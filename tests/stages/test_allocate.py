@@ -86,6 +86,37 @@ def test_the_recipe_runs_and_its_output_has_the_size_that_was_asked_for(
     assert len({row["chosen"] for row in rows.values()}) > 1
     assert found["predicted_kl"] == pytest.approx(sum(r["options"][r["chosen"]]["kl"] for r in rows.values()))
     assert 0.2 < found["measured_kl"] / found["predicted_kl"] < 3
+    gains(found, (tmp_path / "bits" / "sensitivity.md").read_text())
+
+
+def gains(found: dict[str, Any], page: str) -> None:
+    """What more bits save against one number of bits for all: predicted unit by unit, and measured."""
+    assert 0 < found["plain_bits_per_weight"] <= found["bits_per_weight"] * 1.1
+    assert found["predicted_gain"] == pytest.approx(found["plain_predicted_kl"] - found["predicted_kl"])
+    assert found["measured_gain"] == pytest.approx(found["plain_measured_kl"] - found["measured_kl"])
+    assert found["predicted_gain"] == pytest.approx(sum(row["gain"] for row in found["moved"]))
+    assert [row["gain"] for row in found["moved"]] == sorted((row["gain"] for row in found["moved"]), reverse=True)
+    assert found["measured_gain"] > 0
+    assert "it came true" in page
+    assert f"| {found['moved'][0]['unit']} | {found['moved'][0]['role']} |" in page
+
+
+def test_one_number_of_bits_is_the_largest_that_fits(tiny_v3_bf16: Path) -> None:
+    options = [Scheme(num_bits=2), Scheme(num_bits=4), Scheme(num_bits=8, symmetric=True)]
+    found = allocation.choices(fused_groups(shape_of(V3_CONFIG), ROLES), WEIGHTS["rtn"].model_validate({}), options, 32)
+    sizes = allocation.sizes(open_checkpoint(tiny_v3_bf16).header, found)
+    for bits, option in ((2.99, 0), (5.5, 1), (9.5, 2)):
+        assert allocation.uniform(found, sizes, Target(bits)) == [option] * len(found)
+    assert allocation.uniform(found, sizes, Target(1.0)) is None
+    plain, chosen = [1] * len(found), [1] * (len(found) - 2) + [2, 0]
+    losses = [[0.5, 0.1 * place, 0.01] for place in range(len(found))]
+    moved = allocation.moved(found, losses, plain, chosen)
+    last = len(found) - 1
+    assert [row["gain"] for row in moved] == pytest.approx(
+        sorted([0.1 * (last - 1) - 0.01, 0.1 * last - 0.5], reverse=True)
+    )
+    assert {row["to"].partition(",")[0] for row in moved} == {"8 bits", "2 bits"}
+    assert allocation.moved_lines([]) == ""
 
 
 def test_two_workers_write_the_same_files(tiny_v3: Path, tmp_path: Path) -> None:
@@ -97,6 +128,7 @@ def test_two_workers_write_the_same_files(tiny_v3: Path, tmp_path: Path) -> None
     assert not (tmp_path / "1" / ".dsc_allocate").exists()
     page = (tmp_path / "1" / "sensitivity.md").read_text()
     assert "| model.layers.1.mlp.experts | 196,608 |" in page
+    page = page.partition("## Where")[0]
     assert page.count("**") == 2 * page.count("| model.layers.")
 
 
