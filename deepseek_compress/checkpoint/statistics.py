@@ -24,7 +24,7 @@ from deepseek_compress.checkpoint.ledger import OpenShard
 from deepseek_compress.checkpoint.owned import PARTIAL, announce, recorded
 from deepseek_compress.checkpoint.reader import read_tensor
 from deepseek_compress.checkpoint.shards import ShardFile
-from deepseek_compress.checkpoint.verified import hash_of, manifest_of
+from deepseek_compress.checkpoint.verified import check, hash_of, manifest_of
 from deepseek_compress.errors import DscError, raise_problems
 from deepseek_compress.numerics.hessian import mirror
 from deepseek_compress.numerics.types import Statistics
@@ -182,6 +182,7 @@ def open_statistics(path: Path) -> SavedStatistics:
     manifest = manifest_of(path)
     if manifest is None:
         raise DscError(f"{path}: no statistics in it", "give a directory that dsc calibrate wrote")
+    check(path, weights=False)
     if manifest.get("stage") != STAGE or "statistics" not in manifest:
         raise DscError(
             f"{path}: made by {manifest.get('stage')!r}, holds no statistics", "give what dsc calibrate wrote"

@@ -19,6 +19,7 @@ from torch import Tensor
 from deepseek_compress import machine
 from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.compress.forecast import TEXT, calibrated_cost
+from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.divergence import Divergence, Sample, check, layered
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.activations import input_scheme
@@ -165,7 +166,7 @@ def _divergences(
         agreed = summed(scores.best[number] == scores.best[0]).long().tolist()
         nll, kl = summed(scores.nll[number]).tolist(), summed(scores.kl[number]).tolist()
         if not all(map(math.isfinite, nll)):
-            raise ValueError(f"{name}: logits that are NaN or infinite")
+            raise DscError(f"{name}: logits that are NaN or infinite", "check the model: its weights may be damaged")
         apart = (errors[name], None, choices[name]) if number else ()
         found[name] = Divergence(counts, nll, kl, agreed, *apart)
     return found

@@ -152,4 +152,9 @@ def _value(loader: Any, node: Any, path: tuple[str | int, ...], lines: Any, wher
         return [_value(loader, item, (*path, i), lines, where) for i, item in enumerate(node.value)]
     if node.tag in _NUMBERS and (":" in node.value or node.tag.endswith("timestamp")):
         return node.value
-    return loader.construct_object(node)
+    try:
+        return loader.construct_object(node)
+    except (ValueError, LookupError):  # a number of too many digits, "!!int x", "!!bool maybe"
+        kind, short = node.tag.rpartition(":")[2], node.value if len(node.value) <= 40 else node.value[:37] + "..."
+        what = f"{where}:{node.start_mark.line + 1}: {short!r} is not a valid {kind}"
+        raise DscError(what, "write it as text, in quotes, or correct it") from None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from harness import dsc, faults, warm
+from safetensors.torch import load_file, save_file
 from test_pages import record
 
 from deepseek_compress.errors import DscError
@@ -78,6 +81,23 @@ def test_bad_input_is_one_clear_line(case: str, tmp_path: Path) -> None:
     assert message in said
     assert "\n" not in said
     assert len(said) < 500
+
+
+@pytest.mark.parametrize("more", [(), ("--set", "evaluate.streamed=true")])
+def test_logits_that_are_no_numbers_are_an_error(more: tuple[str, ...], tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Finite weights, whose products overflow: no figure comes of them."""
+    warm()
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, model)
+    state = load_file(model / "model.safetensors")
+    state["model.norm.weight"].fill_(3e38)
+    save_file(state, model / "model.safetensors")
+    (tmp_path / "text.txt").write_text("What is two plus two? It is four. " * 40)
+    text = ("--text", "text.txt", "--windows", "2", "--length", "16")
+    for number, words in enumerate((("--problems", "2"), text) if not more else (text,)):
+        found = dsc(tmp_path, "evaluate", "model", "-o", f"{number}.json", *words, "--set", "efficiency=false", *more)
+        assert faults(found, "NaN|infinite") == [], words
+        assert found.code == 1, found.out
 
 
 def test_there_are_twenty_five() -> None:

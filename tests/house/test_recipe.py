@@ -96,7 +96,7 @@ def test_all_mistakes_are_reported_together() -> None:
     assert lines == ["r.yaml:2"] * 3 + ["r.yaml:3"] + ["r.yaml:4"] * 3 + ["r.yaml:5"] * 4
 
 
-@pytest.mark.parametrize("text", ["", "3", "[1]", "[" * 5000, "\x00", "a: b: c"])
+@pytest.mark.parametrize("text", ["", "3", "[1]", "[" * 5000, "\x00", "a: b: c", "a: " + "9" * 5000, "a: !!bool x"])
 def test_what_is_no_recipe_is_one_clear_line(text: str) -> None:
     found = problems(text)
     assert len(found) == 1
