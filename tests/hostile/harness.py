@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from failing import Fault
+
+HERE = str(Path(__file__).parent)
 SECONDS, MEMORY = 20, 2 << 30
 TRAINS = ("distill", "recover")  # they start anew: autograd refuses a fork of a process that has run it
 LINES, WIDTH = 60, 2000  # what a command may print about what is wrong
@@ -87,18 +90,31 @@ def forked(work: Callable[[], int], folder: Path, seconds: float = SECONDS) -> O
     return Outcome(128 - code if code < 0 else code, *texts, spent, memory)
 
 
-def dsc(folder: Path, *arguments: str, seconds: float = SECONDS, before: Callable[[], None] | None = None) -> Outcome:
-    """`dsc ARGUMENTS` in `folder`, where `stdout` and `stderr` are kept; `before` runs in the fork first."""
+ANEW = "import sys; sys.path.append({here!r}); import failing; from pathlib import Path, PosixPath; "
+ANEW += "from deepseek_compress.cli import main; failing.{fault!r}.install(); sys.argv[0] = 'dsc'; main()"
+
+
+def dsc(
+    folder: Path,
+    *arguments: str,
+    seconds: float = SECONDS,
+    fault: Fault | None = None,
+    before: Callable[[], None] | None = None,
+) -> Outcome:
+    """`dsc ARGUMENTS` in `folder`, where `stdout` and `stderr` are kept; `fault` strikes it, `before` runs first."""
 
     def work() -> int:
         from deepseek_compress.cli import main
 
         os.chdir(folder)
-        if arguments[0] in TRAINS and before is None:
-            os.execv(sys.executable, [sys.executable, "-P", "-m", "deepseek_compress", *arguments])
-        sys.argv = ["dsc", *arguments]
         if before is not None:
             before()
+        if arguments[0] in TRAINS:
+            code = ["-m", "deepseek_compress"] if fault is None else ["-c", ANEW.format(here=HERE, fault=fault)]
+            os.execv(sys.executable, [sys.executable, "-P", *code, *arguments])
+        sys.argv = ["dsc", *arguments]
+        if fault is not None:
+            fault.install()
         main()
         return 0
 

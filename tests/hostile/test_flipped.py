@@ -1,4 +1,7 @@
-"""One flipped bit in a shard or in the index of a recording, then every command that reads it: it is named, exit 1."""
+"""One flipped bit in each kind of file of an output, then every command that reads it: it is named, exit 1.
+
+What an interrupted run left (spools, ledgers, state) is made again instead: `test_windows`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import dsc, faults, warm
+from harness import dsc, faults, loads, warm
 
-SHARD, INDEX = "model-00001-of-00001.safetensors", "teacher.json"
+SHARD, INDEX, MANIFEST = "model-00001-of-00001.safetensors", "teacher.json", "dsc_manifest.json"
+TEXT = ["--samples", "4", "--length", "32"]
+GROUPS = ["-r", "w4a16", "--group-size", "32"]
 MADE = {  # in this order
     "plain": ["export", "SOURCE", "-o", "plain", "--target", "bf16"],
     "packed": ["quantize", "SOURCE", "-o", "packed", "-r", "w4a16-fast", "--group-size", "32"],
     "words": ["distill", "plain", "-o", "student", "--cache", "words", "--steps", "1", "--set", "distill.documents=8"],
+    "statistics": ["calibrate", "plain", "-o", "statistics", *TEXT],
+    "onnx": ["export", "packed", "-o", "onnx", "--target", "onnx", "--set", "verify=false"],
+    "gguf": ["export", "packed", "-o", "gguf", "--target", "gguf"],
 }
 EVALUATE = ["--problems", "2", "--set", "efficiency=false"]
+PROMPT = ["--prompt", "1 + 1", "--max-tokens", "2"]
+DEPLOYED = {
+    name: [
+        ["generate", name, *PROMPT],
+        ["chat", name],
+        ["evaluate", name, "--reference", "packed", "-o", "x.json", *EVALUATE],
+    ]
+    for name in ("onnx", "gguf")
+}
 READS = {  # what reads each of them, beside the command that made it
     "packed": [
         ["inspect", "packed"],
@@ -26,11 +43,24 @@ READS = {  # what reads each of them, beside the command that made it
         ["export", "packed", "-o", "x", "--target", "compressed-tensors"],
         ["export", "packed", "-o", "x", "--target", "onnx"],
         ["export", "packed", "-o", "x", "--target", "gguf"],
-        ["generate", "packed", "--prompt", "1 + 1", "--max-tokens", "2"],
+        ["generate", "packed", *PROMPT],
         ["chat", "packed"],
+        ["calibrate", "packed", "-o", "x", *TEXT],
+        ["evaluate", "onnx", "--reference", "packed", "-o", "x.json", *EVALUATE],
     ],
     "words": [["distill", "plain", "-o", "x", "--cache", "words", "--steps", "1"]],
+    "statistics": [["quantize", "plain", "-o", "x", *GROUPS, "--statistics", "statistics"]],
+    **DEPLOYED,
 }
+SLICE = (("packed", SHARD), ("words", INDEX))  # in the default tests
+FILES = (
+    *SLICE,
+    *(("packed", name) for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", MANIFEST)),
+    ("words", "teacher-00001.safetensors"),
+    *(("statistics", name) for name in ("statistics-00001.safetensors", "calibration.json", MANIFEST)),
+    *(("onnx", name) for name in ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json", MANIFEST)),
+    *(("gguf", name) for name in ("model.gguf", MANIFEST)),
+)
 Outputs = Callable[[str], Path]
 
 
@@ -61,16 +91,18 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Outpu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("output", "file"), [("packed", SHARD), ("words", INDEX)])
+@pytest.mark.parametrize(
+    ("output", "file"), [pytest.param(*case, marks=() if case in SLICE else pytest.mark.verify) for case in FILES]
+)
 def test_every_command_names_it(output: str, file: str, outputs: Outputs, tmp_path: Path, tiny_qwen2: Path) -> None:
     for name in {output, *(word for words in READS[output] for word in words if word in MADE)}:
         home = outputs(name)
     shutil.copytree(home, tmp_path / "home", symlinks=True)
     flip(tmp_path / "home" / output / file)
     again = [str(tiny_qwen2) if word == "SOURCE" else word for word in MADE[output]]
-    for words in [*READS[output], *([again] if file == SHARD else [])]:
+    for words in [*READS[output], *([again] if output != "words" and file != MANIFEST else [])]:
         found = dsc(tmp_path / "home", *words)
         assert faults(found) == [], words
         assert found.code == 1, (words, found.out)
         assert any(file in line for line in found.errors), (words, found.errors)
-        assert not (tmp_path / "home" / "x" / "config.json").exists(), words
+        assert not loads(tmp_path / "home" / "x"), words

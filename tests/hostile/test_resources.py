@@ -1,12 +1,20 @@
-"""What the machine takes away: a fork server that is killed makes no difference."""
+"""What the machine takes away: a fork server, descriptors, room in files and in shared memory."""
 
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+
+import pytest
+from harness import dsc, faults, loads, warm
+from test_windows import COMMANDS, contents, run, uninterrupted
 
 from deepseek_compress.workers import open_pool
 
@@ -34,3 +42,49 @@ def test_a_killed_fork_server_costs_nothing_but_time(tmp_path: Path) -> None:
         thread.start()
         assert list(pool.run(waiting, list(range(8)))) == list(range(8))
         thread.join()
+
+
+@pytest.mark.parametrize("name", [pytest.param("data-free", marks=pytest.mark.verify), "gguf", "onnx", "calibrate"])
+def test_files_that_may_not_grow(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """A write fails in the middle: one line, nothing that loads, and the same command goes on."""
+    expected, _ = uninterrupted(name, tiny_qwen2, tmp_path)
+    largest = max(map(len, expected.values()))
+    here = tmp_path / "here"
+    here.mkdir()
+    words = [str(tiny_qwen2) if word == "MODEL" else word for word in COMMANDS[name]]
+    limit = (largest * 2 // 3, resource.RLIM_INFINITY)
+    found = dsc(here, *words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert faults(found, "too large") == []
+    assert found.code == 1
+    assert not loads(here)
+    assert run(name, tiny_qwen2, here).code == 0
+    assert contents(here) == expected
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(32, marks=pytest.mark.verify)])
+def test_few_descriptors(count: int, tiny_qwen2: Path, tmp_path: Path) -> None:
+    warm()
+    words = [str(tiny_qwen2) if word == "MODEL" else word for word in COMMANDS["text"]]
+    found = dsc(
+        tmp_path, *words, "--workers", "2", before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+    )
+    assert faults(found) == []
+
+
+@pytest.mark.verify
+def test_shared_memory_that_is_full(tiny_qwen2: Path, tmp_path: Path) -> None:
+    script = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && dd if=/dev/zero of=/dev/shm/fill bs=4k count=1; "$@"'
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    words = [str(tiny_qwen2) if word == "MODEL" else word for word in COMMANDS["text"]]
+    command = [sys.executable, "-P", "-m", "deepseek_compress", *words, "--workers", "2"]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 or "error: " in done.stderr

@@ -1,19 +1,19 @@
-"""Killed after any call that creates, renames, syncs or removes: the same command goes on, to the same bytes.
+"""Killed after any call that creates, renames, syncs or removes, or such a call fails: the same command goes on, to the
+same bytes.
 
 And with a state file damaged in between: the bytes of an uninterrupted run all the same.
 """
 
 from __future__ import annotations
 
-import builtins
-import os
+import json
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import Outcome, dsc, warm
+from failing import KILLED, Fault
+from harness import Outcome, dsc, faults, warm
+from test_pages import record
 
 TEXT = ["--samples", "4", "--length", "32"]
 COMMANDS = {
@@ -23,41 +23,9 @@ COMMANDS = {
     "evaluate": ["evaluate", "MODEL", "-o", "out.json", "--problems", "2", "--set", "efficiency=false"],
     "export": ["export", "MODEL", "-o", "out", "--target", "bf16"],
     "onnx": ["export", "MODEL", "-o", "out", "--target", "onnx", "--set", "verify=false"],
+    "gguf": ["export", "MODEL", "-o", "out", "--target", "gguf"],
+    "compare": ["compare", "given/report.json", "-o", "out.html"],
 }
-CALLS = ("replace", "rename", "mkdir", "fsync", "unlink", "rmdir", "ftruncate")
-
-
-def dying(after: int, told: Path | None = None) -> Callable[[], None]:
-    """End the process after so many of the calls; 0: never, but write down how many there were."""
-    count = 0
-
-    def counted(call: Callable[..., Any], writes: Callable[..., bool] = lambda *a, **k: True) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **named: Any) -> Any:
-            nonlocal count
-            result = call(*arguments, **named)
-            if writes(*arguments, **named):
-                count += 1
-                if told is not None:
-                    with original(told, "w") as file:
-                        file.write(str(count))
-                if count == after:
-                    os._exit(137)
-            return result
-
-        return wrapped
-
-    original = builtins.open
-
-    def opens_to_write(file: Any, mode: str = "r", *more: Any, **named: Any) -> bool:
-        return not isinstance(file, int) and any(letter in mode for letter in "wax")
-
-    def install() -> None:
-        for name in CALLS:
-            setattr(os, name, counted(getattr(os, name)))
-        os.open = counted(os.open, lambda path, flags, *more, **named: bool(flags & os.O_CREAT))
-        builtins.open = counted(original, opens_to_write)
-
-    return install
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,21 +35,34 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.name not in without}
 
 
-def run(name: str, model: Path, folder: Path, before: Callable[[], None] | None = None) -> Outcome:
+def run(name: str, model: Path, folder: Path, fault: Fault | None = None) -> Outcome:
     folder.mkdir(exist_ok=True)
-    return dsc(folder, *(str(model) if word == "MODEL" else word for word in COMMANDS[name]), before=before)
+    (folder / "given").mkdir(exist_ok=True)  # whose name stands in the page
+    (folder / "given" / "report.json").write_text(json.dumps(record()))
+    return dsc(folder, *(str(model) if word == "MODEL" else word for word in COMMANDS[name]), fault=fault)
 
 
 def uninterrupted(name: str, model: Path, tmp: Path) -> tuple[dict[str, bytes], int]:
     warm()
-    found = run(name, model, tmp / "whole", dying(0, tmp / "count"))
+    found = run(name, model, tmp / "whole", Fault(0, tmp / "count"))
     assert found.code == 0, found.err
     return contents(tmp / "whole"), int((tmp / "count").read_text())
 
 
 def killed(name: str, model: Path, folder: Path, after: int, expected: dict[str, bytes]) -> None:
-    found = run(name, model, folder, dying(after))
-    assert found.code == 137, (after, found.err)
+    found = run(name, model, folder, Fault(after))
+    assert found.code == KILLED, (after, found.err)
+    goes_on(name, model, folder, after, expected)
+
+
+def failed(name: str, model: Path, folder: Path, after: int, expected: dict[str, bytes]) -> None:
+    found = run(name, model, folder, Fault(after, dies=False))
+    assert faults(found) == [], after
+    goes_on(name, model, folder, after, expected)
+
+
+def goes_on(name: str, model: Path, folder: Path, after: int, expected: dict[str, bytes]) -> None:
+    """The same command, to the bytes of an uninterrupted one."""
     again = run(name, model, folder)
     assert again.code == 0, (after, again.err)
     left = contents(folder)
@@ -102,9 +83,24 @@ def test_killed_after_some_calls(name: str, tiny_qwen2: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_after_each_call(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
     expected, count = uninterrupted(name, tiny_qwen2, tmp_path)
-    assert count > 20
+    assert count > (3 if name == "compare" else 20)
     for after in range(1, count):
         killed(name, tiny_qwen2, tmp_path / str(after), after, expected)
+
+
+def test_a_call_that_fails(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """As on a full disk: one line, and the same command goes on."""
+    expected, count = uninterrupted("gguf", tiny_qwen2, tmp_path)
+    for after in random.Random(1).sample(range(1, count), 3):
+        failed("gguf", tiny_qwen2, tmp_path / str(after), after, expected)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_call_that_fails(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+    expected, count = uninterrupted(name, tiny_qwen2, tmp_path)
+    for after in range(1, count):
+        failed(name, tiny_qwen2, tmp_path / str(after), after, expected)
 
 
 def state_files(folder: Path) -> list[Path]:
@@ -120,7 +116,7 @@ def test_killed_and_a_state_file_damaged(name: str, tiny_qwen2: Path, tmp_path: 
     rng = random.Random(len(name))
     for number in range(10):
         folder, after = tmp_path / f"damaged-{number}", rng.randrange(5, count)
-        assert run(name, tiny_qwen2, folder, dying(after)).code == 137
+        assert run(name, tiny_qwen2, folder, Fault(after)).code == KILLED
         files = [file for file in state_files(folder) if file.stat().st_size]
         if files:
             file = rng.choice(files)
