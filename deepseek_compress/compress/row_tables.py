@@ -83,13 +83,12 @@ def decisions(architecture: Architecture, engram: Engram | None) -> list[str]:
     there = [architecture.header.tensors[name] for name in names(architecture) if name in architecture.header.tensors]
     if not there:
         return []
-    before = sum(info.bytes for info in there)
+    before = f"{sum(info.bytes for info in there) / 1e6:,.2f} MB"
     if engram is None:
-        return [
-            f"Engram tables kept byte for byte, {before / 1e9:.1f} GB, as servers read them (engram: {{num_bits: 4}})"
-        ]
-    after = sum(part.bytes for info in there for part in packed(info, engram.rounding()).parts.values()) / 1e9
-    return [f"Engram tables in 4 bits: {before:.1f} GB become {after:.1f} GB; read by dsc, by no server yet"]
+        return [f"Engram tables kept byte for byte, {before}, as servers read them (engram: {{num_bits: 4}})"]
+    parts = [part for info in there for part in packed(info, engram.rounding()).parts.values()]
+    after = f"{sum(part.bytes for part in parts) / 1e6:,.2f} MB"
+    return [f"Engram tables in 4 bits: {before} become {after}; read by dsc, by no server yet"]
 
 
 def write(shard: OpenShard, source: Checkpoint, name: str, how: Rtn, work: Path) -> None:

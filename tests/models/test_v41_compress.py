@@ -114,7 +114,9 @@ def test_tables_in_four_bits(
         assert torch.equal(done.read(name), whole)
         places = torch.tensor([9, 0, 659, 9, 8, 7])
         assert torch.equal(done.read_rows(name, places), whole[places])
-    assert any(line.startswith("Engram tables in 4 bits") for line in told)
+    before, after = (sum(model.header.tensors[name].bytes for name in TABLES) / 1e6 for model in (source, done))
+    line = f"Engram tables in 4 bits: {before:,.2f} MB become {after:,.2f} MB; read by dsc, by no server yet"
+    assert line in told
     assert done.manifest is not None
     facts = {fact["name"]: fact for fact in done.manifest["facts"]["tables"]}
     fact = facts[TABLES[0].removesuffix(".weight")]
