@@ -65,12 +65,13 @@ def measure(path: Path, prompt: int = PROMPT, new: int = NEW, device: str = "cpu
 
     def once() -> tuple[float, float]:
         with torch.no_grad():
-            cache = model.cache(prompt + new)
-            began = now()
-            following = model.forward(tokens, cache, last_only=True)[:, -1].argmax(-1)
+            cache = model.cache(prompt + new) if model.family.cached else None
+            began, text = now(), tokens
+            following = model.forward(text, cache, last_only=True)[:, -1].argmax(-1)
             between = now()
             for _ in range(new):
-                following = model.forward(following[:, None], cache, last_only=True)[:, -1].argmax(-1)
+                text = following[:, None] if cache else torch.cat((text, following[:, None]), dim=1)  # all of it again
+                following = model.forward(text, cache, last_only=True)[:, -1].argmax(-1)
             return prompt / (between - began), new / (now() - between)
 
     began = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.compress.job import rounded_rows
 from deepseek_compress.errors import DscError
-from deepseek_compress.evaluation import divergence, streamed
+from deepseek_compress.evaluation import divergence, efficiency, streamed
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.carried import carried
 from deepseek_compress.models.config import Role
@@ -238,3 +238,8 @@ def test_a_table_with_a_value_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DscError, match=r"layers\.1\.engram\.embed\.weight"):
         compressed(source, tmp_path / "out", [], engram={"num_bits": 4})
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_its_speed_is_measured_without_a_cache(source: Checkpoint) -> None:
+    found = efficiency.measure(source.path, prompt=8, new=2)
+    assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
