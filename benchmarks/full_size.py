@@ -1,11 +1,12 @@
 """What `dsc plan` says of the models that people bring: time, memory and disk, here and on one H100.
 
-    python -m benchmarks.full_size [--scratch DIR] [--only NAME ...] [--rates FILE]
+    python -m benchmarks.full_size [--scratch DIR] [--only NAME ... [--add]] [--loaded | --rates FILE]
 
 Makes checkpoints of the published sizes without their bytes: headers, and files that are holes. Each is read, inspected
-and planned, data-free and calibrated (128 x 512 tokens), with the rates that this machine is measured to have, or with
-those of `--rates`, a JSON object of `Rates`. Nobody has measured an H100 (reports/gpu.md): its rates are a share of the
-data sheet's, and a local disk's, all written below, so that its hours are an estimate. The parts of the time are told.
+and planned, data-free and calibrated (128 x 512 tokens), with the rates that this machine is measured to have: by the
+clock, or with `--loaded` by processor time (its disk by the clock all the same, so too slow), or those of `--rates`,
+a JSON object. Nobody has measured an H100 (reports/gpu.md): its rates are a share of the data sheet's, and a local
+disk's, all written below, so that its hours are an estimate. The parts of the time are told.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
-from benchmarks.common import present
-from deepseek_compress import machine, pipeline, resources
+from benchmarks import v41_layout
+from benchmarks.common import REPORTS, present
+from deepseek_compress import machine, resources
+from deepseek_compress.checkpoint import Header, open_checkpoint
 from deepseek_compress.checkpoint.formats import fp8, mxfp4
 from deepseek_compress.checkpoint.header import DTYPE_NAMES
 from deepseek_compress.models.families.table import family_of
@@ -66,14 +70,14 @@ V4_PRO: dict[str, Any] = {
     "rope_scaling": {**{k: v for k, v in YARN.items() if not k.startswith("mscale")}, "factor": 16,
                      "original_max_position_embeddings": 65536},
 }  # fmt: skip
-MODELS = {"R1": R1, "V3.2": V32, "V4-Pro-like": V4_PRO}
+MODELS = {"R1": R1, "V3.2": V32, "V4-Pro-like": V4_PRO, "V4.1-Flash": v41_layout.CONFIG}
 
 SAMPLES, LENGTH = 128, 512
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "data-free": ("w4a16-fast", {}),
     "calibrated": ("w4a16", {"calibration.samples": SAMPLES, "calibration.length": LENGTH}),
 }
-REQUANTIZED = {"compress.requantize": True}  # of a model whose experts are published in MXFP4
+REQUANTIZED = {"requantize": True}  # of a model whose experts are published in MXFP4
 H100 = Rates(
     products=0.6 * 67e12,  # FP32 outside tensor cores, data sheet of the SXM form
     products_one_core=0.6 * 67e12,
@@ -84,6 +88,12 @@ H100 = Rates(
     written=3e9,
     start=20.0,
 )
+_RATES = {
+    (False, False): "by the clock",
+    (True, False): "by processor time, the disk by the clock",
+    (False, True): "of a file: measured in an earlier run",
+    (True, True): "of a file: measured in an earlier run, by processor time, the disk by the clock",
+}
 COLUMNS = ("model", "run", "on", "hours", "products", "solving", "passes", "packing", "files",
            "disk GB", "scratch GB", "memory GB", "inspect CPU s", "plan CPU s")  # fmt: skip
 
@@ -121,6 +131,9 @@ def _scale(name: str) -> str:
 
 def write_headers(out: Path, config: dict[str, Any]) -> None:
     """A checkpoint of this configuration, a shard a block, whose files are headers and holes."""
+    if config["model_type"] == "deepseek_v41":
+        v41_layout.write_headers(out, config)
+        return
     family = family_of(config)
     shards: dict[str, list[Stored]] = {}
     for name, shape in family.tensors(family.parse(config)).items():
@@ -147,19 +160,20 @@ def _hole(path: Path, tensors: list[Stored]) -> None:
 
 def runs_of(config: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
     """The runs that are planned for a model."""
-    if "expert_dtype" not in config:
+    if "expert_dtype" not in str(config):
         return RUNS
-    again = {f"{name}, experts too": (recipe, {**knobs, **REQUANTIZED}) for name, (recipe, knobs) in RUNS.items()}
-    return {**RUNS, **again}
+    recipe, knobs = RUNS["calibrated"]
+    return {**RUNS, "calibrated, experts too": (recipe, {**knobs, **REQUANTIZED})}
 
 
-def planned(model: Path, recipe: str, knobs: dict[str, Any]) -> tuple[Forecast, float]:
-    """What the one stage of the recipe would need, and the CPU seconds that this took to find out."""
+def planned(header: Header, name: str, knobs: dict[str, Any]) -> tuple[Forecast, float]:
+    """What the one stage of the recipe `name` would need, as `dsc plan` has it, and the CPU seconds to find out."""
     began = time.process_time()
-    found = pipeline.plan(read_recipe(resources.recipe_path(recipe), Changes(values={"model": str(model), **knobs})))
-    if found.problems:
-        raise SystemExit("\n".join(map(str, found.problems[:5])))
-    (forecast,) = found.forecasts.values()
+    recipe = read_recipe(resources.recipe_path(name), Changes(values=knobs))
+    (step,) = recipe.steps
+    if problems := step.stage.problems(header):
+        raise SystemExit("\n".join(map(str, problems[:5])))
+    forecast = step.stage.forecast(header, recipe.calibration.samples, recipe.calibration.length)
     return forecast, time.process_time() - began
 
 
@@ -172,8 +186,9 @@ def lines(name: str, config: dict[str, Any], out: Path, here: Rates | None) -> I
     if found["problems"]:
         raise SystemExit("\n".join(problem["what"] for problem in found["problems"][:5]))
     what = f"{name}, {found['parameters'] / 1e9:.0f} G, {found['bytes'] / 1e9:.0f} GB"
+    header = open_checkpoint(out).header
     for run, (recipe, knobs) in runs_of(config).items():
-        forecast, seconds = planned(out, recipe, knobs)
+        forecast, seconds = planned(header, recipe, knobs)
         for where, rates in (("here", here), ("H100", H100)):
             yield [what, run, where, *_cost(forecast, where, rates), round(inspected, 1), round(seconds, 1)]
 
@@ -197,16 +212,34 @@ def _cost(forecast: Forecast, where: str, rates: Rates | None) -> list[Any]:
     return [(forecast.seconds(rates, workers) or 0) / 3600, *(part / 3600 for part in parts), *sizes]
 
 
+def rates_here(loaded: bool) -> Rates | None:
+    """Of this machine; `loaded`: what its processor does in a second of its own, whoever else it works for."""
+    clock = measured_rates(measure=True)
+    if not loaded or clock is None:
+        return clock
+    with patch("deepseek_compress.planning.rates.time.perf_counter", time.process_time):
+        own = measured_rates(measure=True)
+    assert own is not None
+    return own._replace(
+        products=own.products_one_core * machine.cores(), read=clock.read, written=clock.written, start=clock.start
+    )
+
+
 def main() -> None:
     """Make, plan, present."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--scratch", type=Path, help="where the files of holes are made")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--rates", type=Path, help="of this machine, measured before")
+    parser.add_argument("--loaded", action="store_true", help="others work on this machine too")
+    parser.add_argument("--add", action="store_true", help="keep the lines of other models in the report")
     chosen = parser.parse_args()
     load = os.getloadavg()[0]
-    here = Rates(**json.loads(chosen.rates.read_text())) if chosen.rates else measured_rates(measure=True)
+    here = Rates(**json.loads(chosen.rates.read_text())) if chosen.rates else rates_here(chosen.loaded)
     rows: list[list[Any]] = []
+    if chosen.add:
+        before = json.loads((REPORTS / "full_size.json").read_text())["rows"]
+        rows = [row for row in before if row[0].split(",")[0] not in chosen.only]
     for name in chosen.only:
         with tempfile.TemporaryDirectory(dir=chosen.scratch) as folder:
             rows += lines(name, MODELS[name], Path(folder), here)
@@ -215,6 +248,7 @@ def main() -> None:
         "H100": f"estimated, not measured: {H100._asdict()}",
         "here": None if here is None else here._asdict(),
         "load": round(load, 2),
+        "rates": _RATES[bool(chosen.loaded), bool(chosen.rates)],
         "memory": "here: peak of all processes; H100: of the GPU",
     }
     present("full_size", COLUMNS, rows, facts)

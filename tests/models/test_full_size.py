@@ -17,7 +17,7 @@ def sizes(name: str) -> tuple[int, int]:
     config = full_size.MODELS[name]
     family = family_of(config)
     tensors = family.tensors(family.parse(config))
-    parts = [part for item in tensors.items() for part in full_size.stored(config, *item)]
+    parts = [part for tensor in tensors.items() for part in full_size.stored(config, *tensor)]
     size = sum(part.dtype.itemsize * math.prod(part.shape) for part in parts)
     return sum(math.prod(shape) for shape in tensors.values()), size
 
