@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: quickstart test verify check bench bench-gpu clean
+.PHONY: quickstart test verify check docs bench bench-gpu clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: .venv/.installed
@@ -29,6 +29,9 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict deepseek_compress cuda_ops
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/.installed-dev
 	@set -e; for name in $(or $(BENCH),$(BENCHES)); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
@@ -67,4 +70,8 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) -e '.[tensorrt-rtx,dev]'
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) -e '.[docs]'
 	touch $@

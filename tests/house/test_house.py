@@ -1,4 +1,4 @@
-"""House rules that are tests: layers, lengths, names, the README's tree."""
+"""House rules that are tests: layers, lengths, names, the tree of CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -221,19 +221,19 @@ def test_each_stage_is_what_the_table_says(kind: str) -> None:
 
 
 def test_each_registry_name_is_documented() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    guides = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
     names = [*LOSSES, *WEIGHTS, *SPARSITY, *ACTIVATIONS, *ESTIMATORS, *STAGES, *resources.recipes()]
-    assert [name for name in names if f"`{name}`" not in readme] == []
+    assert [name for name in names if f"`{name}`" not in guides] == []
     for table in (WEIGHTS, SPARSITY, ACTIVATIONS, ESTIMATORS):
         for name, component in table.items():
             assert component.__doc__, name
             assert getattr(component, "paper", ""), name
 
 
-def test_the_tree_of_the_readme_is_the_real_one() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tree_of_contributing_is_the_real_one() -> None:
+    readme = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = re.search(r"```text\n(\.\n.*?)```", readme, re.DOTALL)
-    assert block, "README.md has no tree"
+    assert block, "CONTRIBUTING.md has no tree"
     told, above = set(), ""
     for line in block[1].splitlines()[1:]:
         name = line.split()[0]
