@@ -7,7 +7,7 @@ from typing import Any
 
 
 class DscError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     `what` names the thing and the values that disagree; `fix` is the next step to take. The command line prints
     `error: WHAT; FIX` on one line and exits 1. Anything that is not a `DscError` is a defect of ours.

@@ -40,7 +40,7 @@ def sample_of(origin: str, entry: object) -> Sample | None:
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
-        raise DscError(f"{origin}: half of a UTF-16 pair is no character", "write the text as UTF-8") from None
+        raise DscError(f"{origin}: unpaired UTF-16 surrogate", "write the text as UTF-8") from None
     blank = not sample.text.strip() and not any(message["content"].strip() for message in sample.messages)
     return None if blank else sample
 

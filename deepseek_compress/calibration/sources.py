@@ -62,7 +62,7 @@ def read_samples(source: str | Path) -> Iterator[Sample]:
             empty = False
             yield sample
         if len(bad) == TOLD or since > SEARCHED:
-            bad.append(DscError(f"{source}: not searched for bad lines any further", "mend these first"))
+            bad.append(DscError(f"{source}: not searched for bad lines any further", "fix these first"))
             break
     raise_problems(bad)
     if empty:
@@ -97,7 +97,7 @@ def _plain(file: Path) -> Iterator[Sample | DscError]:
             while piece := text.read(limits.PIECE):
                 piece += text.readline(limits.PIECE)
                 if "\0" in piece:
-                    yield DscError(f"{file}: has zero bytes, so it is no text", "give text or JSON Lines")
+                    yield DscError(f"{file}: has zero bytes: not text", "give text or JSON Lines")
                     return
                 if piece.strip():
                     yield Sample(file.name, piece)

@@ -228,6 +228,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) or " requested and " in str(error)  # as numpy says it
-        fix = "free some space, then the same command goes on" if full else "check the disk, then start again"
+        fix = (
+            "free some space, then run the same command again to resume" if full else "check the disk, then start again"
+        )
         said = error.strerror or ("No space left on device" if full else str(error))
         raise DscError(f"{path}: {said}", fix) from None

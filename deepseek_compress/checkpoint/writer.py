@@ -289,7 +289,7 @@ class CheckpointWriter:
             gib = 1 << 30
             raise DscError(
                 f"{self.out}: {expected_bytes / gib:.2f} GiB to write, {free / gib:.2f} GiB free",
-                f"free {missing / gib:.2f} GiB, then the same command goes on",
+                f"free {missing / gib:.2f} GiB, then run the same command again to resume",
             )
 
     def _take_up(self) -> None:

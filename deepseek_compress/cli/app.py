@@ -15,7 +15,7 @@ from deepseek_compress import __version__, console, limits
 from deepseek_compress.cli import look, speak, work
 from deepseek_compress.errors import DscError, Problems
 
-STOPPED = "stopped; the same command goes on"
+STOPPED = "stopped; run the same command again to resume"
 
 
 class Terminated(KeyboardInterrupt):
@@ -46,7 +46,10 @@ class Commands(TyperGroup):
                     raise
                 error.strerror = "No space left on device"
             place = f"{error.filename}: " if error.filename is not None else ""
-            _report(ctx, DscError(f"{place}{error.strerror or error}", "mend that; the same command goes on"))
+            _report(
+                ctx,
+                DscError(f"{place}{error.strerror or error}", "fix this, then run the same command again to resume"),
+            )
             raise typer.Exit(1) from None
 
 

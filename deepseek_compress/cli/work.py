@@ -79,7 +79,7 @@ def run(
     quick: o.Quick = False,
     json: o.Json = False,
 ) -> None:
-    """Run every stage of a recipe; run it again after a stop and it goes on."""
+    """Run every stage of a recipe; the same command resumes a stopped run."""
     wanted = jobs.read_recipe(
         recipe, model, settings or (), _text(calibration, statistics, samples, length, seed), group_size
     )
@@ -160,7 +160,7 @@ calibrate = _compressing(
     "calibrate",
     "Save what each linear sees of calibration text, for --statistics; show ranges and tokens an expert gets.",
 )
-quantize = _compressing("compress", "w4a16", "Store the weights in few bits; alone it means -r w4a16.")
+quantize = _compressing("compress", "w4a16", "Quantize weights (default recipe: w4a16).")
 
 
 def allocate(

@@ -1,4 +1,4 @@
-"""How tensors lie in an output, told from shapes alone: those that stay, and weights on few bits."""
+"""Predict the output's tensor layout from shapes: tensors that stay, and weights on few bits."""
 
 from __future__ import annotations
 

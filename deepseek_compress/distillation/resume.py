@@ -1,4 +1,4 @@
-"""Keep the state of a training on disk, every few minutes, so that the same command goes on after any interruption."""
+"""Keep the state of a training on disk, every few minutes, so that the same command resumes it."""
 
 from __future__ import annotations
 

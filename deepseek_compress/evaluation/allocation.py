@@ -39,7 +39,7 @@ class Target(NamedTuple):
         """`3.5 bits per weight`, or `8 GiB`. Raises DscError."""
         found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(bits? per weight|[kmgt]?i?b)\s*", text.lower())
         if not found or not float(found[1]):
-            raise DscError(f"target {text!r} is no size", "write for instance 3.5 bits per weight, or 8 GiB")
+            raise DscError(f"target: invalid size {text!r}", "write for instance 3.5 bits per weight, or 8 GiB")
         if found[2].startswith("bit"):
             return cls(bits_per_weight=float(found[1]))
         return cls(bytes=int(float(found[1]) * _UNITS[found[2]]))

@@ -155,7 +155,8 @@ def told_cache(cfg: ModelConfig, rounding: KvRounding) -> str:
     deltas += ", keys as differences of neighbouring tokens (an addition a value to read)" if rounding.delta else ""
     return (
         f"KV cache of {rounding.num_bits} bits: {size.stored:.0f} bytes a token, {size.plain} in 16 bits{deltas}; it "
-        "stands in the manifest and is evaluated, servers are told theirs at their start (see README.md of the output)"
+        "stands in the manifest and is evaluated; serving engines ignore it, "
+        "set theirs at launch (see README.md of the output)"
     )
 
 

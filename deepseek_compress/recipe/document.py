@@ -106,7 +106,7 @@ def parse(text: str, where: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise DscError(f"{where}:{line}: {error.problem or error.context}", "mend the YAML there") from None
+        raise DscError(f"{where}:{line}: {error.problem or error.context}", "fix the YAML there") from None
     except yaml.YAMLError as error:
         raise DscError(f"{where}: {' '.join(str(error).split())}", "save it as UTF-8 text") from None
     except RecursionError:

@@ -228,7 +228,7 @@ def _source(item: Mapping[str, Any], name: str, checkpoints: list[str], alias: s
         return "model"
     if source not in checkpoints:
         raise DscError(
-            f"{name}: from {source!r} is no earlier stage that writes a checkpoint",
+            f"{name}: from: unknown checkpoint {source!r}",
             f"earlier ones: {', '.join(checkpoints)}",
         )
     return str(source)
@@ -261,7 +261,7 @@ def _mistakes(
 
 def _unknown_reads(step: Step, names: set[str]) -> list[DscError]:
     return [
-        DscError(f"{step.name}: {name!r} is no model of this recipe", f"valid names: {', '.join(sorted(names))}")
+        DscError(f"{step.name}: unknown model {name!r}", f"valid names: {', '.join(sorted(names))}")
         for name in step.stage.reads()
         if name not in names
     ]

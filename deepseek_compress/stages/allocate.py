@@ -76,7 +76,7 @@ class Allocate(Stage, frozen=True):
         return [allocation.too_small(sizes, target)] if least > sizes.budget(target) else []
 
     def reads_text(self, header: Header) -> bool:
-        """Yes."""
+        """Return True, whatever the model."""
         return True
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:

@@ -47,7 +47,7 @@ class Calibrate(Stage, frozen=True):
         return FIELDS if self.statistics == "hessian" else [field for field in FIELDS if field != "hessian"]
 
     def reads_text(self, header: Header) -> bool:
-        """Yes."""
+        """Return True, whatever the model."""
         return True
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:

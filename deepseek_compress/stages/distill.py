@@ -277,7 +277,7 @@ class Distill(Stage, frozen=True):
             return context.text.sources
         file = context.outputs.get(self.text, Path()) / TRACES
         if not file.is_file():
-            raise DscError(f"distill.text: {self.text!r} is no output with traces", "name a stage traces: before it")
+            raise DscError(f"distill.text: {self.text!r} is not an output of traces", "name a stage traces: before it")
         return (Source(path=str(file)),)
 
     def _cut(

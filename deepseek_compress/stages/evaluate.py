@@ -243,7 +243,7 @@ def _note(facts: Mapping[str, Any]) -> str:
 
 def _path(outputs: Mapping[str, Path], name: str) -> Path:
     if name not in outputs:
-        raise DscError(f"{name!r} is no earlier output", f"valid names: {', '.join(outputs)}")
+        raise DscError(f"unknown output {name!r}", f"valid names: {', '.join(outputs)}")
     return outputs[name]
 
 

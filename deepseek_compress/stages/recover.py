@@ -64,7 +64,7 @@ class Recover(Stage, frozen=True):
         return (self.reference,)
 
     def reads_text(self, header: Header) -> bool:
-        """Yes."""
+        """Return True, whatever the model."""
         return True
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
@@ -89,7 +89,7 @@ class Recover(Stage, frozen=True):
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the checkpoint with its trained scales and norms to `context.out`; finished blocks are kept."""
         if self.reference not in context.outputs:
-            raise DscError(f"{self.reference!r} is no earlier output", f"valid names: {', '.join(context.outputs)}")
+            raise DscError(f"unknown output {self.reference!r}", f"valid names: {', '.join(context.outputs)}")
         original, work = open_checkpoint(context.outputs[self.reference]), context.out / WORK
         text = calibration_text(source, context, work, self.samples)
         knobs = self.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""What an unfinished output follows from: a run that differs in any of it may not go on with it."""
+"""Fingerprint of all inputs of an unfinished output; a resume is refused if it differs."""
 
 from __future__ import annotations
 

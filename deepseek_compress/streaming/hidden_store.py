@@ -39,7 +39,7 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DscError(f"{path}: {error.strerror}", "make room; the same command goes on") from None
+        raise DscError(f"{path}: {error.strerror}", "make room; run the same command again to resume") from None
 
 
 def _bytes(tensor: Tensor) -> memoryview:

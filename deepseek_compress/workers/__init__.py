@@ -141,7 +141,7 @@ class _Processes:
                 self._stop()
                 if lost == ATTEMPTS:
                     what = f"a worker process was killed {ATTEMPTS} times at the same task (out of memory?)"
-                    raise DscError(what, "give fewer --workers; the same command goes on") from None
+                    raise DscError(what, "give fewer --workers; run the same command again to resume") from None
 
     def _ordered(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if self._workers is None:

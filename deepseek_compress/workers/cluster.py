@@ -64,7 +64,7 @@ class RayPool:
             raise error.cause if isinstance(error.cause, DscError) else error from None
         except ray.exceptions.RayError as error:
             what = f"--ray: {str(error).splitlines()[0]}"
-            raise DscError(what, "see `ray status`; the same command goes on") from None
+            raise DscError(what, "see `ray status`; run the same command again to resume") from None
 
     def __enter__(self) -> RayPool:
         return self

@@ -109,5 +109,5 @@ def test_stage(tiny_llama: Path, tmp_path: Path) -> None:
     assert [step["stage"] for step in (new.manifest or {})["lineage"]] == ["compress", "recover"]
     changed = [name for name in new.header.tensors if not torch.equal(old.read(name), new.read(name))]
     assert all("proj" in name or "norm" in name for name in changed)
-    with pytest.raises(DscError, match="'teacher' is no earlier output"):
+    with pytest.raises(DscError, match="unknown output 'teacher'"):
         build(Recover, {"reference": "teacher"}, "recover").run(open_checkpoint(packed), context("other"))

@@ -148,7 +148,7 @@ def test_stage_and_a_student_on_its_traces(tmp_path: Path) -> None:
     given = context(tmp_path / "student", told, outputs={"model": builtin_model, "traces": output.path})
     done = build(Distill, knobs, "distill").run(open_checkpoint(builtin_model), given)
     assert done.facts["trained_steps"] == 1
-    with pytest.raises(DscError, match="'model' is no output with traces"):
+    with pytest.raises(DscError, match="'model' is not an output of traces"):
         build(Distill, {**knobs, "text": "model"}, "distill").run(
             open_checkpoint(builtin_model), replace(given, out=tmp_path / "other")
         )

@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(tiny_v3: Path, tmp_path: Path) -> None:
     with pytest.raises(DscError, match="unknown suite 'gsm'; valid names: builtin"):
         Evaluate.model_validate({"suite": "gsm"})
     stage = Evaluate.model_validate({"models": ["none"]})
-    with pytest.raises(DscError, match="'none' is no earlier output; valid names: teacher"):
+    with pytest.raises(DscError, match="unknown output 'none'; valid names: teacher"):
         stage.run(open_checkpoint(tiny_v3), context(tmp_path / "out", teacher=tiny_v3))
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -253,7 +253,7 @@ def test_a_signal_stops_with_one_line_and_the_same_command_goes_on(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert err.splitlines()[-1] == "stopped; the same command goes on"
+    assert err.splitlines()[-1] == "stopped; run the same command again to resume"
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "q" / "config.json").exists()

@@ -49,7 +49,7 @@ def test_targets() -> None:
 
 
 def test_what_cannot_work_is_told_before_a_byte_is_read(tiny_v3: Path) -> None:
-    with pytest.raises(DscError, match=r"mixed.yaml:5: target '3.5' is no size"):
+    with pytest.raises(DscError, match=r"mixed.yaml:5: target: invalid size '3.5'"):
         wanted(tiny_v3, "'3.5'")
     (problem,) = plan(wanted(tiny_v3, "2.1 bits per weight")).problems
     assert re.search(r"2\.1 bits per weight asked for, the smallest options take 2\.\d+ bits per weight", str(problem))

@@ -172,7 +172,7 @@ def test_a_cache_of_few_bits_stands_in_the_manifest_and_runs(tiny_v3_bf16: Path,
     output = stage(kv_cache={"num_bits": 4}).run(open_checkpoint(tiny_v3_bf16), context(tmp_path / "out", text, told))
     assert told == [
         "KV cache of 4 bits: 159 bytes a token, 576 in 16 bits; it stands in the manifest and is evaluated, servers "
-        "are told theirs at their start (see README.md of the output)"
+        "set theirs at launch (see README.md of the output)"
     ]
     done, source = open_checkpoint(output.path), open_checkpoint(tiny_v3_bf16)
     assert all(torch.equal(done.read(name), source.read(name)) for name in source.header.tensors)
