@@ -1,7 +1,7 @@
 """Calibration text: files of the user's, or the built-in sets, as pieces of text with the place they came from.
 
-A `.jsonl` line and a row of a `.parquet` file have one of the forms of `forms`; any other file is plain text. `.gz`
-after the name of a text file is undone. A directory means its files, sorted by name.
+A `.jsonl` line and a row of a `.parquet` file have one of the forms of `forms`; `.csv` is refused; any other file is
+plain text. `.gz` after the name of a text file is undone. A directory means its files, sorted by name.
 
 Reading stops where there is enough. Up to there a bad line ends it: then no more text is given, and all bad lines of
 the source are looked for and told together.
@@ -28,6 +28,7 @@ __all__ = ["BUILTIN", "Sample", "files_of", "read_samples"]
 
 BUILTIN = "builtin"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz", ".md")
+TABLES = (".csv", ".tsv")
 TOLD = 20  # bad lines of a source
 SEARCHED = 100_000  # good lines after the first bad one in which others are looked for
 
@@ -43,6 +44,9 @@ def files_of(source: str | Path) -> list[Path]:
         return files
     if not path.is_file():
         raise DscError(f"{path}: no such file or directory", "give calibration text of yours, or builtin")
+    if path.name.lower().removesuffix(".gz").endswith(TABLES):
+        what = f"{path}: a table of separated values, whose columns are not known to be text"
+        raise DscError(what, "write a line of JSON a row, with `text`, into a .jsonl file, or give Parquet")
     return [path]
 
 

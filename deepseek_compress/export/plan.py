@@ -3,7 +3,8 @@
 An engine holds its execution plan as text (`descriptors { tensor={... type=int4 ...} } main { function={...}
 fully_connected={...} }`), once for the whole graph and once for the body of each product with something fused to it.
 It names every kernel, the types it reads and writes, the ONNX nodes it came from and the memory it needs. The format
-is not documented; it is that of TensorRT-RTX 1.7.1. Which tactic a product uses is chosen on the GPU and is not told.
+is not documented; it is that of TensorRT-RTX 1.7.1, and plans of other versions are not read. Which tactic a product
+uses is chosen on the GPU and does not stand there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _VIEW = re.compile(r"^  sub_tensor=\{ base=\"([^\"]+)\".*? name=\"([^\"]+)\".*? 
 _REGION = re.compile(r"^  region = \{ name=(\S+) size=(\d+) .*?type=(\w+) place=(\w+)", re.M)
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _SHAPES = ("int64", "bool")
+KNOWN = "1.7.1"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def parse_plan(engine: bytes, where: str = "engine") -> Plan:
     text = engine.decode("latin1")
     sections = re.split(r"^  accelerators=\{ ?([^}]*?) ?\}", text, flags=re.M)
     if len(sections) < 3:
-        raise DscError(f"{where}: no plan text that is understood", "use tensorrt_rtx 1.7.1, for which it is known")
+        raise DscError(f"{where}: no plan text that is understood", f"use tensorrt_rtx {KNOWN}, for which it is known")
     heads, names, parts = sections[0], sections[1::2], sections[2::2]
     main = [(n, p) for n, p in zip(names, parts, strict=True) if n != "*"]
     if len(main) != 1:

@@ -47,11 +47,22 @@ def calibration_text(source: Checkpoint, context: Context, work: Path, samples: 
         wanted.model_copy(update={"samples": select.pool} if select else {}), load_tokenizer(source.path)
     )
     _check_vocabulary(source, pool.tokens)
+    context.tell_all(normalized(wanted))
     if select is None:
         return Text(pool.tokens, facts(wanted, pool))
     found = _choose(source, context, work, wanted, select, pool)
     windows = pool.take(found["windows"])
     return Text(windows.tokens, {**facts(wanted, windows), "selection": found})
+
+
+def normalized(wanted: Calibration) -> list[str]:
+    """Say in a line that shares do not add up to 1, and what they are taken as."""
+    shares = {source.name: source.share for source in wanted.sources if source.share is not None}
+    total = sum(shares.values())
+    if not shares or abs(total - 1) < 1e-6:
+        return []
+    taken = ", ".join(f"{name} {share / total:.3g}" for name, share in shares.items())
+    return [f"shares add up to {total:g}, not 1; taken as {taken}"]
 
 
 def choice_cost(source: Header, select: Select, length: int) -> tuple[Memory, Work, Work]:

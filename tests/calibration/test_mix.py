@@ -17,6 +17,7 @@ from deepseek_compress.calibration.tokens import apportion, by_share, facts, rea
 from deepseek_compress.errors import DscError
 from deepseek_compress.jobs import source_of
 from deepseek_compress.models.tokenizer import load_tokenizer
+from deepseek_compress.stages.text import normalized
 from deepseek_compress.tasks import mixture
 from tests.calibration.test_calibration_text import lines
 
@@ -139,3 +140,14 @@ def test_shares_on_the_command_line(tmp_path: Path) -> None:
     assert source_of(f"{odd}=2") == {"path": str(odd), "share": 2.0}
     with pytest.raises(DscError, match="invalid share 'much'"):
         source_of("a.jsonl=much")
+
+
+def test_shares_that_do_not_add_up_to_one_are_reported() -> None:
+    def said(*shares: float | None) -> list[str]:
+        sources = [
+            {"path": f"{n}.jsonl", **({} if share is None else {"share": share})} for n, share in enumerate(shares)
+        ]
+        return normalized(Calibration.model_validate({"sources": sources}))
+
+    assert said(0.7, 0.3) == said(None, None) == said(0.1, 0.2, 0.7) == []
+    assert said(0.5, 0.3) == ["shares add up to 0.8, not 1; taken as 0.jsonl 0.625, 1.jsonl 0.375"]

@@ -183,6 +183,8 @@ def test_a_source_without_text(tmp_path: Path, name: str, content: str) -> None:
 def test_one_json_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x"}]))
     assert "JSON Lines" in problems(tmp_path / "a.json")[0]
+    (tmp_path / "a.CSV.gz").write_bytes(gzip.compress(b"text,label\nx,1\n"))
+    assert "a.CSV.gz: a table of separated values" in problems(tmp_path / "a.CSV.gz")[0]
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,3 +173,14 @@ def test_wrong_knobs_and_models_are_told_before_the_run(tiny_v3: Path) -> None:
     assert (
         "range of past" in Export.model_validate({"target": "tensorrt-rtx", "past": (9, 1, 2)}).problems(header)[0].what
     )
+
+
+def test_an_engine_of_another_tensorrt_rtx_is_kept_its_plan_not_read(tmp_path: Path) -> None:
+    from deepseek_compress.export.targets.tensorrt import TensorRtRtx
+
+    (tmp_path / "model.engine").write_bytes(b"another format")
+    (tmp_path / "model.onnx").write_bytes(onnx.ModelProto(ir_version=10).SerializeToString())
+    found = TensorRtRtx().plan(tmp_path, "1.8.0.21")
+    assert found == {"plan": None, "plan_not_read": "TensorRT-RTX 1.8.0.21: plans are read of 1.7.1 alone"}
+    with pytest.raises(DscError, match="no plan text that is understood"):
+        TensorRtRtx().plan(tmp_path, "1.7.1.116")

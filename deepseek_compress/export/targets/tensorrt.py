@@ -61,10 +61,10 @@ class TensorRt(GraphTarget, frozen=True, extra="forbid"):
             folder / ONNX, folder / ENGINE, target=self.name, compute_capabilities=self.capabilities,
             timing_cache=cache, **ranges,
         )  # fmt: skip
-        return {"onnx_bytes": facts["bytes"], **built, **self.plan(folder)}
+        return {"onnx_bytes": facts["bytes"], **built, **self.plan(folder, str(built["version"]))}
 
-    def plan(self, folder: Path) -> dict[str, Any]:
-        """Facts about the engine's plan; raises for one that is not what the graph says."""
+    def plan(self, folder: Path, version: str) -> dict[str, Any]:
+        """Return facts about the plan that `version` built; raises for one that is not what the graph says."""
         return {}
 
 
@@ -79,12 +79,14 @@ class TensorRtRtx(TensorRt, frozen=True, extra="forbid"):
         """What the engine is built for."""
         return self.compute_capabilities
 
-    def plan(self, folder: Path) -> dict[str, Any]:
-        """4-bit weights kept, 8-bit products in integers."""
+    def plan(self, folder: Path, version: str) -> dict[str, Any]:
+        """Check that 4-bit weights are kept, 8-bit products in integers; report a version whose plans are unknown."""
         import onnx
 
         from deepseek_compress.export import plan
 
+        if version != plan.KNOWN and not version.startswith(f"{plan.KNOWN}."):
+            return {"plan": None, "plan_not_read": f"TensorRT-RTX {version}: plans are read of {plan.KNOWN} alone"}
         found = plan.read_plan(folder / ENGINE)
         wanted = plan.expected(onnx.load(str(folder / ONNX), load_external_data=False))
         raise_problems(plan.check_plan(found, wanted))
