@@ -135,6 +135,14 @@ def size(count: float | None) -> str:
     return f"{count:.1f} TB"
 
 
+def count(number: int) -> str:
+    """Say how many, for people: `512`, `10.4 M`, `15.7 G`."""
+    for unit, size in (("G", 10**9), ("M", 10**6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:,}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds for people: `45 s`, `3 min 20 s`, `12 min`, `2 h 05 min`."""
     if seconds is None:

@@ -12,8 +12,8 @@ import sys
 
 import pyte
 from rich.console import Console
-from rich.segment import Segment, Segments
 from rich.style import Style
+from rich.text import Text
 
 COLUMNS, LINES = 100, 400
 NAMED = {"brown": "yellow", "default": None}
@@ -41,8 +41,11 @@ def main(path: str, commands: list[str]) -> None:
     rows = [number for number, text in enumerate(screen.display) if text.strip()]
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     for number in range(rows[-1] + 1):
-        cells = [screen.buffer[number][column] for column in range(COLUMNS)]
-        console.print(Segments([Segment(cell.data, _style(cell)) for cell in cells]), end="\n")
+        text = Text(no_wrap=True)
+        for column in range(COLUMNS):
+            cell = screen.buffer[number][column]
+            text.append(cell.data, _style(cell))
+        console.print(text)
     console.save_svg(path, title="dsc")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
         return
     if found.header is not None:
         count, size = len(found.header.tensors), console.size(found.header.bytes)
-        console.line(f"{found.recipe.name} on {found.model}: {count} tensors, {size}")
+        console.line(f"{found.recipe.name} on {found.recipe.model}: {count:,} tensors, {size}")
     columns = ("stage", "kind", "#", "from", "tensors", "disk", "memory", "time")
     numbers = {row["name"]: f"#{number}" for number, row in enumerate(rows, start=1)}
     cells = (
@@ -125,10 +125,30 @@ def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
         console.print_json({"out": str(out), "bytes": size, "run": facts, "next": following})
         return
     console.line(f"{out}: {console.size(size)} in {console.duration(facts.get('seconds'))}")
-    for name, value in (facts.get("facts") or {}).items():
-        if isinstance(value, (str, int, float)):
-            console.line(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
+    for text in _facts(facts.get("facts") or {}):
+        console.line(f"  {text}")
     console.next_step(following)
+
+
+def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a stage says of its output, with units and thousands."""
+    weights, bits, zeros = (facts.get(key) for key in ("weights", "bits_per_weight", "sparsity"))
+    if weights and bits:
+        yield f"weights: {console.count(weights)}, {bits:.2f} bits each"
+    if weights and zeros is not None:
+        yield f"zeros: {zeros:.1%} of these weights, those that rounding makes zero among them"
+    for name, value in facts.items():
+        words = name.replace("_", " ")
+        if name in ("weights", "bits_per_weight", "sparsity") and weights and bits:
+            continue
+        if isinstance(value, (int, float)) and (name == "bytes" or name.endswith("_bytes")):
+            yield f"{words}: {console.size(value)}"
+        elif isinstance(value, (bool, str)):
+            yield f"{words}: {value}"
+        elif isinstance(value, int):
+            yield f"{words}: {value:,}"
+        elif isinstance(value, float):
+            yield f"{words}: {value:.4g}"
 
 
 def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) -> None:
