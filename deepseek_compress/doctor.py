@@ -33,7 +33,6 @@ _EXTRA = "pip install 'deepseek-compress[{}]'"
 _PACKAGES = (
     Package("transformers", "tokenizers, reference models", "pip install transformers", True),
     Package("onnx", "export to ONNX", "pip install onnx", True),
-    Package("onnxscript", "export to ONNX", "pip install onnxscript", True),
     Package("onnxruntime-gpu|onnxruntime", "running ONNX", "pip install onnxruntime", True),
     Package("tensorrt-rtx-cu13", "engines, built without a GPU", _EXTRA.format("tensorrt-rtx"), False),
     Package("tensorrt-cu13|tensorrt", "datacenter engines, built on a GPU", _EXTRA.format("tensorrt"), False),

@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import sys
+from pathlib import Path
 
 import pyte
 from rich.console import Console
@@ -46,7 +48,8 @@ def main(path: str, commands: list[str]) -> None:
             cell = screen.buffer[number][column]
             text.append(cell.data, _style(cell))
         console.print(text)
-    console.save_svg(path, title="dsc")
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="dsc"), flags=re.DOTALL)  # fetch no fonts
+    Path(path).write_text(svg, encoding="utf-8")
 
 
 def _style(cell: pyte.screens.Char) -> Style:
