@@ -53,7 +53,7 @@ def cache_directory() -> Path:
 
 
 def torch_directory() -> Path:
-    """The installed torch package, found without importing it."""
+    """Return the installed torch package, found without importing it."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         raise BuildError("torch is not installed")
@@ -76,26 +76,26 @@ def cuda_compiler() -> str | None:
 
 @functools.cache
 def compiler_version(compiler: str) -> str:
-    """What the compiler says about itself; part of the cache key."""
+    """Return the compiler's own description; part of the cache key."""
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
 
 
 def cpu_library() -> Path:
-    """The CPU operators (pack, softmax, GPTQ), built if need be. Raises BuildError."""
+    """Return the CPU operators (pack, softmax, GPTQ), built if need be. Raises BuildError."""
     return build(
         "cpu", host_compiler(), ["torch_cpu.cpp", "pack.cpp", "gptq.cpp", "softmax.cpp"], (*HOST_FLAGS, *torch_flags())
     )
 
 
 def cuda_library(capability: str) -> Path:
-    """The CUDA operators for one architecture such as "90", built if need be. Raises BuildError."""
+    """Return the CUDA operators for one architecture such as "90", built if need be. Raises BuildError."""
     flags = [f for f in torch_flags() if not f.startswith("-Wl")]  # torch is loaded by then: no need to find it
     flags = [*cuda_flags(capability), *flags, "-ltorch_cuda"]
     return build(f"cuda{capability}", _nvcc(), ["torch_cuda.cpp", *CUDA_SOURCES], flags)
 
 
 def cuda_kernels(capability: str) -> Path:
-    """The CUDA kernels alone, behind a C function for `harness`; needs no torch headers. Raises BuildError."""
+    """Return the CUDA kernels alone, behind a C function for `harness`; needs no torch headers. Raises BuildError."""
     return build(f"kernels{capability}", _nvcc(), CUDA_SOURCES, cuda_flags(capability))
 
 
@@ -119,7 +119,7 @@ def _nvcc() -> str:
 
 
 def emulated_library() -> Path:
-    """The CUDA kernels compiled for the CPU, one fiber per CUDA thread; for tests. Raises BuildError."""
+    """Return the CUDA kernels compiled for the CPU, one fiber per CUDA thread; for tests. Raises BuildError."""
     # _FORTIFY_SOURCE refuses the longjmp from one stack to another that switches fibers.
     flags = ("-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{NATIVE}")
     host = [flag for flag in HOST_FLAGS if flag != "-O3"]
@@ -188,7 +188,7 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def _key(compiler: str, sources: Sequence[str], flags: Sequence[str]) -> str:
-    """A hash of everything that decides the bytes of the library."""
+    """Return a hash of everything that decides the bytes of the library."""
     digest = hashlib.sha256()
     for text in (compiler_version(compiler), metadata.version("torch"), *sources, *flags):
         digest.update(text.encode() + b"\0")

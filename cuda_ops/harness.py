@@ -97,7 +97,7 @@ def prepare(
 
 @functools.cache
 def emulation() -> ctypes.CDLL:
-    """The kernels compiled for the CPU. Raises `build.BuildError`."""
+    """Return the kernels compiled for the CPU. Raises `build.BuildError`."""
     library = ctypes.CDLL(str(build.emulated_library()))
     library.dsc_emulated_error.restype = ctypes.c_char_p
     return library
@@ -126,7 +126,7 @@ def emulate_job(name: str, job: ctypes.Structure, kernel: int, order: int, tenso
 
 @functools.cache
 def cuda(capability: tuple[int, int]) -> ctypes.CDLL:
-    """The kernels for a GPU of this capability. Raises `build.BuildError`."""
+    """Return the kernels for a GPU of this capability. Raises `build.BuildError`."""
     return ctypes.CDLL(str(build.cuda_kernels(f"{capability[0]}{capability[1]}")))
 
 

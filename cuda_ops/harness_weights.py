@@ -102,7 +102,7 @@ def pack(
     symmetric: bool = False,
     block: tuple[int, int] = (128, 128),
 ) -> Call:
-    """Outputs: packed, scale, zero points, first bad row (-1 before and after a good run)."""
+    """Return outputs: packed, scale, zero points, first bad row (-1 before and after a good run)."""
     rows, columns = weight.shape
     encoding = ops.PLAIN.get(weight.dtype, ops.FP8_BLOCK if weight.dtype == torch.float8_e4m3fn else ops.MXFP4)
     columns *= 2 if encoding == ops.MXFP4 else 1
@@ -130,7 +130,7 @@ def pack(
 
 
 def search(groups: Tensor, importance: Tensor | None, shrink: Tensor, num_bits: int, symmetric: bool) -> Call:
-    """Outputs: scale and zero point."""
+    """Return outputs: scale and zero point."""
     count, size, rows = groups.shape
     outputs = [groups.new_full((count, rows), torch.nan) for _ in range(2)]
     job = SearchJob(

@@ -77,7 +77,7 @@ def load() -> bool:
 
 
 def instructions() -> str:
-    """What the CPU kernels run on here: scalar, avx2, avx512, or "reference" where nothing could be built."""
+    """Return what the CPU kernels run on here: scalar, avx2, avx512, or "reference" where nothing could be built."""
     return ISA[torch.ops.deepseek_compress.limit_isa(len(ISA) - 1)] if load() else "reference"
 
 
@@ -226,7 +226,8 @@ def _flat(scale: Tensor | None) -> Tensor | None:
 
 
 def _rows_of(mask: Tensor | None, logits: Tensor) -> Tensor | None:
-    """The mask as the kernels want it: bool with contiguous rows as long as the logits', or contiguous ranges."""
+    """Return the mask as the kernels want it: bool with contiguous rows as long as the logits', or contiguous
+    ranges."""
     if mask is None or mask.dtype != torch.bool or mask.dim() == 0:
         return _flat(mask)
     wide = mask if mask.shape[-1] == logits.shape[-1] else mask.expand(*mask.shape[:-1], logits.shape[-1])

@@ -14,7 +14,7 @@ SMALLEST_SCALE = 1e-30  # below this the group is all zeros
 
 
 def decode(weight: Tensor, scale: Tensor | None, block: tuple[int, int]) -> Tensor:
-    """Stored weight -> float32 (rows, columns).
+    """Return stored weight -> float32 (rows, columns).
 
     float8_e4m3fn with a scale a block (DeepSeek-V3 README_WEIGHTS: multiply); uint8 or int8 nibbles (low first) with
     E8M0 exponents per 32 (OCP Microscaling v1.0); float32, float16 and bfloat16 as they are.
@@ -63,7 +63,8 @@ def pack_rows(codes: Tensor) -> Tensor:
 def pack_weights(
     weight: Tensor, scale: Tensor | None, block: tuple[int, int], group_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The operator's contract: packed codes, scale, zero points packed along rows, first row not finite or -1."""
+    """Return the operator's contract: packed codes, scale, zero points packed along rows, first row not finite or
+    -1."""
     values = decode(weight, scale, block)
     codes, stored, zero = quantize(values, group_size, symmetric)
     groups = values.view(values.shape[0], -1, group_size)
@@ -84,7 +85,7 @@ def fit(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> tuple[Tens
 def search_grid(
     groups: Tensor, importance: Tensor | None, shrink: Tensor, num_bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """The operator's contract: scale and zero point (count, rows) for each of `groups` (count, size, rows).
+    """Return the operator's contract: scale and zero point (count, rows) for each of `groups` (count, size, rows).
 
     Of the ranges of a group times each of `shrink` (steps,), the first of them 1, the one with the least sum of
     `importance` (count, size) times the squared error; then the least-squares scale of its codes where that is better.
@@ -123,7 +124,8 @@ def _refit(groups: Tensor, importance: Tensor | None, scale: Tensor, zero: Tenso
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over `size` of x (count, size, rows) in a fixed order: eight interleaved sums, then those by halves."""
+    """Return the sum over `size` of x (count, size, rows) in a fixed order: eight interleaved sums, then those by
+    halves."""
     sums = torch.zeros_like(x[:, :8]) if x.shape[1] >= 8 else x.new_zeros(len(x), 8, x.shape[2])
     for start in range(0, x.shape[1], 8):
         part = x[:, start : start + 8]
@@ -145,7 +147,7 @@ def round_columns(
     codes: Tensor,
     residual: Tensor,
 ) -> None:
-    """The operator's contract: column after column to its grid, what it misses fed to the later ones in that order.
+    """Round column after column to its grid, what it misses fed to the later ones in that order: the contract.
 
     `base` (columns, rows): `target` after the feedback of all earlier columns; `feedback` (columns, columns) strictly
     lower; column j has the grid `group[j]` of `scale` and `zero_point` (groups, rows); True in `fixed` stays 0. Fills
@@ -168,9 +170,9 @@ def round_columns(
 
 
 def unrounded(base: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
-    """The operator's contract: the columns (columns, rows) that are best when nothing more is rounded, `v = base +
-    feedback (target - v)`, `feedback` (columns, columns) strictly lower; its products are added in their order. With a
-    leading dimension, which then all have, each matrix by itself."""
+    """Return the operator's contract: the columns (columns, rows) that are best when nothing more is rounded, `v =
+    base + feedback (target - v)`, `feedback` (columns, columns) strictly lower; its products are added in their
+    order. With a leading dimension, which then all have, each matrix by itself."""
     if base.dim() == 3:
         return torch.stack([unrounded(*parts) for parts in zip(base, target, feedback, strict=True)])
     values = base.clone()
@@ -182,7 +184,7 @@ def unrounded(base: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
 def softmax(
     logits: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The operator's contract in double precision, rounded once to `out_dtype`; see `ops.softmax`."""
+    """Return the operator's contract in double precision, rounded once to `out_dtype`; see `ops.softmax`."""
     values = logits.double()
     if row_scale is not None:
         values = values * row_scale.double().view(*logits.shape[:-1], 1)

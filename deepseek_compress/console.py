@@ -30,12 +30,12 @@ _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069
 
 
 def out() -> Console:
-    """Standard output, for results."""
+    """Return standard output, for results."""
     return _console(stderr=False)
 
 
 def err() -> Console:
-    """Standard error, for progress and errors."""
+    """Return standard error, for progress and errors."""
     return _console(stderr=True)
 
 
@@ -64,7 +64,7 @@ def line(text: str, style: str = "") -> None:
 
 
 def stream(text: str, quiet: bool = False) -> None:
-    """A stretch of a result as it comes, without a line's end; `quiet`: dimmed where there is a terminal."""
+    """Write a stretch of a result as it comes, without a line's end; `quiet`: dimmed where there is a terminal."""
     dim = quiet and sys.stdout.isatty()
     sys.stdout.write(f"\033[2m{text}\033[0m" if dim else text)
     sys.stdout.flush()
@@ -76,12 +76,12 @@ def note(text: str) -> None:
 
 
 def next_step(command: str) -> None:
-    """The command to type next."""
+    """Show the command to type next."""
     out().print(Text.assemble(("next: ", "quiet"), (plain(command), "next")), soft_wrap=True)
 
 
 def error_lines(error: DscError) -> list[str]:
-    """`WHAT; FIX`, one line for each problem, of the first so many."""
+    """Return `WHAT; FIX`, one line for each problem, of the first so many."""
     found = error.problems if isinstance(error, Problems) else [error]
     lines = [plain(" ".join(str(problem).split())) for problem in found[: limits.PROBLEMS]]
     return lines if len(found) == len(lines) else [*lines, f"and {len(found) - len(lines)} more; fix these first"]
@@ -94,12 +94,12 @@ def errors(error: DscError) -> None:
 
 
 def stopped(text: str) -> None:
-    """The last line of a run that was stopped from outside."""
+    """Show the last line of a run that was stopped from outside."""
     err().print(Text(plain(text), style="warn"), soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[str] = ()) -> None:
-    """A table on standard output; the columns named in `right` are numbers. A cell that is None shows as `-`."""
+    """Print a table on standard output; the columns named in `right` are numbers. A cell that is None shows as `-`."""
     grid = Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
@@ -165,10 +165,10 @@ class StageProgress:
         """`done` of `total` units of the stage's work are finished."""
 
     def tell(self, text: str) -> None:
-        """A decision of the stage, shown once."""
+        """Show a decision of the stage, once."""
 
     def finish(self, name: str, text: str) -> None:
-        """The stage is done, or was already."""
+        """Mark the stage as done, or as done before."""
 
 
 class _PlainProgress(StageProgress):
@@ -232,7 +232,7 @@ class _LiveProgress(StageProgress):
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[StageProgress]:
-    """The progress of a run: bars on a terminal, plain lines elsewhere, nothing when `quiet`."""
+    """Show the progress of a run: bars on a terminal, plain lines elsewhere, nothing when `quiet`."""
     if quiet:
         yield StageProgress()
     elif not sys.stderr.isatty():

@@ -37,7 +37,6 @@ _PACKAGES = (
     Package("tensorrt-rtx-cu13", "engines, built without a GPU", _EXTRA.format("tensorrt-rtx"), False),
     Package("tensorrt-cu13|tensorrt", "datacenter engines, built on a GPU", _EXTRA.format("tensorrt"), False),
     Package("ray", "workers on many machines", _EXTRA.format("ray"), False),
-    Package("lm-eval", "public benchmarks", _EXTRA.format("eval"), False),
     Package(
         "onnxruntime-genai",
         "folders of target genai",

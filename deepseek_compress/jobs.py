@@ -58,7 +58,8 @@ def read_recipe(
 
 
 def distillation(teacher: str, student: str | None, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model that the recipe starts from, and its values: a student of the user's is trained at its own size."""
+    """Return the model that the recipe starts from, and its values: a student of the user's is trained at its own
+    size."""
     found = dict(values)
     cache = found.get("distill.cache")
     if student is None:
@@ -72,7 +73,7 @@ def distillation(teacher: str, student: str | None, values: Mapping[str, Any]) -
 def evaluation(
     models: Sequence[str], reference: str | None, tasks: Sequence[str], values: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """The checkpoint that an evaluation starts from, and its values: names, reference and deployed files."""
+    """Return the checkpoint that an evaluation starts from, and its values: names, reference and deployed files."""
     from deepseek_compress.evaluation.subjects import subjects
 
     found = subjects(models, reference)

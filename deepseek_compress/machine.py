@@ -19,7 +19,7 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 
 
 def describe() -> dict[str, Any]:
-    """The host in words and numbers; nothing that identifies it."""
+    """Return the host in words and numbers; nothing that identifies it."""
     model, flags = _cpu()
     return {
         "cpu": model,

@@ -63,7 +63,7 @@ def build_manifest(
     hashes: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of an output of `stage`, to hand to `CheckpointWriter.finish`.
+    """Return the manifest of an output of `stage`, to hand to `CheckpointWriter.finish`.
 
     inputs: other files that went in (calibration text), by a name of your choice. name: what the model card calls the
     source; its directory's name otherwise. hashes: BLAKE3 of the source's files, where they were taken already; what
@@ -148,7 +148,7 @@ def _listed(source: Checkpoint) -> dict[str, str]:
 
 
 def lineage_of(source: Checkpoint) -> list[dict[str, Any]]:
-    """The stages that made this checkpoint, the oldest first; none for a published one."""
+    """Return the stages that made this checkpoint, the oldest first; none for a published one."""
     return list((source.manifest or {}).get("lineage") or [])
 
 

@@ -25,7 +25,7 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file that `-r NAME` means: the name of a recipe that comes with the package, or a file."""
+    """Return the file that `-r NAME` means: the name of a recipe that comes with the package, or a file."""
     known = recipes()
     if name in known:
         return known[name]

@@ -44,7 +44,7 @@ class UserFunction:
         self._left = b""  # of what it wrote, after the last line that was read
 
     def value(self, origin: str, *arguments: str | None) -> Any:
-        """What it returns, as JSON has it. Raises DscError where it raises or does not end."""
+        """Return what it returns, as JSON has it. Raises DscError where it raises or does not end."""
         process = self._started()
         line = json.dumps(arguments).encode() + b"\n"
         try:
@@ -77,7 +77,7 @@ class UserFunction:
         return self._process
 
     def _line(self, seconds: float, origin: str) -> dict[str, Any]:
-        """What the process says next."""
+        """Return what the process says next."""
         assert self._process is not None
         assert self._process.stdout is not None
         pipe, end = self._process.stdout.fileno(), time.monotonic() + seconds
@@ -98,7 +98,7 @@ class UserFunction:
         return DscError(f"{self.path.name}:{self.name} {what}", "fix it, then run the same command again to resume")
 
     def refused(self, value: Any, origin: str) -> DscError:
-        """The error of a value of another form; its process is ended."""
+        """Return the error of a value of another form; its process is ended."""
         return self._failed(f"returned {str(value)[:60]} at {origin}, not {self.forms}")
 
 

@@ -125,7 +125,7 @@ def _short(value: Any) -> str:
 
 
 def finished(directory: Path, fingerprint: str, quick: bool, tell: Callable[[str], None]) -> dict[str, Any] | None:
-    """The `pipeline` entry of a finished stage whose files are what was written; None when it has to run.
+    """Return the `pipeline` entry of a finished stage whose files are what was written; None when it has to run.
 
     quick: of large files, compare sizes alone. Raises Problems for files that are damaged or not there. A damaged
     manifest tells nothing: the stage runs again.
@@ -250,7 +250,7 @@ def same_source(source: Path, hashes: Mapping[str, str], out: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON object in the file; empty when there is none."""
+    """Return the JSON object in the file; empty when there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -259,7 +259,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def costs(began: float, peak: int | None, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is true of this run only: never part of the promise of same bytes."""
+    """Return what is true of this run only: never part of the promise of same bytes."""
     now = time.time()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),

@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 
 def sample_of(origin: str, entry: object) -> Sample | None:
-    """The sample that `entry` holds; None where all its text is blank. Raises DscError naming `origin`."""
+    """Return the sample that `entry` holds; None where all its text is blank. Raises DscError naming `origin`."""
     if not isinstance(entry, Mapping):
         raise DscError(f"{origin}: not a JSON object", f"each line must be {FORMS}")
     sample = _sample(origin, entry)

@@ -15,7 +15,7 @@ ROWS = 256  # decoded at a time
 def read_rows(
     file: Path, columns: Collection[str] = (), form: str = FORMS
 ) -> Iterator[tuple[int, dict[str, Any] | DscError]]:
-    """(number from 1, row) of `file`; the error of a row that cannot be decoded in its place.
+    """Yield (number from 1, row) of `file`; the error of a row that cannot be decoded in its place.
 
     `columns`: read those of them that are there, instead of the forms of calibration text.
 

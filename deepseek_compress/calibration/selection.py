@@ -46,7 +46,7 @@ class Quota(NamedTuple):
 
 
 def by_quality(found: Candidates, count: int, alpha: float, beta: float, quota: Quota | None = None) -> list[int]:
-    """The `count` windows of largest Q, in the order of the pool."""
+    """Return the `count` windows of largest Q, in the order of the pool."""
     states = functional.normalize(found.states.double(), dim=1)
     entropy = found.entropy.double() - found.entropy.min()
     nearest: Tensor = (states - states.mean(0)).norm(dim=1)
@@ -65,7 +65,8 @@ def by_quality(found: Candidates, count: int, alpha: float, beta: float, quota: 
 
 
 def by_coverage(experts: Tensor, count: int, quota: Quota | None = None) -> list[int]:
-    """The `count` windows of experts (n, blocks, experts) that reach the experts most evenly, in the pool's order."""
+    """Return the `count` windows of experts (n, blocks, experts) that reach the experts most evenly, in the pool's
+    order."""
     tokens = experts.flatten(1).double()
     reached = torch.zeros(tokens.shape[1], dtype=torch.float64)
     chosen: list[int] = []

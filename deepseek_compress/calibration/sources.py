@@ -34,7 +34,7 @@ SEARCHED = 100_000  # good lines after the first bad one in which others are loo
 
 
 def files_of(source: str | Path) -> list[Path]:
-    """The files of one source in the order in which they are read. Raises DscError where there are none."""
+    """Return the files of one source in the order in which they are read. Raises DscError where there are none."""
     path = resources.data("calibration_data") if str(source) == BUILTIN else Path(source).expanduser()
     if path.is_dir():
         wanted = (".jsonl",) if str(source) == BUILTIN else SUFFIXES  # the built-in sets have a card beside them
@@ -51,7 +51,7 @@ def files_of(source: str | Path) -> list[Path]:
 
 
 def read_samples(source: str | Path) -> Iterator[Sample]:
-    """The samples of one source in the order of its files.
+    """Yield the samples of one source in the order of its files.
 
     Raises Problems with file and line (row) of the bad ones, and DscError where the source holds no text.
     """
@@ -74,7 +74,7 @@ def read_samples(source: str | Path) -> Iterator[Sample]:
 
 
 def _file(file: Path) -> Iterator[Sample | DscError]:
-    """The samples of a file, and what is wrong with it in their place."""
+    """Yield the samples of a file, and what is wrong with it in their place."""
     name = file.name.removesuffix(".gz")
     try:
         if name.endswith(".jsonl"):

@@ -39,7 +39,7 @@ class Windows(NamedTuple):
     taken: Tensor  # int64 (samples, sources): how many tokens of each window came from each source
 
     def take(self, chosen: Sequence[int]) -> Windows:
-        """The windows `chosen`, in that order."""
+        """Return the windows `chosen`, in that order."""
         return Windows(self.tokens[chosen], self.taken[chosen])
 
 
@@ -68,7 +68,7 @@ def read_windows(wanted: Calibration, tokenizer: Tokenizer) -> Windows:
 
 
 def calibration_tokens(sources: Sequence[str | Path], tokenizer: Tokenizer, samples: int, length: int) -> Tensor:
-    """The tokens of `read_windows`: int64 (samples, length)."""
+    """Return the tokens of `read_windows`: int64 (samples, length)."""
     named = tuple(Source(path=str(source)) for source in sources)
     return read_windows(Calibration(sources=named, samples=samples, length=length), tokenizer).tokens
 
@@ -136,7 +136,7 @@ def in_turn(sources: Sequence[Source], tokenizer: Tokenizer) -> Iterator[Documen
 
 
 def by_share(sources: Sequence[Source], tokenizer: Tokenizer) -> Iterator[Document]:
-    """The next document is of the source whose tokens are furthest below its share; without shares: in turn."""
+    """Yield the next document is of the source whose tokens are furthest below its share; without shares: in turn."""
     if sources[0].share is None:
         yield from in_turn(sources, tokenizer)
         return

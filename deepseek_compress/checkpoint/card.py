@@ -29,7 +29,7 @@ def model_card(source: Checkpoint, config: Mapping[str, Any], manifest: Mapping[
 
 
 def _licence(source: Checkpoint) -> str:
-    """What the source's own card says; `other` where it says nothing, since its LICENSE file goes along."""
+    """Return what the source's own card says; `other` where it says nothing, since its LICENSE file goes along."""
     readme = source.path / "README.md"
     if readme.is_file():
         front = re.match(r"\A---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)

@@ -116,12 +116,12 @@ class DirectFile:
 
 
 def other_bytes(path: Path) -> DscError:
-    """What to say where a disk does not give back what it got."""
+    """Return what to say where a disk does not give back what it got."""
     return DscError(f"{path}: reads back other bytes than were written", "check the disk, then start again")
 
 
 def read_back(path: Path) -> Iterator[memoryview]:
-    """The file's bytes; each piece is valid until the next is asked for."""
+    """Yield the file's bytes; each piece is valid until the next is asked for."""
     fd = _open(path, os.O_RDONLY)
     try:
         block = mmap.mmap(-1, _BLOCK)
@@ -142,7 +142,8 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _retried(call: Callable[..., int], fd: int, *arguments: object) -> int:
-    """The call again without O_DIRECT where the file system takes the flag, but not our alignment or a rest's."""
+    """Return the call again without O_DIRECT where the file system takes the flag, but not our alignment or a
+    rest's."""
     try:
         return call(fd, *arguments)
     except OSError as error:

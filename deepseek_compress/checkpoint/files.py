@@ -28,7 +28,8 @@ _READ = 512 << 10  # bytes at a time: they stay in the cache between reading and
 
 
 def read_bytes(path: Path, limit: int = limits.JSON_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes; `DscError` for a pipe, a device, and all that fails."""
+    """Return the content of a regular file of at most `limit` bytes; `DscError` for a pipe, a device, and all that
+    fails."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -49,12 +50,12 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `DscError` where there is none."""
+    """Return a JSON object from a file; `DscError` where there is none."""
     return parse_json(path, read_bytes(path))
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON object that `content` of the file `path` is."""
+    """Return the JSON object that `content` of the file `path` is."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -70,14 +71,14 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON object with a checksum of the file as its last key: any flipped bit of it is noticed by `read_sealed`."""
+    """Write a JSON object with a checksum of the file as its last key: `read_sealed` notices any flipped bit of it."""
     content = json_text({**value, SEAL: _UNSEALED})
     seal = blake3.blake3(content).hexdigest().encode()
     write_file(path, content[: -len(_END)] + seal + b'"\n}\n')
 
 
 def read_sealed(path: Path, strict: bool = True) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the checksum. `DscError` where the file has changed.
+    """Return what `write_sealed` wrote, without the checksum. `DscError` where the file has changed.
 
     strict: False takes a file of schema 1 without a checksum, which earlier versions wrote.
     """
@@ -93,7 +94,7 @@ def read_sealed(path: Path, strict: bool = True) -> dict[str, Any]:
 
 
 def kept(path: Path) -> dict[str, Any] | None:
-    """What an interrupted run wrote with `write_sealed`; None where there is nothing, or it is damaged."""
+    """Return what an interrupted run wrote with `write_sealed`; None where there is nothing, or it is damaged."""
     try:
         return read_sealed(path)
     except DscError:
@@ -114,7 +115,7 @@ class FileHash:
         self._place = 0  # up to which byte it is hashed
 
     def saw(self, place: int, piece: memoryview) -> None:
-        """The bytes of the file from `place` on; those that come a second time are left out."""
+        """Add the bytes of the file from `place` on; those that come a second time are left out."""
         if place > self._place:
             self._read(place - self._place)
         if place == self._place:
@@ -135,7 +136,7 @@ class FileHash:
 
 
 def blocks(fd: int, count: int | None = None) -> Iterator[memoryview]:
-    """The rest of an open file, or its next `count` bytes, through one reused buffer.
+    """Yield the rest of an open file, or its next `count` bytes, through one reused buffer.
 
     A block is valid until the next is asked for. A file that ends early ends the blocks.
     """
@@ -160,7 +161,7 @@ def write_arrays(path: Path, values: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside, synced, then renamed: a reader of `path` sees the old content or the new, never a part."""
+    """Write a file beside, sync, then rename: a reader of `path` sees the old content or the new, never a part."""
     beside = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
@@ -181,7 +182,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> bytes:
-    """What `write_json` writes."""
+    """Return the text that `write_json` writes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 

@@ -20,7 +20,7 @@ class Hashed(Checkpoint):
     hash: FileHash
 
     def read_raw(self, name: str) -> dict[str, Tensor]:
-        """The stored parts."""
+        """Return the stored parts."""
         parts = super().read_raw(name)
         for suffix, place in sorted(self._info(name).parts.items(), key=lambda part: part[1].offset):
             if place.file == self.hash.file:
@@ -37,7 +37,7 @@ class Hashed(Checkpoint):
         return rows
 
     def pieces(self, place: Location) -> Iterator[memoryview]:
-        """A stored tensor's bytes."""
+        """Yield a stored tensor's bytes."""
         done = 0
         for piece in super().pieces(place):
             if place.file == self.hash.file:

@@ -106,7 +106,7 @@ def module_of(name: str) -> tuple[str, str]:
 
 
 def stored_name(name: str, suffix: str) -> str:
-    """The name on disk of part `suffix` of the logical tensor `name`."""
+    """Return the name on disk of part `suffix` of the logical tensor `name`."""
     module = module_of(name)[0]
     return f"{module}.{suffix}" if module else suffix
 
@@ -171,7 +171,7 @@ def _whole(values: Any) -> bool:
 
 
 def _elements(shape: list[int], where: str) -> int:
-    """Checked product: no number grows beyond a tensor that could exist."""
+    """Return the product, checked: no number grows beyond a tensor that could exist."""
     if len(shape) > limits.RANK:
         raise DscError(f"{where}: {len(shape)} dimensions, {limits.RANK} at most are read", _AGAIN)
     if max(shape, default=0) > limits.SIZE:

@@ -105,7 +105,7 @@ class OpenShard:
 
 
 def read_ledger(path: Path, verify: bool = True) -> Ledger | None:
-    """The ledger of the shard `path`; None where it is unfinished, or either of them is damaged."""
+    """Return the ledger of the shard `path`; None where it is unfinished, or either of them is damaged."""
     value = kept(path.with_suffix(".json"))
     if value is None or not path.is_file():
         return None
@@ -116,21 +116,22 @@ def read_ledger(path: Path, verify: bool = True) -> Ledger | None:
 
 
 def _finite(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stored parts without a NaN or an infinity; `DscError` where there is one."""
+    """Return stored parts without a NaN or an infinity; `DscError` where there is one."""
     for tensor in parts.values():
         check_finite(name, tensor)
     return parts
 
 
 def _finite_pieces(name: str, dtype: torch.dtype, source: Checkpoint, place: Location) -> Iterator[memoryview]:
-    """The bytes of a plain tensor, checked like that as they pass by."""
+    """Yield the bytes of a plain tensor, checked like that as they pass by."""
     for piece in source.pieces(place):
         check_finite(name, torch.frombuffer(piece, dtype=torch.uint8).view(dtype))
         yield piece
 
 
 def input_parts(scale: float, zero_point: int, symmetric: bool) -> dict[str, Tensor]:
-    """The grid of a linear's input under compressed-tensors' names: BF16 (1,) and, unless `symmetric`, int8 (1,)."""
+    """Return the grid of a linear's input under compressed-tensors' names: BF16 (1,) and, unless `symmetric`, int8
+    (1,)."""
     parts = {"input_scale": torch.tensor([scale], dtype=torch.bfloat16)}
     return parts if symmetric else {**parts, "input_zero_point": torch.tensor([zero_point], dtype=torch.int8)}
 

@@ -17,7 +17,7 @@ CONFIG = "config.json"
 
 
 def refuse_foreign(out: Path) -> None:
-    """A directory may be taken when it is new, empty, or of our own making."""
+    """Check that a directory may be taken: when it is new, empty, or of our own making."""
     if not out.exists():
         return
     if not out.is_dir():

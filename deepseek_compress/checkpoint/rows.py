@@ -22,7 +22,7 @@ WORD = 32  # bits
 
 
 def read_rows(info: TensorInfo, places: Tensor, config: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """The rows `places`, int64 (n,), of the matrix `info`: (n, columns) in `dtype`."""
+    """Return the rows `places`, int64 (n,), of the matrix `info`: (n, columns) in `dtype`."""
     wanted, back = torch.unique(places.cpu(), return_inverse=True)
     if len(wanted) and (wanted[0] < 0 or wanted[-1] >= info.shape[0]):
         raise DscError(f"{info.name}: row {int(wanted[-1])} of {info.shape[0]}", "config.json is of another checkpoint")

@@ -130,7 +130,7 @@ class ShardFile:
         self._write(self._begun(), raw.numpy().data)
 
     def _begun(self, header: int = _HEADER_ROOM) -> DirectFile:
-        """The file, begun with room for so many bytes of header where it is not yet."""
+        """Return the file, begun with room for so many bytes of header where it is not yet."""
         if self._file is None:
             start = -(-(8 + header) // ALIGNMENT) * ALIGNMENT
             self._room = start - 8

@@ -31,14 +31,15 @@ class Transformed(Checkpoint):
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """The changed tensor, computed in float32 and rounded once to `dtype`; None: to the type it is stored in."""
+        """Return the changed tensor, computed in float32 and rounded once to `dtype`; None: to the type it is stored
+        in."""
         if name not in self.changes:
             return self.source.read(name, dtype, device)
         made = self.changes[name](self.source.read(self.origins.get(name, name)))
         return made.to(dtype or self.header.tensors[name].dtype).to(device)
 
     def read_raw(self, name: str) -> dict[str, Tensor]:
-        """The stored parts; of a changed tensor, its 16-bit values."""
+        """Return the stored parts; of a changed tensor, its 16-bit values."""
         return {module_of(name)[1]: self.read(name, None)} if name in self.changes else self.source.read_raw(name)
 
     def read_quantized(self, name: str) -> Quantized | None:

@@ -38,7 +38,7 @@ def identity(place: Path | int) -> Identity:
 
 
 def changed(file: Path) -> DscError:
-    """What to say of a file that is another than when the run began."""
+    """Return what to say of a file that is another than when the run began."""
     return DscError(f"{file}: changed while it was read", "run the same command again to start over")
 
 
@@ -51,7 +51,7 @@ def hash_of(file: Path) -> str:
 
 
 def manifest_of(directory: Path) -> dict[str, Any] | None:
-    """The manifest of an output, or None where there is none. Raises DscError where it is damaged."""
+    """Return the manifest of an output, or None where there is none. Raises DscError where it is damaged."""
     path = directory / MANIFEST
     if not path.is_file():
         return None

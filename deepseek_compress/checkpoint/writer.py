@@ -165,7 +165,7 @@ class CheckpointWriter:
         write(self._room(name))
 
     def _room(self, name: str) -> OpenShard:
-        """The shard that takes `name`: a new one when the last is full."""
+        """Return the shard that takes `name`: a new one when the last is full."""
         parts = [ledger.stored for ledger in self._ledgers.values()]
         parts += [shard.stored for shard in (self._open, self._closing and self._closing.shard) if shard]
         if any(name in stored for stored in parts):
@@ -317,7 +317,7 @@ class CheckpointWriter:
         forget(self.out)
 
     def _config(self, changes: Mapping[str, Any], ignore: Iterable[str], notes: list[str]) -> dict[str, Any]:
-        """The published config with as little changed as possible; its keys survive, known to us or not."""
+        """Return the published config with as little changed as possible; its keys survive, known to us or not."""
         config = copy.deepcopy(self.source.config)
         if config.pop("auto_map", None):
             notes.append("auto_map dropped from config.json: code of the checkpoint is neither run nor copied")
@@ -341,7 +341,7 @@ class CheckpointWriter:
         return config
 
     def _add_input_grids(self, config: Mapping[str, Any]) -> None:
-        """A shard with the grids of static activations, where config.json says that servers use them."""
+        """Write a shard with the grids of static activations, where config.json says that servers use them."""
         groups = (config.get("quantization_config") or {}).get("config_groups") or {}
         if not any((group.get("input_activations") or {}).get("dynamic") is False for group in groups.values()):
             return
@@ -355,7 +355,7 @@ class CheckpointWriter:
         self.flush()
 
     def _published(self, quantization: dict[str, Any], plain: list[str]) -> dict[str, Any]:
-        """The source's own scheme; linears that it had encoded and that are plain now are named."""
+        """Return the source's own scheme; linears that it had encoded and that are plain now are named."""
         encoded = {module_of(n)[0] for n, info in self.source.header.tensors.items() if info.encoding != "plain"}
         changed = sorted(encoded & set(plain))
         if changed:
@@ -368,7 +368,7 @@ class CheckpointWriter:
         return {name: how for ledger in self.ledgers for name, how in ledger.stored.items()}
 
     def _shard_names(self) -> dict[str, int]:
-        """Final name -> number of a shard."""
+        """Return final name -> number of a shard."""
         count = len(self._ledgers)
         return {f"model-{i:05d}-of-{count:05d}.safetensors": n for i, n in enumerate(sorted(self._ledgers), 1)}
 

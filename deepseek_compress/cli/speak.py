@@ -182,7 +182,7 @@ def _open(
     seed: int | None,
     quick: bool,
 ) -> tuple[Speaker, Sampling]:
-    """What answers, and how it chooses: the model's own settings, changed by what was given."""
+    """Return what answers, and how it chooses: the model's own settings, changed by what was given."""
     from deepseek_compress.generation.loaded import check_sampling, choose_sampling
     from deepseek_compress.generation.targets import open_target
     from deepseek_compress.planning.device import choose
@@ -195,6 +195,6 @@ def _open(
 
 
 def _tell(speaker: Speaker, sampling: Sampling) -> None:
-    """What was decided."""
+    """Show what was decided."""
     for text in [speaker.note, f"sampling: {sampling}"]:
         console.note(text) if text else None

@@ -90,7 +90,7 @@ def run(
 
 
 def _compressing(kind: str, default: str, summary: str) -> Callable[..., None]:
-    """A command for the one stage `kind`; `default` names its recipe."""
+    """Return a command for the one stage `kind`; `default` names its recipe."""
 
     def command(
         model: o.Model,

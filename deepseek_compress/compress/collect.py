@@ -90,7 +90,7 @@ class Accumulator:
             self._marks.append(reduce(torch.add, [part.sum() for part in parts]))
 
     def statistics(self, name: str) -> Statistics:
-        """The sums so far of the input of the linear `name`. `DscError` where they are not finite."""
+        """Return the sums so far of the input of the linear `name`. `DscError` where they are not finite."""
         finite = torch.stack(self._marks).isfinite().tolist() if self._marks else []
         failed = [batch for batch, good in enumerate(finite, 1) if not good]
         if failed:
@@ -103,7 +103,7 @@ class Accumulator:
 
 
 def _together(rest: Statistics, half: Statistics) -> Statistics:
-    """The sums over both halves of the tokens, with the first half's beside them."""
+    """Return the sums over both halves of the tokens, with the first half's beside them."""
     if half.hessian is None or rest.hessian is None:
         return rest if half.hessian is None else half
     both = {name: getattr(rest, name) for name in ("hessian", "cross_covariance", "residual_covariance")}

@@ -32,7 +32,7 @@ class Observed:
 
 
 def observing(architecture: Architecture, fields: Sequence[str], work: Path) -> Job:
-    """The job that collects `fields` of `Statistics`."""
+    """Return the job that collects `fields` of `Statistics`."""
     return Job(architecture, Observed(frozenset(fields)), work, observing=True)
 
 

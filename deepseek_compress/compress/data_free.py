@@ -71,7 +71,7 @@ def convert(
 
 
 def _tasks(job: Job, writer: CheckpointWriter, workers: int) -> list[_Task]:
-    """What is left to do, in the order of the source's files."""
+    """Return what is left to do, in the order of the source's files."""
     changed = {
         name: (layer, linear)
         for layer, block in enumerate(job.architecture.blocks)
@@ -124,7 +124,7 @@ def _main(info: TensorInfo) -> Location:
 
 
 def _do(job: Job, task: _Task) -> str | None:
-    """Runs in a worker."""
+    """Run in a worker."""
     hashed = None if task.file is None else FileHash(task.file)
     if hashed and task.shards:
         job = replace(job, architecture=job.architecture.on(Hashed(job.source.header, hashed)))
@@ -161,7 +161,7 @@ def _write(job: Job, shard: _Shard) -> None:
 
 
 def _outline(job: Job, shard: _Shard) -> Outline | None:
-    """What the shard will hold; None where a method or an encoding tells that only afterwards."""
+    """Return what the shard will hold; None where a method or an encoding tells that only afterwards."""
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in shard.names:
         info = job.source.header.tensors[name]
@@ -177,7 +177,7 @@ def _outline(job: Job, shard: _Shard) -> Outline | None:
 
 
 def _convert(job: Job, layer: int, linear: Linear) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The new weight as it is stored, and the facts about it."""
+    """Return the new weight as it is stored, and the facts about it."""
     block = job.architecture.blocks[layer]
     rounding = packing.rounding(job, block, linear)
     if rounding is not None:

@@ -86,7 +86,7 @@ class Ends:
             batches.write(store, batch, states)
 
     def _collect(self, loop: Loop) -> Statistics:
-        """Sums over what the final norm gives."""
+        """Return sums over what the final norm gives."""
         architecture = self.job.architecture
         sums, top = Accumulator(self.job.solver.needs), architecture.top()
         batches = Batches(self.tokens, self.job.paired, device=architecture.device)
@@ -97,7 +97,7 @@ class Ends:
 
 
 def rounded(job: Job, name: str) -> tuple[Quantized, dict[str, Any]]:
-    """A table without statistics, and the facts about it."""
+    """Return a table without statistics, and the facts about it."""
     architecture, how = job.architecture, job.tables[name]
     assert isinstance(how, Rtn)
     table = architecture.source.read(name, tables.kept_type(architecture.source, name))
@@ -108,6 +108,6 @@ def rounded(job: Job, name: str) -> tuple[Quantized, dict[str, Any]]:
 
 @torch.no_grad()
 def rounded_parts(job: Job, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A table without statistics as it is stored, and the facts about it."""
+    """Return a table without statistics as it is stored, and the facts about it."""
     found, fact = rounded(job, name)
     return tables.stored(found), fact

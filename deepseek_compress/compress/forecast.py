@@ -110,7 +110,7 @@ class _Block(NamedTuple):
 
 
 def _saved_work(weight: TensorInfo) -> Work:
-    """A factor of its own for each weight, and its solve."""
+    """Return a factor of its own for each weight, and its solve."""
     rows, k = weight.shape
     return Work(float(k) ** 3 / 3 + float(rows) * k**2, 40.0 * rows * k, float(rows) * k)
 
@@ -185,7 +185,7 @@ def _solving(linears: list[Linear], models: int) -> int:
 
 
 def _solve_work(linears: list[Linear], wanted: list[Linear], tokens: float, models: int) -> Work:
-    """The forward, half a product for each Hessian, a factor, and a solve for each weight."""
+    """Return the forward, half a product for each Hessian, a factor, and a solve for each weight."""
     names = {linear.name for linear in wanted}
     products = touched = solved = 0.0
     for group in by_input(linears):

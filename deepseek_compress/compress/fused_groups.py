@@ -43,7 +43,7 @@ class FusedGroup(NamedTuple):
 
 
 def fused_groups(architecture: Architecture, roles: Collection[Role]) -> list[FusedGroup]:
-    """The groups of all linears of `roles`, block by block, each at the place of its first linear."""
+    """Return the groups of all linears of `roles`, block by block, each at the place of its first linear."""
     found: dict[tuple[int, Role, str], list[Linear]] = {}
     for block in architecture.blocks:
         for linear in block.linears:

@@ -12,7 +12,7 @@ from deepseek_compress.numerics.types import WeightQuantizer
 
 
 def stored16(info: TensorInfo) -> TensorInfo:
-    """The tensor `info` as it is written where it does not change."""
+    """Return the tensor `info` as it is written where it does not change."""
     if info.encoding in ("plain", "mxfp4"):
         return info
     kind = info.dtype if info.encoding == "transformed" else torch.bfloat16
@@ -21,7 +21,7 @@ def stored16(info: TensorInfo) -> TensorInfo:
 
 
 def packed(info: TensorInfo, weights: WeightQuantizer) -> TensorInfo:
-    """The weight `info` as `weights`, with their group size, would store it."""
+    """Return the weight `info` as `weights`, with their group size, would store it."""
     parts = format_.shapes_of(info.shape, weights.num_bits, weights.group_size, weights.symmetric)
     return dataclasses.replace(info, encoding="packed", dtype=torch.int32, parts=_located(info, parts))
 

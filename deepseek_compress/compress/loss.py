@@ -38,7 +38,7 @@ class Loss(NamedTuple):
     after: float
 
     def told(self) -> Iterator[str]:
-        """The figures in a line, and a warning where they are high."""
+        """Yield the figures in a line, and a warning where they are high."""
         perplexity = f"perplexity {self.before:.2f} -> {self.after:.2f}"
         yield f"on {self.tokens} tokens of the calibration text: KL {self.kl:.4f} to the original, {perplexity}"
         if self.kl > WARN_KL:
@@ -46,7 +46,7 @@ class Loss(NamedTuple):
             yield f"{what}; train it under its zeros: dsc run sparse24-recovered"
 
     def card(self) -> str:
-        """The same for the model card, in Markdown."""
+        """Return the same for the model card, in Markdown."""
         head = "| tokens | KL to the original (nats) | perplexity before | after |\n|---:|---:|---:|---:|"
         row = f"| {self.tokens} | {self.kl:.4f} | {self.before:.2f} | {self.after:.2f} |"
         warning = (
@@ -70,7 +70,7 @@ def judged(samples: int, length: int) -> int:
 
 
 def measure(job: Job, tokens: Tensor, changed: HiddenStore, progress: Progress) -> Loss:
-    """The loss over tokens int64 (samples, length) of the model whose last block gave `changed` for them.
+    """Return the loss over tokens int64 (samples, length) of the model whose last block gave `changed` for them.
 
     In a paired job, `changed` has the original's output of a sample after the compressed model's.
     """
@@ -89,7 +89,7 @@ def measure(job: Job, tokens: Tensor, changed: HiddenStore, progress: Progress) 
 def _original(
     job: Job, tokens: Tensor, changed: HiddenStore, places: list[int], weight: Tensor, progress: Progress
 ) -> Iterator[HeadInput]:
-    """What enters the original's head at `places`."""
+    """Give what enters the original's head at `places`."""
     if job.paired:
         yield _head(job.architecture, changed, [place + tokens.shape[1] for place in places], weight)
         return
@@ -104,7 +104,7 @@ def _original(
 
 
 def _head(architecture: Architecture, states: HiddenStore, places: list[int], weight: Tensor) -> HeadInput:
-    """The head's input from the last block's output, normed when it is read."""
+    """Return the head's input from the last block's output, normed when it is read."""
     top = architecture.top()
 
     @torch.no_grad()

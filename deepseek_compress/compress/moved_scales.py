@@ -151,7 +151,7 @@ def _movable(job: Job, block: Block, fold: Fold, scales: Tensor) -> Tensor:
 
 
 def migrated(architecture: Architecture, scales: Mapping[str, Tensor]) -> Transformed:
-    """The checkpoint with the scales moved."""
+    """Return the checkpoint with the scales moved."""
     changes: dict[str, Rescale] = {}
     for block in architecture.blocks:
         for fold in folds(block):

@@ -83,7 +83,7 @@ class Override(Scheme, frozen=True):
 
 
 def build_all(values: Any) -> Any:
-    """What stands in a recipe -> overrides; every mistake in one of them is told with its place."""
+    """Return what stands in a recipe -> overrides; every mistake in one of them is told with its place."""
     if not isinstance(values, (list, tuple)):
         return values
     found, problems = [], []
@@ -110,7 +110,7 @@ def _one(value: Any, where: str) -> Override:
 def assigned(
     overrides: Sequence[Override], names: Collection[str], weights: WeightQuantizer
 ) -> dict[str, WeightQuantizer | None]:
-    """The quantiser of each module among `names` that an override matches; None: it is kept."""
+    """Return the quantiser of each module among `names` that an override matches; None: it is kept."""
     found: dict[str, WeightQuantizer | None] = {}
     for override in overrides:
         wanted, matches = override.applied(weights), _matcher(override.modules)

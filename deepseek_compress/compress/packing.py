@@ -39,7 +39,7 @@ def rounding(job: Job, block: Block, linear: Linear) -> Rtn | None:
 
 
 def pack(job: Job, block: Block, linear: Linear, how: Rtn) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Stored parts of the new weight, and the facts about it."""
+    """Return stored parts of the new weight, and the facts about it."""
     info = _info(job, block, linear)
     weight, scale, size = _stored(job, info)
     assert how.group_size is not None
@@ -96,7 +96,7 @@ def _measured(
     block: tuple[int, int],
     parts: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """The error over the first rows."""
+    """Return the error over the first rows."""
     rows = min(MEASURED_ROWS, info.shape[0])
     words = -(-rows // 8)
     few = {key: part[: words if key == "weight_zero_point" else rows] for key, part in parts.items()}

@@ -69,7 +69,7 @@ class _Ranges(Observer):
         return _watch(self.linears, self.sums)
 
     def end(self, block: Block) -> Facts:
-        """{"inputs": {module: [scale, zero point]}, "starved": experts}."""
+        """Return {"inputs": {module: [scale, zero point]}, "starved": experts}."""
         ends, starved = _ends(self.job, block, self.linears, self.sums, self.method)
         grids = {key: self.method.grid(*values) for key, values in ends.items()}
         inputs = {
@@ -81,7 +81,7 @@ class _Ranges(Observer):
 
 
 def _watch(linears: Iterable[Linear], sums: dict[str, RangeObserver]) -> Look:
-    """Feeds each observer with its input once, through the first linear that sees it."""
+    """Feed each observer with its input once, through the first linear that sees it."""
     first: dict[str, str] = {}
     for linear in linears:
         first.setdefault(linear.input, linear.name)

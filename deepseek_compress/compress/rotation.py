@@ -75,7 +75,7 @@ def problems(architecture: Architecture, mtp_kept: bool) -> list[DscError]:
 
 
 def rotated_header(architecture: Architecture) -> Header:
-    """The result's header: with a head of its own."""
+    """Return the result's header: with a head of its own."""
     header, names = architecture.header, architecture.cfg.names
     if not architecture.cfg.tie_word_embeddings:
         return header
@@ -95,7 +95,7 @@ def rotate(job: Job, how: Hadamard) -> Job:
 
 
 def rotated(architecture: Architecture, how: Hadamard) -> Checkpoint:
-    """The checkpoint, rotated."""
+    """Return the checkpoint, rotated."""
     source, cfg, names = architecture.source, architecture.cfg, architecture.cfg.names
     stream = Rotation(cfg.hidden_size, how.seed)
     values = Rotation(cfg.head_dim if cfg.mla is None else cfg.mla.value, how.seed + 1)

@@ -51,7 +51,7 @@ class Engram(BaseModel, frozen=True, extra="forbid"):
 
 
 def changed(architecture: Architecture, engram: Engram | None) -> dict[str, Rtn]:
-    """The tables that change, by name."""
+    """Return the tables that change, by name."""
     if engram is None:
         return {}
     return {name: engram.rounding() for name in names(architecture)}
@@ -63,7 +63,7 @@ def names(architecture: Architecture) -> list[str]:
 
 
 def problems(architecture: Architecture, engram: Engram | None) -> Iterator[DscError]:
-    """A model without tables, and groups that do not fit."""
+    """Yield a model without tables, and groups that do not fit."""
     if engram is None:
         return
     cfg = architecture.cfg.engram
@@ -110,7 +110,7 @@ def write(shard: OpenShard, source: Checkpoint, name: str, how: Rtn, work: Path)
 
 
 def _codes(source: Checkpoint, info: TensorInfo, how: Rtn, waiting: Mapping[str, IO[bytes]]) -> Iterator[memoryview]:
-    """The packed codes, piece by piece, while the other parts of each piece go to `waiting`."""
+    """Yield the packed codes, piece by piece, while the other parts of each piece go to `waiting`."""
     step = max(8, PIECE // info.shape[1] // 8 * 8)  # eight rows share a word of zero points
     assert how.group_size is not None
     for start in range(0, info.shape[0], step):
@@ -141,7 +141,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def _waiting(work: Path, suffixes: list[str]) -> Iterator[Mapping[str, IO[bytes]]]:
-    """A file without a name for each part that comes later: nothing is left of it, whatever happens."""
+    """Give a file without a name for each part that comes later: nothing is left of it, whatever happens."""
     with disk_errors(work), ExitStack() as stack:
         yield {suffix: stack.enter_context(TemporaryFile(dir=work)) for suffix in suffixes}
 
@@ -166,7 +166,7 @@ class _Sums:
 
 
 def facts(source: Checkpoint, name: str, how: Rtn) -> dict[str, Any]:
-    """What there is to say about a table, as about a linear; the error over rows spread over all of it."""
+    """Return what there is to say about a table, as about a linear; the error over rows spread over all of it."""
     info = source.header.tensors[name]
     sums, rows = _Sums(), info.shape[0]
     step = max(SAMPLE_ROWS, rows // SAMPLES)

@@ -60,7 +60,8 @@ def select(
     weights: WeightQuantizer | None,
     overrides: Sequence[Override] = (),
 ) -> Selection:
-    """What changes. Without a group size given: the largest of 128, 64, 32 that leaves at most 1 % in 16 bits."""
+    """Return what changes. Without a group size given: the largest of 128, 64, 32 that leaves at most 1 % in 16
+    bits."""
     wanted = frozenset(roles)
     if weights is None:
         return Selection(wanted, None)

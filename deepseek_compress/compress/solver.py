@@ -41,7 +41,7 @@ class LinearSolver:
         return bool(self.sparsity or self.weights) and self.selection.wants(block, linear)
 
     def solve(self, block: Block, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
-        """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
+        """Return new weights for linears that share an input: float32 (rows, columns) each, not modified."""
         fallback = bool(self.needs) and statistics.hessian is None and statistics.input_absmax is None
         values, sparsity = [weight for _, weight in group], self._sparsifier(fallback)
         if sparsity is not None:
@@ -111,12 +111,12 @@ class LinearSolver:
 
 
 def _told(quantizer: WeightQuantizer | None) -> dict[str, Any]:
-    """What was decided for one linear."""
+    """Return what was decided for one linear."""
     return {"strength": quantizer.strength} if isinstance(quantizer, Gptaq) else {}
 
 
 def measure(weight: Tensor, stored: Tensor | Quantized, statistics: Statistics) -> dict[str, Any]:
-    """What the change cost: relative squared errors of the weight and, with a Hessian, of the linear's output.
+    """Return what the change cost: relative squared errors of the weight and, with a Hessian, of the linear's output.
 
     output_error = ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens; None without them. Over SAMPLED rows of
     a larger weight, drawn once and for all by their number: over all rows it would cost more than finding Q.

@@ -43,7 +43,7 @@ def corrections(blocks: Sequence[Facts]) -> list[str]:
 
 
 def write(out: Path, blocks: Sequence[Facts]) -> None:
-    """The table of all linears, and the tokens of every expert, to `out`/dsc_layers.json."""
+    """Write the table of all linears, and the tokens of every expert, to `out`/dsc_layers.json."""
     write_json(out / LAYERS, {"schema": 1, "blocks": list(blocks)})
 
 

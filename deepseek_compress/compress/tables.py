@@ -53,7 +53,7 @@ class Head(Embedding, frozen=True):
 
 
 def changed(architecture: Architecture, embedding: Embedding | None, head: Head | None) -> dict[str, Rtn]:
-    """The tables that change, by name."""
+    """Return the tables that change, by name."""
     cfg, found = architecture.cfg, dict[str, Rtn]()
     if embedding is not None:
         found[architecture.embedding] = embedding.rounding(cfg.hidden_size)
@@ -100,25 +100,25 @@ def solved(rounding: WeightQuantizer, weights: WeightQuantizer | None) -> Gptq |
 
 
 def round_rows(table: Tensor, how: Rtn) -> Quantized:
-    """The table (rows, columns) rounded to nearest."""
+    """Return the table (rows, columns) rounded to nearest."""
     return _by_rows(table, lambda rows: how(rows, Statistics()))
 
 
 def solve_rows(table: Tensor, how: Gptq, statistics: Statistics) -> Quantized:
-    """The table (rows, columns) solved from the statistics of its input."""
+    """Return the table (rows, columns) solved from the statistics of its input."""
     prepared = how.prepare(statistics)
     return _by_rows(table, lambda rows: how.decided(rows, prepared)(rows, prepared))
 
 
 def stored(found: Quantized) -> dict[str, Tensor]:
-    """The parts as they lie in a checkpoint: always packed, since inputs of a table are never rounded."""
+    """Return the parts as they lie in a checkpoint: always packed, since inputs of a table are never rounded."""
     return {suffix: part.cpu() for suffix, part in pack_weight(found).items()}
 
 
 def facts(
     name: str, role: Role, table: Tensor, found: Quantized, method: WeightQuantizer, statistics: Statistics
 ) -> dict[str, Any]:
-    """What there is to say about a table, as about a linear."""
+    """Return what there is to say about a table, as about a linear."""
     rows = slice(0, max(1, PIECE // table.shape[1]))
     few = Quantized(found.codes[rows], found.scale[rows], found.zero_point[rows], found.num_bits, found.symmetric)
     kind = "gptq" if type(method) is Gptaq and not method.strength else type(method).__name__.lower()
@@ -145,5 +145,5 @@ def _by_rows(table: Tensor, solve: Callable[[Tensor], Quantized]) -> Quantized:
 
 
 def kept_type(source: Checkpoint, name: str) -> torch.dtype | None:
-    """The type a table is read in: its own where it is plain, since float32 takes twice the memory."""
+    """Return the type a table is read in: its own where it is plain, since float32 takes twice the memory."""
     return None if source.header.tensors[name].encoding in ("plain", "transformed") else torch.float32

@@ -27,14 +27,15 @@ SIDE = 40  # tokens of a side of an equation; a longer one counts as wrong
 
 
 def final_answer(text: str) -> str | None:
-    """What `text` gives as its answer by a mark; None where it has no mark."""
+    """Return what `text` gives as its answer by a mark; None where it has no mark."""
     boxed = _last_boxed(text)
     marks = _MARK.findall(text)
     return boxed if boxed is not None else marks[-1].strip() if marks else None
 
 
 def answer_of(completion: str) -> str:
-    """The answer of a model's completion: marked, else its last number, else what follows its chain of thought."""
+    """Return the answer of a model's completion: marked, else its last number, else what follows its chain of
+    thought."""
     marked = final_answer(completion)
     if marked is not None:
         return marked
@@ -44,7 +45,7 @@ def answer_of(completion: str) -> str:
 
 
 def concluded(text: str) -> str:
-    """What follows the chain of thought."""
+    """Return what follows the chain of thought."""
     return text.rpartition("</think>")[2].strip()
 
 
@@ -57,7 +58,7 @@ def same(first: str, second: str) -> bool:
 
 
 def number(text: str) -> Fraction | None:
-    """The number that `text` begins with, units behind it aside; None where there is none."""
+    """Return the number that `text` begins with, units behind it aside; None where there is none."""
     head = text.strip().strip("*` ").removeprefix("\\(").removeprefix("$").strip()[:LONGEST]
     found = _FRACTION.match(head)
     if found:
@@ -104,7 +105,7 @@ _SIGNS = frozenset("+-*/")
 
 
 def _split(run: list[str]) -> list[list[str]]:
-    """The sides of an equation; a sign at the end of one belongs to what follows, a dash for instance."""
+    """Return the sides of an equation; a sign at the end of one belongs to what follows, a dash for instance."""
     sides: list[list[str]] = [[]]
     for token in run:
         sides.append([]) if token == "=" else sides[-1].append(token)
@@ -124,7 +125,7 @@ def _agree(left: list[str], right: list[str]) -> bool:
 
 
 def _value(side: list[str]) -> Fraction:
-    """A calculation with + - * / and parentheses. Raises ValueError for what is none."""
+    """Return a calculation with + - * / and parentheses. Raises ValueError for what is none."""
     if len(side) > SIDE or any(len(token) > LONGEST for token in side):
         raise ValueError("too long")
     value, rest = _sum(side)
@@ -173,7 +174,7 @@ def _plain(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}` whose braces close."""
+    """Return the content of the last `\\boxed{...}` whose braces close."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

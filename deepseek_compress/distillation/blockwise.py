@@ -63,7 +63,7 @@ class Models(NamedTuple):
     device: str = "cpu"
 
     def found(self, layer: int) -> Path:
-        """What was trained of block `layer` by its names in the checkpoint."""
+        """Return what was trained of block `layer` by its names in the checkpoint."""
         return self.work / f"block-{layer:05d}.npz"
 
 
@@ -239,7 +239,7 @@ class _Block:
         write_arrays(path, {name: values.cpu() for name, values in found.items()})
 
     def packed(self, name: str) -> Quantized | None:
-        """A packed weight with its scales as they are now; None for any other."""
+        """Return a packed weight with its scales as they are now; None for any other."""
         found = self.held.get(name)
         if found is None and (read := self.models.changed.read_quantized(name)) is not None:
             found = read.to(self.models.device)
@@ -269,7 +269,7 @@ class _Trained:
         self.source = block.models.changed
 
     def __getitem__(self, name: str) -> Tensor:
-        """A norm that is trained, or a tensor that is not."""
+        """Return a norm that is trained, or a tensor that is not."""
         full = self.block.prefix + name
         if full in self.block.sparse:
             return self.block.sparse[full].weight
@@ -281,7 +281,7 @@ class _Trained:
         return self.block.prefix + name in self.source.header.tensors
 
     def rows(self, name: str, places: Tensor) -> Tensor:
-        """The rows `places` (n,) of a tensor: (n, columns)."""
+        """Return the rows `places` (n,) of a tensor: (n, columns)."""
         return self.source.read_rows(self.block.prefix + name, places, torch.float32, self.block.models.device)
 
     def linear(self, name: str, x: Tensor) -> Tensor:

@@ -162,12 +162,12 @@ class Shard:
         return np.concatenate(([0], np.cumsum(self.arrays["lengths"], dtype=np.int64)))
 
     def document(self, number: int) -> Document:
-        """The text of one document."""
+        """Return the text of one document."""
         start, end = self.starts[number], self.starts[number + 1]
         return Document(self.arrays["tokens"][start:end].tolist(), int(self.arrays["prompts"][number]))
 
     def rows(self, name: str, number: int) -> NDArray[Any]:
-        """What `name` has at the positions of a document."""
+        """Return what `name` has at the positions of a document."""
         return self.arrays[name][self.starts[number] - number : self.starts[number + 1] - number - 1]
 
 
@@ -190,11 +190,11 @@ class CachedTeacher:
         self._places = [(shard, number) for shard in self._shards for number in range(len(shard.arrays["lengths"]))]
 
     def documents(self) -> list[Document]:
-        """The text that was recorded."""
+        """Return the text that was recorded."""
         return [shard.document(number) for shard, number in self._places]
 
     def said(self, batch: Batch, hidden: bool = False, routers: bool = False) -> Said:
-        """The words at the positions of a batch of these documents."""
+        """Return the words at the positions of a batch of these documents."""
         if hidden or routers:
             raise DscError(f"{self.folder}: has no hidden states", "leave the losses hidden_states and router out")
         log_probs = self._gather("log_probs", batch.numbers).float()

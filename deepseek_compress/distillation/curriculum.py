@@ -50,7 +50,7 @@ def teacher_loss(model: Model, documents: Sequence[Document]) -> list[float]:
 def in_phases(
     difficulty: Sequence[float], lengths: Sequence[int], phases: int, steps: int, batch_tokens: int, seed: int
 ) -> Iterator[list[int]]:
-    """The documents of each of `steps` steps."""
+    """Yield the documents of each of `steps` steps."""
     order = sorted(range(len(lengths)), key=lambda number: (difficulty[number], number))
     for phase in range(phases):
         pool = sorted(order[: -(-len(order) * (phase + 1) // phases)])

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     weights: Tensor  # float32 (N,), share of each position in the mean
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same with its tensors on `device`."""
+        """Return the same with its tensors on `device`."""
         tensors = (self.tokens, self.places, self.labels, self.weights)
         return Batch(self.numbers, self.sizes, *(tensor.to(device) for tensor in tensors))
 
@@ -77,7 +77,7 @@ def _prompt(sample: Sample, ids: list[int], tokenizer: Tokenizer) -> int:
 
 
 def batch_of(documents: Sequence[Document], numbers: Sequence[int], prompt_weight: float) -> Batch:
-    """The documents `numbers` as one batch; a position inside a prompt weighs `prompt_weight`."""
+    """Return the documents `numbers` as one batch; a position inside a prompt weighs `prompt_weight`."""
     chosen = [documents[number] for number in numbers]
     tokens = padded([document.ids for document in chosen])
     width = tokens.shape[1] - 1
@@ -98,7 +98,7 @@ def batch_of(documents: Sequence[Document], numbers: Sequence[int], prompt_weigh
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, each at most `tokens` with its padding (or one document)."""
+    """Return indices in batches of similar length, each at most `tokens` with its padding (or one document)."""
     found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if found and (len(found[-1]) + 1) * lengths[index] <= tokens:
@@ -109,7 +109,8 @@ def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[list[int]]:
-    """The documents of each step, without end: passes over all of them, each in an order drawn anew from `seed`."""
+    """Yield the documents of each step, without end: passes over all of them, each in an order drawn anew from
+    `seed`."""
     rng = random.Random(seed)
     while True:
         order = list(range(len(lengths)))
@@ -120,7 +121,7 @@ def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[li
 
 
 def steps_for(lengths: Sequence[int], batch_tokens: int, seed: int, tokens: int) -> int:
-    """The least number of steps that train on `tokens` tokens."""
+    """Return the least number of steps that train on `tokens` tokens."""
     order = batches(lengths, batch_tokens, seed)
     total = steps = 0
     while total < tokens:

@@ -40,7 +40,7 @@ def even_pairs(student: ModelConfig, teacher: ModelConfig) -> list[Pair]:
 
 
 def projections(losses: Sequence[Loss], student: ModelConfig, teacher: ModelConfig) -> dict[str, Tensor]:
-    """The learned projection of each loss that has one: float32 (teacher's width, student's width)."""
+    """Return the learned projection of each loss that has one: float32 (teacher's width, student's width)."""
     shape = (teacher.hidden_size, student.hidden_size)
     return {PROJECTED[type(loss)]: torch.eye(*shape) for loss in losses if type(loss) in PROJECTED}
 
@@ -53,7 +53,7 @@ def inside_loss(
     pairs: Sequence[Pair],
     projected: Mapping[str, Tensor],
 ) -> Tensor:
-    """The weighted sum of those among `losses` that look inside; 0 where there are none."""
+    """Return the weighted sum of those among `losses` that look inside; 0 where there are none."""
     total = student.final.new_zeros(())
     weights = batch.weights / batch.weights.sum()
     for loss in losses:

@@ -186,5 +186,5 @@ def _log_rest(log_q: Tensor, ids: Tensor, named: Tensor) -> Tensor:
 
 
 def total(divergence: Divergence, at: Entries) -> Tensor:
-    """The divergence at each position (N,)."""
+    """Return the divergence at each position (N,)."""
     return divergence.terms(at).sum(-1)

@@ -65,7 +65,7 @@ class Objective:
         return any(isinstance(loss, INSIDE) for loss in self.losses)
 
     def said(self, teacher: Teacher, batch: Batch) -> Said:
-        """What the losses need of the teacher."""
+        """Return what the losses need of the teacher."""
         return teacher.said(batch, self._has(HiddenStates), self._has(Router))
 
     def backward(
@@ -97,7 +97,7 @@ class Objective:
         return float(loss)
 
     def _teachers_own(self, said: Said, batch: Batch, weight: float, ends: list[tuple[Tensor, Tensor | None]]) -> float:
-        """The teacher's loss on the text; its gradient at the last hidden states joins `ends`."""
+        """Return the teacher's loss on the text; its gradient at the last hidden states joins `ends`."""
         assert said.view is not None
         assert said.head is not None
         h = said.view.final.detach().requires_grad_()
@@ -114,7 +114,7 @@ class Objective:
 
     @torch.no_grad()
     def measure(self, model: Model, batch: Batch, said: Said, projections: Mapping[str, Tensor]) -> Sums:
-        """The batch without a gradient."""
+        """Run the batch without a gradient."""
         weight, batch = float(batch.weights.sum()), batch.to(model.head.device)
         loss = kl = surprise = 0.0
         right = 0
@@ -132,7 +132,7 @@ class Objective:
         return Sums(loss, weight, kl, surprise, right, len(batch.labels))
 
     def _each(self, logits: Tensor, target: Target, labels: Tensor) -> Tensor:
-        """The loss of each position (N,)."""
+        """Return the loss of each position (N,)."""
         out = logits.new_zeros(len(logits))
         soft = [loss for loss in self.losses if isinstance(loss, Divergence)]
         if soft:

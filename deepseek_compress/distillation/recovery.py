@@ -33,7 +33,7 @@ def centred(packed: Quantized) -> Tensor:
 
 
 def moved(start: Tensor, change: Tensor) -> Tensor:
-    """The scale `start (1 + change)` (rows, groups) as it is stored; a step never turns a scale around."""
+    """Return the scale `start (1 + change)` (rows, groups) as it is stored; a step never turns a scale around."""
     return (start * (1 + change.detach()).clamp(min=0.5)).to(STORED).float()
 
 
@@ -43,7 +43,7 @@ def by_scale(gradient: Tensor, packed: Quantized, start: Tensor) -> Tensor:
 
 
 def rate(step: int, steps: int) -> float:
-    """The share of the learning rate at `step` of `steps`: a short warm-up, then a straight line to zero."""
+    """Return the share of the learning rate at `step` of `steps`: a short warm-up, then a straight line to zero."""
     return min(1.0, (step + 1) / max(1, min(WARM_UP, steps // 4))) * (1 - step / steps)
 
 
@@ -73,7 +73,7 @@ class Scaled:
         self.weight.detach().copy_((centred(self.start) * self.scale.unsqueeze(-1)).view_as(self.weight))
 
     def result(self) -> Quantized:
-        """The same codes and zero points with the trained scales."""
+        """Return the same codes and zero points with the trained scales."""
         return self.start._replace(scale=self.scale)
 
 
@@ -97,7 +97,7 @@ class Norm:
         self.weight.detach().copy_((self.start * (1 + self.change.detach())).to(STORED).float())
 
     def result(self) -> Tensor:
-        """The trained norm in its stored type."""
+        """Return the trained norm in its stored type."""
         return self.weight.detach().to(STORED)
 
 

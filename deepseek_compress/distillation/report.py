@@ -13,7 +13,7 @@ SHOWN_LOSSES = 200
 
 
 def kept(student: Student, size: Size) -> Iterator[str]:
-    """What stays of the model."""
+    """Yield what stays of the model."""
     if "layers_kept" in student.facts:
         layers = student.facts["layers_kept"]
         yield f"{len(layers)} layers stay: {', '.join(map(str, layers))} (by {size.layers_by})"
@@ -34,7 +34,7 @@ def facts(state: State) -> dict[str, Any]:
 
 
 def card(state: State) -> str:
-    """The curve as a table in Markdown; empty where nothing was held back."""
+    """Return the curve as a table in Markdown; empty where nothing was held back."""
     if not state.validations:
         return ""
     rows = "\n".join(
@@ -46,7 +46,7 @@ def card(state: State) -> str:
 
 
 def told(state: State, schedule: Schedule) -> Iterator[str]:
-    """The result in a line or two."""
+    """Yield the result in a line or two."""
     if not state.validations:
         return
     first, best = state.validations[0], min(state.validations, key=lambda found: found.loss)

@@ -28,7 +28,7 @@ class Keeper:
         self._wait = EVERY
 
     def load(self, device: torch.device | str = "cpu") -> State | None:
-        """The state that was saved last, its weights on `device`, or None."""
+        """Return the state that was saved last, its weights on `device`, or None."""
         content = self.file.read_bytes() if self.file.is_file() else b""
         if blake3.blake3(content[:-_SEAL]).digest() != content[-_SEAL:]:
             return None  # there is none, or it is damaged: the training begins again

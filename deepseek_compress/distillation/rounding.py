@@ -44,7 +44,7 @@ class Straight:
         return found
 
     def scales(self) -> dict[str, Tensor]:
-        """What is learned of each packed weight's scales: float32 (rows, groups), 0 at first."""
+        """Return what is learned of each packed weight's scales: float32 (rows, groups), 0 at first."""
         return {SCALE + name: torch.zeros_like(packed.scale) for name, packed in self.packed.items()}
 
     def present(self, weights: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def _top(packed: Quantized) -> int:
 
 
 def straight_inputs(scheme: InputScheme | None) -> InputScheme | None:
-    """A scheme for inputs of linears whose rounding passes gradients; products of attention stay unrounded."""
+    """Return a scheme for inputs of linears whose rounding passes gradients; products of attention stay unrounded."""
     if scheme is None:
         return None
     quantize = None if scheme.quantize is None else _straight(scheme.quantize)

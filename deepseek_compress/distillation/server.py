@@ -35,7 +35,7 @@ class Server:
         self.model = model or self._first()
 
     def words(self, documents: Sequence[Document], first: int) -> Words:
-        """The likeliest tokens at every position of the documents, in order."""
+        """Return the likeliest tokens at every position of the documents, in order."""
         rows = [row for document in documents for row in self._document(document)]
         ids, log_probs = (torch.tensor([row[part] for row in rows]) for part in (0, 1))
         self.mass += float(log_probs.exp().sum())

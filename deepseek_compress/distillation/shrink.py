@@ -38,7 +38,7 @@ class Shrink(NamedTuple):
 
 
 def problems(family: Family, cfg: ModelConfig, experts: int | None, layers: int | None) -> list[DscError]:
-    """What is wrong with the sizes asked for."""
+    """Return what is wrong with the sizes asked for."""
     found = []
     moe = cfg.moe
     if cfg.compressed is not None and (experts or layers):
@@ -77,7 +77,7 @@ def sizes(cfg: ModelConfig, keep: float) -> tuple[int | None, int | None]:
 
 
 def least_experts(moe: Moe) -> int:
-    """The fewest experts that the router can choose from."""
+    """Return the fewest experts that the router can choose from."""
     pair = moe.groups > 1 and moe.method == "noaux_tc"  # a group is judged by its two best experts
     each = max(2 if pair else 1, -(-moe.top_k // moe.top_groups))
     return max(moe.top_k, each * moe.groups)
@@ -125,7 +125,7 @@ def any_experts(cfg: ModelConfig) -> dict[int, Tensor]:
 
 
 def shrunk_header(header: Header, plan: Shrink) -> Header:
-    """What the student's header will be: its tensors in BF16, from the shapes of the teacher's."""
+    """Return what the student's header will be: its tensors in BF16, from the shapes of the teacher's."""
     tensors = {}
     for name, origin in plan.tensors.items():
         if origin.name in header.tensors:
@@ -151,7 +151,7 @@ def _kept_layers(cfg: ModelConfig, layers: int | None, scores: Tensor | None) ->
 
 
 def _kept_experts(use: Tensor, experts: int, groups: int) -> list[int]:
-    """The most used of each group, in their old order; ties go to the earlier one."""
+    """Return the most used of each group, in their old order; ties go to the earlier one."""
     by_group = use.view(groups, -1)
     order = torch.sort(by_group, dim=1, descending=True, stable=True).indices[:, : experts // groups]
     first = torch.arange(groups)[:, None] * by_group.shape[1]

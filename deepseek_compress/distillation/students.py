@@ -48,7 +48,8 @@ class Student(NamedTuple):
 
 
 def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Document], shared: bool) -> Student:
-    """A student with the parts of `model` that matter most on `documents`; its tensors are its own where `shared`."""
+    """Return a student with the parts of `model` that matter most on `documents`; its tensors are its own where
+    `shared`."""
     experts, layers = size.of(model.cfg)
     use: dict[int, Tensor] = {}
     scores = None

@@ -56,7 +56,8 @@ class Teacher:
         self.verifier, self.settings = verifier, settings
 
     def solve(self, problems: Sequence[Asked], first: int) -> list[dict[str, Any] | None]:
-        """A trace of each problem, None where no attempt is right; `first` is the number of the first of them."""
+        """Return a trace of each problem, None where no attempt is right; `first` is the number of the first of
+        them."""
         found: list[_Try | None] = [None] * len(problems)
         beginnings = [""] * len(problems)
         for attempt in range(self.settings.attempts):
@@ -78,7 +79,7 @@ class Teacher:
         return Drawn(self.settings.temperature, (self.settings.seed * 1_000_003 + first) * 101 + attempt)
 
     def _write(self, problems: Sequence[Asked], beginnings: Sequence[str], choose: Choose) -> list[tuple[str, bool]]:
-        """The whole completion of each problem, its beginning included, and whether it came to its end."""
+        """Return the whole completion of each problem, its beginning included, and whether it came to its end."""
         tokenizer, limit = self.tokenizer, self.settings.limit
         asked = [tokenizer.chat(list(problem.messages), answer_next=True) for problem in problems]
         special = not tokenizer.has_chat_template  # a template writes its own special tokens
@@ -95,7 +96,7 @@ class Teacher:
 
 
 def write_traces(teacher: Teacher, problems: Sequence[Asked], work: Path, progress: Progress) -> list[dict[str, Any]]:
-    """The traces of all problems in their order; finished batches lie in `work` and are not asked again."""
+    """Return the traces of all problems in their order; finished batches lie in `work` and are not asked again."""
     lines: list[dict[str, Any]] = []
     for first in range(0, len(problems), BATCH):
         file = work / f"batch-{first:08d}.json"
@@ -108,7 +109,7 @@ def write_traces(teacher: Teacher, problems: Sequence[Asked], work: Path, progre
 
 
 def _joined(*parts: str) -> str:
-    """The parts that are not empty, with a space between two where neither has one."""
+    """Return the parts that are not empty, with a space between two where neither has one."""
     out = ""
     for part in parts:
         glue = " " if out and part and not out[-1].isspace() and not part[0].isspace() else ""

@@ -131,12 +131,12 @@ class Trainer:
         self.schedule = self.schedule._replace(steps=steps)
 
     def steps_for(self, tokens: int) -> int:
-        """The least number of steps that train on so many tokens."""
+        """Return the least number of steps that train on so many tokens."""
         schedule = self.schedule
         return steps_for(self._lengths[: self._trained_on], schedule.batch_tokens, schedule.seed, tokens)
 
     def seconds_a_step(self, steps: int) -> float:
-        """The mean of `steps` steps of a training that leaves no trace."""
+        """Return the mean of `steps` steps of a training that leaves no trace."""
         before = {name: tensor.clone() for name, tensor in self.student.weights.items()}
         schedule = self.schedule
         self.schedule = schedule._replace(steps=steps, held_back=0)
@@ -175,7 +175,7 @@ class Trainer:
         return state
 
     def _order(self, steps: int) -> Iterator[list[int]]:
-        """The documents of each step."""
+        """Return the documents of each step."""
         lengths, schedule = self._lengths[: self._trained_on], self.schedule
         if self.difficulty is None or schedule.phases == 1:
             return batches(lengths, schedule.batch_tokens, schedule.seed)
@@ -183,12 +183,12 @@ class Trainer:
         return in_phases(hard, lengths, schedule.phases, steps, schedule.batch_tokens, schedule.seed)
 
     def learner(self, state: State) -> Model:
-        """The student as the next step computes with it."""
+        """Return the student as the next step computes with it."""
         weights = state.weights if self.straight is None else self.straight.present(state.weights, state.projections)
         return Model(self.student.family, self.student.cfg, weights, self.scheme)
 
     def begin(self) -> State:
-        """The state before the first step."""
+        """Return the state before the first step."""
         weights = {
             name: tensor.detach().requires_grad_(self._trains(name)) for name, tensor in self.student.weights.items()
         }
@@ -259,7 +259,8 @@ class Trainer:
         state.optimizer = optimizer.state_dict()
 
     def _parts(self, state: State, numbers: Sequence[int]) -> list[Batch]:
-        """The batches of a step: of the documents `numbers`, or of what the student writes after their prompts."""
+        """Return the batches of a step: of the documents `numbers`, or of what the student writes after their
+        prompts."""
         schedule = self.schedule
         size = -(-len(numbers) // schedule.accumulate)
         groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]

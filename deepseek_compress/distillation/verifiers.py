@@ -52,11 +52,12 @@ class Verifier(Protocol):
     """Judges completions."""
 
     def judge(self, asked: Asked, completion: str) -> Verdict:
-        """Raises DscError where it cannot."""
+        """Raise DscError where it cannot."""
         ...
 
     def sound(self, asked: Asked, completion: str) -> str:
-        """The beginning of a wrong completion that another attempt may keep: its first steps, as far as they hold."""
+        """Return the beginning of a wrong completion that another attempt may keep: its first steps, as far as they
+        hold."""
         ...
 
 
@@ -131,7 +132,7 @@ class Anything:
 
 
 def verifier_of(name: str, function: UserVerifier | None) -> Verifier:
-    """The verifier `name`; `function` where it is the user's. Raises DscError where that is missing."""
+    """Return the verifier `name`; `function` where it is the user's. Raises DscError where that is missing."""
     if name == "python":
         if function is None:
             what = "traces.verifier: python, but no function is named, and a recipe cannot name one: it would be code"
@@ -151,7 +152,7 @@ def builtin_problems(seed: int, count: int) -> list[Asked]:
 
 
 def problems_of(samples: Iterable[Sample], count: int | None, answered: bool) -> Iterator[Asked]:
-    """The problems in calibration text; `answered`: each needs an answer. Raises DscError for a line without."""
+    """Yield the problems in calibration text; `answered`: each needs an answer. Raises DscError for a line without."""
     for number, sample in enumerate(samples):
         if count is not None and number >= count:
             return

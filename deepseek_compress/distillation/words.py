@@ -26,7 +26,7 @@ class Words(NamedTuple):
 
 
 def top_k(log_probs: Tensor, count: int) -> Words:
-    """The `count` likeliest tokens of each row of `log_probs` (N, vocabulary)."""
+    """Return the `count` likeliest tokens of each row of `log_probs` (N, vocabulary)."""
     best = log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
     return Words(best.indices, best.values, whole(log_probs, best.indices.shape[-1]))
 

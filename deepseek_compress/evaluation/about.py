@@ -49,7 +49,7 @@ def about(checkpoint: Checkpoint, kv_cache: KvRounding | None = None) -> str:
 
 
 def _linears(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """The matrices of blocks that a recipe may change."""
+    """Return the matrices of blocks that a recipe may change."""
     tensors = checkpoint.header.tensors
     names = (name + ".weight" for name, _ in Architecture.of(checkpoint).linears(frozenset(Role)))
     return [tensors[name] for name in names if name in tensors]
@@ -66,7 +66,8 @@ def _encoding(info: TensorInfo, checkpoint: Checkpoint) -> str:
 
 
 def _packed(config: dict[str, Any]) -> str:
-    """The first group of a compressed-tensors configuration; every group of ours differs in its group size only."""
+    """Return the first group of a compressed-tensors configuration; every group of ours differs in its group size
+    only."""
     groups = list((config.get("config_groups") or {}).values())
     weights = (groups[0].get("weights") if groups else None) or {}
     kind = "symmetric" if weights.get("symmetric") else "asymmetric"
@@ -83,7 +84,7 @@ def _two_of_four(checkpoint: Checkpoint, info: TensorInfo) -> bool:
 
 
 def seen_before(text: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """A note on each model whose manifest says that it was calibrated on the file that judges it."""
+    """Return a note on each model whose manifest says that it was calibrated on the file that judges it."""
     here, notes = hash_of(text), []
     for name, checkpoint in checkpoints.items():
         calibration = (checkpoint.manifest or {}).get("calibration") or {}

@@ -50,7 +50,7 @@ class Answerer(ABC):
 
     @abstractmethod
     def __call__(self, requests: Sequence[Request]) -> list[Attempt]:
-        """An attempt a request, in their order."""
+        """Return an attempt a request, in their order."""
 
 
 class Answers:
@@ -65,7 +65,7 @@ class Answers:
         requests: Sequence[Request],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Attempt]:
-        """The answer to each request; those that the file has are not asked for again."""
+        """Return the answer to each request; those that the file has are not asked for again."""
         found = self._read(requests)
         progress(len(found), len(requests))
         for batch in batches(requests):
@@ -101,7 +101,7 @@ class Answers:
 
 
 def batches(requests: Sequence[Request]) -> list[list[int]]:
-    """Indices of requests of similar length that are answered together."""
+    """Return indices of requests of similar length that are answered together."""
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
     longest = max((request.limit for request in requests), default=1)
     size = max(1, min(BATCH, TOKENS // longest))
@@ -193,7 +193,7 @@ class FromSpeaker(Answerer):
 
 
 def answerer_of(speaker: Speaker, name: str) -> Answerer:
-    """The fastest way to have `speaker` answer many requests."""
+    """Return the fastest way to have `speaker` answer many requests."""
     if isinstance(speaker, Local) and isinstance(speaker.backend, GraphBackend):
         return FromGraph(speaker.backend, speaker.tokenizer)
     return FromSpeaker(speaker, name)

@@ -35,7 +35,7 @@ FLIPS = 10_000  # of the signs
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """The two-sided mid-p value of equal chances to lose and to gain."""
+    """Return the two-sided mid-p value of equal chances to lose and to gain."""
     count, few = lost + gained, min(lost, gained)
     if not count:
         return 1.0
@@ -43,7 +43,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def tango(lost: int, gained: int, problems: int, level: float = LEVEL) -> Interval:
-    """The 1 - level interval of (gained - lost) / problems."""
+    """Return the 1 - level interval of (gained - lost) / problems."""
     z, seen = float(norm.ppf(1 - level / 2)), (gained - lost) / problems
 
     def score(difference: float) -> float:
@@ -74,7 +74,7 @@ def critical(counts: NDArray[np.int64], level: float = LEVEL) -> NDArray[np.int6
 
 
 def power(problems: int, lost: float, gained: float, level: float = LEVEL) -> float:
-    """The chance that `mcnemar` gives p < level, for rates `lost` and `gained` a problem."""
+    """Return the chance that `mcnemar` gives p < level, for rates `lost` and `gained` a problem."""
     rate = lost + gained
     if rate <= 0:
         return 0.0
@@ -104,7 +104,8 @@ def needed(difference: float, rate: float, level: float = LEVEL, sure: float = S
 
 
 def sign_flips(differences: Sequence[float], seed: int = 0) -> float:
-    """The two-sided p value of a mean of 0, by flipping signs: exact in the limit, the same for the same seed."""
+    """Return the two-sided p value of a mean of 0, by flipping signs: exact in the limit, the same for the same
+    seed."""
     found = np.asarray(differences, dtype=np.float64)
     found = found[found != 0]
     if not len(found):
@@ -127,7 +128,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def interval_of(
     mine: Sequence[float], theirs: Sequence[float], draws: Bootstrap | None = None, level: float = LEVEL, seed: int = 0
 ) -> Interval:
-    """The 1 - level interval of the mean difference; `draws` resample shares of sampled answers."""
+    """Return the 1 - level interval of the mean difference; `draws` resample shares of sampled answers."""
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
     if not _binary(mine, theirs):
         return (draws or Bootstrap(len(differences), seed)).difference(mine, theirs)
@@ -142,7 +143,7 @@ def _binary(mine: Sequence[float], theirs: Sequence[float]) -> bool:
 def paired(
     mine: Sequence[float], theirs: Sequence[float], draws: Bootstrap | None = None, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Any]:
-    """What the scores of two models on the same problems tell: the entry `certainty` of a report.
+    """Return what the scores of two models on the same problems tell: the entry `certainty` of a report.
 
     `hidden`: points of loss that this number of problems cannot rule out; `needed`: problems that would show a loss of
     one point, at the share of flips seen here. `draws` resample shares of sampled answers.

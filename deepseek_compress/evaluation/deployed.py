@@ -73,7 +73,7 @@ def open_file(target: str) -> Opened:
 
 
 def _verified(path: Path) -> tuple[Any, ...]:
-    """The lineage of an output of ours whose files are what was written; nothing of others' files."""
+    """Return the lineage of an output of ours whose files are what was written; nothing of others' files."""
     folder = path if path.is_dir() else path.parent
     check(folder)
     return tuple((manifest_of(folder) or {}).get("lineage") or ())
@@ -85,7 +85,7 @@ def size_of(target: str) -> int:
 
 
 def fingerprint(target: str) -> dict[str, Any]:
-    """What the answers of a target follow from: the hashes of its files, or the address of a server."""
+    """Return what the answers of a target follow from: the hashes of its files, or the address of a server."""
     if target.startswith(HTTP):
         return {"server": target}
     return {file.name: hash_file(file) for file in _weights(target)}
@@ -100,7 +100,7 @@ def _weights(target: str) -> list[Path]:
 
 
 def _logits(backend: GraphBackend) -> Callable[[Tensor], Tensor]:
-    """A whole text through the graph, a chunk at a time."""
+    """Return a whole text through the graph, a chunk at a time."""
 
     def predict(tokens: Tensor) -> Tensor:
         model, ids = GraphModel(backend.model.runner), tokens.numpy().astype(np.int64)

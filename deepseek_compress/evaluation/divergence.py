@@ -121,7 +121,7 @@ def text_windows(path: Path, tokenizer: Tokenizer, windows: int, length: int) ->
 
 
 def batches(samples: Sequence[Sample], limit: int = BATCH_TOKENS) -> list[list[int]]:
-    """Indices of samples that run together: of similar length, at most `limit` tokens with their padding."""
+    """Return indices of samples that run together: of similar length, at most `limit` tokens with their padding."""
     found: list[list[int]] = []
     for index in sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i)):
         width = len(samples[index].tokens)
@@ -156,7 +156,7 @@ class Trace:
         np.savez(self.folder / f"choices-{number}.npz", **chosen)  # type: ignore[arg-type]
 
     def choices(self, number: int) -> dict[int, Tensor]:
-        """What blocks chose, by their number."""
+        """Return what blocks chose, by their number."""
         with np.load(self.folder / f"choices-{number}.npz") as found:
             return {int(layer): torch.from_numpy(found[layer]).to(self.head.device) for layer in found}
 
@@ -282,12 +282,13 @@ def _batch(samples: Sequence[Sample], chosen: Sequence[int], device: torch.devic
 
 
 def _head_input(model: Model, hidden: Tensor, batch: _Batch) -> Tensor:
-    """What the last block gives (B, T, hidden) -> what enters the head at predicting places (positions, hidden)."""
+    """Return what the last block gives (B, T, hidden) -> what enters the head at predicting places (positions,
+    hidden)."""
     return model.family.final_hidden(model.cfg, model.top, hidden)[:, :-1][batch.predicting]
 
 
 def layered(samples: Sequence[Sample]) -> set[int]:
-    """The samples whose hidden states are compared after every block: about `LAYER_TOKENS` tokens."""
+    """Return the samples whose hidden states are compared after every block: about `LAYER_TOKENS` tokens."""
     found: set[int] = set()
     for chosen in batches(samples):
         found |= set(chosen)
@@ -355,13 +356,13 @@ def _add(sums: list[Number], owners: Sequence[int], values: Sequence[Number]) ->
 
 
 def choices(model: Model, states: Sequence[Tensor], valid: Tensor) -> list[Tensor | None]:
-    """What each block chose for the valid tokens, (tokens, K)."""
+    """Return what each block chose for the valid tokens, (tokens, K)."""
     found = [model.family.choice(model.cfg, layer, state) for layer, state in enumerate(states[1:])]
     return [None if choice is None else choice[valid] for choice in found]
 
 
 def _blocks(model: Model, states: Sequence[Tensor], valid: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """The residual streams after every block, (blocks, tokens, ...)."""
+    """Return the residual streams after every block, (blocks, tokens, ...)."""
     return np.stack([_numpy(model.family.residual(model.cfg, state)[valid]) for state in states[1:]])
 
 

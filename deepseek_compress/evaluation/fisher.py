@@ -30,7 +30,8 @@ from deepseek_compress.workers import Pool
 
 
 def estimate(search: Search, pool: Pool, progress: Progress) -> list[list[float]]:
-    """The loss of each choice at each of its options, nats a position; goes on where an interrupted run stopped."""
+    """Return the loss of each choice at each of its options, nats a position; goes on where an interrupted run
+    stopped."""
     layers = len(search.architecture.blocks)
     run_original(search, pool, progress)
     stream = Stream(search.architecture, "gradient")
@@ -75,7 +76,7 @@ def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int
 
 
 def _top(search: Search, into: Path) -> None:
-    """A task: the gradient of log p(y) by what leaves the last block, y drawn."""
+    """Run a task: the gradient of log p(y) by what leaves the last block, y drawn."""
     architecture, layers = search.architecture, len(search.architecture.blocks)
     head, top = architecture.source.read(architecture.head, device=architecture.device), architecture.top()
     draw = torch.Generator().manual_seed(0)
@@ -89,7 +90,7 @@ def _top(search: Search, into: Path) -> None:
 
 
 def _block(search: Search, task: tuple[int, Path, Path]) -> list[list[float]]:
-    """A task: the losses of a block's groups, and the gradient by its input."""
+    """Return a task: the losses of a block's groups, and the gradient by its input."""
     layer, above, into = task
     here = search.architecture.blocks[layer]
     block = here.resident()

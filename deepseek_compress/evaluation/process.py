@@ -60,7 +60,7 @@ def looped(text: str) -> bool:
 
 
 def summary(found: Sequence[Judged], reference: Sequence[Judged] | None) -> dict[str, Any]:
-    """The entry `process` of a report: shares of the answers unless said otherwise."""
+    """Return the entry `process` of a report: shares of the answers unless said otherwise."""
     verdicts = [one.verdict for one in found]
     wrong, chains = [v for v in verdicts if not v.exact], [v for v in verdicts if v.written_steps]
     thinking = [one.thinking for one in found if one.thinking is not None]

@@ -114,7 +114,7 @@ def prepare(problems: Sequence[Problem], tokenizer: Tokenizer, asking: Asking = 
 
 
 def first(prompts: Prompts, count: int) -> Prompts:
-    """The first `count` problems."""
+    """Return the first `count` problems."""
     found = replace(prompts, problems=prompts.problems[:count], ids=prompts.ids[:count], asked=prompts.asked[:count])
     return replace(found, solutions=prompts.solutions[:count])
 
@@ -144,7 +144,7 @@ def _reference(problem: Problem, opened: bool, after_colon: bool) -> str:
 
 
 def judge(problem: Problem, completion: str, scorer: str = "numbers") -> Verdict:
-    """The verdict of the task that a problem belongs to."""
+    """Return the verdict of the task that a problem belongs to."""
     return files.judge(problem, completion, scorer) if problem.kind == files.KIND else verify(problem, completion)
 
 
@@ -155,7 +155,7 @@ def ask(
     answers: Answers | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Judged]:
-    """The judged answers to every prompt, in their order; `samples` neighbours belong to one problem."""
+    """Return the judged answers to every prompt, in their order; `samples` neighbours belong to one problem."""
     many, sampling = prompts.asking.samples, prompts.asking.sampling
     requests = [
         Request(ids, prompts.asked[index] if prompts.asked else "", prompts.limit, prompts.stop,
@@ -179,13 +179,13 @@ def answer(
     prompts: Prompts,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Verdict]:
-    """The verdict on the model's greedy completion of every prompt, in their order."""
+    """Return the verdict on the model's greedy completion of every prompt, in their order."""
     prompts = replace(prompts, asking=replace(prompts.asking, sampling=Sampling(), samples=1))
     return [one.verdict for one in ask(FromModel(model, tokenizer), tokenizer, prompts, None, progress)]
 
 
 def step_share(verdict: Verdict) -> float:
-    """Valid steps / written steps of one problem, 0 without a chain."""
+    """Return valid steps / written steps of one problem, 0 without a chain."""
     return verdict.valid_steps / verdict.written_steps if verdict.written_steps else 0.0
 
 

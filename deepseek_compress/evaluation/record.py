@@ -84,7 +84,7 @@ def evaluate(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> dict[str, Any]:
-    """The record of `models` (name -> directory, in the order of the pipeline) and of `ablations` beside them.
+    """Return the record of `models` (name -> directory, in the order of the pipeline) and of `ablations` beside them.
 
     `reference` is a name of `models`, or None: then nothing is compared. `work`: a directory from which an interrupted
     streamed evaluation goes on. Raises `Problems` before anything is computed.
@@ -122,7 +122,7 @@ def evaluate(
 def finish(
     run: _Run, rows: Mapping[str, dict[str, Any]], names: Sequence[str], reference: str | None
 ) -> dict[str, Any]:
-    """The record, in the order of the schema."""
+    """Return the record, in the order of the schema."""
     certainty.correct([row["certainty"] for row in rows.values() if row["certainty"]])
     record = {
         "schema": SCHEMA,
@@ -380,7 +380,7 @@ def _speeds(run: _Run, rows: Mapping[str, dict[str, Any]], checkpoints: Mapping[
 
 
 def _empty(name: str, path: str) -> dict[str, Any]:
-    """The keys that every row of a report has."""
+    """Return the keys that every row of a report has."""
     row: dict[str, Any] = {"name": name, "path": path, "bytes": None, "parameters": None, "bits_per_weight": None}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": [], "about": "", "relative": {}}
     unknown = ("families", "error_by_layer", "kv_cache_bytes_per_token", "expert_coverage", "process", "sampled")

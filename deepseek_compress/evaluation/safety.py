@@ -75,7 +75,7 @@ class Check:
         self, answerer: Answerer, likelihood: Likelihood | None, tokenizer: Tokenizer, kept: Path | None,
         is_reference: bool,
     ) -> dict[str, Any]:  # fmt: skip
-        """The entry `safety` of a report's row."""
+        """Return the entry `safety` of a report's row."""
         margins, gaps = ([], []) if likelihood is None else likelihoods(self.pairs, likelihood, tokenizer)
         answers = self._answers(answerer, tokenizer, kept)
         mine = Measured(margins, gaps, answers, self._blocked(answers))
@@ -144,7 +144,7 @@ def likelihoods(
 
 @torch.no_grad()
 def from_logits(predict: Callable[[Tensor], Tensor], samples: Sequence[Sample]) -> list[float]:
-    """The likelihoods of something that gives logits (1, T, vocabulary) of tokens (1, T)."""
+    """Return the likelihoods of something that gives logits (1, T, vocabulary) of tokens (1, T)."""
     found = []
     for tokens, start in samples:
         logits = predict(torch.tensor([tokens]))[0, start - 1 : len(tokens) - 1].double()
@@ -162,7 +162,7 @@ def refuses(answer: str) -> bool:
 def entry(
     pairs: Pairs, mine: Measured, theirs: Measured | None, inputs: Sequence[str] | None, seed: int
 ) -> dict[str, Any]:
-    """The entry `safety`: aspects, refusals, bias, and what the filter blocks."""
+    """Return the entry `safety`: aspects, refusals, bias, and what the filter blocks."""
     blocked = None
     if inputs is not None:
         said = [bool(reason) for reason in mine.blocked]
@@ -246,6 +246,6 @@ def _refusals(pairs: Pairs, mine: Measured, theirs: Measured | None) -> dict[str
 
 
 def _flips(now: Sequence[bool], before: Sequence[bool]) -> Mapping[str, int]:
-    """What was, and is no longer; what is, and was not."""
+    """Return what was, and is no longer; what is, and was not."""
     lost = sum(then and not here for here, then in zip(now, before, strict=True))
     return {"lost": lost, "gained": sum(here and not then for here, then in zip(now, before, strict=True))}

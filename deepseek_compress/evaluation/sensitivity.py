@@ -62,7 +62,7 @@ class Search:
     work: Path
 
     def at(self, layer: int) -> list[int]:
-        """The choices of a block, by their places."""
+        """Return the choices of a block, by their places."""
         return [place for place, choice in enumerate(self.choices) if choice.group.block.layer == layer]
 
     @property
@@ -71,7 +71,8 @@ class Search:
         return {"judging": self.judging, **({"fitting": self.fitting} if self.needs else {})}
 
     def loop(self, text: str, note: str = "block") -> Loop:
-        """The loop over a text ("judging", "fitting", "joint") whose stores, all of them, other processes read."""
+        """Return the loop over a text ("judging", "fitting", "joint") whose stores, all of them, other processes
+        read."""
         tokens = self.texts.get(text, self.judging)
         stream = Stream(self.architecture, text)
         return Loop((stream,), tokens, self.work, text, note, last=True, keep=True, shared=True)
@@ -81,14 +82,15 @@ class Search:
         return Batches(tokens, device=self.architecture.device)
 
     def open(self, text: str, place: int) -> HiddenStore:
-        """The states of a text before block `place`."""
+        """Return the states of a text before block `place`."""
         path = self.work / f"{text}-{place:05d}.f32"
         tokens = self.texts.get(text, self.judging)
         return HiddenStore(path, tokens.numel(), self.architecture.row_shape, existing=True, held=0)
 
 
 def measure(search: Search, pool: Pool, progress: Progress) -> list[list[float]]:
-    """The loss of each choice at each of its options, nats a position; goes on where an interrupted run stopped."""
+    """Return the loss of each choice at each of its options, nats a position; goes on where an interrupted run
+    stopped."""
     layers = len(search.architecture.blocks)
     run_original(search, pool, progress)
     tasks = [layer for layer in range(layers) if kept(_losses_file(search, layer)) is None]
@@ -151,7 +153,7 @@ def run_original(search: Search, pool: Pool, progress: Progress) -> None:
 
 
 def joint(search: Search, chosen: Sequence[int], pool: Pool) -> float:
-    """The loss with every group stored as its option of `chosen` says."""
+    """Return the loss with every group stored as its option of `chosen` says."""
     for left in search.work.glob("joint-*"):  # of an interrupted run, perhaps with another target
         remove(left)
     search.loop("joint").run(_InTasks(pool, _joint, tuple(chosen)))
@@ -173,14 +175,14 @@ class _InTasks:
 
 
 def _original(search: Search, task: tuple[int, str, Path, Path]) -> None:
-    """A task: one block for all windows of a text, from store to store."""
+    """Run a task: one block for all windows of a text, from store to store."""
     layer, text, before, after = task
     block = search.architecture.blocks[layer]
     _advance(search, block, block.resident(), search.texts[text], before, after)
 
 
 def _joint(search: Search, task: tuple[int, Sequence[int], Path, Path]) -> None:
-    """A task: a block with all its groups as they were chosen, from store to store."""
+    """Run a task: a block with all its groups as they were chosen, from store to store."""
     layer, chosen, before, after = task
     block = search.architecture.blocks[layer]
     tensors = block.resident()
@@ -206,7 +208,7 @@ def _joint_loss(search: Search, _: None) -> float:
 
 
 def _losses(search: Search, layer: int) -> list[list[float]]:
-    """A task: the losses of the groups of one block."""
+    """Return a task: the losses of the groups of one block."""
     if not any(search.choices[place].options != (None,) for place in search.at(layer)):
         return [[0.0] * len(search.choices[place].options) for place in search.at(layer)]
     block = search.architecture.blocks[layer]
@@ -245,14 +247,14 @@ class _Last:
 
 
 def _in_memory(search: Search, block: Block, tensors: Tensors, batches: Batches, before: HiddenStore) -> HiddenStore:
-    """What a block gives for the judging windows."""
+    """Return what a block gives for the judging windows."""
     after = HiddenStore(None, search.judging.numel(), search.architecture.row_shape)
     batches.advance(block, ResidentWeights(tensors), before, after)
     return after
 
 
 def statistics_of(search: Search, block: Block, tensors: Tensors) -> dict[str, Statistics]:
-    """What the inputs of the block look like in the original, by `Linear.input`; none where none is needed."""
+    """Return what the inputs of the block look like in the original, by `Linear.input`; none where none is needed."""
     if not search.needs:
         return {}
     wanted = [linear for place in search.at(block.layer) for linear in search.choices[place].group.linears]
@@ -276,7 +278,7 @@ def quantized(
     tensors: Tensors,
     statistics: Mapping[str, Statistics],
 ) -> dict[str, Tensor]:
-    """The weights of a group as they would be loaded, by local name."""
+    """Return the weights of a group as they would be loaded, by local name."""
     own = dict.fromkeys(group.names, quantizer)
     solver = LinearSolver(Selection(frozenset(), None, own=own), None, quantizer, search.min_tokens)
     found: dict[str, Tensor] = {}
@@ -290,7 +292,7 @@ def quantized(
 
 
 def _divergences(search: Search, variants: Sequence[HiddenStore]) -> list[float]:
-    """The mean KL of each variant from the original, from what leaves its last block, batch by batch."""
+    """Return the mean KL of each variant from the original, from what leaves its last block, batch by batch."""
     architecture, batches = search.architecture, search.batches(search.judging)
     weight = architecture.source.read(architecture.head, device=architecture.device)
     sums = [0.0] * len(variants)

@@ -65,7 +65,7 @@ def measure(
     rounds: int = ROUNDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
-    """The entry `speed` of each target's row, all of them in turns."""
+    """Return the entry `speed` of each target's row, all of them in turns."""
     open_: list[Timed] = []
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in targets}
     try:
@@ -116,7 +116,7 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 
 
 def _serve(target: str, prompt: int, new: int) -> None:
-    """The process: open, then one answer a line."""
+    """Run the process: open, then one answer a line."""
     from deepseek_compress.evaluation.efficiency import peak
     from deepseek_compress.generation.speaker import Local
     from deepseek_compress.generation.targets import open_target

@@ -27,7 +27,8 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: float, trials: int) -> Interval:
-    """The 95 % score interval of a share, `successes` of `trials` (Wilson 1927, equation 3 of Brown et al. 2001)."""
+    """Return the 95 % score interval of a share, `successes` of `trials` (Wilson 1927, equation 3 of Brown et al.
+    2001)."""
     if trials <= 0:
         raise DscError("an interval over 0 trials", "evaluate at least one problem")
     share = successes / trials
@@ -53,7 +54,8 @@ class Bootstrap:
         self.counts: NDArray[np.float64] = draws.astype(np.float64)  # (resamples, units)
 
     def ratio(self, values: ArrayLike, weights: ArrayLike | None = None) -> Interval | None:
-        """The interval of `sum(values) / sum(weights)`; `weights` default to ones (a mean). None where undefined."""
+        """Return the interval of `sum(values) / sum(weights)`; `weights` default to ones (a mean). None where
+        undefined."""
         above = self._sums(values)
         below = self._sums(np.ones(self.counts.shape[1]) if weights is None else weights)
         kept = below != 0  # a resample without a single success of the reference has no ratio
@@ -62,12 +64,13 @@ class Bootstrap:
         return _limits(above[kept] / below[kept])
 
     def difference(self, values: ArrayLike, reference: ArrayLike) -> Interval:
-        """The interval of `mean(values) - mean(reference)` over the same units."""
+        """Return the interval of `mean(values) - mean(reference)` over the same units."""
         paired = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
         return _limits(self._sums(paired) / self.counts.shape[1])
 
     def exp_ratio(self, values: ArrayLike, weights: ArrayLike) -> Interval | None:
-        """The interval of `exp(sum(values) / sum(weights))`: perplexity from negative log-likelihoods in nats."""
+        """Return the interval of `exp(sum(values) / sum(weights))`: perplexity from negative log-likelihoods in
+        nats."""
         limits = self.ratio(values, weights)
         return None if limits is None else (safe_exp(limits[0]), safe_exp(limits[1]))
 

@@ -34,7 +34,8 @@ def scores(verdicts: Sequence[Verdict], samples: int = 1) -> dict[str, list[floa
 
 
 def sampled(verdicts: Sequence[Verdict], samples: int) -> dict[str, Any] | None:
-    """The entry `sampled` of a report: exact match of each round of answers, and pass@k; None for one answer each.
+    """Return the entry `sampled` of a report: exact match of each round of answers, and pass@k; None for one answer
+    each.
 
     pass@k = 1 - C(n - c, k) / C(n, k) of n answers with c right, averaged over problems (Chen et al. 2021, arXiv
     2107.03374).
@@ -49,7 +50,7 @@ def sampled(verdicts: Sequence[Verdict], samples: int) -> dict[str, Any] | None:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean, rounded once."""
+    """Return the arithmetic mean, rounded once."""
     return math.fsum(values) / len(values)
 
 
@@ -80,7 +81,7 @@ def against(
 
 
 def families(verdicts: Sequence[Verdict], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The scores of each family; `names[i]` is the family of problem i. The interval is that of exact match."""
+    """Return the scores of each family; `names[i]` is the family of problem i. The interval is that of exact match."""
     found: dict[str, dict[str, Any]] = {}
     for family in dict.fromkeys(names):
         chosen = [verdict for verdict, name in zip(verdicts, names, strict=True) if name == family]
@@ -106,7 +107,8 @@ def fidelity(divergence: Divergence, draws: Bootstrap) -> tuple[dict[str, Any], 
 
 
 def finite(value: Any) -> Any:
-    """The same structure with every number that JSON cannot hold (infinity, NaN) as None, and tuples as lists."""
+    """Return the same structure with every number that JSON cannot hold (infinity, NaN) as None, and tuples as
+    lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -60,7 +60,7 @@ class Task:
     sample_draws: Bootstrap | None
 
     def first(self, count: int, seed: int) -> Task:
-        """The first `count` problems; the tokens that are predicted stay."""
+        """Return the first `count` problems; the tokens that are predicted stay."""
         prompts = None if self.prompts is None else reasoning.first(self.prompts, count)
         return Task(prompts, self.samples, Bootstrap(count, seed), self.sample_draws)
 
@@ -93,7 +93,7 @@ def _asked(name: str, settings: Settings) -> Sequence[Any]:
 
 
 def suite_of(settings: Settings, prompts: Prompts | None) -> dict[str, Any] | None:
-    """The entry `suite` of a report."""
+    """Return the entry `suite` of a report."""
     if prompts is None:
         return None
     names = [problem.family for problem in prompts.problems]
@@ -113,7 +113,7 @@ def suite_of(settings: Settings, prompts: Prompts | None) -> dict[str, Any] | No
 
 
 def text_of(settings: Settings, task: Task, streamed: bool) -> dict[str, Any] | None:
-    """The entry `text` of a report."""
+    """Return the entry `text` of a report."""
     if not task.samples:
         return None
     source = "the reference solutions of the problems" if settings.text is None else settings.text.name

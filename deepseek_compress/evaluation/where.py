@@ -18,7 +18,7 @@ WORST, BEFORE = 5, 12  # positions that are shown, and tokens before each
 
 
 def spread(positions: Positions, samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """The entry `kl` of a report: llama.cpp's percentiles (`--kl-divergence`), shares by entropy, the worst."""
+    """Return the entry `kl` of a report: llama.cpp's percentiles (`--kl-divergence`), shares by entropy, the worst."""
     kl, entropy = np.asarray(positions.kl), np.asarray(positions.entropy)
     total = float(kl.sum()) or 1.0
     bands = []

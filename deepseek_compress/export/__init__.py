@@ -38,6 +38,6 @@ TARGETS: dict[str, Entry] = {
 
 
 def load(name: str) -> type[Target]:
-    """The class of a target; `name` is a key of `TARGETS`."""
+    """Return the class of a target; `name` is a key of `TARGETS`."""
     found: type[Target] = TARGETS[name].load(f"{__name__}.targets")
     return found

@@ -27,7 +27,7 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def kept_as(info: TensorInfo) -> str | None:
-    """The type that keeps the codes of a packed weight; None where there is none."""
+    """Return the type that keeps the codes of a packed weight; None where there is none."""
     columns = info.shape[1]
     bits = stored_bits(info)
     symmetric = "weight_zero_point" not in info.parts
@@ -39,7 +39,7 @@ def kept_as(info: TensorInfo) -> str | None:
 
 
 def kind_of(info: TensorInfo) -> str:
-    """The type of a tensor that is stored as it lies: codes where they fit, else `recoded`; vectors in FP32."""
+    """Return the type of a tensor that is stored as it lies: codes where they fit, else `recoded`; vectors in FP32."""
     if info.encoding == "packed":
         return kept_as(info) or recoded(info.shape[1])
     wide = {torch.float32: "F32", torch.float16: "F16"}
@@ -47,7 +47,7 @@ def kind_of(info: TensorInfo) -> str:
 
 
 def recoded(columns: int) -> str:
-    """The type of values that come from codes without a type of their own."""
+    """Return the type of values that come from codes without a type of their own."""
     return "BF16" if columns % BLOCK else "Q8_0"
 
 

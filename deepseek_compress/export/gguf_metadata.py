@@ -27,7 +27,7 @@ NO_QUERY_LATENT = (26, 27)  # blocks of a deepseek2 file in which llama.cpp does
 
 
 def check_model(cfg: ModelConfig) -> list[DscError]:
-    """What llama.cpp has no form for."""
+    """Return what llama.cpp has no form for."""
     wrong = list(_rope_problems(cfg)) if cfg.mla is None else _latent_problems(cfg, cfg.mla)
     return [DscError(f"{cfg.model_type}: {what} has no form in llama.cpp", ONNX) for what in wrong]
 
@@ -68,7 +68,7 @@ def _published_yarn(rope: Rope) -> bool:
 
 
 def divisors_of(cfg: ModelConfig) -> Array | None:
-    """What llama.cpp divides the angle of each channel pair by, float32 (dim / 2,): llama3's scaling."""
+    """Return what llama.cpp divides the angle of each channel pair by, float32 (dim / 2,): llama3's scaling."""
     if cfg.rope.kind != "llama3":
         return None
     plain = 1.0 / cfg.rope.theta ** (torch.arange(0, cfg.rope.dim, 2, dtype=torch.float32) / cfg.rope.dim)

@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 def parts_of(header: Header, cfg: ModelConfig) -> Iterator[Part]:
-    """The tensors of the file, in the order of the checkpoint's."""
+    """Yield the tensors of the file, in the order of the checkpoint's."""
     import gguf
 
     arch = gguf.MODEL_ARCH[ARCHITECTURES[cfg.model_type].upper()]
@@ -92,7 +92,7 @@ def _left_out(name: str, cfg: ModelConfig) -> bool:
 
 
 def _common(sources: tuple[TensorInfo, ...]) -> str:
-    """The type of tensors that are stacked: theirs, or one that holds the values of all."""
+    """Return the type of tensors that are stacked: theirs, or one that holds the values of all."""
     kinds = {kind_of(info) for info in sources}
     if len(kinds) == 1:
         return kinds.pop()
@@ -110,7 +110,7 @@ def _halves(named: Callable[[str], str], info: TensorInfo, heads: int, mla: Mla)
 
 
 def _rotated(name: str, info: TensorInfo, cfg: ModelConfig) -> Array | None:
-    """The order of the rows of a Llama's q and k: channel i and i + half become neighbours."""
+    """Return the order of the rows of a Llama's q and k: channel i and i + half become neighbours."""
     heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}.get(name.split(".")[-2], 0)
     if cfg.model_type != "llama" or not heads:
         return None
@@ -118,7 +118,7 @@ def _rotated(name: str, info: TensorInfo, cfg: ModelConfig) -> Array | None:
 
 
 def pieces(source: Checkpoint, part: Part) -> Iterator[Array]:
-    """The bytes of a part, source after source: uint8 (rows, bytes of a row), or (bytes,)."""
+    """Yield the bytes of a part, source after source: uint8 (rows, bytes of a row), or (bytes,)."""
     for info in part.sources:
         if part.transposed and part.rows is not None:
             weight = source.read(info.name, torch.float32)[torch.from_numpy(part.rows)]

@@ -137,15 +137,15 @@ class Graph:
     # ---- tensors
 
     def ints(self, *values: int) -> str:
-        """An int64 vector."""
+        """Return an int64 vector."""
         return self.constant(np.array(values, np.int64))
 
     def scalar(self, value: float, dtype: Any = None) -> str:
-        """A scalar in the graph's float type, or in `dtype`."""
+        """Return a scalar in the graph's float type, or in `dtype`."""
         return self.constant(np.array(value, self.numpy if dtype is None else dtype))
 
     def constant(self, value: Array) -> str:
-        """A small tensor without a name of its own; equal ones are shared."""
+        """Return a small tensor without a name of its own; equal ones are shared."""
         digest = hashlib.blake2s(value.tobytes(), digest_size=6).hexdigest()
         name = f"constant/{value.dtype}{list(value.shape)}/{digest}".replace(" ", "")
         if name not in self._initializers:
@@ -153,17 +153,17 @@ class Graph:
         return name
 
     def weight(self, name: str, value: Array) -> str:
-        """A named tensor in the type of `value`."""
+        """Return a named tensor in the type of `value`."""
         elem_type = helper.np_dtype_to_tensor_dtype(value.dtype)
         return self.stream(name, elem_type, value.shape, [np.ascontiguousarray(value).tobytes()])
 
     def weight4(self, name: str, codes: Array, signed: bool) -> str:
-        """A named 4-bit tensor from one value a byte."""
+        """Return a named 4-bit tensor from one value a byte."""
         elem_type = TensorProto.INT4 if signed else TensorProto.UINT4
         return self.stream(name, elem_type, codes.shape, [pack_nibbles(codes)])
 
     def stream(self, name: str, elem_type: int, shape: Sequence[int], parts: Iterable[bytes]) -> str:
-        """A named tensor whose bytes come in parts, written as they come. A name is written once."""
+        """Return a named tensor whose bytes come in parts, written as they come. A name is written once."""
         if name in self._initializers:
             raise ValueError(f"initializer {name} written twice")
         tensor = TensorProto(name=name, data_type=elem_type, dims=list(shape))

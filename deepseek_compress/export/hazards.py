@@ -73,7 +73,7 @@ def _judge(node: onnx.NodeProto, made: dict[str, onnx.NodeProto], types: dict[st
 
 
 def _dequantizers(name: str, made: dict[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The DequantizeLinear nodes that `name` comes from through nodes that only move data."""
+    """Yield the DequantizeLinear nodes that `name` comes from through nodes that only move data."""
     node = made.get(name)
     if node is None:
         return

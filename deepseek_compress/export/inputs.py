@@ -79,7 +79,8 @@ def on_whole_numbers(build: Build, x: str, weight: Weight, product: Callable[[st
 
 
 def qdq_grid(build: Build, weight: Weight, codes: Iterator[Quantized], zero_points: bool) -> InputGrid | None:
-    """The static grid of the input, where Q/DQ around one product says everything. `zero_points`: they are taken.
+    """Return the static grid of the input, where Q/DQ around one product says everything. `zero_points`: they are
+    taken.
 
     `codes` is looked at where there is a grid.
     """

@@ -41,7 +41,7 @@ NBITS_BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """A torch tensor as numpy, BF16 through float32."""
+    """Return a torch tensor as numpy, BF16 through float32."""
     array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
     return array
 
@@ -57,7 +57,7 @@ def is_rounded(build: Build, weight: Weight) -> bool:
 
 
 def read(build: Build, weight: Weight) -> Iterator[Quantized]:
-    """The quantised weight of each expert in turn (one for a plain linear), all on grids of one shape."""
+    """Yield the quantised weight of each expert in turn (one for a plain linear), all on grids of one shape."""
     shape = None
     for name in weight.names:
         found = build.checkpoint.read_quantized(name + ".weight")
@@ -143,7 +143,7 @@ def plain(build: Build, x: str, weight: Weight) -> str:
 
 
 def float_weight(build: Build, weight: Weight, cast: bool = True) -> str:
-    """The weight in the graph's float type: (rows, columns), or (E, columns, rows) of experts.
+    """Return the weight in the graph's float type: (rows, columns), or (E, columns, rows) of experts.
 
     An FP32 graph stores a 16-bit weight of the checkpoint as it is and casts it, which run-times do once, at load
     (not `cast`: the stored tensor).
@@ -161,12 +161,12 @@ def float_weight(build: Build, weight: Weight, cast: bool = True) -> str:
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:
-    """The bytes of a tensor of any type, row by row."""
+    """Return the bytes of a tensor of any type, row by row."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def standard(build: Build, x: str, weight: Weight) -> str:
-    """Standard operators only: DequantizeLinear in blocks, with zero points, then MatMul."""
+    """Use standard operators only: DequantizeLinear in blocks, with zero points, then MatMul."""
     g = build.graph
     if grid := qdq_grid(build, weight, read(build, weight), zero_points=True):
         return qdq_product(build, x, weight, grid, write_codes(build, weight, signed=True))

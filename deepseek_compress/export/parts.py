@@ -40,7 +40,7 @@ class Parts:
         self._outputs = [value.name for value in model.graph.output]
 
     def cut(self, gives: str, reads: str | None) -> onnx.ModelProto:
-        """What leads from `reads` (tokens, hidden) to `gives`, and to the caches on the way."""
+        """Return what leads from `reads` (tokens, hidden) to `gives`, and to the caches on the way."""
         nodes, names = self._closure([gives], reads)
         caches = [name.replace("past.", "present.") for name in sorted(names) if name.startswith("past.")]
         nodes, names = self._closure([gives, *caches], reads)
@@ -58,7 +58,7 @@ class Parts:
         )  # fmt: skip
 
     def open_head(self, reads: str) -> Iterator[Part]:
-        """The part that gives logits, or several that give them for some tokens of the vocabulary each, in order.
+        """Yield the part that gives logits, or several that give them for some tokens of the vocabulary each, in order.
 
         Where codes are made of a 16-bit table at load, onnxruntime holds every step of that for all of the table.
         """
@@ -78,7 +78,7 @@ class Parts:
         return self.memory(LOGITS, reads) if table is None else FOLDED * min(AT_ONCE, int(np.prod(table.dims)))
 
     def _rounded_table(self, reads: str) -> onnx.TensorProto | None:
-        """The table whose codes the head makes at load; None where it makes none."""
+        """Return the table whose codes the head makes at load; None where it makes none."""
         nodes, names = self._closure([LOGITS], reads)
         tensors = (self._tensors[name] for name in names if name in self._tensors)
         tables = [tensor for tensor in tensors if len(tensor.dims) == 2 and tensor.external_data]
@@ -94,7 +94,8 @@ class Parts:
         return 2 * sum(_bytes(tensor) for tensor in tensors) + 8 * largest
 
     def open(self, gives: str, reads: str | None, fold: bool = False) -> Part:
-        """A session of that part. Without `fold`, what depends on no input is computed in each call, not kept."""
+        """Return a session of that part. Without `fold`, what depends on no input is computed in each call, not
+        kept."""
         return Part(self.cut(gives, reads), self.folder, reads, self.numpy, fold)
 
     def _folded(self, nodes: set[int], large: set[str], reads: str | None) -> int:
@@ -164,7 +165,7 @@ class Part:
 
 
 def _rows(part: onnx.ModelProto, table: str, start: int, count: int) -> onnx.ModelProto:
-    """The head for `count` tokens from `start` on: those rows of its table, and their number where it stood."""
+    """Return the head for `count` tokens from `start` on: those rows of its table, and their number where it stood."""
     copy = onnx.ModelProto()
     copy.CopyFrom(part)
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}

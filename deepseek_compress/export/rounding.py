@@ -43,14 +43,14 @@ def rounded_rows(weight: Tensor, size: int) -> Tensor:
 
 
 def in_blocks(model: onnx.ModelProto) -> Mapping[str, Blocks]:
-    """The linears that MatMulNBits computes at level 4, by checkpoint name."""
+    """Return the linears that MatMulNBits computes at level 4, by checkpoint name."""
     nodes = (node for node in model.graph.node if node.op_type == "MatMulNBits")
     knobs = ((node.name.rpartition("/")[0], {a.name: a.i for a in node.attribute}) for node in nodes)
     return {name: Blocks(found["block_size"]) for name, found in knobs if found["accuracy_level"] == 4}
 
 
 def without_rounding(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The copy described above, its weights left outside; None where nothing is rounded."""
+    """Return the copy described above, its weights left outside; None where nothing is rounded."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     moving = {value.name for value in copy.graph.input}  # what depends on an input

@@ -59,7 +59,7 @@ class Target(BaseModel, frozen=True, extra="forbid"):
 
 
 def collected(*checks: Callable[[], None]) -> list[DscError]:
-    """The `DscError` of each check that raises one."""
+    """Return the `DscError` of each check that raises one."""
     found = []
     for check in checks:
         try:
@@ -71,7 +71,7 @@ def collected(*checks: Callable[[], None]) -> list[DscError]:
 
 @contextmanager
 def staged(out: Path, last: str, others: Iterable[str] = ()) -> Iterator[Path]:
-    """A hidden folder of `out`; its files move up at the end, `last` after the others. Left early, none is there.
+    """Give a hidden folder of `out`; its files move up at the end, `last` after the others. Left early, none is there.
 
     A `last` of an earlier run goes first: what does not pass its check must not leave an older file to be loaded.
     Raises Problems, before anything is computed, where it or one of `others` is there and not ours.
@@ -106,7 +106,7 @@ def copy_words(source: Checkpoint, folder: Path) -> None:
 
 
 def sparsity(source: Checkpoint) -> str | None:
-    """What the lineage says about 2:4 zeros. TensorRT-RTX 1.7.1 builds the same engine with and without them."""
+    """Return what the lineage says about 2:4 zeros. TensorRT-RTX 1.7.1 builds the same engine with and without them."""
     steps = (source.manifest or {}).get("lineage") or []
     masks = [step.get("knobs", {}).get("sparsity") for step in steps if step.get("knobs", {}).get("sparsity")]
     return "2:4 zeros in the weights; engines of TensorRT-RTX do not use them" if masks else None

@@ -80,14 +80,15 @@ def build_engine(
 
 
 def check(target: str, compute_capabilities: Sequence[str], **ranges: Sequence[int]) -> tuple[Any, list[str]]:
-    """The builder's module and the capabilities in its spelling. Raises `DscError` for what a build would refuse."""
+    """Return the builder's module and the capabilities in its spelling. Raises `DscError` for what a build would
+    refuse."""
     trt = load_builder(target)
     raise_problems(_range_problems(ranges))
     return trt, _capabilities(trt, target, compute_capabilities)
 
 
 def load_builder(target: str) -> Any:
-    """The module of `target`. Raises `DscError` with the extra to install."""
+    """Return the module of `target`. Raises `DscError` with the extra to install."""
     if target not in MODULES:
         raise DscError(f"unknown builder {target!r}", f"use one of {', '.join(MODULES)}")
     try:
@@ -165,5 +166,5 @@ class _Log:
         self.logger = Logger()
 
     def last(self) -> str:
-        """The last error, on one line."""
+        """Return the last error, on one line."""
         return " ".join(self.messages[-1].split())[:300] if self.messages else "no reason given"

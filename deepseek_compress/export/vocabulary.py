@@ -95,7 +95,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The tokenizer beside a checkpoint whose embedding has `size` rows; rows without a token are unused ones.
+    """Return the tokenizer beside a checkpoint whose embedding has `size` rows; rows without a token are unused ones.
 
     Raises `DscError` for a tokenizer that is neither byte-level BPE nor whole words, or is cut in a way that llama.cpp
     has no known name for.
@@ -149,7 +149,7 @@ def _cut(folder: Path, document: dict[str, Any], known: dict[str, int]) -> str:
 
 
 def _rules(step: dict[str, Any]) -> list[str]:
-    """The rules of a pre-tokenizer in order; mapping bytes to letters is none."""
+    """Return the rules of a pre-tokenizer in order; mapping bytes to letters is none."""
     kind = step.get("type")
     if kind == "Sequence":
         return [rule for inner in step["pretokenizers"] for rule in _rules(inner)]
@@ -163,8 +163,8 @@ def _rules(step: dict[str, Any]) -> list[str]:
 
 
 def _first(tokenizer: Tokenizer, known: dict[str, int]) -> tuple[int | None, bool]:
-    """The token that starts a text, and whether the tokenizer adds it. config.json comes last: R1-Distill-Qwen's names
-    the token that ends one."""
+    """Return the token that starts a text, and whether the tokenizer adds it. config.json comes last:
+    R1-Distill-Qwen's names the token that ends one."""
     special = tokenizer.encode("a", special=True)
     if special[:1] != tokenizer.encode("a")[:1]:
         return special[0], True
@@ -174,7 +174,7 @@ def _first(tokenizer: Tokenizer, known: dict[str, int]) -> tuple[int | None, boo
 
 
 def template_of(tokenizer: Tokenizer) -> str | None:
-    """The chat template, where there is one: a file of its own, or a string in tokenizer_config.json."""
+    """Return the chat template, where there is one: a file of its own, or a string in tokenizer_config.json."""
     file = tokenizer.path / "chat_template.jinja"
     found = (
         file.read_text(encoding="utf-8")

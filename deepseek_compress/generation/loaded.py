@@ -36,7 +36,7 @@ def check_sampling(given: dict[str, Any]) -> None:
 
 
 def choose_sampling(speaker: Speaker, given: dict[str, Any], greedy: bool = False) -> Sampling:
-    """The model's own settings, changed by what was given: a share or count alone means that it samples."""
+    """Return the model's own settings, changed by what was given: a share or count alone means that it samples."""
     check_sampling(given)
     if greedy:
         return Sampling(seed=given.get("seed", 0))

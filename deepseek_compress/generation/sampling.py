@@ -47,7 +47,7 @@ class Sampler:
 
 
 def probabilities(logits: Floats, sampling: Sampling) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """The distribution that is drawn from, (vocabulary,)."""
+    """Return the distribution that is drawn from, (vocabulary,)."""
     scaled = logits.astype(np.float64) / sampling.temperature
     order = np.argsort(-scaled, kind="stable")
     kept = order[: sampling.top_k or None]

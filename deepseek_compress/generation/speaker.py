@@ -63,7 +63,7 @@ class Speaker(ABC):
 
     @abstractmethod
     def reply(self, prompt: Prompt, sampling: Sampling, limit: int) -> tuple[Answer, Iterator[Piece]]:
-        """The answer to be, and its pieces as they come: at most `limit` tokens."""
+        """Return the answer to be, and its pieces as they come: at most `limit` tokens."""
 
 
 class Local(Speaker):
@@ -117,7 +117,7 @@ class Local(Speaker):
 
 
 def published_sampling(tokenizer: Tokenizer) -> Sampling:
-    """What generation_config.json says; greedy where it does not sample."""
+    """Return what generation_config.json says; greedy where it does not sample."""
     found = tokenizer.document("generation_config.json")
     if not found.get("do_sample"):
         return Sampling()

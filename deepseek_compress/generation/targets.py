@@ -64,7 +64,7 @@ def open_target(target: str, threads: int = 0, device: str = "cpu", quick: bool 
 
 
 def written_for(folder: Path) -> str | None:
-    """The target of `dsc export` that wrote a directory; None where none says so."""
+    """Return the target of `dsc export` that wrote a directory; None where none says so."""
     from deepseek_compress.generation.backends.engine import manifest_knobs
 
     knobs = manifest_knobs(folder)

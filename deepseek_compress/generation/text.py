@@ -26,7 +26,7 @@ class Detokenizer:
         self._before = 0  # from where on they are decoded again
 
     def add(self, token: int) -> str:
-        """What the token adds; empty while a character is unfinished."""
+        """Return what the token adds; empty while a character is unfinished."""
         self._ids.append(token)
         text = self._rest()
         if not text or text.endswith(UNFINISHED):
@@ -35,7 +35,7 @@ class Detokenizer:
         return text
 
     def end(self) -> str:
-        """What was held back."""
+        """Return what was held back."""
         text = self._rest() if self._told < len(self._ids) else ""
         self._told = len(self._ids)
         return text
@@ -53,7 +53,7 @@ class Thoughts:
         self._held = ""  # may be the beginning of a tag
 
     def add(self, text: str) -> Iterator[Piece]:
-        """The pieces that are certain by now."""
+        """Yield the pieces that are certain by now."""
         self._held += text
         while True:
             tag = CLOSE if self._inside else OPEN
@@ -68,7 +68,7 @@ class Thoughts:
         yield from _piece(certain, self._inside)
 
     def end(self) -> Iterator[Piece]:
-        """What was held back."""
+        """Yield what was held back."""
         yield from _piece(self._held, self._inside)
         self._held = ""
 

@@ -49,7 +49,8 @@ class InputScheme(NamedTuple):
 
 
 def input_scheme(manifest: Mapping[str, Any] | None) -> InputScheme | None:
-    """The scheme that a manifest's `activations` describes; None stays None. Raises DscError for an unknown one."""
+    """Return the scheme that a manifest's `activations` describes; None stays None. Raises DscError for an unknown
+    one."""
     if manifest is None:
         return None
     knobs = {key: value for key, value in manifest.items() if key not in ("method", "roles", "inputs")}

@@ -26,7 +26,8 @@ _TOP = 127.0
 def attend_int8(
     pairs: Sequence[tuple[Tensor, Tensor]], values: Tensor, scale: float, mask: Tensor | None, rows_at_once: int
 ) -> Tensor:
-    """What `layers.attend` gives, its products rounded; same shapes. Of `mask` it counts what is -inf and what is not.
+    """Return what `layers.attend` gives, its products rounded; same shapes. Of `mask` it counts what is -inf and what
+    is not.
 
     `rows_at_once`: queries of each head whose scores are held together.
     """

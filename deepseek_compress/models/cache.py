@@ -124,7 +124,8 @@ def cache_bytes(cfg: ModelConfig, rounding: KvRounding | None, tokens: int | Non
 
 
 def kv_rounding(manifest: Mapping[str, Any] | None) -> KvRounding | None:
-    """The scheme that a manifest's `kv_cache` describes; None stays None. Raises `DscError` for an unknown one."""
+    """Return the scheme that a manifest's `kv_cache` describes; None stays None. Raises `DscError` for an unknown
+    one."""
     return None if manifest is None else build(KvRounding, manifest, "kv_cache")
 
 
@@ -148,7 +149,7 @@ def cache_problems(cfg: ModelConfig, rounding: KvRounding) -> list[DscError]:
 
 
 def told_cache(cfg: ModelConfig, rounding: KvRounding) -> str:
-    """What the scheme saves and who keeps to it, in one line."""
+    """Return what the scheme saves and who keeps to it, in one line."""
     size = cache_bytes(cfg, rounding)
     assert size is not None
     deltas = _told_kept(rounding)
@@ -169,7 +170,7 @@ def _told_kept(rounding: KvRounding) -> str:
 
 
 def _vectors(cfg: ModelConfig) -> list[tuple[str, int]]:
-    """What a block keeps of a token, and how many channels each has."""
+    """Return what a block keeps of a token, and how many channels each has."""
     if cfg.mla is not None:
         return [("latents", cfg.mla.kv_lora_rank), ("rotated keys", cfg.mla.rope)]
     return [("heads", cfg.head_dim)] * (2 * cfg.num_key_value_heads)

@@ -73,5 +73,5 @@ def spread_entries(entries: Tensor, rate: int, tokens: int) -> Tensor:
 
 
 def gathered_entries(rows: Tensor, rate: int) -> Tensor:
-    """The reverse: (B, T, dim) -> (B, W, dim)."""
+    """Return the reverse: (B, T, dim) -> (B, W, dim)."""
     return rows[:, rate - 1 :: rate]

@@ -273,7 +273,7 @@ class Fields:
         self.config = config
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number; `default` where the key is absent or null, an error where there is none."""
+        """Return a whole number; `default` where the key is absent or null, an error where there is none."""
         value = self.config.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -284,11 +284,11 @@ class Fields:
         return value
 
     def optional(self, name: str) -> int | None:
-        """A whole number or None."""
+        """Return a whole number or None."""
         return None if self.config.get(name) is None else self.whole(name)
 
     def number(self, name: str, default: float) -> float:
-        """A number; `default` where the key is absent or null."""
+        """Return a number; `default` where the key is absent or null."""
         value = self.config.get(name)
         value = default if value is None else value
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e300 < value < 1e300:
@@ -296,7 +296,7 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self.config.get(name)
         if not isinstance(value, bool | None):
             raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be true or false")
@@ -311,7 +311,7 @@ class Fields:
         return str(value)
 
     def wholes(self, name: str, below: int) -> tuple[int, ...]:
-        """A list of different whole numbers in rising order, each less than `below`."""
+        """Return a list of different whole numbers in rising order, each less than `below`."""
         value = self.config.get(name)
         if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
             raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be a list of integers, not negative")
@@ -320,13 +320,13 @@ class Fields:
         return tuple(value)
 
     def eos(self) -> tuple[int, ...]:
-        """The ids that end a text."""
+        """Return the ids that end a text."""
         value = self.config.get("eos_token_id")
         return () if value is None or value == [] else token_ids("config.json: eos_token_id", value)
 
 
 def token_ids(what: str, value: Any) -> tuple[int, ...]:
-    """A token id or a list of them. Raises DscError for anything else."""
+    """Return a token id or a list of them. Raises DscError for anything else."""
     found = value if isinstance(value, list) else [value]
     if not found or not all(type(item) is int and 0 <= item < limits.SIZE for item in found):
         raise DscError(f"{what} is {str(value)[:80]!r}", "it must be a token id, or a list of them")

@@ -53,14 +53,14 @@ def _is_prime(number: int) -> bool:
 
 
 def multipliers(layer: int, tokens: int, count: int) -> tuple[int, ...]:
-    """The odd factors of a layer's hashes, small enough that a product with a folded id stays below 2^63."""
+    """Return the odd factors of a layer's hashes, small enough that a product with a folded id stays below 2^63."""
     if (layer, tokens) in PUBLISHED and count == 4:
         return PUBLISHED[layer, tokens]
     return drawn(layer, tokens, count)
 
 
 def drawn(layer: int, tokens: int, count: int) -> tuple[int, ...]:
-    """The same, from the generator that the published code uses."""
+    """Return the same, from the generator that the published code uses."""
     most = max(1, ((2**63 - 1) // tokens) // 2)
     return tuple(int(n) for n in np.random.default_rng(SEED * layer).integers(0, most, count, dtype=np.int64) * 2 + 1)
 

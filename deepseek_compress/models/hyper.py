@@ -33,7 +33,7 @@ def normed(streams: Tensor, eps: float) -> Tensor:
 
 
 def mixing(hyper: HyperConnections, weights: Weights, name: str, streams: Tensor, norm_eps: float) -> Mixing:
-    """The weights of the connection `name` ("hc_attn", "hc_ffn")."""
+    """Return the weights of the connection `name` ("hc_attn", "hc_ffn")."""
     n = hyper.streams
     x = normed(streams, norm_eps)
     values = functional.linear(x, weights[name + "_fn"].to(x.dtype))
@@ -56,13 +56,13 @@ def collapse(mixed: Mixing, streams: Tensor) -> Tensor:
 
 
 def expand(mixed: Mixing, streams: Tensor, added: Tensor) -> Tensor:
-    """The streams mixed, and `added` (B, T, hidden) spread over them: (B, T, N, hidden)."""
+    """Return the streams mixed, and `added` (B, T, hidden) spread over them: (B, T, N, hidden)."""
     kind = streams.dtype
     return mixed.post.to(kind).unsqueeze(-1) * added.unsqueeze(-2) + mixed.comb.to(kind).mT @ streams
 
 
 def head(hyper: HyperConnections, weights: Weights, streams: Tensor, norm_eps: float) -> Tensor:
-    """The last collapse, before the final norm: (B, T, N, hidden) -> (B, T, hidden)."""
+    """Return the last collapse, before the final norm: (B, T, N, hidden) -> (B, T, hidden)."""
     values = functional.linear(normed(streams, norm_eps), weights["hc_head_fn"].float())
     pre = torch.sigmoid(values * weights["hc_head_scale"].float() + weights["hc_head_base"].float()) + hyper.eps
     return (pre.unsqueeze(-1) * streams).sum(2).to(streams.dtype)

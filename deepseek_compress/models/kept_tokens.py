@@ -44,7 +44,7 @@ class KeptTokens:
         mask: Tensor | None,
         rest: tuple[Pairs, Tensor] | None,
     ) -> Tensor:
-        """What `layers.attend` gives for the new tokens at `positions` (B, T), over what is kept.
+        """Return what `layers.attend` gives for the new tokens at `positions` (B, T), over what is kept.
 
         rest: the keys, with their queries, and the values of tokens that are not kept; None: those are hidden.
         """
@@ -73,7 +73,7 @@ class KeptTokens:
         self.mass = torch.cat((self.mass.to(device), torch.zeros(shape, device=device)), dim=2)
 
     def _pieces(self, start: int) -> Iterator[tuple[int, int]]:
-        """Runs of new tokens (first, after the last) within which nothing is decided in any row."""
+        """Yield runs of new tokens (first, after the last) within which nothing is decided in any row."""
         place = self.positions[:, start:]
         cuts = ((place % EVERY == 0) & (place > 0)).any(0).nonzero()[:, 0].tolist()
         ends = sorted({start, *(start + cut for cut in cuts), self.positions.shape[1]})

@@ -76,14 +76,14 @@ def run_expert(moe: Moe, weights: Weights, expert: int, x: Tensor) -> Tensor:
 
 
 def run_shared(moe: Moe, weights: Weights, x: Tensor) -> Tensor:
-    """The experts that every token goes to, stored as one MLP."""
+    """Return the experts that every token goes to, stored as one MLP."""
     return swiglu(weights, moe.names.shared, x, moe.swiglu_limit, moe.names)
 
 
 def experts_part(
     moe: Moe, weights: Weights, x: Tensor, routing: Routing, experts: Iterable[int] | None = None
 ) -> Tensor:
-    """What `experts` (default: all, in order) add to x (N, hidden) -> (N, hidden)."""
+    """Return what `experts` (default: all, in order) add to x (N, hidden) -> (N, hidden)."""
     places = by_expert(routing, moe.experts)
     shares = routing.shares.flatten()
     out = torch.zeros_like(x)

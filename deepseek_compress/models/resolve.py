@@ -16,7 +16,7 @@ def builtin_models() -> dict[str, Path]:
 
 
 def resolve_model(name: str | Path) -> Path:
-    """The directory that `name` means: `builtin:nano`, or a path. Raises DscError where there is none."""
+    """Return the directory that `name` means: `builtin:nano`, or a path. Raises DscError where there is none."""
     text = str(name)
     if text.startswith(BUILTIN):
         known = builtin_models()

@@ -17,12 +17,12 @@ from deepseek_compress.models.config import Rope
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """The temperature of yarn: 0.1 * mscale * ln(factor) + 1, and 1 without stretching."""
+    """Return the temperature of yarn: 0.1 * mscale * ln(factor) + 1, and 1 without stretching."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def softmax_scale(rope: Rope, head_dim: int) -> float:
-    """What attention scores are multiplied with: head_dim^-1/2, and mscale_all_dim squared where it is set."""
+    """Return what attention scores are multiplied with: head_dim^-1/2, and mscale_all_dim squared where it is set."""
     scale = head_dim**-0.5
     if rope.kind != "default" and rope.mscale_all_dim:
         scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
@@ -54,7 +54,7 @@ def _llama3(rope: Rope, plain: Tensor) -> Tensor:
 
 def _yarn(rope: Rope, plain: Tensor) -> Tensor:
     def turning(rotations: float) -> float:
-        """The channel that rotates `rotations` times over the original length."""
+        """Return the channel that rotates `rotations` times over the original length."""
         length = rope.original_length / (rotations * 2 * math.pi)
         return rope.dim * math.log(length) / (2 * math.log(rope.theta))
 
@@ -85,7 +85,7 @@ def _table(rope: Rope, length: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def places(texts: int, first: int, count: int, device: torch.device) -> Tensor:
-    """The positions `first`, `first` + 1, ... of `count` tokens in each of `texts`, int64 (texts, count)."""
+    """Return the positions `first`, `first` + 1, ... of `count` tokens in each of `texts`, int64 (texts, count)."""
     return known(torch.arange(first, first + count, device=device).expand(texts, -1), first + count - 1)
 
 

@@ -44,7 +44,7 @@ def fp4_e4m3(x: Tensor, block: int = 16) -> Tensor:
 
 
 def power_above(x: Tensor) -> Tensor:
-    """The least power of two that is not below x > 0."""
+    """Return the least power of two that is not below x > 0."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
 

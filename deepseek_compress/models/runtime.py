@@ -83,7 +83,7 @@ class Model:
         return cls(family, architecture.cfg, weights, scheme, kv_cache, tables)
 
     def cache(self, capacity: int | None) -> KvCache:
-        """An empty cache for `capacity` tokens, which stores them as the model's scheme says."""
+        """Return an empty cache for `capacity` tokens, which stores them as the model's scheme says."""
         return KvCache(self.cfg.num_hidden_layers, capacity, self.kv_cache, self.int8)
 
     def forward(
@@ -104,7 +104,7 @@ class Model:
     __call__ = forward
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the last block gives (B, T, *row_shape) -> float32 (B, T, vocab)."""
+        """Return what the last block gives (B, T, *row_shape) -> float32 (B, T, vocab)."""
         return functional.linear(self.family.final_hidden(self.cfg, self.top, hidden), self.head).float()
 
     @property
@@ -116,7 +116,7 @@ class Model:
     def hidden_states(
         self, tokens: Tensor, cache: KvCache | None = None, left_padding: Tensor | None = None
     ) -> list[Tensor]:
-        """The input of each block, and what the last one gives: num_hidden_layers + 1 tensors (B, T, hidden)."""
+        """Return the input of each block, and what the last one gives: num_hidden_layers + 1 tensors (B, T, hidden)."""
         batch, new = tokens.shape
         past = 0 if cache is None else cache.length
         positions = places(batch, past, new, tokens.device)
@@ -193,7 +193,7 @@ class Model:
         choose: Choose,
         ended: Callable[[Sequence[int]], bool],
     ) -> list[list[int]]:
-        """`indices`: what `choose` knows the prompts by."""
+        """Complete one batch; `indices`: what `choose` knows the prompts by."""
         device = self.head.device
         width = max(1, *(len(prompt) for prompt in prompts))
         padding = torch.tensor([width - len(prompt) for prompt in prompts]).to(device)

@@ -54,7 +54,7 @@ def shared_attention(
 def _published(
     cfg: ModelConfig, layer: int, weights: Weights, x: Tensor, q_latent: Tensor, positions: Tensor, state: Carried
 ) -> Carried:
-    """What is carried on, with what this block makes or chooses."""
+    """Return what is carried on, with what this block makes or chooses."""
     kinds, _, how = parts(cfg)
     rate, tokens = kinds.rates[layer], x.shape[1]
     if layer in how.sources:
@@ -115,7 +115,7 @@ def _rounded(how: SharedEntries, rounding: Callable[[Tensor], Tensor], x: Tensor
 
 
 def parts(cfg: ModelConfig) -> tuple[Compressed, Indexer, SharedEntries]:
-    """The attention's settings; ValueError for another family."""
+    """Return the attention's settings; ValueError for another family."""
     if cfg.compressed is None or cfg.indexer is None or cfg.entries is None:
         raise ValueError(f"{cfg.model_type} has no shared entries")
     return cfg.compressed, cfg.indexer, cfg.entries

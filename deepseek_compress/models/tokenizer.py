@@ -40,7 +40,8 @@ class Tokenizer:
             return ids
 
     def encoded(self, text: str, piece: int, special: bool = False) -> Iterator[list[int]]:
-        """The ids of a text of any length, `piece` characters at a time; each piece but the first begins at a space.
+        """Yield the ids of a text of any length, `piece` characters at a time; each piece but the first begins at a
+        space.
 
         `special`: the first has what the tokenizer adds at the ends of a text.
         """
@@ -59,7 +60,7 @@ class Tokenizer:
             return [item.ids for item in self._fast.encode_batch(list(texts), add_special_tokens=special)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         with _library_errors(f"{self.path}: tokenizer"):
             text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special)
             return text
@@ -106,7 +107,7 @@ class Tokenizer:
         )
 
     def chat(self, messages: Sequence[dict[str, str]], answer_next: bool = False) -> str:
-        """The prompt of `messages` ({"role", "content"}) by the checkpoint's own template.
+        """Return the prompt of `messages` ({"role", "content"}) by the checkpoint's own template.
 
         `answer_next` ends it where the model's answer begins. Without a template: the contents, one a line. Raises
         DscError for messages that the template refuses.
@@ -133,7 +134,8 @@ class Tokenizer:
             return PreTrainedTokenizerFast.from_pretrained(str(self.path))
 
     def document(self, name: str) -> dict[str, Any]:
-        """A JSON file beside the tokenizer; nothing in it where there is none. Raises DscError for what is no JSON."""
+        """Return a JSON file beside the tokenizer; nothing in it where there is none. Raises DscError for what is no
+        JSON."""
         file = self.path / name
         return read_json(file) if file.is_file() else {}
 
@@ -151,5 +153,5 @@ def _library_errors(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer beside the checkpoint at `path`. Raises DscError where there is none."""
+    """Return the tokenizer beside the checkpoint at `path`. Raises DscError where there is none."""
     return Tokenizer(Path(path))

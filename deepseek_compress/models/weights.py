@@ -21,7 +21,7 @@ class Weights(Protocol):
     """The tensors of one block."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor by its name within the block, "input_layernorm.weight"."""
+        """Return a tensor by its name within the block, "input_layernorm.weight"."""
         ...
 
     def __contains__(self, name: str) -> bool:
@@ -33,7 +33,7 @@ class Weights(Protocol):
         ...
 
     def rows(self, name: str, places: Tensor) -> Tensor:
-        """The rows `places`, int64 (n,), of a tensor that may be too large for memory: (n, columns)."""
+        """Return the rows `places`, int64 (n,), of a tensor that may be too large for memory: (n, columns)."""
         ...
 
 
@@ -63,7 +63,7 @@ class ResidentWeights:
         return functional.linear(x, self.tensors[key + ".weight"], self.tensors.get(key + ".bias"))
 
     def rows(self, name: str, places: Tensor) -> Tensor:
-        """The rows `places` (n,) of a tensor: (n, columns)."""
+        """Return the rows `places` (n,) of a tensor: (n, columns)."""
         table = self.tables.get(self.prefix + name)
         return self.tensors[self.prefix + name][places] if table is None else table(places)
 
@@ -95,7 +95,7 @@ class StreamedWeights:
         return functional.linear(x, self[name + ".weight"], bias)
 
     def rows(self, name: str, places: Tensor) -> Tensor:
-        """The rows `places` (n,) of a tensor: (n, columns)."""
+        """Return the rows `places` (n,) of a tensor: (n, columns)."""
         return self.checkpoint.read_rows(self.prefix + name, places, self.dtype, self.device)
 
 
@@ -118,7 +118,7 @@ class ObservingWeights:
         return self.inner.linear(name, x)
 
     def rows(self, name: str, places: Tensor) -> Tensor:
-        """The rows `places` (n,) of a tensor: (n, columns)."""
+        """Return the rows `places` (n,) of a tensor: (n, columns)."""
         return self.inner.rows(name, places)
 
 
@@ -141,5 +141,5 @@ class QuantizedInputs:
         return self.inner.linear(name, x if rounding is None else rounding(x))
 
     def rows(self, name: str, places: Tensor) -> Tensor:
-        """The rows `places` (n,) of a tensor: (n, columns)."""
+        """Return the rows `places` (n,) of a tensor: (n, columns)."""
         return self.inner.rows(name, places)

@@ -49,7 +49,7 @@ class InputGrid:
 
     @classmethod
     def over(cls, low: float, high: float, num_bits: int, symmetric: bool) -> InputGrid:
-        """That reaches from `low` to `high`, and to 0."""
+        """Return that reaches from `low` to `high`, and to 0."""
         low, high, top = min(low, 0.0), max(high, 0.0), 1 << (num_bits - 1)
         scale = max(-low, high) / (top - 1) if symmetric else (high - low) / (2 * top - 1)
         scale = float(torch.tensor(scale if scale > SMALLEST else 1.0).bfloat16())

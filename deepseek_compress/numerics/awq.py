@@ -62,7 +62,7 @@ def _output_error(group: Tensor, grids: grid.Grid, own: Tensor) -> Tensor:
 
 
 def migration(weights: list[Tensor], statistics: Statistics, quantizer: WeightQuantizer, steps: int = 20) -> Tensor:
-    """The channel scales (columns,) with which `weights * scales`, rounded, lose least (AWQ equation 4 and 5).
+    """Return the channel scales (columns,) with which `weights * scales`, rounded, lose least (AWQ equation 4 and 5).
 
     `weights` are all linears with this input, each (rows, columns); `scales = mean|x|^alpha`, alpha searched in
     `steps` from 0 (no migration). The operation before them must be divided by the result.

@@ -70,7 +70,7 @@ def missing(weight: Tensor, statistics: Statistics) -> Tensor:
 
 
 def corrected(weight: Tensor, statistics: Statistics, factor: Factor, strength: float) -> Tensor:
-    """The weight (rows, columns) whose outputs on the compressed model's inputs come closest to the original's.
+    """Return the weight (rows, columns) whose outputs on the compressed model's inputs come closest to the original's.
 
     `factor` is that of the Hessian. Zeros of a 2:4 weight stay zeros (the rest does not make up for it).
     """

@@ -57,7 +57,7 @@ def columns_first(weight: Tensor, group_size: int) -> Tensor:
 
 
 def fit(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> Grid:
-    """The grid that spans low .. high (each (..., rows)), widened to include 0.
+    """Return the grid that spans low .. high (each (..., rows)), widened to include 0.
 
     Asymmetric: `scale = (high - low) / top`, `zero_point = round(-low / scale)`. Symmetric: the zero point is the
     middle code and the scale covers the longer side. The scale is rounded to its stored type first; that of a group
@@ -67,7 +67,7 @@ def fit(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> Grid:
 
 
 def minmax(groups: Tensor, num_bits: int, symmetric: bool) -> Grid:
-    """The grid from the smallest to the largest weight of each group (..., group_size, rows)."""
+    """Return the grid from the smallest to the largest weight of each group (..., group_size, rows)."""
     return fit(groups.amin(-2), groups.amax(-2), num_bits, symmetric)
 
 
@@ -79,7 +79,7 @@ def search(
     steps: int = 12,
     least: float = 0.6,
 ) -> Grid:
-    """The grid with the least (weighted) squared error among `steps` ranges shrunk evenly down to `least`.
+    """Return the grid with the least (weighted) squared error among `steps` ranges shrunk evenly down to `least`.
 
     `groups` (..., group_size, rows), `importance` (..., group_size, 1) or None. Each winner is then refitted once:
     with its codes held, the least-squares scale, kept where it is better. Never worse than `minmax`.
@@ -94,7 +94,7 @@ def search(
 
 @functools.cache
 def _shrink(steps: int, least: float, device: torch.device) -> Tensor:
-    """The ranges that are tried; kept, since a copy to a GPU is waited for."""
+    """Return the ranges that are tried; kept, since a copy to a GPU is waited for."""
     return torch.tensor([1 - (1 - least) * step / max(1, steps - 1) for step in range(steps)]).to(device)
 
 

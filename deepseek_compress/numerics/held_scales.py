@@ -37,7 +37,7 @@ class HeldScales(Migration, frozen=True):
     symmetric: bool = False
 
     def kept(self, weight: Tensor) -> Tensor:
-        """The largest value of each column, then some rows: (1 + ROWS, columns)."""
+        """Return the largest value of each column, then some rows: (1 + ROWS, columns)."""
         places = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
         return torch.cat((weight.abs().amax(0, keepdim=True), weight[places]))
 

@@ -79,7 +79,7 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
 
 
 def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object, ...] = ()) -> Factor:
-    """The triangular factor of the damped `hessian` (columns, columns) with its columns in `order` (columns,).
+    """Return the triangular factor of the damped `hessian` (columns, columns) with its columns in `order` (columns,).
 
     The damping grows tenfold until the factor exists: few tokens, or a type too short, make H indefinite. Raises
     `Unsolvable` where it never does. Three matrices of the size of `hessian` are held at the peak, it and the factor
@@ -101,7 +101,7 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, key: tuple[object,
 
 
 def factor_of(matrix: Tensor, order: Tensor, key: tuple[object, ...]) -> Factor:
-    """The factor from R^T on and above the diagonal of `matrix` (columns, columns), which is read backwards."""
+    """Return the factor from R^T on and above the diagonal of `matrix` (columns, columns), which is read backwards."""
     columns = len(matrix)
     diagonal = matrix.diagonal().flip(0)
     feedback = torch.empty_like(matrix)

@@ -51,7 +51,7 @@ class Hqq(WeightQuantizer, frozen=True):
         return scale, zero
 
     def _fit(self, target: Tensor, codes: Tensor, now: grid.Grid) -> grid.Grid:
-        """The grid whose values at `codes` (relative to the zero point) come closest to `target`."""
+        """Return the grid whose values at `codes` (relative to the zero point) come closest to `target`."""
         moved = now.zero_point
         if not self.symmetric:
             moved = (now.zero_point + (codes - target / now.scale).mean(0)).round_().clamp_(0, now.top)

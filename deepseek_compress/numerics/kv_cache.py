@@ -94,7 +94,7 @@ class KvRounding(BaseModel, frozen=True, extra="forbid"):
         return (groups / scale).round_().clamp_(-zero, found.top - zero).mul_(scale).view(x.shape).to(x.dtype)
 
     def keys(self, x: Tensor, positions: Tensor, before: Tensor | None) -> Tensor:
-        """The same of rotated keys `x` (B, heads, T, channels) at `positions` (B, T) of their texts.
+        """Return the same of rotated keys `x` (B, heads, T, channels) at `positions` (B, T) of their texts.
 
         `before` (B, heads, channels): the key before the first one as it is stored; None where there is none.
         """
@@ -118,7 +118,8 @@ class KvRounding(BaseModel, frozen=True, extra="forbid"):
         return (channels * self.num_bits + groups * (SCALE_BITS + self.num_bits)) / 8
 
     def mean_bytes(self, channels: int, tokens: int) -> float:
-        """The same, the mean over all tokens of a text of `tokens`, where most are held between two decisions."""
+        """Return the same, the mean over all tokens of a text of `tokens`, where most are held between two
+        decisions."""
         kept = tokens if self.window is None else min(tokens, self.sinks + self.important + self.window + EVERY - 1)
         others = self.coarse.bytes(channels) if self.rest else 0.0
         return (kept * self.bytes(channels) + (tokens - kept) * others) / tokens

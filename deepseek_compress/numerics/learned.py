@@ -56,7 +56,8 @@ class Learned(WeightQuantizer, frozen=True):
         return grid.quantized(kept, best, self.num_bits, self.symmetric)
 
     def _values(self, groups: Tensor, offset: Tensor, shrink: Tensor) -> tuple[Tensor, grid.Grid]:
-        """The rounded groups and their grid, differentiable by `offset` and `shrink` (2, groups, rows: low, high)."""
+        """Return the rounded groups and their grid, differentiable by `offset` and `shrink` (2, groups, rows: low,
+        high)."""
         low, high = groups.amin(-2).clamp(max=0) * shrink[0], groups.amax(-2).clamp(min=0) * shrink[1]
         stored = grid.fit(low.detach(), high.detach(), self.num_bits, self.symmetric)
         top, middle = stored.top, (stored.top + 1) // 2

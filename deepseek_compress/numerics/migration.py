@@ -38,7 +38,7 @@ class Migration(BaseModel, frozen=True, extra="forbid"):
     samples: int | None = Field(None, ge=1)  # of the calibration text that are looked at, the first ones; null: all
 
     def kept(self, weight: Tensor) -> Tensor:
-        """What `scales` has to know of a weight (rows, columns) that reads the channels: (some, columns)."""
+        """Return what `scales` has to know of a weight (rows, columns) that reads the channels: (some, columns)."""
         return weight
 
     def scales(self, weights: Sequence[Tensor], statistics: Statistics) -> Tensor:
@@ -47,7 +47,7 @@ class Migration(BaseModel, frozen=True, extra="forbid"):
 
 
 def power_of_two(scales: Tensor) -> Tensor:
-    """The nearest powers of two."""
+    """Return the nearest powers of two."""
     return torch.exp2(scales.log2().round())
 
 
@@ -60,7 +60,7 @@ class SmoothQuant(Migration, frozen=True):
     alpha: float = Field(0.5, ge=0, le=1)  # share of the difficulty that goes to the weights
 
     def kept(self, weight: Tensor) -> Tensor:
-        """The largest value of each column, (1, columns)."""
+        """Return the largest value of each column, (1, columns)."""
         return weight.abs().amax(0, keepdim=True)
 
     def scales(self, weights: Sequence[Tensor], statistics: Statistics) -> Tensor:

@@ -9,7 +9,7 @@ from deepseek_compress.errors import DscError
 
 
 def keep_two(score: Tensor) -> Tensor:
-    """True for the two largest of four: (..., 4, rows) -> bool (..., 4, rows). Ties go to the earlier column."""
+    """Return true for the two largest of four: (..., 4, rows) -> bool (..., 4, rows). Ties go to the earlier column."""
     kept = []
     for i in range(4):
         beaten = torch.zeros_like(score[..., 0, :], dtype=torch.int8)

@@ -50,7 +50,7 @@ class Seen(NamedTuple):
         return max(-low, high) / ((1 << (num_bits - 1)) - 1) if symmetric else (high - low) / ((1 << num_bits) - 1)
 
     def clipped(self, threshold: float, symmetric: bool) -> tuple[float, float]:
-        """The ends of that grid; 0 lies between them."""
+        """Return the ends of that grid; 0 lies between them."""
         if symmetric:
             return -threshold, threshold
         return max(min(self.low, 0.0), -threshold), min(max(self.high, 0.0), threshold)
@@ -97,7 +97,7 @@ class Observer:
             self._exponent += 1
 
     def seen(self) -> Seen:
-        """The sums so far."""
+        """Return the sums so far."""
         counts = None if self._counts is None else self._counts.cpu()
         return Seen(self._low, self._high, counts, 2.0**self._exponent)
 
@@ -109,11 +109,11 @@ class Estimator(BaseModel, frozen=True, extra="forbid"):
     paper: ClassVar[str] = ""
 
     def observer(self) -> Observer:
-        """A fresh one for one input."""
+        """Return a fresh one for one input."""
         return Observer(self.counting)
 
     def threshold(self, seen: Seen, num_bits: int, symmetric: bool) -> float:
-        """The magnitude beyond which values are clipped."""
+        """Return the magnitude beyond which values are clipped."""
         raise NotImplementedError
 
 
@@ -123,7 +123,7 @@ class MinMax(Estimator, frozen=True):
     paper: ClassVar[str] = "Krishnamoorthi 2018, Quantizing deep networks (section 3.1), arXiv 1806.08342"
 
     def threshold(self, seen: Seen, num_bits: int, symmetric: bool) -> float:
-        """The largest magnitude."""
+        """Return the largest magnitude."""
         return seen.largest
 
 
@@ -134,7 +134,7 @@ class MovingAverage(MinMax, frozen=True):
     averaging_constant: float = Field(0.1, gt=0, le=1)  # weight of a new batch
 
     def observer(self) -> Observer:
-        """A fresh one for one input."""
+        """Return a fresh one for one input."""
         return Observer(False, self.averaging_constant)
 
 
@@ -146,7 +146,7 @@ class Percentile(Estimator, frozen=True):
     percentile: float = Field(99.99, gt=0, le=100)
 
     def threshold(self, seen: Seen, num_bits: int, symmetric: bool) -> float:
-        """The upper edge of the bin in which the share is reached."""
+        """Return the upper edge of the bin in which the share is reached."""
         assert seen.counts is not None
         below = seen.counts.cumsum(0).double()
         place = int(torch.searchsorted(below, float(below[-1]) * self.percentile / 100))
@@ -160,7 +160,7 @@ class MeanSquare(Estimator, frozen=True):
     paper: ClassVar[str] = "Sung et al. 2015, Resiliency of deep networks under quantization, arXiv 1511.06488"
 
     def threshold(self, seen: Seen, num_bits: int, symmetric: bool) -> float:
-        """The best of the thresholds that are tried."""
+        """Return the best of the thresholds that are tried."""
         return _best(seen, lambda t: squared_error(seen, t, seen.step(t, num_bits, symmetric)))
 
 
@@ -171,7 +171,7 @@ class Entropy(Estimator, frozen=True):
     paper: ClassVar[str] = "Migacz 2017, 8-bit inference with TensorRT (GTC S7310); Wu et al. 2020, arXiv 2004.09602"
 
     def threshold(self, seen: Seen, num_bits: int, symmetric: bool) -> float:
-        """The best of the thresholds that have a bin for each level."""
+        """Return the best of the thresholds that have a bin for each level."""
 
         def loss(threshold: float) -> float:
             levels, bins = round(threshold / seen.step(threshold, num_bits, symmetric)), _bins(seen, threshold)
@@ -181,7 +181,7 @@ class Entropy(Estimator, frozen=True):
 
 
 def _best(seen: Seen, loss: Callable[[float], float]) -> float:
-    """The threshold of the least loss among seen.largest * 2^(-i / _STEPS); of equal ones the largest."""
+    """Return the threshold of the least loss among seen.largest * 2^(-i / _STEPS); of equal ones the largest."""
     tried = [seen.largest * 2 ** (-i / _STEPS) for i in range(_STEPS * _HALVINGS + 1)]
     return min(tried, key=loss) if seen.largest > 0 else 0.0
 

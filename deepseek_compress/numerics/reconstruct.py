@@ -49,7 +49,7 @@ class Reconstruct(SparseGpt, frozen=True):
         return descend(target.t().contiguous(), start.t().contiguous(), hessian, self.sweeps).t().contiguous()
 
     def _target(self, weight: Tensor, statistics: Statistics) -> Tensor:
-        """The dense weight (rows, columns) whose outputs come closest to the original model's."""
+        """Return the dense weight (rows, columns) whose outputs come closest to the original model's."""
         if statistics.cross_covariance is None or statistics.hessian is None:
             return weight
         damping, strength = self.damping, self.strength

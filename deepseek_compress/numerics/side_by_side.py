@@ -72,7 +72,7 @@ def _cholesky(matrices: Tensor) -> Tensor:
 
 
 def quantize(quantizer: Gptq, weights: Sequence[Tensor], prepared: Sequence[Statistics]) -> list[Quantized]:
-    """What `quantizer` makes of each float32 (rows, columns) with its own input's factor."""
+    """Return what `quantizer` makes of each float32 (rows, columns) with its own input's factor."""
     factors = [its.factor for its in prepared if its.factor is not None]
     size = grid.fit_group_size(weights[0].shape[1], quantizer.group_size)
     target = torch.stack([w.t().contiguous()[f.order] for w, f in zip(weights, factors, strict=True)])

@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
         return self.codes.shape[1] // self.scale.shape[1]
 
     def to(self, device: torch.device | str) -> Quantized:
-        """The same on another device."""
+        """Return the same on another device."""
         parts = (self.codes.to(device), self.scale.to(device), self.zero_point.to(device))
         return Quantized(*parts, self.num_bits, self.symmetric)
 
@@ -76,7 +76,7 @@ class WeightQuantizer(BaseModel, frozen=True, extra="forbid"):
     symmetric: bool = False
 
     def prepare(self, statistics: Statistics) -> Statistics:
-        """The part of the work that linears with one input share: solve each of them with what this returns."""
+        """Return the part of the work that linears with one input share: solve each of them with what this returns."""
         return statistics
 
     def decided(self, weight: Tensor, statistics: Statistics) -> WeightQuantizer:
@@ -96,7 +96,7 @@ class Sparsifier(BaseModel, frozen=True, extra="forbid"):
     pattern: str = Field("2:4", pattern="^2:4$")
 
     def prepare(self, statistics: Statistics) -> Statistics:
-        """The part of the work that linears with one input share."""
+        """Return the part of the work that linears with one input share."""
         return statistics
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:

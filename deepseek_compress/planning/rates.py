@@ -30,7 +30,7 @@ _FILE = 256 << 20  # bytes that the disk is measured with
 
 
 def rates(measure: bool = False, device: str = CPU) -> Rates | None:
-    """This machine's with what `device` computes; None before the first `measure`, which takes 10 s.
+    """Return this machine's with what `device` computes; None before the first `measure`, which takes 10 s.
 
     They are kept in the user's cache directory for this processor, number of cores and threads, and kind of GPU.
     """
@@ -121,7 +121,7 @@ def _files(device: str) -> tuple[float, float, float]:
 
 
 def _pack(source: Path, target: Path, like: torch.Tensor, device: str) -> None:
-    """What a data-free task does with a file: read, pack, write, read back, and hash both."""
+    """Do what a data-free task does with a file: read, pack, write, read back, and hash both."""
     shard = ShardFile(target)
     buffer = torch.empty_like(like)
     with open(source, "rb", buffering=0) as file:

@@ -85,7 +85,7 @@ class Changes:
 
 
 def read_recipe(path: Path, changes: Changes = Changes()) -> Recipe:
-    """The recipe at `path`, changed and validated. Raises `DscError`."""
+    """Return the recipe at `path`, changed and validated. Raises `DscError`."""
     try:
         text = yaml_text.read(path)
     except OSError as error:
@@ -184,7 +184,7 @@ def _steps(top: _Top, document: Document) -> list[Step]:
 
 @contextmanager
 def _collect(problems: list[DscError], document: Document, place: Sequence[str | int]) -> Iterator[None]:
-    """A `DscError` inside joins `problems`, with the line of `place` unless it has its own."""
+    """Give a `DscError` inside joins `problems`, with the line of `place` unless it has its own."""
     try:
         yield
     except Problems as error:
@@ -279,7 +279,7 @@ def _setting(document: Document, setting: str) -> tuple[tuple[str, ...], Any]:
 
 
 def _place(document: Document, parts: list[str]) -> tuple[str, ...]:
-    """The path in the document that `a.b.c` means.
+    """Return the path in the document that `a.b.c` means.
 
     The first part is a top-level key, or the name or kind of a stage (its knobs follow); with a single stage the
     knobs may stand alone: `compress.weights.gptq.group_size`, `weights.gptq.group_size`.

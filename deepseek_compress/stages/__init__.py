@@ -28,6 +28,6 @@ STAGES: dict[str, Entry] = {
 
 
 def load(kind: str) -> type[Stage]:
-    """The class of a stage; `kind` is a key of `STAGES`."""
+    """Return the class of a stage; `kind` is a key of `STAGES`."""
     stage: type[Stage] = STAGES[kind].load(__name__)
     return stage

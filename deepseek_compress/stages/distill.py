@@ -120,7 +120,7 @@ class Distill(Stage, frozen=True):
         return losses_of(self.loss)
 
     def problems(self, header: Header) -> list[DscError]:
-        """A missing, unknown or misshaped tensor; sizes that do not fit, or those of packed weights, which stay."""
+        """Return a missing, unknown or misshaped tensor; sizes that do not fit; those of packed weights."""
         architecture = Architecture.of(header)
         found = architecture.problems()
         if found:
@@ -146,7 +146,7 @@ class Distill(Stage, frozen=True):
         return found
 
     def reads(self) -> Sequence[str]:
-        """The teacher, and traces."""
+        """Return the teacher, and traces."""
         return tuple(name for name in (self.teacher, self.text) if name is not None)
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
@@ -214,7 +214,7 @@ class Distill(Stage, frozen=True):
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
     def _begin(self, source: Checkpoint, context: Context) -> tuple[_Lesson, Student]:
-        """The teacher with its text, and the student it begins with."""
+        """Return the teacher with its text, and the student it begins with."""
         path = self._teacher_path(context)
         words = Path(self.cache) if self.cache else path if path is not None and is_cache(path) else None
         if words is not None:
@@ -237,7 +237,7 @@ class Distill(Stage, frozen=True):
         return _Lesson(live, documents, min(sizes), provenance.fingerprint(opened), teacher), student
 
     def _from_cache(self, source: Checkpoint, words: Path, context: Context) -> tuple[_Lesson, Student]:
-        """A teacher that is not there; its text is the one that was recorded."""
+        """Return a teacher that is not there; its text is the one that was recorded."""
         teacher = CachedTeacher(words, context.device)
         if teacher.temperature != self.temperature:
             what = f"recorded at temperature {teacher.temperature:g}, distill.temperature is {self.temperature:g}"
@@ -252,7 +252,7 @@ class Distill(Stage, frozen=True):
         return _Lesson(teacher, documents, teacher.vocabulary, provenance.digest(teacher.index), None), student
 
     def _record(self, source: Checkpoint, teacher: Checkpoint, words: Path, context: Context) -> None:
-        """The teacher's words into `words`, after those that are there."""
+        """Write the teacher's words into `words`, after those that are there."""
         tokenizer = load_tokenizer(teacher.path)
         documents = self._documents(source, Architecture.of(teacher).cfg, context)
         known = (documents, self.kept, self.temperature, words, context.seed, context.progress, context.device)
@@ -272,7 +272,7 @@ class Distill(Stage, frozen=True):
         return documents
 
     def _sources(self, context: Context) -> Sequence[Source]:
-        """The text that is trained on."""
+        """Return the text that is trained on."""
         if self.text is None:
             return context.text.sources
         file = context.outputs.get(self.text, Path()) / TRACES
@@ -283,7 +283,7 @@ class Distill(Stage, frozen=True):
     def _cut(
         self, loaded: Model, source: Checkpoint, documents: list[Document], context: Context, shared: bool = False
     ) -> Student:
-        """The source, cut to size, with tensors of its own."""
+        """Return the source, cut to size, with tensors of its own."""
         student = cut(loaded, source.config, self.size, documents, shared)
         context.tell_all(report.kept(student, self.size))
         return student
@@ -306,7 +306,7 @@ class Distill(Stage, frozen=True):
         scheme: InputScheme | None,
         seed: int,
     ) -> Trainer:
-        """A training of one step; `_steps` says how many there are."""
+        """Return a training of one step; `_steps` says how many there are."""
         count = len(lesson.documents)
         lengths = [len(document.ids) for document in lesson.documents]
         few = sum(total <= HELD_BACK * self.batch_tokens for total in itertools.accumulate(reversed(lengths)))

@@ -74,7 +74,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         return self
 
     def problems(self, header: Header) -> list[DscError]:
-        """A file of questions or a deployed file that is not there."""
+        """Return a file of questions or a deployed file that is not there."""
         found = [
             DscError(f"{name}: no such file", "give a .jsonl or .parquet file of questions and answers, or builtin")
             for name in self._suites
@@ -133,7 +133,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
 
     @contextmanager
     def _check(self, context: Context) -> Iterator[Any]:
-        """What is asked of safety; the filter's process ends with it."""
+        """Give what is asked of safety; the filter's process ends with it."""
         from deepseek_compress.evaluation import filters, safety
         from deepseek_compress.tasks.pairs import read_pairs
 
@@ -204,7 +204,7 @@ def _code(function: str | None) -> str | None:
 
 
 def title(recipe: str, models: Sequence[str], reference: str | None) -> str:
-    """The name that the recipe gives itself, else what is compared with what."""
+    """Return the name that the recipe gives itself, else what is compared with what."""
     named = re.search(r"^name: *([\w.-]+) *$", recipe, re.MULTILINE)
     if named:
         return named[1]
@@ -229,7 +229,7 @@ def artifacts(outputs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def _note(facts: Mapping[str, Any]) -> str:
-    """What was verified about the file, in words."""
+    """Return what was verified about the file, in words."""
     parts = []
     found = facts.get("verification")
     if found:
@@ -256,7 +256,7 @@ def _unique(outputs: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """What the stage that wrote the artifact recorded: its manifest, then the facts of its run."""
+    """Return what the stage that wrote the artifact recorded: its manifest, then the facts of its run."""
     found: dict[str, Any] = {}
     for name in (MANIFEST, RUN):
         file = folder / name

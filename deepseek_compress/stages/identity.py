@@ -28,7 +28,7 @@ def code_hash(**code: str | None) -> dict[str, Any]:
 
 
 def lasting(document: Mapping[str, Any], steps: Sequence[Any]) -> dict[str, Any]:
-    """A recipe's document without the knobs that change no bytes, so that they may change in one directory."""
+    """Return a recipe's document without the knobs that change no bytes, so that they may change in one directory."""
     items = []
     for item, step in zip(document["stages"], steps, strict=False):
         kept = {key: value for key, value in step.knobs.items() if key not in step.stage.same_bytes}

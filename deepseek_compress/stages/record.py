@@ -33,7 +33,7 @@ class Record(Stage, frozen=True):
     server_model: str | None = None  # None: the first that the server names
 
     def problems(self, header: Header) -> list[DscError]:
-        """A missing, unknown or misshaped tensor; what a server cannot say."""
+        """Return a missing, unknown or misshaped tensor; what a server cannot say."""
         found = Architecture.of(header).problems() if self.server is None else []
         if self.server is not None and self.temperature != 1:
             found.append(DscError("record.temperature: servers give temperature 1", "leave it out"))
@@ -42,7 +42,7 @@ class Record(Stage, frozen=True):
         return found
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """The teacher in float32; what is kept of each token, where the recipe says how many."""
+        """Return the teacher in float32; what is kept of each token, where the recipe says how many."""
         sizes = [info.elements for info in header.tensors.values()]
         cfg = Architecture.of(header).cfg
         tokens = self.tokens or (self.documents or 0) * self.length

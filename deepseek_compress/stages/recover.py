@@ -60,7 +60,7 @@ class Recover(Stage, frozen=True):
         return [DscError("recover: the checkpoint has no packed weights, which passes end to end train", fix)]
 
     def reads(self) -> Sequence[str]:
-        """The original."""
+        """Return the original."""
         return (self.reference,)
 
     def reads_text(self, header: Header) -> bool:

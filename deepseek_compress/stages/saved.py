@@ -23,7 +23,7 @@ class Saved(NamedTuple):
 
 
 def saved_statistics(source: Checkpoint, context: Context, needs: frozenset[str]) -> Saved | None:
-    """The statistics that the recipe names; None where it names none.
+    """Return the statistics that the recipe names; None where it names none.
 
     needs: fields of `Statistics`. Raises Problems with everything in which they differ from what is asked for.
     """
@@ -46,7 +46,7 @@ def saved_problems(source: Checkpoint, wanted: Calibration, needs: frozenset[str
 
 
 def _lacking(found: SavedStatistics, needs: frozenset[str]) -> list[DscError]:
-    """What a method needs and they do not have."""
+    """Return what a method needs and they do not have."""
     wrong = []
     if "cross_covariance" in needs:
         what = "the method compares the changed model with the original, which saved statistics cannot"
@@ -72,7 +72,7 @@ def _other_model(found: SavedStatistics, source: Checkpoint) -> list[DscError]:
 
 
 def _other_text(found: SavedStatistics, wanted: Calibration) -> list[DscError]:
-    """What is set beside `statistics` must be what they were made with."""
+    """Return what is set beside `statistics` must be what they were made with."""
     told, here = found.manifest["calibration"], wanted.model_copy(update={"statistics": None}).document()
     pairs = {key: (told.get(key), here.get(key)) for key in ("samples", "length", "select")}
     pairs["sources"] = _named(told["sources"]), _named(source_facts(wanted))

@@ -47,11 +47,11 @@ class Traces(Stage, frozen=True):
     seconds: float = Field(10.0, gt=0)  # that a Python verifier may take
 
     def problems(self, header: Header) -> list[DscError]:
-        """A missing, unknown or misshaped tensor."""
+        """Return a missing, unknown or misshaped tensor."""
         return Architecture.of(header).problems()
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """The teacher in float32."""
+        """Return the teacher in float32."""
         total = sum(info.elements for info in header.tensors.values())
         work = None if self.count is None else Work(2.0 * total * self.count * self.limit)
         return Forecast(header, memory=Memory(5 * total), work=work)

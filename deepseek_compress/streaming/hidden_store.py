@@ -114,7 +114,7 @@ class HiddenStore:
             self._pwrite(_bytes(rows.detach().float().cpu().contiguous()), start)
 
     def gather(self, places: Sequence[int] | Tensor) -> Tensor:
-        """The rows at `places`, float32 (n, *row_shape), in the memory where the store lies."""
+        """Return the rows at `places`, float32 (n, *row_shape), in the memory where the store lies."""
         if self._held is not None:
             return self._held[self._placed(places)]
         places = places.tolist() if isinstance(places, Tensor) else places

@@ -31,7 +31,7 @@ class Adds(Protocol):
 
 
 def feeding(watched: Mapping[str, Adds]) -> Look:
-    """Adds the input of each linear that is `watched` to its sums."""
+    """Add the input of each linear that is `watched` to its sums."""
 
     def look(name: str, x: Tensor) -> None:
         if name in watched:
@@ -63,7 +63,8 @@ NOTHING = Cost(0, Work())
 
 
 def cost(architecture: Architecture, samples: int, length: int) -> Cost:
-    """The largest weight decoded, a batch in a block, and the hidden state; two operations a weight and token."""
+    """Return the largest weight decoded, a batch in a block, and the hidden state; two operations a weight and
+    token."""
     cfg, tokens = architecture.cfg, samples * length
     share = 1.0 if cfg.moe is None else cfg.moe.top_k / cfg.moe.experts
     sizes = [linear for block in architecture.blocks for linear in block.linears]

@@ -32,13 +32,14 @@ class Split(NamedTuple):
 
 
 def pairs(samples: int, device: torch.device | str = "cpu") -> Split:
-    """The split of a batch of `samples` alternating ones."""
+    """Return the split of a batch of `samples` alternating ones."""
     ours, theirs = (torch.arange(first, samples, 2, device=device) for first in (0, 1))
     return Split(samples, ours, theirs, theirs)
 
 
 def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
-    """What an expert is given, for the rows `tokens` (n,) of a spool that routers sent it, and how many pairs that is.
+    """Return what an expert is given, for the rows `tokens` (n,) of a spool that routers sent it, and how many pairs
+    that is.
 
     First each row of the compressed model and, next to it, the same token as the original has it, `length` rows on;
     then the original's rows that stand next to none.
@@ -51,7 +52,7 @@ def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
 
 
 def pairs_first(places: range, pairs: int, device: torch.device | str = "cpu") -> Split:
-    """The split of these places of what `alongside` gives."""
+    """Return the split of these places of what `alongside` gives."""
     count, odd = len(places), places.start % 2
     end = min(max(0, 2 * pairs - places.start), count)
     ours, partners = (torch.arange(min(first, end), end, 2, device=device) for first in (odd, 1 - odd))
@@ -60,7 +61,8 @@ def pairs_first(places: range, pairs: int, device: torch.device | str = "cpu") -
 
 
 def rows(chosen: Tensor, split: Split, x: Tensor) -> Tensor:
-    """The entries of the first dimension of `x`, into which a batch may have been flattened, of rows `chosen`."""
+    """Return the entries of the first dimension of `x`, into which a batch may have been flattened, of rows
+    `chosen`."""
     each = len(x) // split.size
     return chosen if each == 1 else (chosen[:, None] * each + torch.arange(each, device=chosen.device)).flatten()
 
@@ -80,7 +82,7 @@ class PairedWeights:
         return name in self.changed
 
     def rows(self, name: str, places: Tensor) -> Tensor:
-        """The rows `places` (n,) of a tensor: (n, columns)."""
+        """Return the rows `places` (n,) of a tensor: (n, columns)."""
         return self.changed.rows(name, places)
 
     def linear(self, name: str, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ __all__ = [
 
 
 def split_of(prompt: str) -> str:
-    """The set a prompt belongs to: a tenth `test`, a tenth `calibration`, the rest `train`."""
+    """Return the set a prompt belongs to: a tenth `test`, a tenth `calibration`, the rest `train`."""
     bucket = hashlib.blake2b(prompt.encode(), digest_size=4).digest()[3] % 10
     return SPLITS[min(bucket, 2)]
 
@@ -94,7 +94,7 @@ def mixture(
 
 
 def selection(count: int = SELECTED, difficulty: Difficulty = DEFAULT) -> list[Problem]:
-    """The problems by which weights are chosen while the built-in model is trained."""
+    """Return the problems by which weights are chosen while the built-in model is trained."""
     return mixture(0, count, "test", difficulty)
 
 

@@ -17,7 +17,7 @@ from deepseek_compress.tasks.problem import Difficulty, Problem
 
 
 def cycle(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """An order that bites its tail: any statement on the cycle may be named."""
+    """Return an order that bites its tail: any statement on the cycle may be named."""
     people = rng.sample(words.NAMES, rng.randint(3, min(difficulty.longest + 1, 4)))
     relation = rng.choice(words.RELATIONS[: words.USED_RELATIONS])
     pairs = list(zip(people, people[1:] + people[:1], strict=True))
@@ -32,7 +32,7 @@ def cycle(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def two_amounts(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """A story in which somebody has two different amounts at the start."""
+    """Return a story in which somebody has two different amounts at the start."""
     base = mathematics.story(rng, difficulty)
     parts = base.prompt.split(" . ")
     name, _, *amount, item = parts[0].split()
@@ -54,7 +54,7 @@ def two_amounts(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def unknown_amount(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """A story in which one amount is only `some`."""
+    """Return a story in which one amount is only `some`."""
     name, other = rng.sample(words.NAMES, 2)
     item = rng.choice(words.ITEMS)
     value = rng.randint(2, difficulty.largest)
@@ -80,7 +80,7 @@ def unknown_amount(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def two_places(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """A thing, or what it lies in, that is in two places at once."""
+    """Return a thing, or what it lies in, that is in two places at once."""
     thing, other = rng.sample(words.THINGS, 2)
     box, spare = rng.sample(words.CONTAINERS, 2)
     one, two = rng.sample(words.ROOMS, 2)
@@ -95,7 +95,7 @@ def two_places(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def unknown_variable(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """A program that reads a variable which was never given a value."""
+    """Return a program that reads a variable which was never given a value."""
     one, two, never = rng.sample(programs.VARIABLES, 3)
     value = rng.randint(2, difficulty.largest)
     operator, operand, _ = operate(rng, value, difficulty, "+-*")

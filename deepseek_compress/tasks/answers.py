@@ -27,7 +27,7 @@ _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
 
 def spoken(text: str) -> str | None:
-    """What comes after the chain of thought; None where the chain was begun and not closed."""
+    """Return what comes after the chain of thought; None where the chain was begun and not closed."""
     _, closed, after = text.rpartition(END_THINK)
     if closed:
         return after
@@ -35,7 +35,7 @@ def spoken(text: str) -> str | None:
 
 
 def final_answer(text: str, choices: Sequence[str] = ()) -> str | None:
-    """The answer that a completion gives, None where it gives none."""
+    """Return the answer that a completion gives, None where it gives none."""
     said = spoken(text[-READ:] if END_THINK in text[-READ:] else text)
     if said is None:
         return None
@@ -65,7 +65,7 @@ def equal(answer: str | None, reference: str, choices: Sequence[str] = ()) -> bo
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}` whose braces are balanced."""
+    """Return the content of the last `\\boxed{...}` whose braces are balanced."""
     at = text.rfind(_BOXED)
     while at >= 0:
         depth, start = 1, at + len(_BOXED)
@@ -126,7 +126,7 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of a choice: written as one, or as the choice's own words."""
+    """Return the letter of a choice: written as one, or as the choice's own words."""
     for letter, words in zip(LETTERS, choices, strict=False):
         if _bare(text) == _bare(words):
             return letter

@@ -28,7 +28,7 @@ _EQUATION = re.compile(
 
 
 def value_of(text: str) -> Fraction:
-    """The exact value of an expression. Raises `Malformed` for anything else, and for a division by zero."""
+    """Return the exact value of an expression. Raises `Malformed` for anything else, and for a division by zero."""
     if len(text) > LONGEST:
         raise Malformed(f"{len(text)} characters, at most {LONGEST}")
     tokens = _tokens(plain(text))
@@ -39,14 +39,14 @@ def value_of(text: str) -> Fraction:
 
 
 def plain(text: str) -> str:
-    """The same text with one spelling of each operator, and without dollar signs."""
+    """Return the same text with one spelling of each operator, and without dollar signs."""
     for written, meant in _WRITTEN.items():
         text = text.replace(written, meant)
     return _PLAIN.sub(" * ", text)
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a number as it is written, `$1,000.50`, `-3`, `25%`, `3/4`; None for other text."""
+    """Return the value of a number as it is written, `$1,000.50`, `-3`, `25%`, `3/4`; None for other text."""
     try:
         return value_of(text.strip().rstrip("."))
     except Malformed:
@@ -86,7 +86,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _sum(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    """The value of what begins at `at`, and where it ends."""
+    """Return the value of what begins at `at`, and where it ends."""
     value, end = _product(tokens, at)
     while end < len(tokens) and tokens[end] in "+-":
         right, after = _product(tokens, end + 1)

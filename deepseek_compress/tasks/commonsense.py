@@ -120,7 +120,7 @@ def weekday(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def containment(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """A thing in a box in a bag in a room, among other things; a later move counts."""
+    """Return a thing in a box in a bag in a room, among other things; a later move counts."""
     depth = rng.randint(difficulty.shortest, min(difficulty.longest, 4))
     thing, other = rng.sample(words.THINGS, 2)
     places = rng.sample(words.CONTAINERS, depth - 1)
@@ -147,7 +147,7 @@ def time(minutes: int) -> str:
 
 
 def reachable(pairs: Iterable[Sequence[str]]) -> set[tuple[str, str]]:
-    """The transitive closure of a relation."""
+    """Return the transitive closure of a relation."""
     closure = {(a, b) for a, b in pairs}
     while True:
         more = {(a, d) for a, b in closure for c, d in closure if b == c} - closure
@@ -203,7 +203,7 @@ def _links(rng: random.Random, count: int) -> list[str]:
 
 
 def _aside(rng: random.Random, people: Sequence[str], women: dict[str, bool]) -> str:
-    """A true statement about somebody who does not matter: the last of `people`."""
+    """Return a true statement about somebody who does not matter: the last of `people`."""
     other = people[-1]
     relation = words.KIN[rng.choice(("parent", "child", "sibling"))][0 if women[other] else 1]
     return f"{other} is the {relation} of {rng.choice(people[1:-1])}"

@@ -66,7 +66,7 @@ def number(words: Sequence[str]) -> int:
 
 
 def parse(words: Sequence[str]) -> Node:
-    """The syntax tree of an expression; raises `Malformed`."""
+    """Return the syntax tree of an expression; raises `Malformed`."""
     if len(words) > LONGEST:
         raise Malformed(f"{len(words)} words, at most {LONGEST}")
     tree, end = _chain(words, 0, SUM)
@@ -76,7 +76,7 @@ def parse(words: Sequence[str]) -> Node:
 
 
 def evaluate(tree: Node, variables: Mapping[str, int] | None = None) -> int:
-    """The value of a tree; raises `Malformed` for an unknown variable, an uneven division or a huge value."""
+    """Return the value of a tree; raises `Malformed` for an unknown variable, an uneven division or a huge value."""
     if isinstance(tree, Number):
         return tree.value
     if isinstance(tree, Variable):

@@ -31,7 +31,7 @@ REPORTED = 20  # malformed entries of a file
 
 
 def read_questions(path: Path, most: int | None = None) -> list[Problem]:
-    """The first `most` questions of a file, all of them for None.
+    """Return the first `most` questions of a file, all of them for None.
 
     Raises `Problems` with every malformed entry, and DscError for a file that holds none.
     """
@@ -109,7 +109,7 @@ def _choices(origin: str, given: Any) -> tuple[str, ...]:
 
 
 def _chosen(origin: str, answer: Any, choices: tuple[str, ...]) -> str:
-    """The letter of the right choice."""
+    """Return the letter of the right choice."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answers.LETTERS[answer]
     text = str(answer).strip()

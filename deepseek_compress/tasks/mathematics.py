@@ -19,12 +19,12 @@ LOSE = ("{name} sells {n}", "{name} eats {n}", "{name} loses {n}", "{name} gives
 
 
 def equal(left: str, value: int) -> str:
-    """The step that states `left = value`."""
+    """Return the step that states `left = value`."""
     return f"{left} = {digits(value)}"
 
 
 def operate(rng: random.Random, value: int, difficulty: Difficulty, operators: str = "+-*") -> tuple[str, int, int]:
-    """A random operator and operand that keep `value` between 1 and the limit: (operator, operand, result)."""
+    """Return a random operator and operand that keep `value` between 1 and the limit: (operator, operand, result)."""
     while True:
         operator = rng.choice(operators)
         operand = rng.randint(2, 9) if operator == "*" else rng.randint(2, difficulty.largest)
@@ -101,7 +101,8 @@ def equation(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def comparison(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """The second has so many times as many as the first, the third more or fewer than the second; how many in all?"""
+    """Return the second has so many times as many as the first, the third more or fewer than the second; how many in
+    all?"""
     one, two, three = rng.sample(words.NAMES, 3)
     item = rng.choice(words.ITEMS)
     while True:
@@ -130,7 +131,7 @@ def comparison(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def step_holds(problem: Problem, step: Sequence[str], earlier: Sequence[Sequence[str]]) -> bool:
-    """True equation whose numbers are known: given in the prompt, or the value of an earlier step that held."""
+    """Return True equation whose numbers are known: given in the prompt, or the value of an earlier step that held."""
     known = set(given(problem.prompt.split()))
     known.update(number(done[done.index("=") + 1 :]) for done in earlier)
     try:

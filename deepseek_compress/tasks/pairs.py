@@ -47,7 +47,8 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(name: str) -> Pairs:
-    """The pairs of a file, or the built-in ones. Raises `Problems` with every malformed line, DscError for none."""
+    """Return the pairs of a file, or the built-in ones. Raises `Problems` with every malformed line, DscError for
+    none."""
     path = Path(__file__).with_name("pairs.jsonl") if name == BUILTIN else Path(name).expanduser()
     if not path.is_file() or path.suffix != ".jsonl":
         raise DscError(f"{name}: no such .jsonl file", f"give a .jsonl file of {FORM}, or {BUILTIN}")

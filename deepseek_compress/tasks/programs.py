@@ -24,7 +24,7 @@ LONGEST_LOOP = 9
 
 
 def straight(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """Assignments, one after the other."""
+    """Return assignments, one after the other."""
     names = rng.sample(VARIABLES, 2)
     while True:
         state: dict[str, int] = {}
@@ -121,7 +121,7 @@ def operator(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def trace(program: Sequence[str]) -> list[str]:
-    """What a program does, one line for each assignment and comparison; raises `Malformed`.
+    """Return what a program does, one line for each assignment and comparison; raises `Malformed`.
 
     `["a", "=", "7", ";", "b", "=", "a", "*", "3"]` gives `["a = 7", "b = 7 * 3 = 2 1"]`: the values are put in first.
     """
@@ -196,7 +196,7 @@ def _execute(statement: Sequence[str], state: dict[str, int], lines: list[str]) 
 
 
 def _assignment(rng: random.Random, target: str, state: dict[str, int], difficulty: Difficulty, operators: str) -> str:
-    """A statement that gives `target` a value, from the variables known so far; `state` is updated."""
+    """Return a statement that gives `target` a value, from the variables known so far; `state` is updated."""
     if not state:
         state[target] = rng.randint(2, difficulty.largest)
         return f"{target} = {digits(state[target])}"

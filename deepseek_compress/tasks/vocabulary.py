@@ -76,7 +76,7 @@ people name number question problem step unit result program function variable""
 
 
 def words() -> list[str]:
-    """The 512 words in the order of their ids: special ones first, unused places last."""
+    """Return the 512 words in the order of their ids: special ones first, unused places last."""
     kin = [word for pair in KIN.values() for word in pair]
     relations = [word for row in RELATIONS for word in row]
     groups = (SPECIAL, SYMBOLS, WORDS, NAMES, ITEMS, THINGS, CONTAINERS, ROOMS, relations, kin, DAYS, ACTIVITIES)

@@ -94,7 +94,7 @@ def encode_fp8_block(
 
 
 def finite_scale(scale: Tensor, name: str) -> Tensor:
-    """The scale as float32; `DscError` naming the weight where one is NaN, infinite or negative."""
+    """Return the scale as float32; `DscError` naming the weight where one is NaN, infinite or negative."""
     factors = scale.float()
     bad = int((~torch.isfinite(factors) | (factors < 0)).sum())
     if bad:

@@ -68,7 +68,8 @@ def unpack_rows(words: Tensor, num_bits: int, columns: int) -> Tensor:
 
 
 def shapes_of(shape: tuple[int, ...], num_bits: int, group_size: int | None, symmetric: bool) -> Shapes:
-    """What `pack_weight` gives for a weight of this shape (rows, columns), in its order; None: one group a row."""
+    """Return what `pack_weight` gives for a weight of this shape (rows, columns), in its order; None: one group a
+    row."""
     rows, columns = shape
     groups = columns // group_size if group_size else 1
     parts: Shapes = {"weight_packed": (torch.int32, (rows, -(-columns * num_bits // _WORD)))}
@@ -79,7 +80,8 @@ def shapes_of(shape: tuple[int, ...], num_bits: int, group_size: int | None, sym
 
 
 def pack_weight(weight: Quantized, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The stored parts of a quantised weight. Raises ValueError for scales that `scale_dtype` does not hold exactly."""
+    """Return the stored parts of a quantised weight. Raises ValueError for scales that `scale_dtype` does not hold
+    exactly."""
     scale = _exact(weight.scale, scale_dtype)
     parts = {"weight_packed": pack_rows(weight.codes, weight.num_bits), "weight_scale": scale}
     if not weight.symmetric:

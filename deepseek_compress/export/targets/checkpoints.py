@@ -19,7 +19,7 @@ class CompressedTensors(Target, frozen=True, extra="forbid"):
     name: ClassVar[str] = "compressed-tensors"
 
     def problems(self, header: Header) -> list[DscError]:
-        """A checkpoint that nothing packed."""
+        """Return a checkpoint that nothing packed."""
         if any(info.encoding == "packed" for info in header.tensors.values()):
             return []
         return [DscError(f"{header.path}: holds no packed weights", "run `dsc quantize` first, and export its output")]

@@ -39,7 +39,7 @@ class EdgeLlm(Target, frozen=True, extra="forbid"):
     name: ClassVar[str] = "edge-llm"
 
     def problems(self, header: Header) -> list[DscError]:
-        """A family, a packed weight or a missing chat template that the exporter does not take."""
+        """Return a family, a packed weight or a missing chat template that the exporter does not take."""
         found = []
         cfg = Architecture.of(header).cfg
         if cfg.model_type not in TYPES:
@@ -74,7 +74,7 @@ class EdgeLlm(Target, frozen=True, extra="forbid"):
 
 
 def _misfits(info: TensorInfo) -> list[DscError]:
-    """What stands against one packed weight."""
+    """Return what stands against one packed weight."""
     rows, columns = info.shape
     size = columns // info.parts["weight_scale"].shape[1]
     bits = stored_bits(info)
@@ -90,7 +90,7 @@ def _misfits(info: TensorInfo) -> list[DscError]:
 
 
 def _packed_table(info: TensorInfo) -> DscError:
-    """An embedding or a head on few bits."""
+    """Return an embedding or a head on few bits."""
     return DscError(f"{info.name}: packed; TensorRT-Edge-LLM takes 16 bits", "quantise without embedding and head")
 
 

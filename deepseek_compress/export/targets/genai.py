@@ -38,7 +38,7 @@ class Genai(GraphTarget, frozen=True, extra="forbid"):
     embedding_bits: Literal[8, 16] = 16
 
     def problems(self, header: Header) -> list[DscError]:
-        """A family whose cache or tokenizer genai has no form for."""
+        """Return a family whose cache or tokenizer genai has no form for."""
         cfg = Architecture.of(header).cfg
         if cfg.model_type not in TYPES:
             what = f"{cfg.model_type}: onnxruntime-genai's cache has keys and values by head, not latents"
@@ -63,7 +63,8 @@ class Genai(GraphTarget, frozen=True, extra="forbid"):
 
 
 def genai_config(cfg: ModelConfig, source: Checkpoint, provider: str, shared: bool) -> dict[str, Any]:
-    """What genai must know. `shared`: past and present of a layer are one buffer, which concatenating graphs forbid."""
+    """Return what genai must know. `shared`: past and present of a layer are one buffer, which concatenating graphs
+    forbid."""
     tokenizer = load_tokenizer(source.path)
     ends = list(tokenizer.eos_ids) or [0]
     pad, length = source.config.get("pad_token_id"), cfg.max_position_embeddings

@@ -36,7 +36,7 @@ class TensorRt(GraphTarget, frozen=True, extra="forbid"):
         return ("current",)
 
     def problems(self, header: Header) -> list[DscError]:
-        """A builder that is not installed, ranges that do not rise."""
+        """Return a builder that is not installed, ranges that do not rise."""
         return [*super().problems(header), *collected(self._check)]
 
     def _check(self) -> None:

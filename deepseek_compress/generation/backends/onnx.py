@@ -44,7 +44,7 @@ class OnnxRunner:
 
 
 def open_session(file: Path | bytes, threads: int = 0, folder: Path | None = None, without: Sequence[str] = ()) -> Any:
-    """An onnxruntime session on the CPU that computes what the graph says; `folder`: where data of bytes lies.
+    """Return an onnxruntime session on the CPU that computes what the graph says; `folder`: where data of bytes lies.
 
     `without`: names of its optimisations to leave out.
 

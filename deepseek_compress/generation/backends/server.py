@@ -104,7 +104,7 @@ class Server(Speaker):
 
 
 def _message(body: bytes) -> str:
-    """What a server says about an error: the message of OpenAI's form, else the text, on one line."""
+    """Return what a server says about an error: the message of OpenAI's form, else the text, on one line."""
     text = body.decode("utf-8", "replace")
     with suppress(ValueError, LookupError, TypeError):
         text = str(json.loads(text)["error"]["message"])

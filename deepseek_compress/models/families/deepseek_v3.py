@@ -46,7 +46,7 @@ class DeepseekV3(Family):
         )
 
     def parse_moe(self, fields: Fields) -> Moe:
-        """The routing of `config.json`, with the family's defaults for keys that savers drop."""
+        """Return the routing of `config.json`, with the family's defaults for keys that savers drop."""
         return Moe(
             experts=fields.whole("n_routed_experts"),
             shared=fields.whole("n_shared_experts", 0),
@@ -68,7 +68,7 @@ class DeepseekV3(Family):
         return cfg.o_bias and name in (self.names.q_a, self.names.kv_a, self.names.o)
 
     def attention_norms(self, cfg: ModelConfig) -> dict[str, Shape]:
-        """The norms of the latents."""
+        """Return the norms of the latents."""
         mla = _mla(cfg)
         found: dict[str, Shape] = {f"{self.names.kv_a_norm}.weight": (mla.kv_lora_rank,)}
         if mla.q_lora_rank is not None:

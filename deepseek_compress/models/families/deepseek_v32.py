@@ -23,7 +23,7 @@ class DeepseekV32(DeepseekV3):
         return dataclasses.replace(super().parse(config), indexer=indexer)
 
     def attention_norms(self, cfg: ModelConfig) -> dict[str, Shape]:
-        """The norms of the latents and of the indexer's keys (a layer norm, with bias)."""
+        """Return the norms of the latents and of the indexer's keys (a layer norm, with bias)."""
         dim = _indexer(cfg).head_dim
         norm = "self_attn.indexer.k_norm"
         return {**super().attention_norms(cfg), norm + ".weight": (dim,), norm + ".bias": (dim,)}

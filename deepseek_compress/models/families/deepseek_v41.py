@@ -102,7 +102,7 @@ class DeepseekV41(Family):
         return dataclasses.replace(cfg, engram=dataclasses.replace(cfg.engram, folder=folder))
 
     def role(self, name: str) -> Role:
-        """What a tensor is for; hyper-connections are small, float32 and never changed, like norms."""
+        """Return what a tensor is for; hyper-connections are small, float32 and never changed, like norms."""
         if name.startswith(UNTOUCHED):
             return Role.MTP if name.startswith("mtp.") else Role.VISION
         if "hc_" in name:
@@ -139,11 +139,11 @@ class DeepseekV41(Family):
         return linears(cfg, layer)
 
     def mtp_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
-        """The drafting blocks."""
+        """Return the drafting blocks."""
         return draft_tensors(cfg)
 
     def vision_tensors(self, cfg: ModelConfig) -> dict[str, Shape]:
-        """The image encoder, and what leads from it to the text model."""
+        """Return the image encoder, and what leads from it to the text model."""
         return vision_tensors(cfg)
 
     # -- how a block runs --------------------------------------------------------------------------------------------

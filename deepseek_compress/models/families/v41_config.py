@@ -18,7 +18,7 @@ AGAIN = "give the published config.json"
 
 
 def nested(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object `text_config`."""
+    """Return the object `text_config`."""
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         what = "missing" if text is None else f"{str(text)[:80]!r}"
@@ -49,7 +49,7 @@ def parse_entries(fields: Fields, layers: int) -> SharedEntries:
 
 
 def parse_engram(fields: Fields, layers: int) -> Engram | None:
-    """The tables; None where no block has one."""
+    """Return the tables; None where no block has one."""
     mine = fields.wholes("engram_layer_ids", layers) if fields.config.get("engram_layer_ids") else ()
     rows = fields.config.get("engram_num_embeddings")
     if not mine:
@@ -69,7 +69,7 @@ def parse_engram(fields: Fields, layers: int) -> Engram | None:
 
 
 def parse_vision(config: Mapping[str, Any]) -> Vision | None:
-    """The image encoder; None where there is none."""
+    """Return the image encoder; None where there is none."""
     found = config.get("vision_config")
     if found is None:
         return None
@@ -81,7 +81,7 @@ def parse_vision(config: Mapping[str, Any]) -> Vision | None:
 
 
 def parse_drafts(fields: Fields) -> Drafts | None:
-    """The drafting blocks; None where there are none."""
+    """Return the drafting blocks; None where there are none."""
     if not fields.whole("num_nextn_predict_layers", 0):
         return None
     targets = fields.config.get("dspark_target_layer_ids")

@@ -48,7 +48,7 @@ def _site_tensors(cfg: ModelConfig, experts: int | None = None) -> dict[str, Sha
 
 
 def linears(cfg: ModelConfig, layer: int) -> list[Linear]:
-    """What a recipe may change of block `layer`, in the order in which it runs."""
+    """Return what a recipe may change of block `layer`, in the order in which it runs."""
     _, indexer, how = parts(cfg)
     assert cfg.moe is not None
     found = []
