@@ -188,7 +188,7 @@ def test_generated_pages_have_every_knob_command_and_result() -> None:
             assert f"| `{field.alias or name}` |" in knobs, f"{kind}.{name}"
     for name in [*WEIGHTS, *TARGETS]:
         assert f"## `{name}`" in knobs
-    assert "| `damping` | float, above 0 |" in knobs
+    assert "| `alpha` | float, at least 0 | `0.5` | weight of the entropy of the model's prediction |" in knobs
     commands = hooks.commands()
     assert "## dsc quantize" in commands
     assert "`--group-size`" in commands
