@@ -85,12 +85,17 @@ def _compute() -> list[Check]:
     return [
         Check("torch", True, torch.__version__),
         Check("GPU", bool(gpus) or None, ", ".join(gpus) or "none", "everything but running engines works without"),
-        Check("device", True, f"{choose('auto')} (auto; --device to set)"),
+        Check("device", True, _device(choose("auto"), len(gpus))),
         Check(
             "C++ compiler", bool(compiler) or None, compiler or "none", "install g++; the reference path runs without"
         ),
         Check("CUDA compiler", bool(nvcc) or None, nvcc or "none", "CUDA toolkit; only GPU kernels need it"),
     ]
+
+
+def _device(chosen: str, gpus: int) -> str:
+    several = f"; --device {','.join(f'cuda:{i}' for i in range(gpus))} for all" if gpus > 1 else ""
+    return f"{chosen} (auto; --device to set{several})"
 
 
 def _package(package: Package) -> Check:

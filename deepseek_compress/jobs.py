@@ -100,16 +100,19 @@ def options(
 ) -> Options:
     """Validate what a run may use; sizes are bytes, or `8GiB`. Raises `DscError`."""
     from deepseek_compress.pipeline import Options
-    from deepseek_compress.planning.device import choose
+    from deepseek_compress.planning.device import choose_all
 
     if workers is not None and ray is not None:
         raise DscError("--workers and --ray together: the cluster says how many there are", "give one of them")
-    chosen = "cpu" if ray is not None and device == "auto" else choose(device)
-    if ray is not None and chosen != "cpu":
-        raise DscError(f"--ray and --device {device} together: a cluster's tasks compute on CPUs", "give one of them")
+    chosen = ("cpu",) if ray is not None and device == "auto" else choose_all(device)
+    several = chosen if len(chosen) > 1 else ()
+    if ray is not None and several:
+        raise DscError(f"--ray and --device {device} together: each task has a GPU of the cluster", "use --device cuda")
+    if workers is not None and several:
+        raise DscError(f"--workers and --device {device} together: each GPU has one", "leave --workers out")
     on_device = bytes_of(gpu_memory, "--gpu-memory")
     limits = (bytes_of(memory), workers, ray, on_device)
-    return Options(chosen, *limits, quick=quick, verifier=verifier, filter=guard)
+    return Options(chosen[0], *limits, quick=quick, verifier=verifier, filter=guard, several=several)
 
 
 def bytes_of(size: str | int | None, option: str = "--memory") -> int | None:

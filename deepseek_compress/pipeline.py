@@ -29,6 +29,7 @@ from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.recipe import Recipe, Step
 from deepseek_compress.stages.base import Context, Forecast
 from deepseek_compress.stages.identity import code_hash, lasting, manifest_hash, text_hashes
+from deepseek_compress.stages.shortage import gpu_problems, memory_problems
 from deepseek_compress.stages.text import choice_cost
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -46,6 +47,12 @@ class Options:
     quick: bool = False  # do not read large files a second time to verify them
     verifier: str | None = None  # FILE.py:FUNCTION, code of the user's for the stage `traces`
     filter: str | None = None  # the same for `evaluate`
+    several: tuple[str, ...] = ()  # GPUs that share the tasks, `device` first; empty where that computes alone
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All that compute."""
+        return self.several or (self.device,)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
             headers[name] = header
     forecasts = _forecasts(recipe, headers["model"], problems) if "model" in headers else {}
     problems += _calibration_problems(recipe, paths.get("model"))
-    problems += _memory_problems(forecasts, options.memory) + _gpu_problems(forecasts, options)
+    problems += memory_problems(forecasts, options.memory)
+    problems += gpu_problems(forecasts, options.devices, options.gpu_memory)
     if options.verifier is not None and all(step.kind != "traces" for step in recipe.steps):
         problems.append(DscError(f"--verifier: {recipe.name} has no stage traces", "leave it out"))
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
@@ -125,9 +133,9 @@ def run(
         workspace.agree(out, _identity(state), state.progress.tell)
         if options.quick:
             state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
-        device.bound_memory(options.device, options.gpu_memory)
-        if options.device != device.CPU:
-            state.progress.tell(device.told(options.device))
+        for each in options.devices if options.device != device.CPU else ():
+            device.bound_memory(each, options.gpu_memory)
+            state.progress.tell(device.told(each))
         _pages(state, recipe.steps)
         for number, step in enumerate(recipe.steps, start=1):
             state.progress.start(step.name, number, len(recipe.steps))
@@ -205,39 +213,6 @@ def _calibration_problems(recipe: Recipe, model: Path | None) -> list[DscError]:
         with _collect(problems):
             files_of(source.path)
     return [DscError(f"calibration: {problem.what}", problem.fix) for problem in problems]
-
-
-def _memory_problems(forecasts: Mapping[str, Forecast], limit: int | None) -> list[DscError]:
-    """Stages that need more than `--memory` even with one worker."""
-    needs = {name: forecast.peak(1) for name, forecast in forecasts.items()}
-    return [
-        DscError(f"{name}: needs {size(need)} at least, --memory is {size(limit)}", f"give --memory {_gib(need)}")
-        for name, need in needs.items()
-        if limit is not None and need is not None and need > limit
-    ]
-
-
-def _gpu_problems(forecasts: Mapping[str, Forecast], options: Options) -> list[DscError]:
-    """Stages that need more than the GPU has, or may give."""
-    free = device.memory(options.device)
-    if free is None:
-        return []
-    limit = min(free, options.gpu_memory or free)
-    needs = {name: its.memory.on_device() for name, its in forecasts.items() if its.memory}
-
-    def fix(need: int) -> str:
-        more = f"give --gpu-memory {_gib(need)}" if need <= free else f"free {size(need - free)} of it, or take another"
-        return f"{more}, or use --device cpu"
-
-    return [
-        DscError(f"{name}: needs {size(need)} of {options.device}, which has {size(limit)} for it", fix(need))
-        for name, need in needs.items()
-        if need > limit
-    ]
-
-
-def _gib(need: int) -> str:
-    return f"{-(-need * 10 // (1 << 30)) / 10:.1f}GiB"
 
 
 @contextmanager
@@ -320,6 +295,8 @@ def _pages(state: _Run, steps: Sequence[Step]) -> list[workspace.Pages]:
 def _run_stage(state: _Run, step: Step, directory: Path, fingerprint: str) -> None:
     """Run one stage; its output counts once all it read is seen not to have changed."""
     directory.mkdir(parents=True, exist_ok=True)
+    if _alone(state, step) and (state.options.several or state.options.ray is not None):
+        state.progress.tell(f"{step.name}: on {state.options.device} alone, this stage shares no work among GPUs")
     began = time.time()
     read = dict.fromkeys([step.source, *(step.stage.reads() or (state.paths if step.stage.writes == "report" else ()))])
     paths = {name: state.paths[name] for name in read}
@@ -366,6 +343,11 @@ def _manifest(state: _Run, step: Step, source: Checkpoint) -> dict[str, Any]:
     )
 
 
+def _alone(state: _Run, step: Step) -> bool:
+    """Whether a stage computes on the first GPU alone."""
+    return state.options.device != device.CPU and not step.stage.shares
+
+
 def _context(state: _Run, step: Step, directory: Path) -> Context:
     recipe, options = state.recipe, state.options
     return Context(
@@ -375,9 +357,10 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         seed=recipe.seed,
         calibration=recipe.calibration.document(),
         device=options.device,
+        devices=options.several,
         memory=options.memory,
         workers=options.workers,
-        ray=options.ray,
+        ray=None if _alone(state, step) else options.ray,
         verifier=options.verifier,
         filter=options.filter,
         outputs=dict(state.paths),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
     from multiprocessing.connection import Connection
+    from multiprocessing.queues import SimpleQueue
     from types import FrameType
     from typing import Any
 
@@ -69,11 +70,17 @@ def safe_environment() -> Iterator[None]:
 class Workers:
     """Processes of a fork server: it imports `preload` once, and the workers share its pages.
 
-    begin: called first in each of them, with a connection whose other end only this process holds, and `arguments`.
+    begin: called first in each of them, with a connection whose other end only this process holds, `arguments`, and one
+    of `own` that no other gets.
     """
 
     def __init__(
-        self, count: int, preload: Sequence[str], begin: Callable[..., None], arguments: Sequence[Any]
+        self,
+        count: int,
+        preload: Sequence[str],
+        begin: Callable[..., None],
+        arguments: Sequence[Any],
+        own: Sequence[Any],
     ) -> None:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
@@ -82,7 +89,10 @@ class Workers:
         context.set_forkserver_preload(list(preload))
         alive, self._alive = context.Pipe(duplex=False)  # whose other end tells the workers that this process ended
         with safe_environment():  # its locks start the resource tracker
-            self._pool = ProcessPoolExecutor(count, context, begin, (alive, *arguments))
+            left = context.SimpleQueue()
+            for each in own:
+                left.put(each)
+            self._pool = ProcessPoolExecutor(count, context, _begin, (begin, alive, arguments, left))
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Start `function(*arguments)`; the first calls start the processes."""
@@ -95,6 +105,11 @@ class Workers:
             process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._alive.close()
+
+
+def _begin(begin: Callable[..., None], alive: Connection, arguments: Sequence[Any], own: SimpleQueue[Any]) -> None:
+    """Runs in each of the workers."""
+    begin(alive, *arguments, own.get())
 
 
 def lost() -> tuple[type[Exception], ...]:

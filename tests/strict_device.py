@@ -1,9 +1,9 @@
-"""A second device for tests without a GPU: it computes on the CPU, but refuses to mix with CPU tensors.
+"""Two devices for tests without a GPU: they compute on the CPU, but refuse to mix with CPU tensors or each other's.
 
-`torch.device("strict:0")` behaves as a CUDA device does where placement matters: a tensor gets there only by `.to`,
-`device=` or `copy_`; an operation over tensors of both devices raises; `.numpy()` refuses it. Operations whose result
-the host must wait for (`.item()`, `nonzero`, boolean indexing) work and are counted, as copies are. Scalars (0
-dimensions) of the CPU mix with it, as they do with CUDA.
+`torch.device("strict:0")` and `strict:1` behave as CUDA devices do where placement matters: a tensor gets there only
+by `.to`, `device=` or `copy_`; an operation over tensors of two devices raises; `.numpy()` refuses it. Operations whose
+result the host must wait for (`.item()`, `nonzero`, boolean indexing) work and are counted, as copies are. Scalars (0
+dimensions) of the CPU mix with it, as they do with CUDA. A worker process has them where it imports `strict_worker`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
 class _Backend(_DummyBackendModule):
+    def device_count(self) -> int:
+        return 2
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Autocast asks it of every device that is there, where a checkpointed block is computed again."""
         return [torch.bfloat16, torch.float16]
@@ -48,19 +51,20 @@ class StrictTensor(torch.Tensor):
     """A tensor of the device: `inner` holds its values."""
 
     inner: torch.Tensor
+    place: int  # which of the devices
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> StrictTensor:
+    def __new__(cls, inner: torch.Tensor, place: int = 0) -> StrictTensor:
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             inner.shape,
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=torch.device(NAME, 0),
+            device=torch.device(NAME, place),
             requires_grad=inner.requires_grad,
         )
-        made.inner = inner
+        made.inner, made.place = inner, place
         return made  # type: ignore[no-any-return]
 
     def tolist(self) -> Any:
@@ -86,12 +90,16 @@ def _run(func: Any, args: Any, kwargs: Any, counts: Counter[str]) -> Any:
     plain = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, StrictTensor)]
     target = kwargs.get("device")
     onto = target is not None and torch.device(target).type == NAME
+    places = {x.place for x in strict}
+    if len(places) > 1 and name not in COPIES:
+        raise RuntimeError(f"{name}: tensors on {NAME}:0 and on {NAME}:1")
+    place = torch.device(target).index or 0 if onto else strict[0].place if strict else 0
     if strict and name in WAITS:
         counts["waits"] += 1
     if name not in COPIES and strict and any(x.dim() for x in plain):
         shapes = [tuple(x.shape) for x in plain if x.dim()]
         raise RuntimeError(f"{name}: tensors on {NAME}:0 and on the CPU, the latter of shapes {shapes}")
-    if name == "aten::_to_copy" and target is not None and (onto != bool(strict)):
+    if name == "aten::_to_copy" and target is not None and (onto != bool(strict) or places - {place}):
         counts["copies"] += 1
     if name == "aten::copy_" and strict and any(x.dim() for x in plain):
         counts["copies"] += 1
@@ -111,7 +119,7 @@ def _run(func: Any, args: Any, kwargs: Any, counts: Counter[str]) -> Any:
         if not isinstance(x, torch.Tensor) or isinstance(x, StrictTensor):
             return x
         found = owners.get(id(x))
-        return StrictTensor(x) if found is None else found
+        return StrictTensor(x, place) if found is None else found
 
     return pytree.tree_map(wrap, out)
 
@@ -136,15 +144,17 @@ def _on_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
         tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-        if not any(isinstance(x, StrictTensor) for x in tensors):
+        places = {x.place for x in tensors if isinstance(x, StrictTensor)}
+        if not places:
             return kernel(*args, **kwargs)
+        (place,) = places
         where = [tuple(x.shape) for x in tensors if not isinstance(x, StrictTensor) and x.dim() and x.numel() > LIMIT]
         if where:
             raise RuntimeError(f"{kernel.__name__}: tensors on {NAME}:0 and on the CPU, the latter of shapes {where}")
         inner = [x.inner if isinstance(x, StrictTensor) else x for x in flat]
         own_args, own_kwargs = pytree.tree_unflatten(inner, spec)
         out = kernel(*own_args, **own_kwargs)
-        return pytree.tree_map(lambda x: StrictTensor(x) if isinstance(x, torch.Tensor) else x, out)
+        return pytree.tree_map(lambda x: StrictTensor(x, place) if isinstance(x, torch.Tensor) else x, out)
 
     return run
 

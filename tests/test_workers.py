@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -138,6 +139,55 @@ def test_ray_writes_the_same_bytes_also_when_a_node_is_lost(cluster: Any, tiny_v
         assert compress(tiny_v3, out, method, lambda job: open_pool(job, ray=cluster.address), kill_one) == alone
         assert not lost
         cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+
+
+class Seen(NamedTuple):
+    """A place that says what it was asked."""
+
+    name: str
+
+    def begin(self, shared: str) -> str:
+        return f"{shared} at {self.name}"
+
+    def computing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def told(shared: str, task: int) -> tuple[str, list[int]]:
+    import ray
+
+    return f"{task}: {shared}", [int(number) for number in ray.get_gpu_ids()]
+
+
+@pytest.mark.slow
+def test_ray_gives_each_task_a_gpu() -> None:
+    """Two nodes that claim a GPU each: a task takes one, and is told that place."""
+    utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed")
+    node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 80_000_000}
+    running = utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        running.add_node(**node)
+        with open_pool("it", ray=running.address, memory=10**15, places=[Seen("cuda:0")]) as pool:
+            assert (pool.count, pool.here) == (2, False), "GPUs count, and what a task needs is a GPU's memory"
+            found = list(pool.run(told, list(range(4))))
+        assert [text for text, _ in found] == [f"{task}: it at cuda:0" for task in range(4)]
+        assert all(len(gpus) == 1 for _, gpus in found)
+    finally:
+        running.shutdown()
+
+
+@pytest.mark.slow
+def test_a_cluster_without_a_gpu_is_one_line(cluster: Any) -> None:
+    wanted = open_pool("it", ray=cluster.address, places=[Seen("cuda:0")])
+    with pytest.raises(DscError, match="the cluster has no GPU; add a node that has one"), wanted:
+        pass
+
+
+def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    wanted = open_pool("it", ray="auto", places=[Seen("cuda:0")])
+    with pytest.raises(DscError, match=r"ray is not installed; pip install 'deepseek-compress\[ray\]'"), wanted:
+        pass
 
 
 def test_a_cluster_that_is_not_there_is_one_line() -> None:

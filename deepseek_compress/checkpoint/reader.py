@@ -79,8 +79,11 @@ class Checkpoint:
         Decoded in float32 and rounded once to `dtype`; None keeps the stored type of a plain tensor (BF16 for an
         encoded one). Whole-number tensors keep their type. Raises `DscError` for NaN or infinity.
         """
+        return self.decoded(name, {suffix: part.to(device) for suffix, part in self.read_raw(name).items()}, dtype)
+
+    def decoded(self, name: str, parts: dict[str, Tensor], dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """`read` of parts that were read before, where they lie."""
         info = self._info(name)
-        parts = {suffix: part.to(device) for suffix, part in self.read_raw(name).items()}
         if info.encoding == "plain":
             (tensor,) = parts.values()
             if tensor.dtype in _INTEGERS:
@@ -180,9 +183,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(Header(path, config, tensors))
 
 
-def read_tensor(place: Location, what: str) -> Tensor:
-    """One stored tensor in fresh memory."""
-    buffer = torch.empty(place.bytes, dtype=torch.uint8)
+def read_tensor(place: Location, what: str, pinned: bool = False) -> Tensor:
+    """One stored tensor in fresh memory; `pinned`: which a GPU reads by itself."""
+    buffer = torch.empty(place.bytes, dtype=torch.uint8, pin_memory=pinned)
     view = buffer.numpy().data
     fd = -1
     try:

@@ -42,7 +42,7 @@ GroupSize = Annotated[
     int | None, typer.Option("--group-size", min=1, help="Weights that share a scale. [default: what fits]")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N, or cuda:N,cuda:M.")]
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Use no more, all processes together; for instance 8GiB.")
 ]

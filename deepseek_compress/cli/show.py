@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek_compress import console, limits
 from deepseek_compress.errors import DscError, Problems
-from deepseek_compress.recipe import Recipe
+from deepseek_compress.recipe import Recipe, Step
 
 if TYPE_CHECKING:
     from deepseek_compress.pipeline import Plan
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> None:
     """The stages of a plan with what each would write, and every problem."""
-    rows = [_planned(found, step.name, step.kind, step.source, rates) for step in found.recipe.steps]
+    rows = [_planned(found, step, rates) for step in found.recipe.steps]
     if as_json:
         problems = [{"what": problem.what, "fix": problem.fix} for problem in found.problems[: limits.PROBLEMS]]
         console.print_json(
@@ -54,7 +54,7 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     console.table("", columns, cells, right=columns[4:])
     needs = [row["device_memory"] for row in rows if row["device_memory"]]
     if needs:
-        console.line(f"{found.options.device}: {console.size(max(needs))} of its memory")
+        console.line(f"{', '.join(found.options.devices)}: {console.size(max(needs))} of its memory")
     for row in rows:
         for line in row["decisions"]:
             console.line(f"{row['name']}: {line}", "quiet")
@@ -67,20 +67,23 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     console.next_step(following)
 
 
-def _planned(found: Plan, name: str, kind: str, source: str, rates: Rates | None) -> dict[str, Any]:
-    forecast, options = found.forecasts.get(name), found.options
-    workers = forecast.workers(options.workers, options.memory) if forecast and options.device == "cpu" else 1
+def _planned(found: Plan, step: Step, rates: Rates | None) -> dict[str, Any]:
+    forecast, options = found.forecasts.get(step.name), found.options
+    devices = options.devices if step.stage.shares else (options.device,)
+    workers = len(devices)
+    if forecast and options.device == "cpu":
+        workers = forecast.workers(options.workers, options.memory)
     return {
-        "name": name,
-        "kind": kind,
-        "from": source,
+        "name": step.name,
+        "kind": step.kind,
+        "from": step.source,
         "tensors": forecast.tensors if forecast else None,
         "bytes": forecast.bytes if forecast else None,
         "memory": forecast.peak(workers) if forecast else None,
-        "device": options.device,
+        "device": ",".join(devices),
         "device_memory": _on_device(forecast.memory) if forecast and options.device != "cpu" else None,
         "workers": workers,
-        "seconds": forecast.seconds(rates, workers) if forecast and rates else None,
+        "seconds": forecast.seconds(rates, workers, len(devices)) if forecast and rates else None,
         "decisions": list(forecast.decisions) if forecast else [],
     }
 

@@ -89,7 +89,8 @@ def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, prog
     visitor.keep(_around(job, before=True))
     ends = Ends(job, tokens, visitor.store)
     begin = ends.before()
-    loop = Loop((stream,), tokens, job.work, paired=job.paired, last=ends.last or job.judged)
+    loop = Loop((stream,), tokens, job.work, paired=job.paired, last=ends.last or job.judged,
+                here=pool.here)  # fmt: skip
     blocks = loop.run(visitor, progress, visitor.finished, begin)
     ends.after(loop)
     visitor.keep(_around(job, before=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -104,6 +104,10 @@ class Job:
     def min_tokens(self) -> int:
         """Experts that fewer tokens reach are reported."""
         return self.solver.min_tokens
+
+    def at(self, device: str) -> Job:
+        """The same on another device."""
+        return replace(self, architecture=self.architecture.at(device))
 
     def begin(self, layer: int, store: Store) -> SolvedBlock:
         """Take up a block; new weights go to `store`."""

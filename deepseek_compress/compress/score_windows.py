@@ -28,7 +28,8 @@ from deepseek_compress.workers import Pool
 def score_windows(run: PlainRun, tokens: Tensor, pool: Pool, progress: Progress) -> Candidates:
     """Score each window of tokens, int64 (n, length); what an interrupted run left in `run.work` is taken up."""
     stream = Stream(run.architecture, "pool")
-    loop = Loop((stream,), tokens, run.work, "pool", "reading the pool, block", last=True)
+    loop = Loop((stream,), tokens, run.work, "pool", "reading the pool, block", last=True,
+                here=pool.here)  # fmt: skip
     found = loop.run(_Count(run, pool), progress)
     experts = [torch.tensor(block["experts"]) for block in found if "experts" in block]
     with loop.output(stream) as hidden:

@@ -7,7 +7,8 @@ Of a header alone it knows shapes, which is what planning needs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.checkpoint import Checkpoint, Header
+from deepseek_compress.checkpoint.ahead import Ahead
 from deepseek_compress.errors import DscError
 from deepseek_compress.models.cache import KvCache
 from deepseek_compress.models.config import Linear, ModelConfig, Moe, Role
@@ -82,6 +84,11 @@ class Architecture:
         """Whether the checkpoint holds them."""
         return any(name in self.header.tensors for name in self.vision)
 
+    @cached_property
+    def reading(self) -> Reading:
+        """What is read ahead of this model's blocks, on a GPU while the block loop runs."""
+        return Reading()
+
     @property
     def has_mtp(self) -> bool:
         """Whether the checkpoint holds MTP blocks."""
@@ -132,6 +139,10 @@ class Architecture:
         """The same model with the tensors of `source`, whose configuration may differ in what a transform changes."""
         return replace(Architecture.of(source, self.device), family=self.family)
 
+    def at(self, device: torch.device | str) -> Architecture:
+        """The same model on another device."""
+        return replace(self, device=torch.device(device))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Architecture, (
             self.header,
@@ -140,6 +151,33 @@ class Architecture:
             self.checkpoint,
             self.device,
         )  # without what is cached
+
+
+class Reading:
+    """Tensors that are read ahead, or none."""
+
+    def __init__(self) -> None:
+        self._ahead: Ahead | None = None
+
+    def take(self, name: str) -> dict[str, Tensor] | None:
+        """See `Ahead.take`."""
+        return None if self._ahead is None else self._ahead.take(name)
+
+    @contextmanager
+    def of(self, architecture: Architecture, blocks: Sequence[Block], experts: bool) -> Iterator[None]:
+        """Inside, the tensors of `blocks` are read ahead in the order in which they run, on a GPU.
+
+        experts: those of routed experts too; else other processes read them.
+        """
+        if architecture.device.type == "cpu" or type(architecture.checkpoint) is not Checkpoint or self._ahead:
+            yield
+            return
+        names = [name for block in blocks for name in block.in_order(experts)]
+        try:
+            with Ahead(architecture.source, names, architecture.device) as self._ahead:
+                yield
+        finally:
+            self._ahead = None
 
 
 class Block:
@@ -165,9 +203,27 @@ class Block:
         """How it routes; None for a dense block."""
         return self.cfg.moe if self.cfg.is_moe(self.layer) else None
 
+    def in_order(self, experts: bool) -> list[str]:
+        """Full names of the tensors as the block loop reads them: what belongs to no linear, attention, routed
+        `experts`, the rest."""
+        first = (Role.ATTENTION, Role.INDEXER)
+        kinds: list[list[str]] = [[], [], []]
+        for linear in self.linears:
+            kind = 0 if linear.role in first else 1 if linear.expert is not None else 2
+            names = (f"{linear.name}.weight", f"{linear.name}.bias")
+            kinds[kind] += [name for name in names if name in self.tensors]
+        linears = {name for kind in kinds for name in kind}
+        others = [name for name in self.tensors if name not in linears and name not in self.family.gathered]
+        ordered = [*others, *kinds[0], *(kinds[1] if experts else ()), *kinds[2]]
+        return [self.prefix + name for name in ordered]
+
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Read one tensor by its local name, decoded to `dtype`; None: to the type it is stored in."""
-        return self.architecture.source.read(self.prefix + name, dtype, self.architecture.device)
+        source, full = self.architecture.source, self.prefix + name
+        parts = self.architecture.reading.take(full)
+        if parts is not None:
+            return source.decoded(full, parts, dtype)
+        return source.read(full, dtype, self.architecture.device)
 
     def resident(self) -> dict[str, Tensor]:
         """Read all tensors, floats in float32, by local name; not the tables whose rows are gathered."""

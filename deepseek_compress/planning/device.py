@@ -7,14 +7,16 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from deepseek_compress.errors import DscError
+from deepseek_compress.planning.costs import STATES
 
 CPU = "cpu"
 ELSEWHERE = 8 << 30  # bytes of a device that torch does not tell about
+_NO_MEMORY = re.compile(r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED")  # what a library could not allocate
 _NOT_DETERMINISTIC = re.compile(r"(.+?) does not have a deterministic implementation")
 
 
@@ -30,8 +32,26 @@ def choose(name: str) -> str:
     number = int(found[1] or 0) if found else 0
     if number >= torch.cuda.device_count():
         here = f"{torch.cuda.device_count()} GPU here"
-        raise DscError(f"--device {name}: {here}, the first is cuda:0", f"use cuda:0 to cuda:{number - 1} at most")
+        fix = f"use cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        raise DscError(f"--device {name}: {here}, the first is cuda:0", fix)
     return f"cuda:{number}"
+
+
+def choose_all(names: str) -> tuple[str, ...]:
+    """`cuda:0,cuda:1` -> each of them, else what `choose` gives. Raises DscError for GPUs that cannot share one run."""
+    listed = [name.strip() for name in names.split(",")]
+    if len(listed) == 1:
+        return (choose(names),)
+    others = [name for name in listed if not name.startswith("cuda")]
+    if others:
+        what = f"--device {names}: {others[0] or 'nothing'} in a list, which names GPUs alone"
+        raise DscError(what, "list cuda:N,cuda:M, or name one device")
+    chosen = tuple(choose(name) for name in listed)
+    if twice := [name for name in chosen if chosen.count(name) > 1]:
+        raise DscError(f"--device {names}: {twice[0]} is listed twice", "name each GPU once")
+    if len(kinds := dict.fromkeys(map(key, chosen))) > 1:  # whose roundings differ
+        raise DscError(f"--device {names}: GPUs of several kinds, {', '.join(kinds)}", "list GPUs of one kind")
+    return chosen
 
 
 def _missing() -> str:
@@ -59,8 +79,8 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def key(device: str) -> str:
-    """The kind of a device, for what was measured on it: two GPUs of one name are alike."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    """The kind of a device, for what was measured or computed on it: two GPUs of one name are alike."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device.split(":")[0]
 
 
 def bound_memory(device: str, limit: int | None) -> None:
@@ -68,6 +88,46 @@ def bound_memory(device: str, limit: int | None) -> None:
     if limit is not None and device.startswith("cuda"):
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def release(device: torch.device) -> None:
+    """Give what torch keeps of a GPU's freed memory to other processes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Place(NamedTuple):
+    """A GPU as the worker process has it that computes there: see `workers.Place`."""
+
+    device: str
+    limit: int | None  # bytes that the worker may use of it
+    kind: str  # that the run's bytes follow from
+
+    @classmethod
+    def of(cls, device: str) -> Place:
+        """A GPU of this machine; the run itself keeps its share for hidden states."""
+        return cls(device, int((1 - STATES) * memory_limit(torch.device(device))), key(device))
+
+    def begin(self, shared: Any) -> Any:
+        """`shared` of this place; the process computes on it from now on. DscError where it is of another kind."""
+        if self.device.startswith("cuda"):
+            choose(self.device)
+            torch.cuda.set_device(self.device)
+        if (here := key(self.device)) != self.kind:
+            raise DscError(f"a worker has {here}, the run {self.kind}", "compute on GPUs of one kind")
+        bound_memory(self.device, self.limit)
+        return _at(shared, self.device)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside a task is computed."""
+        with careful(self.device, lambda line: None):  # the run says the line itself, of the same operators
+            yield
+
+
+def _at(shared: Any, device: str) -> Any:
+    """What tasks share, on `device`: a run, or several of them."""
+    return tuple(_at(each, device) for each in shared) if type(shared) is tuple else shared.at(device)
 
 
 def told(device: str) -> str:
@@ -87,7 +147,9 @@ def memory_errors(device: str) -> Iterator[None]:
     """Turn the end of a GPU's memory into the user's error; what was finished before stays."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
         what = f"{device}: its memory ran out ({str(error).splitlines()[0][:120]})"
         fix = "free memory on it, or give less text or --gpu-memory; the same command resumes"
         raise DscError(what, fix) from None

@@ -15,6 +15,7 @@ from deepseek_compress.checkpoint import Checkpoint, Header
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
 from deepseek_compress.planning.costs import Memory, Rates, Work, useful
+from deepseek_compress.planning.device import CPU, Place, key
 from deepseek_compress.registry import pick
 
 
@@ -50,6 +51,7 @@ class Context:
     seed: int
     calibration: Mapping[str, Any] = field(default_factory=dict)  # sources, samples, length
     device: str = "cpu"
+    devices: tuple[str, ...] = ()  # all of them, where several GPUs share the tasks; the first is `device`
     memory: int | None = None  # bytes
     workers: int | None = None  # processes; None: as many as serve
     ray: str | None = None  # address of a cluster that computes the tasks instead
@@ -62,6 +64,13 @@ class Context:
     def architecture(self, source: Checkpoint) -> Architecture:
         """A model on the device of the run."""
         return Architecture.of(source, self.device)
+
+    @property
+    def places(self) -> list[Place]:
+        """The GPUs of the workers; none where workers have the CPU, or this process alone computes."""
+        if self.ray is not None and self.device != CPU:
+            return [Place("cuda:0", None, key(self.device))]  # as a task of the cluster sees the one it is given
+        return [Place.of(device) for device in self.devices] if len(self.devices) > 1 else []
 
     def count(self, forecast: Forecast) -> int:
         """How many workers compute: one where the device is not the CPU."""
@@ -106,14 +115,18 @@ class Forecast:
         """Bytes of all processes together."""
         return self.memory.peak(workers) if self.memory else None
 
-    def seconds(self, rates: Rates, workers: int) -> float | None:
-        """From start to end. A source below half of the memory is taken to be in the page cache."""
+    def seconds(self, rates: Rates, workers: int, devices: int = 1) -> float | None:
+        """From start to end; `devices` of one kind share the tasks, each with one worker.
+
+        A source below half of the memory is taken to be in the page cache.
+        """
         if self.work is None:
             return None
         total = machine.memory()
         cold = self.read if total is None or self.read > total / 2 else 0
         disk = cold / rates.read + (self.bytes or 0) / rates.written
-        tasks = rates.task_seconds(self.tasks, workers) if self.tasks else 0.0
+        each = workers if devices == 1 else 1
+        tasks = rates.task_seconds(self.tasks, each) / devices if self.tasks else 0.0
         return rates.start + rates.seconds(self.work) + max(tasks, disk)
 
 
@@ -122,6 +135,7 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
 
     writes: ClassVar[str] = "checkpoint"  # or "artifact", "report"
     takes_statistics: ClassVar[bool] = False  # that were collected before, instead of text
+    shares: ClassVar[bool] = False  # its tasks among several GPUs
     tag: ClassVar[str | None] = None  # the knob that decides which others there are
 
     @property

@@ -39,6 +39,7 @@ class Calibrate(Stage, frozen=True):
     """Statistics of each linear's input to quantise with, and what they tell of the text."""
 
     writes: ClassVar[str] = "artifact"
+    shares: ClassVar[bool] = True
     statistics: Literal["hessian", "ranges"] = "hessian"  # what is kept of an input; ranges are small
 
     @property
@@ -74,7 +75,7 @@ class Calibrate(Stage, frozen=True):
         workers, memory = context.count(forecast), forecast.memory
         job = observing(architecture, self.fields, work)
         writer = StatisticsWriter(context.out, [[b.prefix + name for name in b.tensors] for b in architecture.blocks])
-        with open_pool(job, workers, context.ray, memory.task if memory else 0) as pool:
+        with open_pool(job, workers, context.ray, memory.task if memory else 0, context.places) as pool:
             done = convert_with_text(job, writer, pool, text.tokens, context.progress)
         blocks = [_facts(layer, block) for layer, block in enumerate(done.blocks)]
         announce(context.out, [FILE])

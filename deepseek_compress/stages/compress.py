@@ -59,6 +59,7 @@ class Compress(Stage, frozen=True):
     """Make the linears of every block smaller, and embedding and head; routers, norms and MTP blocks stay 16-bit."""
 
     takes_statistics: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
     sparsity: Annotated[SerializeAsAny[Sparsifier] | None, picked(SPARSITY, "sparsity")] = None
     rotation: Annotated[Hadamard | None, picked(ROTATION, "rotation")] = None
     migration: Annotated[SerializeAsAny[Migration] | None, picked(MIGRATION, "migration")] = None
@@ -199,7 +200,7 @@ class Compress(Stage, frozen=True):
         activations = self._told_scheme(job.scheme.inputs if job.scheme else {})
         with (
             CheckpointWriter(context.out, job.source, activations=activations, resume=True) as writer,
-            open_pool(job, workers, context.ray, memory.task) as pool,
+            open_pool(job, workers, context.ray, memory.task, context.places) as pool,
         ):
             done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
             if job.solver.needs and tokens is not None:

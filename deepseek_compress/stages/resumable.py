@@ -17,6 +17,7 @@ from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import kept, remove, remove_tree, write_sealed
 from deepseek_compress.checkpoint.owned import PARTIAL
 from deepseek_compress.errors import DscError
+from deepseek_compress.planning.device import key
 
 CHOSEN = "chosen.json"  # in the work directory: see `stages.text`
 
@@ -56,7 +57,7 @@ class Resumable:
             text=[*text.shape, digest_of(text)] if isinstance(text, Tensor) else text,
             seed=seed,
             threads=torch.get_num_threads() if tokens else None,
-            device=device,
+            device=key(device),
         )
 
     def claim(self, out: Path, work: Path) -> None:

@@ -19,6 +19,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.planning.costs import Memory, Work
+from deepseek_compress.planning.device import key as kind
 from deepseek_compress.stages.base import Context, Forecast
 from deepseek_compress.stages.resumable import CHOSEN
 from deepseek_compress.streaming.block_run import PlainRun
@@ -86,7 +87,7 @@ def _choose(
     """{"windows": numbers of those chosen, and what that changed}; taken from `work` where a run before chose."""
     text = digest_of(pool.tokens)
     decided = [text, wanted.document(), provenance.fingerprint(source), provenance.versions(), torch.get_num_threads()]
-    decided += [context.device]
+    decided += [kind(context.device)]
     key, file = provenance.digest(decided), work / CHOSEN
     if (before := kept(file) or {}).get("key") == key:
         return dict(before["found"])
@@ -94,7 +95,7 @@ def _choose(
     run = PlainRun(context.architecture(source), reading)
     memory = score_windows.cost(run.architecture, *pool.tokens.shape)[0]
     workers = context.count(Forecast(source.header, memory=memory, read=source.header.bytes))
-    with open_pool(run, workers, context.ray, memory.task) as workforce:
+    with open_pool(run, workers, context.ray, memory.task, context.places) as workforce:
         made = score_windows.score_windows(run, pool.tokens, workforce, context.progress)
     found = _decide(made, wanted, select, pool)
     context.tell_all(_told(found, select))

@@ -7,7 +7,7 @@ block as it is; what solves a block overrides `outputs`, and sees each part's li
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +91,10 @@ class PlainRun:
     exact: bool = False  # weights with their full precision, not as a 16-bit output would store them
     paired: bool = False
     min_tokens: int = 0
+
+    def at(self, device: str) -> PlainRun:
+        """The same on another device."""
+        return replace(self, architecture=self.architecture.at(device))
 
     def begin(self, layer: int, store: Store) -> BlockRun:
         """Take up a block."""

@@ -36,11 +36,11 @@ class _Task(NamedTuple):
 
 
 class _Done(NamedTuple):
-    stored: list[tuple[str, dict[str, _Sent]]]
+    stored: list[tuple[str, dict[str, Sent]]]
     facts: list[dict[str, Any]]
 
 
-class _Sent(NamedTuple):
+class Sent(NamedTuple):
     """A tensor between processes: numpy has no BF16."""
 
     bytes: np.ndarray[Any, np.dtype[np.uint8]]
@@ -62,7 +62,7 @@ def run_experts(
     shares, counts = routing.shares.flatten(), []
     for task, done in zip(tasks, pool.run(_expert, tasks), strict=True):
         for name, parts in done.stored:
-            block.store(name, {suffix: _received(sent) for suffix, sent in parts.items()})
+            block.store(name, {suffix: received(part) for suffix, part in parts.items()})
         block.facts += done.facts
         if added is not None and task.output is not None:
             _add(task, places[task.expert], shares, moe.top_k, added)
@@ -101,9 +101,9 @@ def _add(task: _Task, chosen: Tensor, shares: Tensor, top_k: int, added: HiddenS
 
 def _expert(run: Run, task: _Task) -> _Done:
     """Runs in a worker."""
-    stored: list[tuple[str, dict[str, _Sent]]] = []
+    stored: list[tuple[str, dict[str, Sent]]] = []
     block = run.begin(
-        task.layer, lambda name, parts: stored.append((name, {key: _sent(part) for key, part in parts.items()}))
+        task.layer, lambda name, parts: stored.append((name, {key: sent(part) for key, part in parts.items()}))
     )
     linears = [linear for linear in block.block.linears if linear.expert == task.expert]
     if not block.acts(linears) and task.output is None:
@@ -143,10 +143,12 @@ def _part(run: Run, block: BlockRun, task: _Task, linears: Sequence[Linear], x: 
     return Part(linears, forward, -(-len(tokens) // ROWS), len(tokens), kept, _put, get, split, linears[-1].name)
 
 
-def _sent(tensor: Tensor) -> _Sent:
-    return _Sent(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+def sent(tensor: Tensor) -> Sent:
+    """A tensor of the CPU, to another process."""
+    return Sent(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
 
 
-def _received(sent: _Sent) -> Tensor:
+def received(sent: Sent) -> Tensor:
+    """It there."""
     flat = sent.bytes if sent.bytes.flags.writeable else sent.bytes.copy()  # what Ray hands out is read-only
     return torch.from_numpy(flat).view(sent.dtype).view(sent.shape)

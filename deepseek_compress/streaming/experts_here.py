@@ -7,7 +7,7 @@ expert by expert, as in `experts`, so that the number that is solved together ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ MOST = 16
 HESSIANS, COPIES = 3, 6  # of the widest input, and of the weights in float32, while an expert is solved
 
 
-class _Expert:
+class Expert:
     """An expert with its tokens, on the device."""
 
     def __init__(self, run: Run, block: BlockRun, number: int, chosen: Tensor, length: int) -> None:
@@ -86,8 +86,13 @@ def run_here(
     counts: list[int] = []
     for start in range(0, moe.experts, step := together(run, block)):
         numbers = range(start, min(start + step, moe.experts))
-        some = [_Expert(run, block, number, places[number], length) for number in numbers]
-        _visit(some, x, added, shares)
+        some = [Expert(run, block, number, places[number], length) for number in numbers]
+
+        def add(number: int, batch: int, given: Tensor, some: list[Expert] = some) -> None:
+            assert added is not None
+            some[number].add(batch, given, shares, added)
+
+        visit(some, x, None if added is None else add)
         for expert in some:  # in their order, whatever was solved with what
             for name, parts in expert.stored:
                 block.store(name, parts)
@@ -96,21 +101,24 @@ def run_here(
     return coverage(run, counts)
 
 
-def _visit(experts: Sequence[_Expert], x: HiddenStore, added: HiddenStore | None, shares: Tensor) -> None:
-    """Solve and run some experts: those with tokens for what they give, the others as far as they change."""
-    reached = [expert for expert in experts if added is not None and len(expert.tokens)]
-    others = [expert for expert in experts if expert not in reached and expert.own.acts(expert.linears)]
+def visit(experts: Sequence[Expert], x: HiddenStore, take: Callable[[int, int, Tensor], None] | None) -> None:
+    """Solve and run some experts: those with tokens for what they give, the others as far as they change.
+
+    `take(number, batch, given)` is called with what each gives; None: nobody needs it.
+    """
+    reached = [number for number, expert in enumerate(experts) if take is not None and len(expert.tokens)]
+    others = [n for n, expert in enumerate(experts) if n not in reached and expert.own.acts(expert.linears)]
     for some in (others, reached):
         if not some:
             continue
-        parts = [(expert.own, expert.part(x)) for expert in some]
-        if some is others:
-            some[0].own.act_on(parts)
+        parts = [(experts[number].own, experts[number].part(x)) for number in some]
+        own = experts[some[0]].own
+        if take is None or some is others:
+            own.act_on(parts)
             continue
-        assert added is not None
-        for number, given in some[0].own.outputs_of(parts):
+        for number, given in own.outputs_of(parts):
             for batch, out in given:
-                some[number].add(batch, out, shares, added)
+                take(some[number], batch, out)
 
 
 def together(run: Run, block: BlockRun) -> int:

@@ -22,6 +22,7 @@ from deepseek_compress.models.rope import places
 from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.block_run import BlockRun, Forward, Part, Run, Store, Watch
 from deepseek_compress.streaming.experts import run_experts
+from deepseek_compress.streaming.experts_apart import run_apart
 from deepseek_compress.streaming.experts_here import run_here
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.workers import Pool
@@ -50,7 +51,7 @@ def run_block(
     with HiddenStore(work / "attended.tmp", rows, hidden.row_shape, device=device) as attended:
         _attention(run, block, hidden, attended, batches)
         machine.return_freed_memory()  # the experts' workers need it
-        held = 0 if device.type == "cpu" else None  # workers read it
+        held = None if device.type != "cpu" and pool.here else 0  # workers read it
         with HiddenStore(work / "input.tmp", rows, (block.block.cfg.hidden_size,), held=held, device=device) as x:
             facts = _ffn(run, block, attended, x, batches, following, pool, routed)
             x.remove()
@@ -103,8 +104,10 @@ def _ffn(
             routed(routing)
             if run.architecture.device.type == "cpu":
                 facts["experts"] = run_experts(run, block, routing, x, sums, batches.length, pool)
-            else:
+            elif pool.here:
                 facts["experts"] = run_here(run, block, routing, x, sums, batches.length)
+            else:
+                facts["experts"] = run_apart(run, block, routing, x, sums, batches.length, pool)
             if here.moe.shared:
                 _dense(run, block, here.moe.names.shared, attended, x, sums, batches)
         else:

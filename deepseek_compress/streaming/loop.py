@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -83,6 +83,7 @@ class Loop:
     backward: bool = False
     shared: bool = False  # other processes read the stores
     first: int = 0  # block to begin with, whose inputs the caller gives
+    here: bool = True  # this process reads the routed experts, no other
 
     @property
     def layers(self) -> int:
@@ -113,12 +114,15 @@ class Loop:
         left = order[start:]
         found: dict[int, Facts] = {}
         before = given or (self._inputs(left[0], left[0] == order[0], begin) if left else ())
-        for number, layer in enumerate(left, len(order) - len(left)):
-            progress(number, len(order), f"{self.note} {layer}")
-            if layer != left[-1]:
-                following = left[left.index(layer) + 1]
-                _read_ahead([architecture.blocks[following] for architecture in self._architectures()])
-            before = self._block(layer, before, visitor, found)
+        with ExitStack() as stack:
+            for its in self._architectures():
+                stack.enter_context(its.reading.of(its, [its.blocks[layer] for layer in left], self.here))
+            for number, layer in enumerate(left, len(order) - len(left)):
+                progress(number, len(order), f"{self.note} {layer}")
+                if layer != left[-1]:
+                    following = left[left.index(layer) + 1]
+                    _read_ahead([architecture.blocks[following] for architecture in self._architectures()])
+                before = self._block(layer, before, visitor, found)
         self._close(before)
         progress(len(order), len(order), f"{self.note}s done")
         return [found[layer] if self.work is None else self._facts(layer) for layer in sorted(order)]

@@ -142,6 +142,10 @@ class _One:
     def count(self) -> int:
         return self.pool.count
 
+    @property
+    def here(self) -> bool:
+        return self.pool.here
+
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         return self.pool.run(_with, [(self.number, function, task) for task in tasks])
 

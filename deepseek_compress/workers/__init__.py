@@ -15,7 +15,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -40,24 +40,44 @@ class Pool(Protocol):
         """Tasks that are computed at a time."""
         ...
 
+    @property
+    def here(self) -> bool:
+        """Whether this process computes them, so that they find what it holds."""
+        ...
+
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """`function(shared, task)` for each task; results in the order of the tasks."""
         ...
 
 
+class Place(Protocol):
+    """What a worker has for itself, a GPU; travels by pickle."""
+
+    def begin(self, shared: Any) -> Any:
+        """Called once in the worker: `shared` as its tasks are given it."""
+        ...
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside a task is computed."""
+        ...
+
+
 @contextmanager
-def open_pool(shared: Any, count: int = 1, ray: str | None = None, memory: int = 0) -> Iterator[Pool]:
+def open_pool(
+    shared: Any, count: int = 1, ray: str | None = None, memory: int = 0, places: Sequence[Place] = ()
+) -> Iterator[Pool]:
     """`count` processes here, or with `ray` (an address, "auto") every core of that cluster.
 
-    memory: bytes that a task needs beside the libraries; Ray places tasks by it.
+    memory: bytes that a task needs beside the libraries; Ray places tasks by it. places: one process for each instead;
+    with Ray there is one, what a task finds in its worker, where it has a GPU to itself.
     """
     if ray is not None:
         from deepseek_compress.workers.cluster import RayPool
 
-        with RayPool(shared, ray, memory) as cluster:
+        with RayPool(shared, ray, 0 if places else memory, *places) as cluster:
             yield cluster
-    elif count > 1:
-        with _Processes(shared, count) as processes:
+    elif count > 1 or len(places) > 1:
+        with _Processes(shared, count, places) as processes:
             yield processes
     else:
         yield _Inline(shared)
@@ -110,7 +130,7 @@ def compute(function: Callable[[Any, Task], Result], shared: Any, task: Task) ->
 class _Inline:
     """This process."""
 
-    count = 1
+    count, here = 1, True
 
     def __init__(self, shared: Any) -> None:
         self._shared = shared
@@ -123,10 +143,12 @@ class _Inline:
 
 
 class _Processes:
-    """Processes beside this one."""
+    """Processes beside this one: `count`, or one for each of `places`."""
 
-    def __init__(self, shared: Any, count: int) -> None:
-        self._shared, self.count = shared, count
+    here = False
+
+    def __init__(self, shared: Any, count: int, places: Sequence[Place] = ()) -> None:
+        self._shared, self.count, self._places = shared, len(places) or count, places
         self._workers: processes.Workers | None = None
 
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
@@ -145,7 +167,8 @@ class _Processes:
 
     def _ordered(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         if self._workers is None:
-            self._workers = processes.Workers(self.count, [__name__, *_PRELOAD], _begin, [self._shared])
+            own: Sequence[Place | None] = self._places or [None] * self.count
+            self._workers = processes.Workers(self.count, [__name__, *_PRELOAD], _begin, [self._shared], own)
         workers = self._workers
         return in_order(tasks, lambda task: workers.submit(_compute, function, task), Future.result, self.count)
 
@@ -165,20 +188,29 @@ class _Processes:
 
 
 _PRELOAD = ("deepseek_compress.compress.convert",)  # what tasks import
-_given: list[Any] = []  # in a worker: what its tasks share
+_given: list[Any] = []  # in a worker: what its tasks share, and its place
 
 
-def _begin(alive: Connection, shared: Any) -> None:
+def _begin(alive: Connection, shared: Any, place: Place | None) -> None:
     """Make this process a worker: one thread, deaf to Ctrl-C, and dead when the run is, of whose process is `alive`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the run itself ends its workers
     processes.end_with(alive)
     become_worker()
-    _given[:] = [shared]
+    _given[:] = [shared, place]
+
+
+_begun: dict[Place, Any] = {}  # in a worker: what its place made of what is shared
 
 
 def _compute(function: Callable[[Any, Task], Result], task: Task) -> Result:
+    shared, place = _given
     try:
-        return compute(function, _given[0], task)
+        if place is None:
+            return compute(function, shared, task)
+        if place not in _begun:  # not in `_begin`, whose error nobody would see
+            _begun[place] = place.begin(shared)
+        with place.computing():
+            return compute(function, _begun[place], task)
     finally:
         # What is kept falls into pieces from task to task, and would stay while the run itself needs memory
         machine.return_freed_memory()

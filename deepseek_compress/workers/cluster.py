@@ -12,21 +12,27 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.processes import ROOT
-from deepseek_compress.workers import Result, Task, become_worker, compute, in_order
+from deepseek_compress.workers import Place, Result, Task, become_worker, compute, in_order
 
 RETRIES = 5  # times a task may lose its worker
 
 
 class RayPool:
-    """Every core of the cluster at `address`; a task takes one core and `memory` bytes."""
+    """Every core of the cluster at `address`; a task takes one core and `memory` bytes.
 
-    def __init__(self, shared: Any, address: str, memory: int) -> None:
+    With a `place` every GPU of it, and a task takes one, which is the only GPU that its worker sees.
+    """
+
+    here = False
+
+    def __init__(self, shared: Any, address: str, memory: int, place: Place | None = None) -> None:
         try:
             import ray
         except ImportError:
@@ -40,21 +46,27 @@ class RayPool:
         except (OSError, ValueError, RuntimeError) as error:
             what = f"--ray {address}: {str(error).splitlines()[0]}"
             raise DscError(what, "give the address of a running cluster (`ray status`), or auto") from None
-        self.count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self.count = int(ray.cluster_resources().get("GPU" if place else "CPU", 0))
+        if not self.count:
+            ray.shutdown()
+            what = f"--ray {address}: the cluster has no {'GPU' if place else 'CPU'}"
+            raise DscError(what, "add a node that has one, or use --device cpu" if place else "add a node")
         largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
         if memory > largest:
             ray.shutdown()  # such a task would wait for ever
             needs, offers = f"{memory / 1e9:.1f} GB", f"{largest / 1e9:.1f} GB"
             what = f"--ray {address}: a task needs {needs}, the largest node offers {offers}"
             raise DscError(what, "add a larger node, or leave --ray out")
-        self._shared = ray.put(shared)
+        self._shared, self._place = ray.put(shared), place
         self._options = {"num_cpus": 1, "max_retries": RETRIES, **({"memory": memory} if memory else {})}
+        self._options |= {"num_gpus": 1} if place else {}
 
     def run(self, function: Callable[[Any, Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """`function(shared, task)` for each task; results in the order of the tasks."""
         remote = self._ray.remote(_compute).options(**self._options)
         # In a list a reference stays a reference: the worker fetches the object itself, once
-        return in_order(tasks, lambda task: remote.remote(function, [self._shared], task), self._fetch, self.count)
+        shared = ([self._shared], self._place)
+        return in_order(tasks, lambda task: remote.remote(function, *shared, task), self._fetch, self.count)
 
     def _fetch(self, reference: Any) -> Any:
         ray = self._ray
@@ -88,12 +100,14 @@ def _reach(address: str) -> None:
 _given: dict[str, Any] = {}  # in a worker: what its tasks share, by reference
 
 
-def _compute(function: Callable[[Any, Task], Result], shared: list[Any], task: Task) -> Result:
+def _compute(function: Callable[[Any, Task], Result], shared: list[Any], place: Place | None, task: Task) -> Result:
     import ray
 
     key = shared[0].hex()
     if key not in _given:
         _given.clear()
-        _given[key] = ray.get(shared[0])
+        given = ray.get(shared[0])
+        _given[key] = given if place is None else place.begin(given)
         become_worker()
-    return compute(function, _given[key], task)
+    with nullcontext() if place is None else place.computing():
+        return compute(function, _given[key], task)
