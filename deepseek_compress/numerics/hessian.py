@@ -34,14 +34,44 @@ class Unsolvable(DscError):
 def add_gram(total: Tensor | None, x: Tensor) -> Tensor:
     """`total` + `x^T x` of float32 `x` (tokens, columns) on and above the diagonal, in place.
 
-    What stands below waits for `mirror`: so it is little more than half the full product's work.
+    What stands below waits for `mirror`: so it is little more than half the full product's work. On a GPU of `parts`.
     """
     columns = x.shape[1]
     if total is None:
         total = torch.zeros((columns, columns), dtype=x.dtype, device=x.device)
+    if in_parts(x):
+        left, right = parts(x)
+        for start, stop in _panels(columns):
+            total[start:stop, start:] += _product(left[:, start:stop].t(), right[:, start:])
+        return total
     for start, stop in _panels(columns):
         total[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
     return total
+
+
+def in_parts(x: Tensor) -> bool:
+    """Whether products of BF16 are worth it: where tensor cores compute them."""
+    return x.is_cuda
+
+
+def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """BF16 (3 tokens, columns) L and R whose product L^T R is x^T x.
+
+    x = h + l + r, h and l its nearest BF16 and that of the rest: L = [h; h; l], R = [h; l; h]. A product of two BF16
+    numbers is exact in float32, where they are summed. What is left out, l^T l and the products with r, is less than
+    2^-15 of |x|^T |x|; a tensor core takes about a fifth of the time of float32 products for it.
+    """
+    high = x.bfloat16()
+    low = (x - high.float()).bfloat16()
+    return torch.cat((high, high, low)), torch.cat((high, low, high))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Float32 product of BF16 matrices, whose elements are nowhere rounded to BF16."""
+    if left.is_cuda:
+        made: Tensor = torch.ops.aten.mm.dtype(left, right, torch.float32)
+        return made
+    return left.float() @ right.float()
 
 
 def mirror(total: Tensor) -> Tensor:

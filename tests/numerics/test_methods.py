@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_compress.numerics import grid
+from deepseek_compress.numerics import grid, hessian
 from deepseek_compress.numerics.awq import Awq, migration
 from deepseek_compress.numerics.gptaq import corrected
 from deepseek_compress.numerics.gptq import Gptq
@@ -183,3 +183,31 @@ def test_gram_is_the_product(columns: int) -> None:
     result = mirror(add_gram(None, x))
     assert torch.allclose(result, x.t() @ x, rtol=1e-4, atol=1e-4)
     assert torch.equal(result, result.t())
+
+
+def test_a_gram_of_bf16_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU computes it: within 2^-15 of the magnitudes, in two takes."""
+    monkeypatch.setattr(hessian, "in_parts", lambda x: True)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(700, 450, generator=generator) * torch.logspace(-3, 3, 450)
+    x[:, 17] = 0.0
+    total = add_gram(add_gram(None, x[:300]), x[300:])
+    wide = x.double()
+    expected, size = wide.T @ wide, wide.abs().T @ wide.abs()
+    apart = (mirror(total).double() - expected).abs()
+    assert bool((apart <= 2**-15 * size).all())
+    assert total[17].count_nonzero() == 0
+    one = x[:1].bfloat16().double()
+    first = wide[:1].T @ wide[:1]
+    assert bool(((one.T @ one - first).abs() > 2**-9 * first.abs()).any()), "one part would not do"
+    apart = (mirror(add_gram(None, x[:1])).double() - first).abs()
+    assert bool((apart <= 2**-15 * first.abs()).all())
+
+
+def test_the_parts_are_what_they_say() -> None:
+    x = torch.tensor([[1.0 + 2**-9 + 2**-20]])
+    left, right = hessian.parts(x)
+    assert left.dtype == right.dtype == torch.bfloat16
+    assert left.flatten().tolist() == [1.0, 1.0, 2**-9]
+    assert right.flatten().tolist() == [1.0, 2**-9, 1.0]
+    assert not hessian.in_parts(x), "on the CPU nothing changes"
