@@ -205,7 +205,8 @@ def unable(device: str) -> str | None:
     if device != "cpu" and not torch.cuda.is_available():
         return "no CUDA device"
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    return f"missing: {', '.join(missing)}" if missing else None
+    names = " ".join({"yaml": "pyyaml"}.get(name, name) for name in missing)
+    return f"missing: {', '.join(missing)}; pip install {names}" if missing else None
 
 
 def main() -> None:

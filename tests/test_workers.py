@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -109,9 +110,9 @@ def test_one_worker_or_two_write_the_same_bytes(method: str, tiny_v3: Path, tmp_
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A real cluster on this machine: two nodes of one core each."""
+    """A real cluster on this machine: two nodes of one core each, which claim a GPU."""
     utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed")
-    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80_000_000}  # claimed, there need be none
     running = utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     running.add_node(**node)
     yield running
@@ -153,34 +154,80 @@ class Seen(NamedTuple):
         return nullcontext()
 
 
-def told(shared: str, task: int) -> tuple[str, list[int]]:
-    import ray
-
-    return f"{task}: {shared}", [int(number) for number in ray.get_gpu_ids()]
+def told(shared: str, task: int) -> str:
+    return f"{task}: {shared}"
 
 
-@pytest.mark.slow
-def test_ray_gives_each_task_a_gpu() -> None:
-    """Two nodes that claim a GPU each: a task takes one, and is told that place."""
-    utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed")
-    node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 80_000_000}
-    running = utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    try:
-        running.add_node(**node)
-        with open_pool("it", ray=running.address, memory=10**15, places=[Seen("cuda:0")]) as pool:
-            assert (pool.count, pool.here) == (2, False), "GPUs count, and what a task needs is a GPU's memory"
-            found = list(pool.run(told, list(range(4))))
-        assert [text for text, _ in found] == [f"{task}: it at cuda:0" for task in range(4)]
-        assert all(len(gpus) == 1 for _, gpus in found)
-    finally:
-        running.shutdown()
+class FakeRay:
+    """What `RayPool` asks of Ray, in this process: tasks run where they are started."""
+
+    class exceptions:
+        RayError = type("RayError", (Exception,), {})
+        RayTaskError = type("RayTaskError", (RayError,), {})
+
+    def __init__(self, **resources: float) -> None:
+        self.resources, self.asked = resources, {}  # type: ignore[var-annotated]
+        self.init = self.shutdown = lambda *a, **b: None
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"memory": 1e9}}]
+
+    def put(self, value: Any) -> Any:
+        return Held(value)
+
+    def get(self, value: Any) -> Any:
+        return value.value
+
+    def remote(self, function: Any) -> Any:
+        def options(**asked: Any) -> Any:
+            self.asked = asked
+            return SimpleNamespace(remote=lambda *arguments: Held(function(*arguments)))
+
+        return SimpleNamespace(options=options)
 
 
-@pytest.mark.slow
-def test_a_cluster_without_a_gpu_is_one_line(cluster: Any) -> None:
-    wanted = open_pool("it", ray=cluster.address, places=[Seen("cuda:0")])
+class Held(NamedTuple):
+    value: Any
+
+    def hex(self) -> str:
+        return str(id(self.value))
+
+
+def test_a_task_of_a_cluster_has_a_gpu_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs count, not cores; what a task needs is a GPU's memory, not a node's."""
+    ray = FakeRay(CPU=64.0, GPU=3.0)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with open_pool("it", ray="auto", memory=10**15, places=[Seen("cuda:0")]) as pool:
+        assert (pool.count, pool.here) == (3, False)
+        assert list(pool.run(told, [4, 5])) == ["4: it at cuda:0", "5: it at cuda:0"]
+    assert ray.asked == {"num_cpus": 1, "max_retries": 5, "num_gpus": 1}
+    with open_pool("other", ray="auto") as pool:
+        assert (pool.count, list(pool.run(told, [4]))) == (64, ["4: other"])
+    assert "num_gpus" not in ray.asked
+
+
+def test_a_cluster_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(CPU=64.0))
+    wanted = open_pool("it", ray="auto", places=[Seen("cuda:0")])
     with pytest.raises(DscError, match="the cluster has no GPU; add a node that has one"), wanted:
         pass
+
+
+@pytest.mark.slow
+def test_ray_hands_out_its_gpus(cluster: Any) -> None:
+    with open_pool("it", ray=cluster.address, places=[Seen("cuda:0")]) as pool:
+        assert pool.count == 2
+        assert list(pool.run(gpus, ["a", "b", "c"])) == [1, 1, 1]
+
+
+def gpus(shared: str, task: str) -> int:
+    """How many GPUs Ray gave to this task."""
+    import ray
+
+    return len(ray.get_gpu_ids())
 
 
 def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

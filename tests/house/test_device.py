@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from benchmarks import gpu_model
 from benchmarks.common import ROOT
+from deepseek_compress.cli import app
 from deepseek_compress.compress import convert
 from deepseek_compress.planning import device
 from tests.house.conftest import Dsc
@@ -96,6 +101,46 @@ def test_answers(dsc: Dsc, here: Where, tiny_llama: Path) -> None:
     assert said[0] == said[1]
 
 
+def test_chat(here: Where, tiny_llama: Path, tmp_path: Path) -> None:
+    talker = Path(shutil.copytree(tiny_llama, tmp_path / "talker"))
+    (talker / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    said = []
+    with strict_device() as counts:
+        for name in ("cpu", "strict"):
+            here(name)
+            words = ["chat", str(talker), "--max-tokens", "3", "--greedy"]
+            done = CliRunner().invoke(app, words, input="so is\nthat all\n")
+            assert done.exit_code == 0, done.output
+            said.append(done.stdout)
+        assert counts["copies"]
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) == 2, "an answer to each message"
+
+
+RECIPE = """
+model: {model}
+calibration: {{sources: [{text}], samples: 4, length: 32}}
+stages:
+  - compress: {{weights: {{gptq: {{group_size: 32}}}}}}
+  - evaluate: {{text: {text}, windows: 2, length: 16, efficiency: false}}
+"""
+
+
+def test_run(dsc: Dsc, here: Where, tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe, rows = tmp_path / "both.yaml", []
+    recipe.write_text(RECIPE.format(model=tiny_llama, text=text))
+    with strict_device() as counts:
+        for name in ("cpu", "strict"):
+            here(name)
+            done = dsc("run", recipe, "-o", tmp_path / name)
+            assert done.exit_code == 0, done.output
+            rows.append([row["metrics"] for row in json.loads((tmp_path / name / "report.json").read_text())["models"]])
+        assert counts["copies"]
+    assert rows[0] == rows[1]
+    (weights,) = (tmp_path / "cpu" / "compress").glob("*.safetensors")
+    assert (tmp_path / "strict" / "compress" / weights.name).read_bytes() == weights.read_bytes()
+
+
 def test_a_recipe_that_runs_out_of_memory_resumes(
     dsc: Dsc, here: Where, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +207,70 @@ def test_the_benchmark_runs_at_small_sizes(part: str, tmp_path: Path) -> None:
         assert (found["nano"]["codes_that_differ"], found["nano"]["kl_to_each_other"]) == (0.0, 0.0)
         assert min(found["nano"]["kl_to_original"]) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--device", "cuda:3"), "error: --device cuda:3: 1 GPU here, the first is cuda:0; use cuda:0 to cuda:0"),
+        (("--device", "cuda:0,cpu"), "error: --device cuda:0,cpu: cpu in a list, which names GPUs alone; list"),
+        (("--device", "cuda:0,cuda:0"), "error: --device cuda:0,cuda:0: cuda:0 is listed twice; name each GPU once"),
+        (
+            ("--device", "cuda:0", "--gpu-memory", "1MiB"),
+            "error: compress: needs 324.7 MB of cuda:0, which has 1.0 MB for it; give --gpu-memory 0.4GiB, or use",
+        ),
+    ],
+)
+def test_where_one_gpu_is(
+    words: tuple[str, ...], line: str, dsc: Dsc, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 2 << 30))
+    done = dsc("plan", tiny_llama, "--group-size", "32", *words)
+    assert done.exit_code == 1
+    (found,) = [line for line in done.stderr.splitlines() if line]
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(("built", "why"), [(None, "was built without CUDA"), ("13.0", "no NVIDIA driver, or no GPU")])
+def test_why_there_is_none(
+    built: str | None, why: str, dsc: Dsc, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    done = dsc("quantize", tiny_llama, "-o", "out", "--device", "cuda")
+    assert done.exit_code == 1
+    assert why in done.stderr
+    assert not Path("out").exists()
+
+
+def test_packages_that_the_benchmark_lacks_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before anything is written; `make bench-gpu` goes on, since it needs torch alone but for this."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in ("blake3", "pydantic") else find(n))
+    monkeypatch.setattr(sys, "argv", ["gpu_model", "--device", "cpu", "--tiny"])
+    gpu_model.main()
+    said, record = capsys.readouterr().out.splitlines()
+    assert said.startswith("gpu_model: not measured, missing: pydantic, blake3; pip install pydantic blake3")
+    assert json.loads(record)["measured"] is False
+
+
+def test_the_benchmarks_begin_with_torch_alone() -> None:
+    """None of the packages that the library needs is imported."""
+    missing = f"sys.modules.update(dict.fromkeys({(*gpu_model.NEEDED, 'onnx', 'deepseek_compress.cli')!r}))"
+    names = ("gpu_softmax", "gpu_pack", "gpu_model")
+    each = "; ".join(f"import benchmarks.{name} as it; it.main()" for name in names)
+    code = f"import sys, torch; {missing}; sys.argv = ['it']; {each}"
+    none = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, env=none)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line[0] != "{"] == [
+        f"{name}: not measured, no CUDA device" for name in names
+    ]
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
