@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint
+from deepseek_compress.checkpoint import CheckpointWriter, open_checkpoint, owned
 from deepseek_compress.checkpoint.files import write_sealed
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation import divergence, streamed
@@ -130,7 +130,8 @@ def test_the_report_says_that_nothing_was_generated(tiny_qwen2: Path, text: Path
         assert row["metrics"]["exact_match"] is None
         assert row["metrics"]["kl_divergence"] == pytest.approx(0, abs=1e-9)
     assert found["suite"] is None
-    assert not list((tmp_path / "out").glob(".dsc_*"))
+    left = {file.name for file in (tmp_path / "out").glob(".dsc_*")}
+    assert left <= set(owned.NAMES)  # which the pipeline forgets once its state lists the reports
 
 
 def test_it_is_chosen_where_a_model_does_not_fit(tiny_qwen2: Path) -> None:
