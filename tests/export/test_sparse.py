@@ -14,6 +14,7 @@ import torch
 
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.export.onnx import export_onnx
+from deepseek_compress.export.targets import graph
 from deepseek_compress.export.verify import OnnxModel, random_prompts, verify
 from deepseek_compress.generation.backends.graph import GraphBackend, GraphModel
 from deepseek_compress.generation.backends.onnx import OnnxRunner
@@ -92,7 +93,7 @@ def test_quantised_and_decoded_greedily(
 
 @pytest.mark.verify
 def test_block_by_block_too(tmp_path: Path, clear_v4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepseek_compress.export.targets.graph.RESIDENT", 0)
+    monkeypatch.setattr(graph, "RESIDENT", 0)
     told: list[str] = []
     stage = Export.model_validate({"target": "onnxruntime"})
     source = open_checkpoint(clear_v4)
