@@ -115,6 +115,8 @@ def _short(words: list[str], own: bool, tiny: Path, text: Path) -> list[str]:
         return [*(["--model", str(tiny)] if words[0] == "run" else []), *small]
     if words[0] == "export":
         return []
+    if words[:1] == ["plan"] and "calibrate" in words:  # which has no weights to group
+        return [*TEXT, "--calibration", str(text)]
     if own and words[0] != "evaluate":
         added = added[len(shorten(["calibrate"], tiny, text)) :]
     if any("weights={" in word for word in words):
