@@ -8,6 +8,12 @@ The functions below are those of `deepseek_compress.api`. Nothing is imported un
 from __future__ import annotations
 
 import sys
+
+from deepseek_compress import processes
+
+if sys.argv[:1] == ["-m"]:
+    processes.leave_directory()  # which `python -m` put first, and where a checkpoint's typing.py may lie
+
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any

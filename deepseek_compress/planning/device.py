@@ -80,7 +80,8 @@ def memory_in_use(device: torch.device) -> int:
 
 def key(device: str) -> str:
     """The kind of a device, for what was measured or computed on it: two GPUs of one name are alike."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device.split(":")[0]
+    there = device.startswith("cuda") and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if there else device.split(":")[0]
 
 
 def bound_memory(device: str, limit: int | None) -> None:

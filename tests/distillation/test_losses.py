@@ -116,7 +116,7 @@ def test_a_teacher_is_the_minimum_of_its_loss(
         assert float(gradient.norm()) < 1e-3 * float(away.norm()) + 1e-6
     assert bool((worse > -1e-6).all())
     if form == "exact":
-        assert bool((worse > loss).all())
+        assert bool((worse > loss - 1e-7).all())  # both are rounded in float32
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))

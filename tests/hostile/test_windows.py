@@ -88,6 +88,7 @@ def test_killed_after_each_call(name: str, tiny_qwen2: Path, tmp_path: Path) -> 
         killed(name, tiny_qwen2, tmp_path / str(after), after, expected)
 
 
+@pytest.mark.verify
 def test_a_call_that_fails(tiny_qwen2: Path, tmp_path: Path) -> None:
     """As on a full disk: one line, and the same command goes on."""
     expected, count = uninterrupted("gguf", tiny_qwen2, tmp_path)

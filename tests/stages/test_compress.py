@@ -171,8 +171,8 @@ def test_a_cache_of_few_bits_stands_in_the_manifest_and_runs(tiny_v3_bf16: Path,
     told: list[str] = []
     output = stage(kv_cache={"num_bits": 4}).run(open_checkpoint(tiny_v3_bf16), context(tmp_path / "out", text, told))
     assert told == [
-        "KV cache of 4 bits: 159 bytes a token, 576 in 16 bits; it stands in the manifest and is evaluated, servers "
-        "set theirs at launch (see README.md of the output)"
+        "KV cache of 4 bits: 159 bytes a token, 576 in 16 bits; it stands in the manifest and is evaluated; serving "
+        "engines ignore it, set theirs at launch (see README.md of the output)"
     ]
     done, source = open_checkpoint(output.path), open_checkpoint(tiny_v3_bf16)
     assert all(torch.equal(done.read(name), source.read(name)) for name in source.header.tensors)

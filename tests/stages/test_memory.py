@@ -51,7 +51,7 @@ def dsc(*arguments: str) -> tuple[int, dict[str, Any], int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["w4a16-fast", "w4a16"])
+@pytest.mark.parametrize("recipe", ["w4a16-fast", pytest.param("w4a16", marks=pytest.mark.verify)])
 def test_the_least_memory_that_plan_names_is_enough_and_kept(recipe: str, wide: Path, tmp_path: Path) -> None:
     options = ["-r", recipe, "--group-size", "128", "--samples", "8", "--length", "128"]
     code, answer, _ = dsc("plan", str(wide), *options, "--memory", "100MB")
