@@ -41,7 +41,7 @@ def uninterrupted(model: Path, out: Path, *more: str) -> tuple[dict[str, bytes],
 
 def checkpoint(files: dict[str, bytes]) -> dict[str, bytes]:
     """What is loaded; the pipeline's note that the stage is finished, in the manifest, may still be missing."""
-    house = ("dsc_manifest.json", ".dsc_run/", ".dsc_blocks/", ".dsc_partial/")
+    house = ("dsc_manifest.json", ".dsc_names", ".dsc_run/", ".dsc_blocks/", ".dsc_partial/")
     return {name: content for name, content in files.items() if not name.startswith(house)}
 
 
