@@ -108,15 +108,31 @@ def test_one_worker_or_two_write_the_same_bytes(method: str, tiny_v3: Path, tmp_
     assert method != "rtn" or len(alone) > 4, "several shards"
 
 
+NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80_000_000}  # the GPU is claimed, there need be none
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A real cluster on this machine: two nodes of one core each, which claim a GPU."""
     utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed")
-    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80_000_000}  # claimed, there need be none
-    running = utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    running.add_node(**node)
+    running = utils.Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    running.add_node(**NODE)
     yield running
     running.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_hands_out_its_gpus(cluster: Any) -> None:
+    with open_pool("it", ray=cluster.address, places=[Seen("cuda:0")]) as pool:
+        assert pool.count == 2
+        assert list(pool.run(gpus, ["a", "b", "c"])) == [1, 1, 1]
+
+
+def gpus(shared: str, task: str) -> int:
+    """How many GPUs Ray gave to this task."""
+    import ray
+
+    return len(ray.get_gpu_ids())
 
 
 @pytest.mark.slow
@@ -139,7 +155,7 @@ def test_ray_writes_the_same_bytes_also_when_a_node_is_lost(cluster: Any, tiny_v
         out = tmp_path / f"{method}-ray"
         assert compress(tiny_v3, out, method, lambda job: open_pool(job, ray=cluster.address), kill_one) == alone
         assert not lost
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        cluster.add_node(**NODE)
 
 
 class Seen(NamedTuple):
@@ -214,20 +230,6 @@ def test_a_cluster_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     wanted = open_pool("it", ray="auto", places=[Seen("cuda:0")])
     with pytest.raises(DscError, match="the cluster has no GPU; add a node that has one"), wanted:
         pass
-
-
-@pytest.mark.slow
-def test_ray_hands_out_its_gpus(cluster: Any) -> None:
-    with open_pool("it", ray=cluster.address, places=[Seen("cuda:0")]) as pool:
-        assert pool.count == len(cluster.list_all_nodes())
-        assert list(pool.run(gpus, ["a", "b", "c"])) == [1, 1, 1]
-
-
-def gpus(shared: str, task: str) -> int:
-    """How many GPUs Ray gave to this task."""
-    import ray
-
-    return len(ray.get_gpu_ids())
 
 
 def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
