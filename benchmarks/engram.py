@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import v41_layout
-from benchmarks.make_v41 import drawn
+from benchmarks.make_v41 import draw
 from cuda_ops import ops
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.checkpoint.formats import fp8
@@ -42,13 +42,7 @@ def source(folder: Path, rows: int, seed: int) -> Checkpoint:
     stored = {key: how for name, shape in shapes.items() for key, how in v41_layout.parts(name, shape, [32, 32])}
     file = folder / "model.safetensors"
     v41_layout.write_header(file, stored)
-    random = np.random.default_rng(seed)
-    with open(file, "r+b") as shard:
-        start = 8 + int.from_bytes(shard.read(8), "little")
-        for name, entry in json.loads(shard.read(start - 8)).items():
-            shard.seek(start + entry["data_offsets"][0])
-            for piece in drawn(name, entry["dtype"], tuple(entry["shape"]), random):
-                shard.write(piece)
+    draw(file, np.random.default_rng(seed))
     config = {"model_type": "deepseek_v41", "quantization_config": {"weight_block_size": [32, 32]}}
     (folder / "config.json").write_text(json.dumps(config))
     return open_checkpoint(folder)

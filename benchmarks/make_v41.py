@@ -67,13 +67,18 @@ def make(out: Path, given: dict[str, Any], seed: int = 0) -> None:
     write_tokenizer(out)
     random = np.random.default_rng(seed)
     for file in sorted(out.glob("*.safetensors")):
-        with open(file, "r+b") as shard:
-            start = 8 + int.from_bytes(shard.read(8), "little")
-            for name, entry in json.loads(shard.read(start - 8)).items():
-                shard.seek(start + entry["data_offsets"][0])
-                for piece in drawn(name, entry["dtype"], tuple(entry["shape"]), random):
-                    shard.write(piece)
+        draw(file, random)
     (out / "config.json").write_text(text)
+
+
+def draw(file: Path, random: np.random.Generator) -> None:
+    """Write values at the places that the header of a shard names."""
+    with open(file, "r+b") as shard:
+        start = 8 + int.from_bytes(shard.read(8), "little")
+        for name, entry in json.loads(shard.read(start - 8)).items():
+            shard.seek(start + entry["data_offsets"][0])
+            for piece in drawn(name, entry["dtype"], tuple(entry["shape"]), random):
+                shard.write(piece)
 
 
 def drawn(name: str, dtype: str, shape: tuple[int, ...], random: np.random.Generator) -> Iterator[memoryview]:

@@ -135,6 +135,21 @@ class FileHash:
                 self._place += len(block)
 
 
+def fill(fd: int, view: memoryview, offset: int, what: str) -> None:
+    """Read the bytes of an open file from `offset` on into all of `view`; `what` names it where it ends before."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if got == 0:
+            raise ended(what)
+        done += got
+
+
+def ended(what: str) -> DscError:
+    """Return what to say of a file that is shorter than it was."""
+    return DscError(f"{what} ends early", "the file changed while it was read; start again")
+
+
 def blocks(fd: int, count: int | None = None) -> Iterator[memoryview]:
     """Yield the rest of an open file, or its next `count` bytes, through one reused buffer.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import blocks, disk_errors, inside, open_regular, read_json
+from deepseek_compress.checkpoint.files import blocks, disk_errors, ended, fill, inside, open_regular, read_json
 from deepseek_compress.checkpoint.fold import fold
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
 from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, read_shard_header
@@ -127,7 +127,7 @@ class Checkpoint:
                 done += len(piece)
                 yield piece
         if done != place.bytes:
-            raise _ended(str(place.file))
+            raise ended(str(place.file))
 
     def read_quantized(self, name: str) -> Quantized | None:
         """Codes, scale and zero point of a packed weight; None for every other encoding."""
@@ -191,12 +191,7 @@ def read_tensor(place: Location, what: str, pinned: bool = False) -> Tensor:
     try:
         fd = os.open(place.file, os.O_RDONLY)
         check_same(place, fd)
-        done = 0
-        while done < place.bytes:
-            got = os.preadv(fd, [view[done:]], place.offset + done)
-            if got == 0:
-                raise _ended(f"{what}: {place.file}")
-            done += got
+        fill(fd, view, place.offset, f"{what}: {place.file}")
     except OSError as error:
         raise DscError(f"{what}: {place.file}: {error.strerror}", "check the disk, then start again") from None
     finally:
@@ -209,10 +204,6 @@ def check_same(place: Location, opened: Path | int) -> None:
     """Raise DscError where the file at `place`, by path or descriptor, is another than when its header was read."""
     if place.identity[0] and identity(opened) != place.identity:
         raise changed(place.file)
-
-
-def _ended(what: str) -> DscError:
-    return DscError(f"{what} ends early", "the file changed while it was read; start again")
 
 
 def _config(path: Path) -> dict[str, Any]:

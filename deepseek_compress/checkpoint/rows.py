@@ -6,14 +6,13 @@ together. Plain rows, FP8 with scales that belong to one row, and packed codes o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import disk_errors
+from deepseek_compress.checkpoint.files import disk_errors, fill
 from deepseek_compress.checkpoint.formats import fp8, packed
 from deepseek_compress.checkpoint.header import Location, TensorInfo
 from deepseek_compress.errors import DscError
@@ -66,13 +65,9 @@ def _gathered(place: Location, rows: Tensor) -> Tensor:
     view, done = buffer.numpy().data, 0
     with disk_errors(place.file), open(place.file, "rb", buffering=0) as file:
         for first, count in runs(rows.tolist()):
-            left = view[done : done + count * width]
-            done += len(left)
-            while left:
-                got = os.preadv(file.fileno(), [left], place.offset + first * width + count * width - len(left))
-                if got == 0:
-                    raise DscError(f"{place.file} ends early", "the file changed while it was read; start again")
-                left = left[got:]
+            part = view[done : done + count * width]
+            fill(file.fileno(), part, place.offset + first * width, str(place.file))
+            done += len(part)
     return buffer.view(place.dtype).view(len(rows), *place.shape[1:])
 
 

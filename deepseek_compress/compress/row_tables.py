@@ -59,7 +59,7 @@ def changed(architecture: Architecture, engram: Engram | None) -> dict[str, Rtn]
 
 def names(architecture: Architecture) -> list[str]:
     """All tables of a model whose rows are gathered."""
-    return [name for name in architecture.tensors if name.endswith(tuple(architecture.family.gathered or ("\0",)))]
+    return [name for name in architecture.tensors if name.endswith(tuple(architecture.family.gathered))]
 
 
 def problems(architecture: Architecture, engram: Engram | None) -> Iterator[DscError]:

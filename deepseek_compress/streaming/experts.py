@@ -70,6 +70,11 @@ def run_experts(
     return coverage(run, counts)
 
 
+def output_of(run: Run, expert: int) -> Path:
+    """Where a worker leaves what an expert gives."""
+    return run.work / f"expert-{expert:05d}.tmp"
+
+
 def coverage(run: Run, counts: list[int]) -> dict[str, Any]:
     """What there is to say about experts that so many tokens reach."""
     starved = [expert for expert, count in enumerate(counts) if count < run.min_tokens]
@@ -81,7 +86,7 @@ def _task(run: Run, block: BlockRun, expert: int, chosen: Tensor, x: HiddenStore
     assert moe is not None
     tokens = chosen // moe.top_k
     tokens, pairs = alongside(tokens, length) if run.paired else (tokens, None)
-    output = run.work / f"expert-{expert:05d}.tmp" if more and len(tokens) else None
+    output = output_of(run, expert) if more and len(tokens) else None
     return _Task(block.block.layer, expert, x.path, x.rows, tokens.numpy(), pairs, output)
 
 

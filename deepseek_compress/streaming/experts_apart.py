@@ -15,7 +15,7 @@ from torch import Tensor
 from deepseek_compress.models.moe import Routing, by_expert
 from deepseek_compress.planning.device import release
 from deepseek_compress.streaming.block_run import BlockRun, Run
-from deepseek_compress.streaming.experts import ROWS, Sent, coverage, received, sent
+from deepseek_compress.streaming.experts import ROWS, Sent, coverage, output_of, received, sent
 from deepseek_compress.streaming.experts_here import Expert, together, visit
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.workers import Pool
@@ -28,7 +28,7 @@ class _Task(NamedTuple):
     length: int  # tokens in a sample
     input: Path  # store (rows, hidden) of the block's input
     rows: int
-    more: bool  # what they give is wanted, in the files `_output`
+    more: bool  # what they give is wanted, in the files `output_of`
 
 
 class _Done(NamedTuple):
@@ -62,16 +62,12 @@ def run_apart(
     return coverage(run, counts)
 
 
-def _output(run: Run, number: int) -> Path:
-    return run.work / f"expert-{number:05d}.tmp"
-
-
 def _add(expert: Expert, shares: Tensor, added: HiddenStore | None) -> None:
     """Add what an expert gave, as `experts_here` does."""
     count = len(expert.tokens)
     if added is None or not count:
         return
-    path = _output(expert.run, expert.number)
+    path = output_of(expert.run, expert.number)
     with HiddenStore(path, count, added.row_shape, existing=True, held=0) as given:
         for batch, start in enumerate(range(0, count, ROWS)):
             expert.add(batch, given.read(start, min(ROWS, count - start)).to(expert.device), shares, added)
@@ -91,7 +87,7 @@ def _group(run: Run, task: _Task) -> _Done:
     def keep(number: int, batch: int, given: Tensor) -> None:
         expert = experts[number]
         if number not in outputs:
-            outputs[number] = HiddenStore(_output(run, expert.number), len(expert.tokens), width, held=0)
+            outputs[number] = HiddenStore(output_of(run, expert.number), len(expert.tokens), width, held=0)
         outputs[number].write(batch * ROWS, given)
 
     with HiddenStore(task.input, task.rows, width, existing=True, held=0) as x, torch.no_grad():
