@@ -21,7 +21,7 @@ from onnx import TensorProto
 
 from deepseek_compress.export.build import Build, Weight
 from deepseek_compress.export.lowering import float_weight, linear, to_numpy
-from deepseek_compress.export.pieces import RowMask, rms_norm, shares_of, turns, unit
+from deepseek_compress.export.pieces import RowMask, rms_norm, shares_of, steps, turned, turns, unflatten, unit
 from deepseek_compress.export.sparse import choose
 from deepseek_compress.models.config import Compressed, Indexer, Rope
 
@@ -45,11 +45,12 @@ def compressed_attention(build: Build, kinds: Compressed, layer: int, stem: str,
     rope = cfg.rope if rate else kinds.rope_window
     attention = f"{stem}.{cfg.names.attention}"
     latent = rms_norm(build, f"{attention}.q_norm", linear(build, f"{attention}.wq_a", x), cfg.rms_norm_eps)
-    q = _by_token(build, linear(build, f"{attention}.wq_b", latent), heads, dim)
+    q = unflatten(build, linear(build, f"{attention}.wq_b", latent), steps(build), heads, dim)
     q = rotate_tail(build, rope, unit(build, q, cfg.rms_norm_eps), "position_ids")
     q = g.op("Mul", g.op("Transpose", q, perm=[0, 2, 1, 3]), g.scalar(dim**-0.5))
     kv = rms_norm(build, f"{attention}.kv_norm", linear(build, f"{attention}.wkv", x), cfg.rms_norm_eps)
-    kv = g.op("Squeeze", rotate_tail(build, rope, _by_token(build, kv, 1, dim), "position_ids"), g.ints(2))
+    kv = rotate_tail(build, rope, unflatten(build, kv, steps(build), 1, dim), "position_ids")
+    kv = g.op("Squeeze", kv, g.ints(2))
     past = g.input(f"past.{layer}.key", g.elem_type, ["batch", "near", dim])
     keys = g.op("Concat", past, kv, axis=1)
     near = g.op("Slice", keys, g.ints(1 - kinds.window), g.ints(END), g.ints(1), named=f"present.{layer}.key")
@@ -104,11 +105,11 @@ def _chosen(build: Build, indexer: Indexer, layer: int, attention: str, x: str, 
     g, name = build.graph, f"{attention}.indexer"
     own = _Entries("indexer.compressor", "index_", rate, indexer.head_dim, True)
     keys = entries(build, layer, attention, x, own)
-    q = _by_token(build, linear(build, f"{name}.wq_b", latent), indexer.heads, indexer.head_dim)
+    q = unflatten(build, linear(build, f"{name}.wq_b", latent), steps(build), indexer.heads, indexer.head_dim)
     q = rotate_tail(build, build.cfg.rope, q, "position_ids")
     shares = g.op("Cast", linear(build, f"{name}.weights_proj", x), to=TensorProto.FLOAT)
     shares = g.op("Mul", shares, g.scalar(indexer.heads**-0.5, np.float32))
-    shares = g.op("Reshape", shares, g.op("Concat", g.op("Shape", "input_ids"), g.ints(-1), axis=0))
+    shares = unflatten(build, shares, steps(build), -1)
     return choose(build, indexer, q, keys, shares, _ready(build, keys, rate))
 
 
@@ -121,7 +122,7 @@ def entries(build: Build, layer: int, attention: str, x: str, own: _Entries) -> 
     width = 2 * own.dim if own.overlapping else own.dim
     batch, rate = _size(build, "input_ids", 0), g.ints(own.rate)
     given = g.op("Concat", linear(build, f"{name}.wkv", x), linear(build, f"{name}.wgate", x), axis=-1)
-    given = g.op("Reshape", given, g.op("Concat", g.op("Shape", "input_ids"), g.ints(-1), axis=0))
+    given = unflatten(build, given, steps(build), -1)
     cache = f"{{}}.{layer}.{own.part}{{}}"
     dims: list[int | str] = ["batch", f"{own.part}open {own.rate}", 2 * width]
     past = g.input(cache.format("past", "open"), g.elem_type, dims)
@@ -215,21 +216,12 @@ def rotate_tail(build: Build, rope: Rope, x: str, positions: str, back: bool = F
     cos, sin = turns(build, g.op("Unsqueeze", positions, g.ints(2, 3)), rope)  # (B, L, 1, half)
     sin = g.op("Neg", sin) if back else sin
     start, end, last = g.ints(-rope.dim), g.ints(END), g.ints(-1)
-    still, turned = g.op("Slice", x, g.ints(0), start, last), g.op("Slice", x, start, end, last)
-    pairs = g.op("Reshape", turned, g.ints(0, 0, 0, half, 2))
+    still, tail = g.op("Slice", x, g.ints(0), start, last), g.op("Slice", x, start, end, last)
+    pairs = g.op("Reshape", tail, g.ints(0, 0, 0, half, 2))
     first, second = (g.op("Gather", pairs, g.constant(np.array(i, np.int64)), axis=-1) for i in (0, 1))
-    both = (
-        g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
-        g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),
-    )
+    both = turned(build, first, second, cos, sin)
     pairs = g.op("Concat", *(g.op("Unsqueeze", part, last) for part in both), axis=-1)
     return g.op("Concat", still, g.op("Reshape", pairs, g.ints(0, 0, 0, rope.dim)), axis=-1)
-
-
-def _by_token(build: Build, x: str, heads: int, dim: int) -> str:
-    """(B S, heads dim) -> (B, S, heads, dim)."""
-    g = build.graph
-    return g.op("Reshape", x, g.op("Concat", g.op("Shape", "input_ids"), g.ints(heads, dim), axis=0))
 
 
 def _size(build: Build, value: str, axis: int) -> str:

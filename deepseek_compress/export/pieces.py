@@ -87,15 +87,16 @@ def gated(build: Build, gate: str, up: str) -> str:
 # ---- attention
 
 
-def _steps(build: Build) -> str:
-    return build.graph.op("Shape", "input_ids")  # (B, S)
+def steps(build: Build) -> str:
+    """int64 (2,): B and S."""
+    return build.graph.op("Shape", "input_ids")
 
 
 def _seen(build: Build) -> str:
     return build.graph.op("Shape", "attention_mask")  # (B, T)
 
 
-def _unflatten(build: Build, x: str, lengths: str, *rest: int) -> str:
+def unflatten(build: Build, x: str, lengths: str, *rest: int) -> str:
     """(B L, ...) -> (B, L, *rest), where `lengths` holds (B, L)."""
     g = build.graph
     return g.op("Reshape", x, g.op("Concat", lengths, g.ints(*rest), axis=0))
@@ -104,7 +105,7 @@ def _unflatten(build: Build, x: str, lengths: str, *rest: int) -> str:
 def causal_mask(build: Build) -> str:
     """bool (B, 1, S, T): no later token, no padding. Shared by all blocks."""
     g = build.graph
-    new = g.op("Gather", _steps(build), g.constant(np.array(1, np.int64)))
+    new = g.op("Gather", steps(build), g.constant(np.array(1, np.int64)))
     seen = g.op("Gather", _seen(build), g.constant(np.array(1, np.int64)))
     zero, one = (g.constant(np.array(v, np.int64)) for v in (0, 1))
     query = g.op("Add", g.op("Range", zero, new, one), g.op("Sub", seen, new))
@@ -122,11 +123,15 @@ def rotate(build: Build, x: str) -> str:
         first, second = (g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1))
     else:
         first, second = g.ops("Split", x, g.ints(half, half), count=2, axis=-1)
-    return g.op(
-        "Concat",
+    return g.op("Concat", *turned(build, first, second, cos, sin), axis=-1)
+
+
+def turned(build: Build, first: str, second: str, cos: str, sin: str) -> tuple[str, str]:
+    """The two halves of pairs of channels, each pair turned by its angle."""
+    g = build.graph
+    return (
         g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
         g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),
-        axis=-1,
     )
 
 
@@ -196,7 +201,7 @@ def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> s
     g, heads = build.graph, build.cfg.num_attention_heads
     scale = g.scalar(softmax_scale(build.cfg.rope, mla.nope + mla.rope))
     q_latent, q = _queries(build, mla, stem, x)
-    q = _unflatten(build, q, _steps(build), heads, mla.nope + mla.rope)
+    q = unflatten(build, q, steps(build), heads, mla.nope + mla.rope)
     q_nope, q_rope = g.ops("Split", q, g.ints(mla.nope, mla.rope), count=2, axis=-1)
     q_rope = rotate(build, q_rope)
     q_nope, q_rope = (g.op("Mul", g.op("Transpose", part, perm=[0, 2, 1, 3]), scale) for part in (q_nope, q_rope))
@@ -204,13 +209,13 @@ def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> s
     kv = linear(build, f"{stem}.{build.cfg.names.kv_a}", x)
     latent, k_rope = g.ops("Split", kv, g.ints(mla.kv_lora_rank, mla.rope), count=2, axis=-1)
     latent = rms_norm(build, f"{stem}.{build.cfg.names.kv_a_norm}", latent, LATENT_EPS)
-    latent = _unflatten(build, latent, _steps(build), mla.kv_lora_rank)
-    k_rope = g.op("Squeeze", rotate(build, _unflatten(build, k_rope, _steps(build), 1, mla.rope)), g.ints(2))
+    latent = unflatten(build, latent, steps(build), mla.kv_lora_rank)
+    k_rope = g.op("Squeeze", rotate(build, unflatten(build, k_rope, steps(build), 1, mla.rope)), g.ints(2))
     latent = _remember(build, layer, "latent", latent, 1, (mla.kv_lora_rank,))  # (B, T, kv_lora_rank)
     k_rope = _remember(build, layer, "rope", k_rope, 1, (mla.rope,))  # (B, T, rope)
 
     expanded = linear(build, f"{stem}.{build.cfg.names.kv_b}", g.op("Reshape", latent, g.ints(-1, mla.kv_lora_rank)))
-    expanded = _unflatten(build, expanded, _seen(build), heads, mla.nope + mla.value)
+    expanded = unflatten(build, expanded, _seen(build), heads, mla.nope + mla.value)
     k_nope, v = g.ops("Split", expanded, g.ints(mla.nope, mla.value), count=2, axis=-1)
     if build.attention8:  # one scale for both parts of a token
         q, k_rope = g.op("Concat", q_nope, q_rope, axis=-1), g.op("Unsqueeze", k_rope, g.ints(2))
@@ -236,12 +241,12 @@ def _indexed(build: Build, layer: int, stem: str, x: str, q_latent: str) -> str:
         return causal_mask(build)
     name = f"{stem}.{build.cfg.names.attention}.indexer"
     keys = _layer_norm(build, f"{name}.k_norm", linear(build, f"{name}.wk", x), INDEX_EPS)
-    keys = _rotate_front(build, _unflatten(build, keys, _steps(build), 1, indexer.head_dim))
+    keys = _rotate_front(build, unflatten(build, keys, steps(build), 1, indexer.head_dim))
     keys = _remember(build, layer, "index", g.op("Squeeze", keys, g.ints(2)), 1, (indexer.head_dim,))
-    q = _unflatten(build, linear(build, f"{name}.wq_b", q_latent), _steps(build), indexer.heads, indexer.head_dim)
+    q = unflatten(build, linear(build, f"{name}.wq_b", q_latent), steps(build), indexer.heads, indexer.head_dim)
     shares = g.op("Cast", linear(build, f"{name}.weights_proj", x), to=TensorProto.FLOAT)
     shares = g.op("Mul", shares, g.scalar(indexer.heads**-0.5, np.float32))
-    shares = _unflatten(build, shares, _steps(build), indexer.heads)
+    shares = unflatten(build, shares, steps(build), indexer.heads)
     open_ = g.op("Squeeze", causal_mask(build), g.ints(1))
     return g.op("Unsqueeze", choose(build, indexer, _rotate_front(build, q), keys, shares, open_), g.ints(1))
 
@@ -252,13 +257,7 @@ def _rotate_front(build: Build, x: str) -> str:
     cos, sin = turns(build, g.op("Unsqueeze", "position_ids", g.ints(2, 3)), rope)
     sizes = (rope.dim // 2, rope.dim // 2, build.cfg.indexer.head_dim - rope.dim if build.cfg.indexer else 0)
     first, second, rest = g.ops("Split", x, g.ints(*sizes), count=3, axis=-1)
-    return g.op(
-        "Concat",
-        g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
-        g.op("Add", g.op("Mul", second, cos), g.op("Mul", first, sin)),
-        rest,
-        axis=-1,
-    )
+    return g.op("Concat", *turned(build, first, second, cos, sin), rest, axis=-1)
 
 
 def _layer_norm(build: Build, name: str, x: str, eps: float) -> str:
@@ -286,9 +285,9 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
             (_head_norm(build, f"{stem}.{name}", *part), part[1]) for name, part in zip(norms, parts, strict=False)
         ]
     if build.contrib and not build.attention8:
-        q, k, v = (_unflatten(build, part, _steps(build), count * dim) for part, count in parts)
+        q, k, v = (unflatten(build, part, steps(build), count * dim) for part, count in parts)
         return linear(build, f"{stem}.{names.o}", _attention_node(build, layer, q, k, v))
-    q, k, v = (_unflatten(build, part, _steps(build), count, dim) for part, count in parts)
+    q, k, v = (unflatten(build, part, steps(build), count, dim) for part, count in parts)
     q = g.op("Mul", rotate(build, q), g.scalar(softmax_scale(cfg.rope, dim)))
     q, k, v = (g.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, rotate(build, k), v))
     k = _remember(build, layer, "key", k, 2, (shared, dim))  # (B, shared, T, dim)
@@ -296,7 +295,7 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     rows = g.op("Reshape", q, g.ints(0, shared, -1, dim)) if shared != heads else q
     scores = attention_product(build, rows, g.op("Transpose", k, perm=[0, 1, 3, 2]))
     if shared != heads:
-        new = g.op("Slice", _steps(build), g.ints(1), g.ints(2))
+        new = g.op("Slice", steps(build), g.ints(1), g.ints(2))
         scores = g.op("Reshape", scores, g.op("Concat", g.ints(0, heads), new, g.ints(-1), axis=0))
     shares = shares_of(build, scores, RowMask(causal_mask(build)))
     if shared != heads:
@@ -341,7 +340,7 @@ def _rotation_node(build: Build, x: str) -> str:
     g = build.graph
     table = turns(build, g.op("Reshape", "position_ids", g.ints(-1, 1)), build.cfg.rope)  # (B S, dim / 2)
     zero, one = (g.constant(np.array(value, np.int64)) for value in (0, 1))
-    rows = g.op("Reshape", g.op("Range", zero, g.op("Size", "input_ids"), one), _steps(build))
+    rows = g.op("Reshape", g.op("Range", zero, g.op("Size", "input_ids"), one), steps(build))
     return g.op("RotaryEmbedding", x, rows, *table, domain=CONTRIB, interleaved=int(build.cfg.rope.interleaved))
 
 
