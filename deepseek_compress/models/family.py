@@ -220,6 +220,10 @@ class Family:
         """What a block gives, (B, T, *row_shape) -> the residual stream or streams of it: what errors are taken of."""
         return hidden
 
+    def chooses(self, cfg: ModelConfig, layer: int) -> bool:
+        """Whether block `layer` chooses which entries its queries see."""
+        return False
+
     def choice(self, cfg: ModelConfig, layer: int, hidden: Tensor) -> Tensor | None:
         """Which entries the queries of block `layer` see, int64 (B, T, K), rising, -1 for none, from what it gives.
 

@@ -107,7 +107,10 @@ class _Together:
         """Of the entries that the first model's queries see, the share that each model's see too."""
         architectures = [run.architecture for run in self.runs]
         found: list[float | None] = [None] * len(self.runs)
-        if self.compared is None or any(a.row_shape != architectures[0].row_shape for a in architectures):
+        first = architectures[0]
+        if self.compared is None or not first.family.chooses(first.cfg, at.layer):
+            return found  # without reading the streams again
+        if any(a.row_shape != first.row_shape for a in architectures):
             return found
         counts = [(0, 0)] * len(self.runs)
         for batch in range(len(at.batches)):

@@ -156,10 +156,13 @@ class DeepseekV41(Family):
         """Rows (B, T, width) -> the streams alone (B, T, N, hidden_size)."""
         return carried(cfg, hidden).streams
 
+    def chooses(self, cfg: ModelConfig, layer: int) -> bool:
+        """Those with an indexer."""
+        return cfg.entries is not None and layer in cfg.entries.index_sources
+
     def choice(self, cfg: ModelConfig, layer: int, hidden: Tensor) -> Tensor | None:
         """Rows (B, T, width) of a block with an indexer -> its choice (B, T, top_k)."""
-        assert cfg.entries is not None
-        return carried(cfg, hidden).chosen.long() if layer in cfg.entries.index_sources else None
+        return carried(cfg, hidden).chosen.long() if self.chooses(cfg, layer) else None
 
     def final_hidden(self, cfg: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
         """Rows (B, T, width) -> the input of the head (B, T, hidden_size), by the last weights that were handed on."""
