@@ -166,14 +166,11 @@ def nano(options: Options, scratch: Path) -> dict[str, Any]:
     differ = sum(int(each.sum()) for each in codes) / sum(each.numel() for each in codes)
 
     def kl(model: Path, reference: object) -> float:
-        page = scratch / "kl.json"
+        page = Path(tempfile.mkdtemp(dir=scratch)) / "kl.json"
         words = ["--text", text, "--windows", 2 if options.tiny else 32, "--length", 128]
         options_ = ["--set", "efficiency=false", "--device", "cpu"]
         dsc(scratch, "evaluate", model, "--reference", reference, "-o", page, *words, *options_)
-        found = json.loads(page.read_text())["models"][-1]["metrics"]["kl_divergence"]
-        page.unlink()
-        shutil.rmtree(page.with_suffix(".dsc"))
-        return float(found)
+        return float(json.loads(page.read_text())["models"][-1]["metrics"]["kl_divergence"])
 
     own = [kl(out, "builtin:nano") for out in both.values()]
     each_other = kl(both["other"], both["cpu"])

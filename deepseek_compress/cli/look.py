@@ -73,13 +73,21 @@ def compare(
         list[str] | None,
         typer.Option("--fail-if", metavar="CONDITION", help="Exit 1 where true: 'exact_match < -1.0'."),
     ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option("--mlflow", metavar="URI", help="Log each model to this MLflow tracking server.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Put several reports side by side: a table, and a page of all with -o."""
     from deepseek_compress import reports as library
-    from deepseek_compress.reports import gate
+    from deepseek_compress.reports import gate, tracking
 
     conditions = [gate.parse(text) for text in fail_if or ()]
+    if mlflow is not None:
+        tracking.client()
     record = library.compare(reports, out)
     show.report(record, out, json)
+    if mlflow is not None:
+        count = tracking.log(record, mlflow, out)
+        console.note(f"{count} runs logged to {mlflow}, experiment {tracking.EXPERIMENT}")
     raise_problems(gate.failures(record, conditions))
