@@ -161,7 +161,7 @@ def counted(own: Mapping[str, WeightQuantizer | None]) -> list[str]:
 def said(weights: WeightQuantizer | None) -> str:
     """`4 bits, group_size 64, asymmetric`."""
     if weights is None:
-        return "16 bits"
+        return "kept as stored"
     kind = "symmetric" if weights.symmetric else "asymmetric"
     size = "" if weights.group_size is None else f"group_size {weights.group_size}, "
     return f"{weights.num_bits} bits, {size}{kind}"

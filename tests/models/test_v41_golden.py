@@ -80,7 +80,9 @@ def test_golden_logits(plain: Path, dtype: torch.dtype, bound: float, rounded: b
     for place, (first, best) in rows.items():
         assert found[place, :4].tolist() == pytest.approx(first, abs=bound)
         assert int(found[place].argmax()) == best
-    assert float(found.double().abs().sum()) == pytest.approx(total, abs=0.01)
+    # In float32 a key halfway between two steps of its cache may fall either way, by processor: one did, by 0.024.
+    most = 0.05 if rounded and dtype == torch.float32 else 0.01
+    assert float(found.double().abs().sum()) == pytest.approx(total, abs=most)
     streams = [model.family.residual(model.cfg, state) for state in states[1:]]
     assert [float(s.square().mean().sqrt()) for s in streams] == pytest.approx(sizes, abs=1e-5)
     if not rounded:
