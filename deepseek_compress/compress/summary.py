@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -10,6 +11,7 @@ from deepseek_compress.calibration.selection import spread
 from deepseek_compress.checkpoint.files import read_json, write_json
 
 LAYERS = "dsc_layers.json"
+WORST = 10
 Facts = dict[str, Any]  # of one block: {"linears": [...], "experts": {...}}
 
 
@@ -53,9 +55,60 @@ def coverage(path: Path) -> list[Facts] | None:
     if not file.is_file():
         return None
     blocks = read_json(file).get("blocks")
-    rows = enumerate(blocks if isinstance(blocks, list) else [])
+    rows = enumerate(_list(blocks))
     found = [(layer, block.get("experts")) for layer, block in rows if isinstance(block, dict)]
     return [{"block": layer, **experts} for layer, experts in found if _counted(experts)] or None
+
+
+def weight_errors(path: Path) -> Facts | None:
+    """{"roles": [...], "worst": [...]} of the linears that the checkpoint at `path` says it changed; None: unknown.
+
+    Relative squared errors of weights and outputs: `roles` has means over weights for each kind of linear, `worst` the
+    `WORST` linears of the largest output error, or weight error where outputs were not measured.
+    """
+    file = path / LAYERS
+    blocks = read_json(file).get("blocks") if file.is_file() else None
+    linears = [
+        linear
+        for block in _list(blocks)
+        for linear in _list(block.get("linears") if isinstance(block, dict) else None)
+        if _measured(linear)
+    ]
+    if not linears:
+        return None
+    keys = ("name", "bits", "weight_error", "output_error")
+    first = "output_error" if any(linear["output_error"] is not None for linear in linears) else "weight_error"
+    ranked = sorted(linears, key=lambda linear: (-(linear[first] or 0.0), linear["name"]))
+    return {
+        "roles": [
+            {"role": role, "linears": len(its), **{key: _mean(its, key) for key in keys[1:]}}
+            for role in sorted({linear["role"] for linear in linears})
+            for its in [[linear for linear in linears if linear["role"] == role]]
+        ],
+        "worst": [{key: linear[key] for key in keys} for linear in ranked[:WORST]],
+    }
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _measured(linear: Any) -> TypeGuard[Facts]:
+    """Whether this is what `write` wrote of a linear whose weight error is known."""
+    if not isinstance(linear, dict) or not all(isinstance(linear.get(key), str) for key in ("name", "role")):
+        return False
+    output = linear.get("output_error", 0.0)
+    numbers = (linear.get("bits"), linear.get("weight_error"), 0.0 if output is None else output)
+    return (
+        "output_error" in linear
+        and all(map(_positive, numbers))
+        and _positive(linear.get("weights"))
+        and linear["weights"] > 0
+    )
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _counted(experts: Any) -> TypeGuard[Facts]:

@@ -33,6 +33,7 @@ from deepseek_compress.checkpoint.reader import check_finite
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import safe_exp
 from deepseek_compress.models.two_level import shared
+from deepseek_compress.numerics.channel_error import ChannelError, Outliers
 from deepseek_compress.streaming.head import HeadInput, Scores, scores
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Divergence:
     error_by_layer: list[float] | None = None
     positions: Positions | None = None
     choice_by_layer: list[float | None] | None = None  # share of the reference's chosen entries; None: none are chosen
+    outliers_by_layer: list[Outliers | None] | None = None
 
     @property
     def perplexity(self) -> float:
@@ -207,7 +209,7 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
     counts = [sample.predicted for sample in samples]
     if trace is None:
         return Divergence(counts, nll)
-    return Divergence(counts, nll, kl, agreed, layers.result(), positions, layers.choices())
+    return Divergence(counts, nll, kl, agreed, layers.result(), positions, layers.choices(), layers.outliers())
 
 
 @torch.no_grad()
@@ -298,14 +300,13 @@ def layered(samples: Sequence[Sample]) -> set[int]:
 
 
 class _LayerError:
-    """Sums of squares of the difference and of the reference, per block."""
+    """Sums of squares of the difference and of the reference, per block and channel."""
 
     def __init__(self, model: Model, trace: Trace | None) -> None:
         self.model = model
         same = trace is not None and trace.shape == (model.cfg.num_hidden_layers, model.cfg.hidden_size)
         self.trace = trace if same else None  # blocks of another number or width have no counterpart
-        self.apart = torch.zeros(model.cfg.num_hidden_layers, dtype=torch.float64)
-        self.whole = torch.zeros_like(self.apart)
+        self.blocks = [ChannelError(model.cfg.hidden_size) for _ in range(model.cfg.num_hidden_layers)]
         self.chosen: dict[int, tuple[int, int]] = {}  # block -> chosen as the reference does, chosen by the reference
 
     def add(self, number: int, states: Sequence[Tensor], valid: Tensor) -> None:
@@ -319,21 +320,21 @@ class _LayerError:
                 self.chosen[layer] = (before[0] + more[0], before[1] + more[1])
         expected = self.trace.blocks(number)
         for layer, state in enumerate(states[1:]):
-            found = self.model.family.residual(self.model.cfg, state)[valid]
-            difference = found.double() - expected[layer].double()
-            self.apart[layer] += difference.square().sum().cpu()
-            self.whole[layer] += expected[layer].double().square().sum().cpu()
+            self.blocks[layer].add(expected[layer], self.model.family.residual(self.model.cfg, state)[valid])
 
     def result(self) -> list[float] | None:
         if self.trace is None:
             return None
-        errors: list[float] = (self.apart / self.whole).sqrt().tolist()
-        return errors
+        errors = [error for block in self.blocks if (error := block.relative()) is not None]
+        return errors if len(errors) == len(self.blocks) else None
+
+    def outliers(self) -> list[Outliers | None] | None:
+        return None if self.trace is None else [block.outliers() for block in self.blocks]
 
     def choices(self) -> list[float | None] | None:
         """Of what the reference's queries see, the share that ours see too, by block."""
         found = {layer: same / total for layer, (same, total) in self.chosen.items() if total}
-        return [found.get(layer) for layer in range(len(self.apart))] if found else None
+        return [found.get(layer) for layer in range(len(self.blocks))] if found else None
 
 
 def check(samples: Sequence[Sample], vocabulary: int, reference: int | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
-from deepseek_compress.compress.summary import coverage
+from deepseek_compress.compress.summary import coverage, weight_errors
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.evaluation import (
     certainty,
@@ -207,7 +207,7 @@ def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> d
     row |= {"lineage": _lineage(checkpoint), "about": about(checkpoint, rounding)}
     size = cache_bytes(Architecture.of(checkpoint).cfg, rounding, run.settings.length)
     row["kv_cache_bytes_per_token"] = None if size is None else size.stored
-    row["expert_coverage"] = coverage(checkpoint.path)
+    row["expert_coverage"], row["weight_errors"] = coverage(checkpoint.path), weight_errors(checkpoint.path)
     if run.streamed is not None:
         _report(run, row, run.streamed.get(name), folder is not None)
         return row
@@ -249,7 +249,7 @@ def _report(run: _Run, row: dict[str, Any], found: Divergence | None, is_referen
     row["metrics"] |= metrics
     row["intervals"] |= {"perplexity": intervals["perplexity"]} if is_reference else intervals
     row["error_by_layer"] = found.error_by_layer
-    row["choice_by_layer"] = found.choice_by_layer
+    row["choice_by_layer"], row["outliers_by_layer"] = found.choice_by_layer, found.outliers_by_layer
     if found.positions is not None:
         row["kl"] = where.spread(found.positions, run.task.samples, run.tokenizer.decode)
     if not is_reference and found.kl is not None and found.error_by_layer is None and not row.get("target"):
@@ -384,7 +384,7 @@ def _empty(name: str, path: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "path": path, "bytes": None, "parameters": None, "bits_per_weight": None}
     row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": [], "about": "", "relative": {}}
     unknown = ("families", "error_by_layer", "kv_cache_bytes_per_token", "expert_coverage", "process", "sampled")
-    others = ("choice_by_layer", "certainty", "flips", "kl", "speed", "safety")
+    others = ("choice_by_layer", "certainty", "flips", "kl", "speed", "safety", "outliers_by_layer", "weight_errors")
     return {**row, **dict.fromkeys((*unknown, *others))}
 
 

@@ -23,13 +23,14 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.divergence import Divergence, Sample, check, layered
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.activations import input_scheme
+from deepseek_compress.numerics.channel_error import Outliers
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.planning.costs import Memory, Work, total, useful
 from deepseek_compress.streaming import head
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.streaming.head import HeadInput
 from deepseek_compress.streaming.hidden_store import HELD
-from deepseek_compress.streaming.loop import Progress
+from deepseek_compress.streaming.loop import Facts, Progress
 from deepseek_compress.streaming.predict import predictions
 from deepseek_compress.workers import open_pool
 
@@ -42,6 +43,26 @@ class Subject(NamedTuple):
 
     checkpoint: Checkpoint
     kv_cache: KvRounding | None = None
+
+
+class ByLayer(NamedTuple):
+    """What lies between a model and the reference after each block; see `streaming.predict`."""
+
+    errors: list[float] | None = None
+    choices: list[float | None] | None = None
+    outliers: list[Outliers | None] | None = None
+
+    @classmethod
+    def of(cls, facts: Sequence[Facts], number: int) -> ByLayer:
+        """From the facts of all blocks, of the model of that number."""
+        errors, choices, outliers = (
+            [block[key][number] for block in facts] for key in ("errors", "choices", "outliers")
+        )
+        return cls(
+            None if None in errors else errors,
+            None if all(share is None for share in choices) else choices,
+            None if None in outliers else outliers,
+        )
 
 
 class Limits(NamedTuple):
@@ -92,8 +113,7 @@ def measure(
     depths = [len(run.architecture.blocks) for run in runs.values()]
     tokens, places, following, owner = _tokens(samples)
     found: dict[str, HeadInput] = {}
-    errors: dict[str, list[float] | None] = {}
-    choices: dict[str, list[float | None] | None] = {}
+    by_layer: dict[str, ByLayer] = {}
     with ExitStack() as stack:
         for depth in dict.fromkeys(depths):
             together = [name for name, its in zip(runs, depths, strict=True) if its == depth]
@@ -104,12 +124,9 @@ def measure(
             heads, facts = stack.enter_context(predictions(chosen, tokens, places, folder, pool, progress, compared))
             for number, name in enumerate(together):
                 found[name] = heads[number]
-                layers = [block["errors"][number] for block in facts]
-                errors[name] = None if None in layers else layers
-                shares = [block["choices"][number] for block in facts]
-                choices[name] = None if all(share is None for share in shares) else shares
+                by_layer[name] = ByLayer.of(facts, number)
         heads_of = {name: found[name] for name in subjects}
-        return _divergences(heads_of, errors, choices, samples, following, owner)
+        return _divergences(heads_of, by_layer, samples, following, owner)
 
 
 def _run(subject: Subject, work: Path, device: str) -> PlainRun:
@@ -149,8 +166,7 @@ def _compared(samples: Sequence[Sample], tokens: Tensor) -> Tensor:
 
 def _divergences(
     models: Mapping[str, HeadInput],
-    errors: Mapping[str, list[float] | None],
-    choices: Mapping[str, list[float | None] | None],
+    by_layer: Mapping[str, ByLayer],
     samples: Sequence[Sample],
     following: Tensor,
     owner: list[int],
@@ -167,6 +183,6 @@ def _divergences(
         nll, kl = summed(scores.nll[number]).tolist(), summed(scores.kl[number]).tolist()
         if not all(map(math.isfinite, nll)):
             raise DscError(f"{name}: logits that are NaN or infinite", "check the model: its weights may be damaged")
-        apart = (errors[name], None, choices[name]) if number else ()
-        found[name] = Divergence(counts, nll, kl, agreed, *apart)
+        apart = by_layer[name] if number else ByLayer()
+        found[name] = Divergence(counts, nll, kl, agreed, apart.errors, None, apart.choices, apart.outliers)
     return found

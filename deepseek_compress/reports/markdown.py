@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_compress.reports import proof, safety, table, words
+from deepseek_compress.reports import errors, proof, safety, table, words
 from deepseek_compress.reports.table import Record, Table
 
 
@@ -22,7 +22,7 @@ def markdown(record: Record) -> str:
     missing = table.not_measured(record)
     if missing:
         parts.append(f"Not measured in this run: {', '.join(missing)}.")
-    for title, (make, _) in {**proof.SECTIONS, **safety.SECTIONS}.items():
+    for title, (make, _) in {**proof.SECTIONS, **errors.SECTIONS, **safety.SECTIONS}.items():
         found = make(record)
         if found.rows:
             parts += [f"## {title}", grid(found)]

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from deepseek_compress.reports import charts, proof, safety, table, words
+from deepseek_compress.reports import charts, errors, proof, safety, table, words
 from deepseek_compress.reports.table import Column, Model, Record
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -102,7 +102,7 @@ def _model(
 
 def _answers(record: Record) -> dict[str, Any]:
     """The tables of what the answers prove, and those that changed, the model's beside the reference's."""
-    sections = {**proof.SECTIONS, **safety.SECTIONS}
+    sections = {**proof.SECTIONS, **errors.SECTIONS, **safety.SECTIONS}
     proofs = [(title, make(record), caption) for title, (make, caption) in sections.items()]
     flips = []
     for model in table.everything(record):

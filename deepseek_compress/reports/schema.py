@@ -168,6 +168,32 @@ class _Safety(_Typed):
     filter: _Filter | None = None
 
 
+class _Role(_Typed):
+    role: Name
+    linears: Count
+    bits: Positive | None
+    weight_error: Positive | None
+    output_error: Positive | None
+
+
+class _Linear(_Typed):
+    name: Name
+    bits: Positive
+    weight_error: Positive
+    output_error: Positive | None
+
+
+class _WeightErrors(_Typed):
+    roles: Annotated[list[_Role], Field(max_length=100)]
+    worst: Annotated[list[_Linear], Field(max_length=100)]
+
+
+class _Outliers(_Typed):
+    channels: Count
+    size: Share
+    error: Share
+
+
 class _Model(_Typed):
     name: Name
     certainty: _Certainty | None = None
@@ -189,6 +215,8 @@ class _Model(_Typed):
     families: dict[Name, _Metrics | None] | None = None
     error_by_layer: list[Positive] | None = None
     choice_by_layer: list[Positive | None] | None = None
+    outliers_by_layer: list[_Outliers | None] | None = None
+    weight_errors: _WeightErrors | None = None
     kv_cache_bytes_per_token: Positive | None = None
     expert_coverage: list[_Experts] | None = None
 

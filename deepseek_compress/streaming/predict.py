@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.models.two_level import shared
+from deepseek_compress.numerics.channel_error import ChannelError
 from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.streaming.forward import run_block
@@ -42,9 +43,10 @@ def predictions(
     """Run models of one depth over tokens int64 (samples, length), padded at the right: inputs of their heads, facts.
 
     The former have the rows at `places`, which count through the samples.
-    `pool` shares `runs`. Facts of a block: {"errors": [||h - h'|| / ||h|| of each model, h of the first], "choices":
-    [share of the first model's chosen entries]} over the rows where `compared`, bool (samples, length), is true; null
-    for a model of another width, and where a block chooses nothing. An interrupted run goes on from `work`.
+    `pool` shares `runs`. Facts of a block: {"errors": [||h - h'|| / ||h|| of each model, h of the first], "outliers":
+    [what stands out], "choices": [share of the first model's chosen entries]} over the rows where `compared`, bool
+    (samples, length), is true; null for a model of another width, and where a block chooses nothing. An interrupted
+    run goes on from `work`.
     """
     streams = tuple(Stream(run.architecture, f"states-{number}") for number, run in enumerate(runs))
     loop = Loop(streams, tokens, work, "predict", last=True)
@@ -82,26 +84,32 @@ class _Together:
 
     @torch.no_grad()
     def visit(self, at: Visit) -> Facts:
-        """{"errors": [...], "choices": [...]}."""
+        """{"errors": [...], "outliers": [...], "choices": [...]}."""
         for number in range(len(self.runs)):
             advance(self.runs, number, at, self.pool)
-        return {"errors": self._errors(at), "choices": self._choices(at)}
+        found = self._errors(at)
+        return {
+            "errors": [error and error.relative() for error in found],
+            "outliers": [error and error.outliers() for error in found],
+            "choices": self._choices(at),
+        }
 
-    def _errors(self, at: Visit) -> list[float | None]:
+    def _errors(self, at: Visit) -> list[ChannelError | None]:
+        found: list[ChannelError | None] = [None] * len(self.runs)
         if self.compared is None:
-            return [None] * len(self.runs)
-        first, whole, apart = at.after[0], 0.0, [0.0] * len(self.runs)
+            return found
+        first = at.after[0]
         alike = [number for number, other in enumerate(at.after) if other.row_shape == first.row_shape]
+        errors = {number: ChannelError(self.runs[0].architecture.cfg.hidden_size) for number in alike}
         for batch in range(len(at.batches)):
             rows = self.compared[batch * at.batches.step : (batch + 1) * at.batches.step].to(at.batches.device)
-            expected = self._residual(0, at.batches.read(first, batch))[rows].double()
-            whole += float(expected.square().sum())
-            for number in alike:
-                given = expected
-                if number:
-                    given = self._residual(number, at.batches.read(at.after[number], batch))[rows].double()
-                apart[number] += float((given - expected).square().sum())
-        return [(apart[n] / whole) ** 0.5 if whole and n in alike else None for n in range(len(self.runs))]
+            expected = self._residual(0, at.batches.read(first, batch))[rows]
+            for number, error in errors.items():
+                given = (
+                    expected if not number else self._residual(number, at.batches.read(at.after[number], batch))[rows]
+                )
+                error.add(expected, given)
+        return [errors.get(number) for number in range(len(self.runs))]
 
     def _choices(self, at: Visit) -> list[float | None]:
         """Of the entries that the first model's queries see, the share that each model's see too."""

@@ -55,6 +55,7 @@ def test_equal_models_have_equal_numbers(record: dict[str, Any]) -> None:
     assert same["intervals"]["exact_match_difference"] == [0, 0]
     assert same["error_by_layer"] == [0, 0, 0]
     assert teacher["error_by_layer"] is None
+    assert [one["error"] for one in same["outliers_by_layer"]] == [0, 0, 0]
     other = record["ablations"][0]
     assert other["metrics"]["kl_divergence"] > 0.001
     assert (

@@ -77,6 +77,9 @@ def test_streamed_is_in_memory(
     assert sum(found["b"].agreed or []) == pytest.approx(sum(expected[1].agreed or []), abs=3 if bound > 0.01 else 0)
     assert found["b"].kl_divergence == pytest.approx(expected[1].kl_divergence, rel=bound)
     assert found["b"].error_by_layer == pytest.approx(expected[1].error_by_layer, rel=bound)
+    assert found["b"].outliers_by_layer is not None
+    for mine, theirs in zip(found["b"].outliers_by_layer, expected[1].outliers_by_layer or [], strict=True):
+        assert mine == pytest.approx(theirs, rel=bound, abs=bound / 5)
 
 
 def test_a_shallower_model_runs_by_itself(tiny_llama: Path, tmp_path: Path) -> None:

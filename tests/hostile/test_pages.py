@@ -34,6 +34,11 @@ def record() -> dict[str, Any]:
         "metrics": metrics, "intervals": {"exact_match": [0.8, 0.95]}, "about": "reference",
         "lineage": [{"stage": "compress", "source": "a"}], "relative": {"exact_match": 1.0},
         "families": {"maths": {"exact_match": 0.9}}, "error_by_layer": [0.01, 0.02],
+        "outliers_by_layer": [{"channels": 2, "size": 0.5, "error": 0.1}, None],
+        "weight_errors": {
+            "roles": [{"role": "expert", "linears": 3, "bits": 4.5, "weight_error": 0.1, "output_error": None}],
+            "worst": [{"name": "a.b", "bits": 4.5, "weight_error": 0.1, "output_error": 0.01}],
+        },
         "expert_coverage": [{"block": 1, "tokens": [3, 4], "starved": ["e1"]}],
     }  # fmt: skip
     other = {**copy.deepcopy(model), "name": "small", "bytes": 400, "about": None}

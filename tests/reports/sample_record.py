@@ -56,6 +56,8 @@ def _model(rng: random.Random, number: int) -> dict[str, Any]:
     if number:
         found |= {"lineage": [{"stage": "compress", "source": "teacher"}], "relative": {"exact_match": exact / 0.86},
                   "error_by_layer": [round(0.01 + 0.02 * (1 + loss * 20) * layer / 24, 5) for layer in range(24)],
+                  "weight_errors": _weight_errors(loss),
+                  "outliers_by_layer": [{"channels": layer % 3, "size": 0.2, "error": 0.1} for layer in range(4)],
                   "certainty": _certainty(loss), "flips": _flips(), "kl": _kl(kl),
                   "expert_coverage": _coverage(rng) if number < 3 else None}  # fmt: skip
     return found
@@ -71,6 +73,14 @@ def _process(rng: random.Random, number: int) -> dict[str, Any]:
     return {"answers": 1319, "tokens": 210.0 + rng.uniform(0, 60), "inflation": 1.0 + 0.02 * number, "cut": 0.01,
             "thinking_tokens": 160.0, "looped": 0.004, "no_think": None, "unclosed_think": 0.002, "no_answer": 0.003,
             "right_midway": 0.21, "verified_chains": 0.66, "first_wrong_step": {"2": 40, "3": 31}}  # fmt: skip
+
+
+def _weight_errors(loss: float) -> dict[str, Any]:
+    one = {"bits": 4.25, "weight_error": 0.01 + loss / 10, "output_error": 0.004 + loss / 20}
+    return {
+        "roles": [{"role": role, "linears": 72, **one} for role in ("attention", "expert", "shared_expert")],
+        "worst": [{"name": f"model.layers.{layer}.mlp.experts.17.down_proj", **one} for layer in range(10)],
+    }
 
 
 def _certainty(loss: float) -> dict[str, Any]:
