@@ -63,7 +63,11 @@ def write(source: Path, weights: Mapping[str, Tensor], out: Path) -> None:
         raise SystemExit(f"{wrong[0]}: {tuple(weights[wrong[0]].shape)} instead of {tuple(original[wrong[0]].shape)}")
     out.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(("model", "dsc_")) and file.suffix in (".json", ".jinja", ".txt"):
+        if (
+            file.is_file()
+            and not file.name.startswith(("model", "dsc_"))
+            and file.suffix in (".json", ".jinja", ".txt")
+        ):
             shutil.copy(file, out / file.name)
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config", None)

@@ -30,6 +30,7 @@ from deepseek_compress.distillation.documents import (
     batches_by_length,
     steps_for,
 )  # fmt: skip
+from deepseek_compress.distillation.lora import LowRank
 from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.on_policy import chosen, own_text
 from deepseek_compress.distillation.rounding import Straight
@@ -110,14 +111,14 @@ class Trainer:
         schedule: Schedule,
         masks: Mapping[str, Tensor] | None = None,
         projections: Mapping[str, Tensor] | None = None,
-        straight: Straight | None = None,  # how packed weights are rounded on the way
+        presented: Straight | LowRank | None = None,  # how packed weights are rounded on the way, or others changed
         scheme: InputScheme | None = None,  # how inputs of linears are
         difficulty: Sequence[float] | None = None,  # of each document, for a curriculum
     ) -> None:
         self.student, self.teacher, self.documents = student, teacher, documents
         self.objective, self.schedule = objective, schedule
         self.masks, self._projections = masks or {}, projections or {}
-        self.straight, self.scheme = straight, scheme
+        self.presented, self.scheme = presented, scheme
         self.difficulty = difficulty
         self._lengths = [len(document.ids) for document in documents]
         self._trained_on = len(documents) - schedule.held_back
@@ -125,6 +126,10 @@ class Trainer:
     @property
     def _device(self) -> torch.device:
         return self.student.head.device
+
+    @property
+    def _low_rank(self) -> bool:
+        return isinstance(self.presented, LowRank)
 
     def over(self, steps: int) -> None:
         """Train for `steps` steps."""
@@ -184,7 +189,9 @@ class Trainer:
 
     def learner(self, state: State) -> Model:
         """Return the student as the next step computes with it."""
-        weights = state.weights if self.straight is None else self.straight.present(state.weights, state.projections)
+        weights: Mapping[str, Tensor] = state.weights
+        if self.presented is not None:
+            weights = self.presented.present(state.weights, state.projections)
         return Model(self.student.family, self.student.cfg, weights, self.scheme)
 
     def begin(self) -> State:
@@ -192,7 +199,7 @@ class Trainer:
         weights = {
             name: tensor.detach().requires_grad_(self._trains(name)) for name, tensor in self.student.weights.items()
         }
-        if not any(tensor.requires_grad for tensor in weights.values()):
+        if not any(tensor.requires_grad for tensor in weights.values()) and not self._low_rank:
             raise DscError("distill.freeze: every tensor is frozen", "leave some to train")
         return State(0, weights, {n: p.clone().requires_grad_() for n, p in self._projections.items()}, {})
 
@@ -211,7 +218,7 @@ class Trainer:
 
     def _trains(self, name: str) -> bool:
         """Not what is frozen, and not the bias that balances experts, which no gradient reaches."""
-        if any(fnmatch.fnmatchcase(name, shell) for shell in self.schedule.freeze):
+        if self._low_rank or any(fnmatch.fnmatchcase(name, shell) for shell in self.schedule.freeze):
             return False
         return not (self.student.family.role(name) is Role.ROUTER and not name.endswith(".weight"))
 

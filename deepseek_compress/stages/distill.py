@@ -26,6 +26,7 @@ from deepseek_compress.distillation.cache import CachedTeacher, is_cache, read_i
 from deepseek_compress.distillation.curriculum import Curriculum, teacher_loss
 from deepseek_compress.distillation.documents import Document, read_documents
 from deepseek_compress.distillation.features import INSIDE, even_pairs, projections
+from deepseek_compress.distillation.lora import Lora, LowRank
 from deepseek_compress.distillation.losses import Loss, losses_of
 from deepseek_compress.distillation.objective import PIECE, Objective
 from deepseek_compress.distillation.record import Kept, record_model, text_digest
@@ -48,7 +49,7 @@ from deepseek_compress.stages.resumable import Resumable
 WORK = ".dsc_distill"  # in the output directory, while a run is unfinished
 STEPS = 150  # where nothing says how long
 HELD_BACK = 2  # steps' worth of tokens at most
-CUT_RATE, WHOLE_RATE = 1e-4, 2e-5  # of AdamW, see reports/LOG.md
+CUT_RATE, WHOLE_RATE, LORA_RATE = 1e-4, 2e-5, 1e-3  # of AdamW, see reports/LOG.md
 FASTEST = 10_000  # tokens that a training reads in a second, at most
 TRIED = 2  # steps that tell how many there are in some minutes
 
@@ -82,7 +83,9 @@ class Distill(Stage, frozen=True):
     minutes: float | None = Field(None, gt=0)  # instead of steps; they become steps before the first one
     batch_tokens: int = Field(2048, gt=0)  # of a step, padding included
     accumulate: int = Field(1, gt=0)  # parts of a step, whose gradients add up
-    learning_rate: float | None = Field(None, gt=0)  # None: 1e-4 for a student that was cut, 2e-5 near its teacher
+    learning_rate: float | None = Field(
+        None, gt=0
+    )  # None: 1e-4 for a student that was cut, 2e-5 near its teacher, 1e-3 by lora
     loss: dict[str, Any] = Field({"forward_kl": {}}, validate_default=True)  # of `losses`, each with its share
     temperature: float = Field(1.0, gt=0)
     prompt_weight: float = Field(0.1, ge=0)  # of a prompt's position in the loss; an answer's is 1
@@ -90,6 +93,7 @@ class Distill(Stage, frozen=True):
     precision: Literal["float32", "mixed", "bfloat16"] = "float32"  # mixed: products in BF16; bfloat16: all of it
     checkpointing: bool = False  # compute blocks again on the way back instead of keeping what they computed
     freeze: tuple[str, ...] = ()  # shell patterns of tensors that stay
+    lora: Lora | None = None  # train changes of low rank alone, added to the weights at the end
     joint: float = Field(0.0, ge=0)  # share of the teacher's own loss on the text; above 0 it is trained too
     on_policy: float = Field(0.0, ge=0, le=1)  # share of the steps that are on what the student itself writes
     curriculum: Curriculum | None = None  # easy texts first; None: all in an order that is drawn
@@ -130,6 +134,11 @@ class Distill(Stage, frozen=True):
         packed = any(info.encoding == "packed" for info in header.tensors.values())
         if packed and self.size.of(cfg) != (None, None):
             found.append(DscError("distill: packed weights cannot be made fewer", "cut before the model is quantised"))
+        if packed and self.lora is not None:
+            what = "distill.lora: packed weights learn their scales and codes, nothing is added to them"
+            found.append(DscError(what, "leave lora out, or train before the model is quantised"))
+        if self.freeze and self.lora is not None:
+            found.append(DscError("distill.freeze: lora freezes every weight", "choose linears by lora.modules"))
         if packed and self.precision == "bfloat16":
             found.append(DscError("distill.precision: bfloat16 cannot hold what packed weights learn", "set mixed"))
         if self.teacher is None and (self.cache is None or not is_cache(Path(self.cache))):
@@ -161,6 +170,8 @@ class Distill(Stage, frozen=True):
         work = Work((2.0 * total + 6.0 * kept) * self._wanted)
         weight = 2 if self.precision == "bfloat16" else 4
         copies = 2 + 2 * (self.optimizer == "adamw") + (self.validation > 0)  # with its moments
+        if self.lora is not None:  # of the weights: as they are, changed, and one's gradient; what is learned is little
+            copies = 2
         return Forecast(
             shrink.shrunk_header(header, plan),
             tensors=len(plan.tensors),
@@ -193,11 +204,12 @@ class Distill(Stage, frozen=True):
         read = ((name, source.read_quantized(name)) for name in student.model.weights if name in source.header.tensors)
         packed = {name: part.to(context.device) for name, part in read if part is not None}  # embedding and head too
         straight = Straight(packed) if packed else None
+        low_rank = self._low_rank(student, names, masks)
         if straight is not None:
             near = lesson.model.weights if lesson.model is not None else {}
             student.weights.update(straight.starts(near))
         scheme = straight_inputs(input_scheme(source.activations))
-        trainer = self._trainer(lesson, student, masks, straight, scheme, context.seed)
+        trainer = self._trainer(lesson, student, masks, straight or low_rank, scheme, context.seed)
         trainer.over(self._steps(trainer, work, context))
         facts: dict[str, Any] = {**student.facts, "masked": len(masks), "steps": trainer.schedule.steps}
         keeper = Keeper(work)
@@ -207,6 +219,9 @@ class Distill(Stage, frozen=True):
             facts |= report.facts(state)
             context.tell_all(report.told(state, trainer.schedule))
         state = state or trainer.begin()
+        if low_rank is not None:
+            facts["lora"] = {"linears": len(low_rank.shapes), "parameters": low_rank.numbers}
+            student.weights.update({name: each.detach() for name, each in trainer.learner(state).weights.items()})
         own = {name: student.model.weights[name] for name in packed}
         stored = {} if straight is None else {n: straight.stored(n, w, state.projections) for n, w in own.items()}
         notes = self._write(source, student, stored, facts, report.card(state), context)
@@ -302,7 +317,7 @@ class Distill(Stage, frozen=True):
         lesson: _Lesson,
         student: Student,
         masks: Mapping[str, torch.Tensor],
-        straight: Straight | None,
+        presented: Straight | LowRank | None,
         scheme: InputScheme | None,
         seed: int,
     ) -> Trainer:
@@ -312,7 +327,10 @@ class Distill(Stage, frozen=True):
         few = sum(total <= HELD_BACK * self.batch_tokens for total in itertools.accumulate(reversed(lengths)))
         held = min(max(1, few), math.ceil(self.validation * count), count - 1)
         extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
-        extra |= {} if straight is None else straight.scales()
+        if isinstance(presented, LowRank):
+            extra |= presented.leaves(seed)
+        elif presented is not None:
+            extra |= presented.scales()
         extra |= lesson.teacher.leaves() if isinstance(lesson.teacher, JointTeacher) else {}
         extra = {name: part.to(student.model.head.device) for name, part in extra.items()}
         mixed = self.precision == "mixed"
@@ -323,7 +341,7 @@ class Distill(Stage, frozen=True):
             steps=1,
             batch_tokens=self.batch_tokens,
             accumulate=self.accumulate,
-            learning_rate=self.learning_rate or (CUT_RATE if student.facts and not self.joint else WHOLE_RATE),
+            learning_rate=self.learning_rate or self._rate(student),
             optimizer=self.optimizer,
             freeze=self.freeze,
             prompt_weight=self.prompt_weight,
@@ -333,8 +351,18 @@ class Distill(Stage, frozen=True):
             on_policy=self.on_policy,
             phases=1 if self.curriculum is None else self.curriculum.phases,
         )
-        parts = (student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra, straight, scheme)
+        parts = (student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra, presented, scheme)
         return Trainer(*parts, self._difficulty(lesson))
+
+    def _low_rank(self, student: Student, linears: Sequence[str], masks: Mapping[str, torch.Tensor]) -> LowRank | None:
+        if self.lora is None:
+            return None
+        return LowRank(self.lora, student.model.weights, self.lora.chosen(linears), masks)
+
+    def _rate(self, student: Student) -> float:
+        if self.lora is not None:
+            return LORA_RATE
+        return CUT_RATE if student.facts and not self.joint else WHOLE_RATE
 
     def _difficulty(self, lesson: _Lesson) -> list[float] | None:
         """Of each text, for the curriculum."""
