@@ -40,9 +40,10 @@ from benchmarks.cases import DSC, NAMES, USES, Case, case
 from benchmarks.common import REPORTS, ROOT, measure, present
 from benchmarks.peers import RIVALS, PeerError, cache, fingerprint, peer, pins
 from deepseek_compress.checkpoint import open_checkpoint
-from deepseek_compress.evaluation.divergence import Sample, Trace, record
+from deepseek_compress.evaluation.divergence import Sample, record
 from deepseek_compress.evaluation.divergence import measure as divergence
 from deepseek_compress.evaluation.statistics import Bootstrap
+from deepseek_compress.evaluation.trace import Trace
 from deepseek_compress.models.runtime import Model
 
 DISK = 6 << 30  # bytes that must be free: checkpoints of one row, packed and decoded, with room

@@ -23,8 +23,9 @@ import torch
 from benchmarks.cases import WIKITEXT, Case, case
 from benchmarks.common import REPORTS, present
 from benchmarks.peers import cache
-from deepseek_compress.evaluation.divergence import Sample, Trace, measure, record
+from deepseek_compress.evaluation.divergence import Sample, measure, record
 from deepseek_compress.evaluation.statistics import Bootstrap
+from deepseek_compress.evaluation.trace import Trace
 from deepseek_compress.models.cache import cache_bytes
 from deepseek_compress.models.config import ModelConfig
 from deepseek_compress.models.runtime import Model

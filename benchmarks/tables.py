@@ -20,8 +20,9 @@ from torch import Tensor
 from benchmarks.cases import Case, case
 from benchmarks.common import present
 from deepseek_compress.compress import tables
-from deepseek_compress.evaluation.divergence import Sample, Trace, measure, record
+from deepseek_compress.evaluation.divergence import Sample, measure, record
 from deepseek_compress.evaluation.statistics import Bootstrap
+from deepseek_compress.evaluation.trace import Trace
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.numerics.gptq import Gptq
 from deepseek_compress.numerics.hessian import add_gram, mirror

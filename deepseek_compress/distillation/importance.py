@@ -21,9 +21,10 @@ from torch.nn import functional
 
 from deepseek_compress.distillation.documents import Batch
 from deepseek_compress.distillation.objective import pieces
-from deepseek_compress.distillation.views import tapped, view
+from deepseek_compress.distillation.views import view
 from deepseek_compress.models import moe
 from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.tap import tapped
 from deepseek_compress.models.weights import Weights
 
 LAYERS = ("influence", "loss", "even")

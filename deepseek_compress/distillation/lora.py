@@ -43,6 +43,10 @@ class Lora(BaseModel, frozen=True, extra="forbid"):
             )
         return found
 
+    def over(self, weights: Mapping[str, Tensor], linears: Sequence[str], masks: Mapping[str, Tensor]) -> LowRank:
+        """Return the changes of the chosen `linears`."""
+        return LowRank(self, weights, self.chosen(linears), masks)
+
     def parameters(self, rows: int, columns: int) -> int:
         """How many numbers a matrix learns."""
         return min(self.rank, rows, columns) * (rows + columns)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
 from deepseek_compress.distillation import importance
 from deepseek_compress.distillation.documents import Batch, Document, batch_of, batches_by_length
 from deepseek_compress.distillation.features import Pair
@@ -15,6 +18,7 @@ from deepseek_compress.distillation.shrink import Shrink, shrink, sizes
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import ModelConfig
 from deepseek_compress.models.runtime import Model
+from deepseek_compress.numerics.types import Quantized
 
 SHOWN = 256  # documents that tell what matters
 SHOWN_TOKENS = {"loss": 2048}  # fewer where the model runs once for each layer
@@ -101,3 +105,26 @@ def is_linear(student: Model, name: str) -> bool:
             local = name[len(prefix) :]
             return any(local == linear.name + ".weight" for linear in family.linears(cfg, layer))
     return False
+
+
+def write_student(
+    out: Path,
+    source: Checkpoint,
+    student: Student,
+    stored: Mapping[str, Quantized],
+    manifest: dict[str, Any],
+    card: str,
+) -> list[str]:
+    """Write a trained student in BF16, or packed where `stored` has it; returns what the writer noted."""
+    weights = student.model.weights
+    dropped = {"num_nextn_predict_layers": 0} if source.config.get("num_nextn_predict_layers") else {}
+    ignore = source.config["quantization_config"]["ignore"] if stored else []
+    size = 0 if stored else sum(2 * weight.numel() for weight in weights.values())
+    with CheckpointWriter(out, source, expected_bytes=size, activations=source.activations) as writer:
+        for name, weight in weights.items():
+            if name in stored:
+                writer.add(name, stored[name].to("cpu"))
+                continue
+            bias = weight.dim() == 1 and not name.endswith(".weight")  # routers balance in float32
+            writer.add(name, (weight.float() if bias else weight.to(torch.bfloat16)).cpu())
+        return writer.finish({**dropped, **student.config}, manifest, ignore, card)

@@ -6,17 +6,16 @@ back instead of kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_compress.distillation.documents import Batch
-from deepseek_compress.models import Family, ModelConfig, moe
+from deepseek_compress.models import moe
 from deepseek_compress.models.rope import places
 from deepseek_compress.models.runtime import Model
+from deepseek_compress.models.tap import tapped
 from deepseek_compress.models.weights import Weights
 
 
@@ -27,23 +26,6 @@ class View:
     final: Tensor  # (N, hidden), the input of the head
     hidden: list[Tensor] = field(default_factory=list)  # (N, hidden) after each block, where asked for
     routers: dict[int, Tensor] = field(default_factory=dict)  # layer -> float32 (N, experts), shares that add up to one
-
-
-Tap = Callable[[int, Weights, Tensor], None]  # (layer, its weights, input of its MLP or experts (B, T, hidden))
-
-
-def tapped(family: Family, tap: Tap) -> Family:
-    """`family`, with `tap` called for what enters the MLP or the experts of each block."""
-    watched = copy.copy(family)
-    inner = family.ffn_input
-
-    def ffn_input(cfg: ModelConfig, layer: int, weights: Weights, hidden: Tensor) -> Tensor:
-        x = inner(cfg, layer, weights, hidden)
-        tap(layer, weights, x)
-        return x
-
-    watched.ffn_input = ffn_input  # type: ignore[method-assign]
-    return watched
 
 
 def view(

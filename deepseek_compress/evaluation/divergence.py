@@ -16,8 +16,9 @@ Left out: nothing is sampled and no position is skipped; padding is at the right
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -32,8 +33,13 @@ from deepseek_compress.checkpoint.files import read_bytes
 from deepseek_compress.checkpoint.reader import check_finite
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import safe_exp
+from deepseek_compress.evaluation.trace import Trace
+from deepseek_compress.models import moe
+from deepseek_compress.models.tap import tapped
 from deepseek_compress.models.two_level import shared
+from deepseek_compress.models.weights import Weights
 from deepseek_compress.numerics.channel_error import ChannelError, Outliers
+from deepseek_compress.numerics.expert_choice import Choices, ExpertChoice
 from deepseek_compress.streaming.head import HeadInput, Scores, scores
 
 if TYPE_CHECKING:
@@ -80,6 +86,7 @@ class Divergence:
     positions: Positions | None = None
     choice_by_layer: list[float | None] | None = None  # share of the reference's chosen entries; None: none are chosen
     outliers_by_layer: list[Outliers | None] | None = None
+    experts_by_layer: list[Choices | None] | None = None  # None: a block without experts, another number of them
 
     @property
     def perplexity(self) -> float:
@@ -134,35 +141,6 @@ def batches(samples: Sequence[Sample], limit: int = BATCH_TOKENS) -> list[list[i
     return found
 
 
-@dataclass
-class Trace:
-    """The reference's pass over the samples: inputs of its head, and outputs of its blocks, as files in `folder`."""
-
-    folder: Path
-    head: Tensor  # (vocabulary, hidden)
-    batches: list[list[int]]
-    shape: tuple[int, int]  # (blocks, hidden size)
-    layered: int = 0  # the first so many batches have every block's output too
-
-    def final(self, number: int) -> Tensor:
-        """(positions, hidden): what entered the reference's head where a token is predicted."""
-        return torch.from_numpy(np.load(self.folder / f"final-{number}.npy")).to(self.head.device)
-
-    def blocks(self, number: int) -> Tensor:
-        """(blocks, valid tokens, hidden): what each block gave."""
-        return torch.from_numpy(np.load(self.folder / f"blocks-{number}.npy")).to(self.head.device)
-
-    def keep_choices(self, number: int, choices: Sequence[Tensor | None]) -> None:
-        """Store what each block chose, (valid tokens, K); None where it does not choose."""
-        chosen = {str(layer): choice.cpu().numpy() for layer, choice in enumerate(choices) if choice is not None}
-        np.savez(self.folder / f"choices-{number}.npz", **chosen)  # type: ignore[arg-type]
-
-    def choices(self, number: int) -> dict[int, Tensor]:
-        """Return what blocks chose, by their number."""
-        with np.load(self.folder / f"choices-{number}.npz") as found:
-            return {int(layer): torch.from_numpy(found[layer]).to(self.head.device) for layer in found}
-
-
 @torch.no_grad()
 def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace, Divergence]:
     """Run the reference once: its trace, and its own perplexity (its KL to itself is 0 and its agreement 1).
@@ -174,10 +152,11 @@ def record(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Trace
     nll, compared = [0.0] * len(samples), layered(samples)
     for number, chosen in enumerate(trace.batches):
         batch = _batch(samples, chosen, model.head.device)
-        states = model.hidden_states(batch.tokens)
+        states, experts = _pass(model, batch, chosen[0] in compared)
         hidden = _head_input(model, states[-1], batch)
         np.save(folder / f"final-{number}.npy", _numpy(hidden))
         if chosen[0] in compared:
+            trace.keep_experts(number, experts)
             np.save(folder / f"blocks-{number}.npy", _blocks(model, states, batch.valid))
             trace.layered = number + 1
             trace.keep_choices(number, choices(model, states, batch.valid))
@@ -197,8 +176,8 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
     layers, positions = _LayerError(model, trace), Positions([], [], [], [])
     for number, chosen in enumerate(trace.batches if trace else batches(samples)):
         batch = _batch(samples, chosen, model.head.device)
-        states = model.hidden_states(batch.tokens)
-        layers.add(number, states, batch.valid)
+        states, experts = _pass(model, batch, trace is not None and number < trace.layered)
+        layers.add(number, states, batch.valid, experts)
         hidden = _head_input(model, states[-1], batch)
         heads = [HeadInput.of(trace.final(number), trace.head)] if trace else []
         found = scores([*heads, HeadInput.of(hidden, model.head)], batch.following)
@@ -209,7 +188,9 @@ def measure(model: Model, samples: Sequence[Sample], trace: Trace | None = None)
     counts = [sample.predicted for sample in samples]
     if trace is None:
         return Divergence(counts, nll)
-    return Divergence(counts, nll, kl, agreed, layers.result(), positions, layers.choices(), layers.outliers())
+    return Divergence(
+        counts, nll, kl, agreed, layers.result(), positions, layers.choices(), layers.outliers(), layers.experts()
+    )
 
 
 @torch.no_grad()
@@ -283,6 +264,22 @@ def _batch(samples: Sequence[Sample], chosen: Sequence[int], device: torch.devic
     return _Batch(tokens, place < ends, predicting, tokens[:, 1:][predicting], owner, places)
 
 
+def _pass(model: Model, batch: _Batch, experts: bool) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Run the model: states after each block and, with `experts`, those of the valid tokens by block."""
+    if not experts or model.cfg.moe is None:
+        return model.hidden_states(batch.tokens), {}
+    found: dict[int, Tensor] = {}
+
+    def tap(layer: int, weights: Weights, x: Tensor) -> None:
+        if model.cfg.moe is not None and model.cfg.is_moe(layer):
+            routing = moe.route(model.cfg.moe, weights, x.flatten(0, 1), batch.tokens.flatten())
+            found[layer] = routing.experts[batch.valid.flatten()]
+
+    watched = copy.copy(model)
+    watched.family = tapped(model.family, tap)
+    return watched.hidden_states(batch.tokens), found
+
+
 def _head_input(model: Model, hidden: Tensor, batch: _Batch) -> Tensor:
     """Return what the last block gives (B, T, hidden) -> what enters the head at predicting places (positions,
     hidden)."""
@@ -307,20 +304,25 @@ class _LayerError:
         same = trace is not None and trace.shape == (model.cfg.num_hidden_layers, model.cfg.hidden_size)
         self.trace = trace if same else None  # blocks of another number or width have no counterpart
         self.blocks = [ChannelError(model.cfg.hidden_size) for _ in range(model.cfg.num_hidden_layers)]
+        self.routed: dict[int, ExpertChoice] = {}
         self.chosen: dict[int, tuple[int, int]] = {}  # block -> chosen as the reference does, chosen by the reference
 
-    def add(self, number: int, states: Sequence[Tensor], valid: Tensor) -> None:
+    def add(self, number: int, states: Sequence[Tensor], valid: Tensor, experts: Mapping[int, Tensor]) -> None:
         if self.trace is None or number >= self.trace.layered:
             return
+        count = self.model.cfg.moe.experts if self.model.cfg.moe else 0
+        for layer, expected in self.trace.experts(number).items():
+            if layer in experts and int(expected.max()) < count:
+                self.routed.setdefault(layer, ExpertChoice(count)).add(expected, experts[layer])
         ours, theirs = choices(self.model, states, valid), self.trace.choices(number)
         for layer, choice in theirs.items():
             if (mine := ours[layer]) is not None:
                 before = self.chosen.get(layer, (0, 0))
                 more = shared(choice, mine)
                 self.chosen[layer] = (before[0] + more[0], before[1] + more[1])
-        expected = self.trace.blocks(number)
+        blocks = self.trace.blocks(number)
         for layer, state in enumerate(states[1:]):
-            self.blocks[layer].add(expected[layer], self.model.family.residual(self.model.cfg, state)[valid])
+            self.blocks[layer].add(blocks[layer], self.model.family.residual(self.model.cfg, state)[valid])
 
     def result(self) -> list[float] | None:
         if self.trace is None:
@@ -330,6 +332,10 @@ class _LayerError:
 
     def outliers(self) -> list[Outliers | None] | None:
         return None if self.trace is None else [block.outliers() for block in self.blocks]
+
+    def experts(self) -> list[Choices | None] | None:
+        found = {layer: choice.result() for layer, choice in self.routed.items()}
+        return [found.get(layer) for layer in range(len(self.blocks))] if found else None
 
     def choices(self) -> list[float | None] | None:
         """Of what the reference's queries see, the share that ours see too, by block."""

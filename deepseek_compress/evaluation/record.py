@@ -33,12 +33,14 @@ from deepseek_compress.evaluation import (
 )
 from deepseek_compress.evaluation.about import about, seen_before
 from deepseek_compress.evaluation.answering import Answerer, Answers, FromModel
-from deepseek_compress.evaluation.divergence import Divergence, Trace
+from deepseek_compress.evaluation.divergence import Divergence
 from deepseek_compress.evaluation.process import Judged
 from deepseek_compress.evaluation.progress import TimeLeft
 from deepseek_compress.evaluation.reasoning import Prompts
+from deepseek_compress.evaluation.row import empty_row
 from deepseek_compress.evaluation.streamed import Subject
 from deepseek_compress.evaluation.task import Settings, Task, prepare, suite_of, text_of
+from deepseek_compress.evaluation.trace import Trace
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.cache import cache_bytes, cache_problems, kv_rounding
 from deepseek_compress.models.resolve import name_of
@@ -49,7 +51,6 @@ from deepseek_compress.streaming.loop import Progress, silent
 
 SCHEMA = 1
 USUAL = Settings()
-METRICS = (*summary.REASONING, *summary.FIDELITY, *efficiency.UNKNOWN)
 
 OTHER_TOKENIZER = "{} has another tokenizer than the reference: perplexity and KL are unknown."
 TEACHER_FORCED = "Run block by block over given text (teacher-forced): nothing was generated; no exact match, no speed."
@@ -202,7 +203,7 @@ def _rounding(run: _Run, is_reference: bool, checkpoint: Checkpoint) -> KvRoundi
 def _row(run: _Run, name: str, checkpoint: Checkpoint, folder: Path | None) -> dict[str, Any]:
     """Everything about one model. With a folder it is the reference, and its trace is kept there."""
     run.step(f"{name}: reading")
-    row = {**_empty(name, name_of(checkpoint.path)), **efficiency.sizes(checkpoint)}
+    row = {**empty_row(name, name_of(checkpoint.path)), **efficiency.sizes(checkpoint)}
     rounding = _rounding(run, folder is not None, checkpoint)
     row |= {"lineage": _lineage(checkpoint), "about": about(checkpoint, rounding)}
     size = cache_bytes(Architecture.of(checkpoint).cfg, rounding, run.settings.length)
@@ -250,6 +251,7 @@ def _report(run: _Run, row: dict[str, Any], found: Divergence | None, is_referen
     row["intervals"] |= {"perplexity": intervals["perplexity"]} if is_reference else intervals
     row["error_by_layer"] = found.error_by_layer
     row["choice_by_layer"], row["outliers_by_layer"] = found.choice_by_layer, found.outliers_by_layer
+    row["experts_by_layer"] = found.experts_by_layer
     if found.positions is not None:
         row["kl"] = where.spread(found.positions, run.task.samples, run.tokenizer.decode)
     if not is_reference and found.kl is not None and found.error_by_layer is None and not row.get("target"):
@@ -347,7 +349,7 @@ def deployed_row(run: _Run, name: str, target: str) -> dict[str, Any]:
     """Everything about a file that answers in its own runtime, or a server."""
     run.step(f"{name}: opening")
     opened = deployed.open_file(target)
-    row: dict[str, Any] = {**_empty(name, target), "bytes": opened.bytes, "about": opened.about, "target": target}
+    row: dict[str, Any] = {**empty_row(name, target), "bytes": opened.bytes, "about": opened.about, "target": target}
     row["lineage"] = list(opened.lineage)
     if run.trace is not None and opened.predict is not None and run.task.samples:
         run.step(f"{name}: next-token distribution", 0.05)
@@ -377,15 +379,6 @@ def _speeds(run: _Run, rows: Mapping[str, dict[str, Any]], checkpoints: Mapping[
     found = speed.measure(targets, progress=lambda done, total: run.step(f"speed: turn {done} of {total}"))
     for name, entry in found.items():
         rows[name]["speed"] = entry
-
-
-def _empty(name: str, path: str) -> dict[str, Any]:
-    """Return the keys that every row of a report has."""
-    row: dict[str, Any] = {"name": name, "path": path, "bytes": None, "parameters": None, "bits_per_weight": None}
-    row |= {"metrics": dict.fromkeys(METRICS), "intervals": {}, "lineage": [], "about": "", "relative": {}}
-    unknown = ("families", "error_by_layer", "kv_cache_bytes_per_token", "expert_coverage", "process", "sampled")
-    others = ("choice_by_layer", "certainty", "flips", "kl", "speed", "safety", "outliers_by_layer", "weight_errors")
-    return {**row, **dict.fromkeys((*unknown, *others))}
 
 
 def _same_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint) -> bool:

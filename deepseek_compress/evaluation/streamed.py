@@ -24,6 +24,7 @@ from deepseek_compress.evaluation.divergence import Divergence, Sample, check, l
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.activations import input_scheme
 from deepseek_compress.numerics.channel_error import Outliers
+from deepseek_compress.numerics.expert_choice import Choices
 from deepseek_compress.numerics.kv_cache import KvRounding
 from deepseek_compress.planning.costs import Memory, Work, total, useful
 from deepseek_compress.streaming import head
@@ -51,17 +52,18 @@ class ByLayer(NamedTuple):
     errors: list[float] | None = None
     choices: list[float | None] | None = None
     outliers: list[Outliers | None] | None = None
+    experts: list[Choices | None] | None = None
 
     @classmethod
     def of(cls, facts: Sequence[Facts], number: int) -> ByLayer:
         """From the facts of all blocks, of the model of that number."""
-        errors, choices, outliers = (
-            [block[key][number] for block in facts] for key in ("errors", "choices", "outliers")
-        )
+        keys = ("errors", "choices", "outliers", "experts")
+        errors, choices, outliers, experts = ([block[key][number] for block in facts] for key in keys)
         return cls(
             None if None in errors else errors,
             None if all(share is None for share in choices) else choices,
             None if None in outliers else outliers,
+            experts if any(experts) else None,
         )
 
 
@@ -184,5 +186,5 @@ def _divergences(
         if not all(map(math.isfinite, nll)):
             raise DscError(f"{name}: logits that are NaN or infinite", "check the model: its weights may be damaged")
         apart = by_layer[name] if number else ByLayer()
-        found[name] = Divergence(counts, nll, kl, agreed, apart.errors, None, apart.choices, apart.outliers)
+        found[name] = Divergence(counts, nll, kl, agreed, apart.errors, None, *apart[1:])
     return found

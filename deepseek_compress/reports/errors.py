@@ -29,18 +29,35 @@ def worst_rows(record: Record) -> Table:
     ])  # fmt: skip
 
 
+def expert_rows(record: Record) -> Table:
+    """One row a model: tokens whose experts changed, and the load of experts in the reference and in the model."""
+    lines = []
+    for model, found in _known(record, "experts_by_layer"):
+        blocks = [(number, one) for number, one in enumerate(found) if one]
+        worst, most = max(blocks, key=lambda pair: pair[1]["changed"])
+        busiest = [max(one["busiest"][side] for _, one in blocks) for side in (0, 1)]
+        idle = [sum(one["idle"][side] for _, one in blocks) for side in (0, 1)]
+        lines.append([
+            table.label(record, model), table.percent(sum(one["changed"] for _, one in blocks) / len(blocks)),
+            f"{table.percent(most['changed'])} (block {worst})", " → ".join(map(table.percent, busiest)),
+            " → ".join(f"{count:,}" for count in idle),
+        ])  # fmt: skip
+    return Table(["Model", "Choices changed", "Most", "Busiest expert", "Idle experts"], lines)
+
+
 def outlier_rows(record: Record) -> Table:
-    """One row a block of a model that has channels which stand out."""
-    headers = ["Model", "Block", "Channels", "Of the state", "Of the error"]
-    return Table(headers, [
-        [
-            table.label(record, model), str(block), f"{one['channels']:,}", table.percent(one["size"]),
-            table.percent(one["error"]),
-        ]
-        for model, found in _known(record, "outliers_by_layer")
-        for block, one in enumerate(found)
-        if one and one["channels"]
-    ])  # fmt: skip
+    """One row a model that has channels which stand out: where they are most, and where they carry most."""
+    lines = []
+    for model, found in _known(record, "outliers_by_layer"):
+        blocks = [(number, one) for number, one in enumerate(found) if one and one["channels"]]
+        if blocks:
+            at, most = max(blocks, key=lambda pair: pair[1]["size"])
+            error, worst = max(blocks, key=lambda pair: pair[1]["error"])
+            lines.append([
+                table.label(record, model), f"{len(blocks)} of {len(found)}", f"{most['channels']:,}",
+                f"{table.percent(most['size'])} (block {at})", f"{table.percent(worst['error'])} (block {error})",
+            ])  # fmt: skip
+    return Table(["Model", "Blocks", "Channels", "Of the state", "Of the error"], lines)
 
 
 def _known(record: Record, key: str) -> Iterator[tuple[Model, Any]]:
@@ -64,8 +81,12 @@ SECTIONS = {
         worst_rows,
         "Candidates for more bits by `overrides`; `dsc allocate` weighs what each costs the answers.",
     ),
+    "Experts that tokens go to": (
+        expert_rows,
+        "On the same tokens, reference → model: shares of a token's experts that changed, load of the most chosen one.",
+    ),
     "Channels that stand out": (
         outlier_rows,
-        "Channels of a block's output above 6 times the median: their share of its squares, and of the squared error.",
+        "Of a block's output, above 6 times the median: their share of its squares, and of the squared error.",
     ),
 }

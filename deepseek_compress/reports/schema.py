@@ -194,6 +194,12 @@ class _Outliers(_Typed):
     error: Share
 
 
+class _Choices(_Typed):
+    changed: Share
+    busiest: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    idle: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
 class _Model(_Typed):
     name: Name
     certainty: _Certainty | None = None
@@ -216,6 +222,7 @@ class _Model(_Typed):
     error_by_layer: list[Positive] | None = None
     choice_by_layer: list[Positive | None] | None = None
     outliers_by_layer: list[_Outliers | None] | None = None
+    experts_by_layer: list[_Choices | None] | None = None
     weight_errors: _WeightErrors | None = None
     kv_cache_bytes_per_token: Positive | None = None
     expert_coverage: list[_Experts] | None = None

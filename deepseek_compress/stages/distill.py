@@ -19,20 +19,21 @@ from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Source
-from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter, Header, open_checkpoint
+from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
 from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
 from deepseek_compress.distillation import report, shrink
+from deepseek_compress.distillation.activations import activations
 from deepseek_compress.distillation.cache import CachedTeacher, is_cache, read_index
 from deepseek_compress.distillation.curriculum import Curriculum, teacher_loss
 from deepseek_compress.distillation.documents import Document, read_documents
 from deepseek_compress.distillation.features import INSIDE, even_pairs, projections
 from deepseek_compress.distillation.lora import Lora, LowRank
 from deepseek_compress.distillation.losses import Loss, losses_of
-from deepseek_compress.distillation.objective import PIECE, Objective
+from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.record import Kept, record_model, text_digest
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.rounding import Straight, straight_inputs
-from deepseek_compress.distillation.students import Size, Student, check_tokenizers, cut, is_linear
+from deepseek_compress.distillation.students import Size, Student, check_tokenizers, cut, is_linear, write_student
 from deepseek_compress.distillation.teachers import JointTeacher, LiveTeacher, Teacher
 from deepseek_compress.distillation.traces import TRACES
 from deepseek_compress.distillation.trainer import Schedule, Trainer, masks_of
@@ -146,8 +147,7 @@ class Distill(Stage, frozen=True):
         inside = [name for name, loss in zip(self.loss, self.losses, strict=True) if isinstance(loss, INSIDE)]
         if inside and self.cache is not None:
             found.append(DscError(f"distill.loss: {', '.join(inside)} cannot be recorded", "leave out them, or cache"))
-        live = ", ".join(name for name in ("on_policy", "joint") if getattr(self, name))
-        if self.cache is not None and live:
+        if self.cache is not None and (live := ", ".join(k for k in ("on_policy", "joint") if getattr(self, k))):
             found.append(DscError(f"distill.{live}: needs the teacher itself, not a cache", "leave one of them out"))
         if self.cache is not None and self.curriculum is not None and self.curriculum.by == "loss":
             what = "distill.curriculum: by loss asks the teacher itself, which a cache is not"
@@ -168,15 +168,17 @@ class Distill(Stage, frozen=True):
             header.tensors[origin.name].elements for origin in plan.tensors.values() if origin.name in header.tensors
         )
         work = Work((2.0 * total + 6.0 * kept) * self._wanted)
-        weight = 2 if self.precision == "bfloat16" else 4
         copies = 2 + 2 * (self.optimizer == "adamw") + (self.validation > 0)  # with its moments
-        if self.lora is not None:  # of the weights: as they are, changed, and one's gradient; what is learned is little
+        if self.lora is not None:  # as it is, and with what it learns, whose moments are little
             copies = 2
+        weights = (2 if self.precision == "bfloat16" else 4) * (total + copies * kept)
         return Forecast(
             shrink.shrunk_header(header, plan),
             tensors=len(plan.tensors),
             bytes=2 * kept,
-            memory=Memory(weight * (total + copies * kept) + self._activations(cfg)),
+            memory=Memory(
+                weights + activations(cfg, self.batch_tokens // self.accumulate, self.length, self.checkpointing)
+            ),
             work=None if self.minutes else work,
         )
 
@@ -184,15 +186,6 @@ class Distill(Stage, frozen=True):
     def _wanted(self) -> int:
         """Tokens to train on, where no minutes are asked for."""
         return self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
-
-    def _activations(self, cfg: ModelConfig) -> int:
-        """Bytes that a part of a step keeps for the way back, and the logits of a piece of it."""
-        tokens = self.batch_tokens // self.accumulate
-        wide = cfg.moe.intermediate * cfg.moe.top_k if cfg.moe else cfg.intermediate_size
-        scores = 3 * cfg.num_attention_heads * min(self.length, tokens)
-        block = 4 * tokens * (16 * cfg.hidden_size + 4 * wide + scores)
-        blocks = 1 if self.checkpointing else cfg.num_hidden_layers
-        return blocks * block + 4 * cfg.num_hidden_layers * tokens * cfg.hidden_size + 6 * 4 * PIECE
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the trained student to `context.out`; an interrupted training goes on."""
@@ -204,7 +197,7 @@ class Distill(Stage, frozen=True):
         read = ((name, source.read_quantized(name)) for name in student.model.weights if name in source.header.tensors)
         packed = {name: part.to(context.device) for name, part in read if part is not None}  # embedding and head too
         straight = Straight(packed) if packed else None
-        low_rank = self._low_rank(student, names, masks)
+        low_rank = None if self.lora is None else self.lora.over(student.model.weights, names, masks)
         if straight is not None:
             near = lesson.model.weights if lesson.model is not None else {}
             student.weights.update(straight.starts(near))
@@ -337,11 +330,12 @@ class Distill(Stage, frozen=True):
         objective = Objective(
             self.losses, self.temperature, lesson.vocabulary, student.pairs, mixed, self.checkpointing, self.joint
         )
+        rate = CUT_RATE if student.facts and not self.joint else WHOLE_RATE
         schedule = Schedule(
             steps=1,
             batch_tokens=self.batch_tokens,
             accumulate=self.accumulate,
-            learning_rate=self.learning_rate or self._rate(student),
+            learning_rate=self.learning_rate or (LORA_RATE if self.lora else rate),
             optimizer=self.optimizer,
             freeze=self.freeze,
             prompt_weight=self.prompt_weight,
@@ -353,16 +347,6 @@ class Distill(Stage, frozen=True):
         )
         parts = (student.model, lesson.teacher, lesson.documents, objective, schedule, masks, extra, presented, scheme)
         return Trainer(*parts, self._difficulty(lesson))
-
-    def _low_rank(self, student: Student, linears: Sequence[str], masks: Mapping[str, torch.Tensor]) -> LowRank | None:
-        if self.lora is None:
-            return None
-        return LowRank(self.lora, student.model.weights, self.lora.chosen(linears), masks)
-
-    def _rate(self, student: Student) -> float:
-        if self.lora is not None:
-            return LORA_RATE
-        return CUT_RATE if student.facts and not self.joint else WHOLE_RATE
 
     def _difficulty(self, lesson: _Lesson) -> list[float] | None:
         """Of each text, for the curriculum."""
@@ -403,26 +387,14 @@ class Distill(Stage, frozen=True):
         card: str,
         context: Context,
     ) -> list[str]:
-        model, teacher = student.model, self._teacher_path(context)
-        total = sum(2 * weight.numel() for weight in model.weights.values())
-        inputs = {} if teacher is None or is_cache(teacher) else {"teacher": teacher / "config.json"}
-        dropped = {"num_nextn_predict_layers": 0} if source.config.get("num_nextn_predict_layers") else {}
-        ignore = source.config["quantization_config"]["ignore"] if stored else []
-        size = 0 if stored else total
-        with CheckpointWriter(context.out, source, expected_bytes=size, activations=source.activations) as writer:
-            for name, weight in model.weights.items():
-                if name in stored:
-                    writer.add(name, stored[name].to("cpu"))
-                    continue
-                bias = weight.dim() == 1 and not name.endswith(".weight")  # routers balance in float32
-                writer.add(name, (weight.float() if bias else weight.to(torch.bfloat16)).cpu())
-            manifest = provenance.build_manifest(
-                stage="distill",
-                source=source,
-                recipe=context.recipe_text,
-                seed=context.seed,
-                knobs=self.model_dump(mode="json"),
-                inputs=inputs,
-                extra={"facts": facts},
-            )
-            return writer.finish({**dropped, **student.config}, manifest, ignore, card)
+        teacher = self._teacher_path(context)
+        manifest = provenance.build_manifest(
+            stage="distill",
+            source=source,
+            recipe=context.recipe_text,
+            seed=context.seed,
+            knobs=self.model_dump(mode="json"),
+            inputs={} if teacher is None or is_cache(teacher) else {"teacher": teacher / "config.json"},
+            extra={"facts": facts},
+        )
+        return write_student(context.out, source, student, stored, manifest, card)

@@ -27,7 +27,7 @@ from deepseek_compress.streaming.experts_here import run_here
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.workers import Pool
 
-Routed = Callable[[Routing], None]
+Routed = Callable[[Routing], object]
 
 
 def run_block(

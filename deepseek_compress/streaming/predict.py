@@ -6,17 +6,20 @@ stores, and `head` makes logits of it piece by piece. A teacher's words for a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from deepseek_compress.models.moe import Routing
 from deepseek_compress.models.two_level import shared
 from deepseek_compress.numerics.channel_error import ChannelError
+from deepseek_compress.numerics.expert_choice import Choices, ExpertChoice
 from deepseek_compress.streaming.batches import Batches
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.streaming.forward import run_block
@@ -43,10 +46,10 @@ def predictions(
     """Run models of one depth over tokens int64 (samples, length), padded at the right: inputs of their heads, facts.
 
     The former have the rows at `places`, which count through the samples.
-    `pool` shares `runs`. Facts of a block: {"errors": [||h - h'|| / ||h|| of each model, h of the first], "outliers":
-    [what stands out], "choices": [share of the first model's chosen entries]} over the rows where `compared`, bool
-    (samples, length), is true; null for a model of another width, and where a block chooses nothing. An interrupted
-    run goes on from `work`.
+    `pool` shares `runs`. Facts of a block, a list with an entry for each model: "errors" (||h - h'|| / ||h||, h of the
+    first), "outliers" (`ChannelError`), "choices" (share of the first model's chosen entries), "experts"
+    (`ExpertChoice`), over the rows where `compared`, bool (samples, length), is true; null for a model of another width
+    and where a block has none of it. An interrupted run goes on from `work`.
     """
     streams = tuple(Stream(run.architecture, f"states-{number}") for number, run in enumerate(runs))
     loop = Loop(streams, tokens, work, "predict", last=True)
@@ -84,15 +87,32 @@ class _Together:
 
     @torch.no_grad()
     def visit(self, at: Visit) -> Facts:
-        """{"errors": [...], "outliers": [...], "choices": [...]}."""
+        """{"errors": [...], "outliers": [...], "choices": [...], "experts": [...]}."""
+        routed: dict[int, Routing] = {}
         for number in range(len(self.runs)):
-            advance(self.runs, number, at, self.pool)
+            advance(self.runs, number, at, self.pool, partial(routed.setdefault, number))
         found = self._errors(at)
         return {
             "errors": [error and error.relative() for error in found],
             "outliers": [error and error.outliers() for error in found],
             "choices": self._choices(at),
+            "experts": self._experts(at, routed),
         }
+
+    def _experts(self, at: Visit, routed: Mapping[int, Routing]) -> list[Choices | None]:
+        """Where each model's tokens go beside the first's; None of a block without experts, or with other ones."""
+        counts = [run.architecture.blocks[at.layer].moe for run in self.runs]
+        found: list[Choices | None] = [None] * len(self.runs)
+        if self.compared is None or 0 not in routed:
+            return found
+        rows = self.compared.flatten()
+        for number, routing in routed.items():
+            first, its = counts[0], counts[number]
+            if first is not None and its is not None and first.experts == its.experts:
+                choice = ExpertChoice(its.experts)
+                choice.add(routed[0].experts[rows], routing.experts[rows])
+                found[number] = choice.result()
+        return found
 
     def _errors(self, at: Visit) -> list[ChannelError | None]:
         found: list[ChannelError | None] = [None] * len(self.runs)
@@ -136,10 +156,14 @@ class _Together:
         return architecture.family.residual(architecture.cfg, hidden)
 
 
-def advance(runs: Runs, number: int, at: Visit, pool: Pool) -> None:
+def advance(
+    runs: Runs, number: int, at: Visit, pool: Pool, routed: Callable[[Routing], object] = lambda routing: None
+) -> None:
     """Run a block of one of `runs`, which `pool` shares, as it is: the stream of that number."""
     mine = _One(pool, number)
-    run_block(runs[number], at.layer, at.before[number], at.batches, at.after[number], lambda name, parts: None, mine)
+    run_block(
+        runs[number], at.layer, at.before[number], at.batches, at.after[number], lambda name, parts: None, mine, routed
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from torch import Tensor
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation import divergence, where
 from deepseek_compress.evaluation.divergence import Sample, batches, measure, record
+from deepseek_compress.models.moe import route
+from deepseek_compress.models.rope import places
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.streaming import head
 
@@ -108,6 +110,31 @@ def test_error_by_layer_equals_the_definition(
     assert found == pytest.approx((apart / whole).sqrt().tolist(), rel=1e-4)
     assert found is not None
     assert found[0] > 0
+
+
+@torch.no_grad()
+def test_experts_equal_the_definition(teacher: Model, noisy: Model, samples: list[Sample], tmp_path: Path) -> None:
+    found = measure(noisy, samples, record(teacher, samples, tmp_path)[0]).experts_by_layer
+    assert found is not None
+    moe = teacher.cfg.moe
+    assert moe is not None
+    for layer, one in enumerate(found):
+        assert (one is not None) == teacher.cfg.is_moe(layer)
+        if one is None:
+            continue
+        sets: list[list[set[int]]] = []
+        for model in (teacher, noisy):
+            block, its = model.blocks[layer], list[set[int]]()
+            for sample in samples:
+                hidden = model.hidden_states(torch.tensor([sample.tokens]))[layer]
+                positions = places(1, 0, len(sample.tokens), hidden.device)
+                attended = model.family.attention_part(model.cfg, layer, block, hidden, positions)
+                x = model.family.ffn_input(model.cfg, layer, block, attended)
+                its += [set(row) for row in route(moe, block, x.flatten(0, 1)).experts.tolist()]
+            sets.append(its)
+        same = sum(len(mine & theirs) for mine, theirs in zip(*sets, strict=True))
+        assert one["changed"] == pytest.approx(1 - same / (moe.top_k * len(sets[0])))
+        assert 0 < one["changed"] < 1
 
 
 def test_blocks_of_another_number_have_no_error_by_layer(

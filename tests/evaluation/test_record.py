@@ -15,7 +15,8 @@ from deepseek_compress.checkpoint.files import hash_file, write_sealed
 from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.evaluation import answering, efficiency, reasoning, summary
 from deepseek_compress.evaluation.about import about
-from deepseek_compress.evaluation.record import METRICS, Settings, evaluate
+from deepseek_compress.evaluation.record import Settings, evaluate
+from deepseek_compress.evaluation.row import METRICS
 from deepseek_compress.evaluation.statistics import Bootstrap
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer

@@ -80,6 +80,13 @@ def test_streamed_is_in_memory(
     assert found["b"].outliers_by_layer is not None
     for mine, theirs in zip(found["b"].outliers_by_layer, expected[1].outliers_by_layer or [], strict=True):
         assert mine == pytest.approx(theirs, rel=bound, abs=bound / 5)
+    routed, expected_routed = found["b"].experts_by_layer, expected[1].experts_by_layer
+    assert (routed is None) == (expected_routed is None) == (name in ("tiny_qwen2", "tiny_llama"))
+    for one, other in zip(routed or [], expected_routed or [], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:  # a tie goes either way when a sum has another order
+            assert one["changed"] == pytest.approx(other["changed"], abs=0.02)
+            assert one["busiest"] == pytest.approx(other["busiest"], abs=0.02)
 
 
 def test_a_shallower_model_runs_by_itself(tiny_llama: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def record() -> dict[str, Any]:
         "lineage": [{"stage": "compress", "source": "a"}], "relative": {"exact_match": 1.0},
         "families": {"maths": {"exact_match": 0.9}}, "error_by_layer": [0.01, 0.02],
         "outliers_by_layer": [{"channels": 2, "size": 0.5, "error": 0.1}, None],
+        "experts_by_layer": [None, {"changed": 0.1, "busiest": [0.5, 0.4], "idle": [0, 1]}],
         "weight_errors": {
             "roles": [{"role": "expert", "linears": 3, "bits": 4.5, "weight_error": 0.1, "output_error": None}],
             "worst": [{"name": "a.b", "bits": 4.5, "weight_error": 0.1, "output_error": 0.01}],

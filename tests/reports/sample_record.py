@@ -58,6 +58,7 @@ def _model(rng: random.Random, number: int) -> dict[str, Any]:
                   "error_by_layer": [round(0.01 + 0.02 * (1 + loss * 20) * layer / 24, 5) for layer in range(24)],
                   "weight_errors": _weight_errors(loss),
                   "outliers_by_layer": [{"channels": layer % 3, "size": 0.2, "error": 0.1} for layer in range(4)],
+                  "experts_by_layer": [None, {"changed": loss, "busiest": [0.1, 0.2], "idle": [1, 3]}],
                   "certainty": _certainty(loss), "flips": _flips(), "kl": _kl(kl),
                   "expert_coverage": _coverage(rng) if number < 3 else None}  # fmt: skip
     return found
