@@ -30,6 +30,7 @@ from deepseek_compress.distillation.documents import (
     batches_by_length,
     steps_for,
 )  # fmt: skip
+from deepseek_compress.distillation.group import Group
 from deepseek_compress.distillation.lora import LowRank
 from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.on_policy import chosen, own_text
@@ -120,6 +121,7 @@ class Trainer:
         self.masks, self._projections = masks or {}, projections or {}
         self.presented, self.scheme = presented, scheme
         self.difficulty = difficulty
+        self.group = Group()  # the processes that train together
         self._lengths = [len(document.ids) for document in documents]
         self._trained_on = len(documents) - schedule.held_back
 
@@ -246,9 +248,10 @@ class Trainer:
         if isinstance(self.teacher, JointTeacher):
             self.teacher.take(state.projections)
         loss = 0.0
-        for part in (part.to(self._device) for part in parts):
+        for part in (part.to(self._device) for part in self.group.mine(parts)):
             said = self.objective.said(self.teacher, part)
             loss += self.objective.backward(self.learner(state), part, said, state.projections, weight)
+        loss = self.group.add_up(leaves, loss)
         if not math.isfinite(loss):
             what = f"distill: the loss is {loss} at step {state.step + 1} of {schedule.steps}"
             raise DscError(what, f"lower distill.learning_rate ({schedule.learning_rate:g})")
@@ -269,7 +272,7 @@ class Trainer:
         """Return the batches of a step: of the documents `numbers`, or of what the student writes after their
         prompts."""
         schedule = self.schedule
-        size = -(-len(numbers) // schedule.accumulate)
+        size = -(-len(numbers) // (schedule.accumulate * self.group.size))
         groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         if not chosen(schedule.on_policy, schedule.seed, state.step):
             return [batch_of(self.documents, group, schedule.prompt_weight) for group in groups]
@@ -279,6 +282,14 @@ class Trainer:
             own = own_text(student, given, (schedule.seed * 1_000_003 + state.step) * 101 + len(made))
             made.append(batch_of(own, range(len(own)), schedule.prompt_weight))
         return made
+
+    def _measured(self, state: State) -> Measured:
+        """What the first process finds, so that all end at the same step."""
+        mine: Sequence[float] = [0.0] * len(Measured._fields)
+        if self.group.rank == 0:
+            mine = self.measure(self.learner(state), state.step, state.projections)
+        step, *others = self.group.first_says(mine, self._device)
+        return Measured(int(step), *others)
 
     def _settled(self, state: State) -> bool:
         """Validate where it is time to; whether the training has come to its end by it."""
@@ -290,7 +301,7 @@ class Trainer:
         due = state.step % every == 0 or state.step == steps
         if due and state.step not in seen:
             with torch.no_grad():
-                found = self.measure(self.learner(state), state.step, state.projections)
+                found = self._measured(state)
             if all(found.loss < before.loss for before in state.validations):
                 both = {**state.weights, **state.projections}
                 state.best = {name: tensor.detach().clone() for name, tensor in both.items() if tensor.requires_grad}

@@ -12,28 +12,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, field_validator, model_validator
 
 from deepseek_compress import provenance
 from deepseek_compress.calibration.settings import Source
-from deepseek_compress.checkpoint import Checkpoint, Header, open_checkpoint
+from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.checkpoint.files import kept, remove_tree, write_sealed
-from deepseek_compress.distillation import report, shrink
-from deepseek_compress.distillation.activations import activations
+from deepseek_compress.distillation import replicas, report
 from deepseek_compress.distillation.cache import CachedTeacher, is_cache, read_index
-from deepseek_compress.distillation.curriculum import Curriculum, teacher_loss
+from deepseek_compress.distillation.curriculum import teacher_loss
 from deepseek_compress.distillation.documents import Document, read_documents
-from deepseek_compress.distillation.features import INSIDE, even_pairs, projections
-from deepseek_compress.distillation.lora import Lora, LowRank
-from deepseek_compress.distillation.losses import Loss, losses_of
+from deepseek_compress.distillation.features import even_pairs, projections
+from deepseek_compress.distillation.group import Group
+from deepseek_compress.distillation.lora import LowRank
 from deepseek_compress.distillation.objective import Objective
-from deepseek_compress.distillation.record import Kept, record_model, text_digest
+from deepseek_compress.distillation.record import record_model, text_digest
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.rounding import Straight, straight_inputs
-from deepseek_compress.distillation.students import Size, Student, check_tokenizers, cut, is_linear, write_student
+from deepseek_compress.distillation.students import Student, check_tokenizers, cut, is_linear, write_student
 from deepseek_compress.distillation.teachers import JointTeacher, LiveTeacher, Teacher
 from deepseek_compress.distillation.traces import TRACES
 from deepseek_compress.distillation.trainer import Schedule, Trainer, masks_of
@@ -43,12 +41,11 @@ from deepseek_compress.models.activations import InputScheme, input_scheme
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics.types import Quantized
-from deepseek_compress.planning.costs import Memory, Work
-from deepseek_compress.stages.base import Context, Forecast, Output, Stage
+from deepseek_compress.stages.base import Context, Output
 from deepseek_compress.stages.resumable import Resumable
+from deepseek_compress.stages.training import STEPS, Training
 
 WORK = ".dsc_distill"  # in the output directory, while a run is unfinished
-STEPS = 150  # where nothing says how long
 HELD_BACK = 2  # steps' worth of tokens at most
 CUT_RATE, WHOLE_RATE, LORA_RATE = 1e-4, 2e-5, 1e-3  # of AdamW, see reports/LOG.md
 FASTEST = 10_000  # tokens that a training reads in a second, at most
@@ -65,161 +62,67 @@ class _Lesson(NamedTuple):
     model: Model | None
 
 
-class Distill(Stage, frozen=True):
+class _Ready(NamedTuple):
+    """A training before its first step."""
+
+    lesson: _Lesson
+    student: Student
+    packed: dict[str, Quantized]
+    presented: Straight | LowRank | None
+    trainer: Trainer
+
+
+class Distill(Training, frozen=True):
     """A smaller student trained on the teacher's distribution, under its 2:4 mask where it has one."""
-
-    teacher: str | None = "model"  # the output to learn from: a checkpoint, or what `record` wrote
-    cache: str | None = None  # directory with the teacher's words; recorded there first where it has none
-    kept: Kept = Kept()  # of each distribution, in that directory
-    text: str | None = None  # the output of `traces` to train on; None: the calibration text
-    keep: float | None = Field(None, gt=0, le=1)  # share of the experts, of the layers where there are none, that stays
-    experts: int | None = Field(None, gt=0)  # routed experts a layer; None keeps all; goes before keep
-    layers: int | None = Field(None, gt=0)  # layers; None keeps all; goes before keep
-    layers_by: Literal["influence", "loss", "even"] = "influence"  # which of them stay, see `importance`
-    experts_by: Literal["activation", "frequency"] = "activation"
-    documents: int | None = Field(None, gt=1)  # texts read from the calibration sources; None: what the steps need
-    length: int = Field(512, gt=1)  # tokens; longer texts are cut
-    steps: int | None = Field(None, ge=0)  # 0: the student as it is cut
-    tokens: int | None = Field(None, gt=0)  # instead of steps
-    minutes: float | None = Field(None, gt=0)  # instead of steps; they become steps before the first one
-    batch_tokens: int = Field(2048, gt=0)  # of a step, padding included
-    accumulate: int = Field(1, gt=0)  # parts of a step, whose gradients add up
-    learning_rate: float | None = Field(
-        None, gt=0
-    )  # None: 1e-4 for a student that was cut, 2e-5 near its teacher, 1e-3 by lora
-    loss: dict[str, Any] = Field({"forward_kl": {}}, validate_default=True)  # of `losses`, each with its share
-    temperature: float = Field(1.0, gt=0)
-    prompt_weight: float = Field(0.1, ge=0)  # of a prompt's position in the loss; an answer's is 1
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    precision: Literal["float32", "mixed", "bfloat16"] = "float32"  # mixed: products in BF16; bfloat16: all of it
-    checkpointing: bool = False  # compute blocks again on the way back instead of keeping what they computed
-    freeze: tuple[str, ...] = ()  # shell patterns of tensors that stay
-    lora: Lora | None = None  # train changes of low rank alone, added to the weights at the end
-    joint: float = Field(0.0, ge=0)  # share of the teacher's own loss on the text; above 0 it is trained too
-    on_policy: float = Field(0.0, ge=0, le=1)  # share of the steps that are on what the student itself writes
-    curriculum: Curriculum | None = None  # easy texts first; None: all in an order that is drawn
-    validation: float = Field(0.05, ge=0, lt=1)  # share of the documents that are held back, few at most
-    patience: int | None = Field(None, gt=0)  # validations without gain that end a training
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> dict[str, Any]:
-        names = [value] if isinstance(value, str) else value
-        return {name: loss.model_dump() for name, loss in zip(names, losses_of(value), strict=True)}
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Distill:
-        given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)}: one of them says how long to train")
-        return self
-
-    @property
-    def size(self) -> Size:
-        """How much of the source stays."""
-        return Size(**{name: getattr(self, name) for name in Size.model_fields})
-
-    @property
-    def losses(self) -> tuple[Loss, ...]:
-        """What the student is trained on."""
-        return losses_of(self.loss)
-
-    def problems(self, header: Header) -> list[DscError]:
-        """Return a missing, unknown or misshaped tensor; sizes that do not fit; those of packed weights."""
-        architecture = Architecture.of(header)
-        found = architecture.problems()
-        if found:
-            return found
-        cfg = architecture.cfg
-        found = shrink.problems(architecture.family, cfg, *self.size.of(cfg))
-        packed = any(info.encoding == "packed" for info in header.tensors.values())
-        if packed and self.size.of(cfg) != (None, None):
-            found.append(DscError("distill: packed weights cannot be made fewer", "cut before the model is quantised"))
-        if packed and self.lora is not None:
-            what = "distill.lora: packed weights learn their scales and codes, nothing is added to them"
-            found.append(DscError(what, "leave lora out, or train before the model is quantised"))
-        if self.freeze and self.lora is not None:
-            found.append(DscError("distill.freeze: lora freezes every weight", "choose linears by lora.modules"))
-        if packed and self.precision == "bfloat16":
-            found.append(DscError("distill.precision: bfloat16 cannot hold what packed weights learn", "set mixed"))
-        if self.teacher is None and (self.cache is None or not is_cache(Path(self.cache))):
-            found.append(DscError("distill: no teacher", "name a finished recording: cache"))
-        inside = [name for name, loss in zip(self.loss, self.losses, strict=True) if isinstance(loss, INSIDE)]
-        if inside and self.cache is not None:
-            found.append(DscError(f"distill.loss: {', '.join(inside)} cannot be recorded", "leave out them, or cache"))
-        if self.cache is not None and (live := ", ".join(k for k in ("on_policy", "joint") if getattr(self, k))):
-            found.append(DscError(f"distill.{live}: needs the teacher itself, not a cache", "leave one of them out"))
-        if self.cache is not None and self.curriculum is not None and self.curriculum.by == "loss":
-            what = "distill.curriculum: by loss asks the teacher itself, which a cache is not"
-            found.append(DscError(what, "set by: length, or leave cache out"))
-        return found
-
-    def reads(self) -> Sequence[str]:
-        """Return the teacher, and traces."""
-        return tuple(name for name in (self.teacher, self.text) if name is not None)
-
-    def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """Teacher, student, its gradients, moments and best weights in float32; BF16 on the disk."""
-        architecture = Architecture.of(header)
-        cfg = architecture.cfg
-        plan = shrink.shrink(architecture.family, cfg, shrink.any_experts(cfg), *self.size.of(cfg))
-        total = sum(info.elements for info in header.tensors.values())
-        kept = sum(
-            header.tensors[origin.name].elements for origin in plan.tensors.values() if origin.name in header.tensors
-        )
-        work = Work((2.0 * total + 6.0 * kept) * self._wanted)
-        copies = 2 + 2 * (self.optimizer == "adamw") + (self.validation > 0)  # with its moments
-        if self.lora is not None:  # as it is, and with what it learns, whose moments are little
-            copies = 2
-        weights = (2 if self.precision == "bfloat16" else 4) * (total + copies * kept)
-        return Forecast(
-            shrink.shrunk_header(header, plan),
-            tensors=len(plan.tensors),
-            bytes=2 * kept,
-            memory=Memory(
-                weights + activations(cfg, self.batch_tokens // self.accumulate, self.length, self.checkpointing)
-            ),
-            work=None if self.minutes else work,
-        )
-
-    @property
-    def _wanted(self) -> int:
-        """Tokens to train on, where no minutes are asked for."""
-        return self.tokens or (self.steps if self.steps is not None else STEPS) * self.batch_tokens
 
     def run(self, source: Checkpoint, context: Context) -> Output:
         """Write the trained student to `context.out`; an interrupted training goes on."""
         work = context.out / WORK
+        lesson, student, packed, presented, trainer = self._prepare(source, context)
+        size = max(self.processes, len(context.devices))
+        self._identity(source, lesson, context, size).claim(context.out, work)
+        trainer.over(self._steps(trainer, work, context, size))
+        steps = trainer.schedule.steps
+        facts: dict[str, Any] = {**student.facts, "masked": len(trainer.masks), "steps": steps}
+        keeper = Keeper(work)
+        state = keeper.load(context.device)
+        if steps:
+            with replicas.started(self, source.path, context, work, steps, size) as trainer.group:
+                state = trainer.run(context.progress, state, keeper.save)
+            facts |= report.facts(state)
+            context.tell_all(report.told(state, trainer.schedule))
+        state = state or trainer.begin()
+        if isinstance(presented, LowRank):
+            facts["lora"] = {"linears": len(presented.shapes), "parameters": presented.numbers}
+            student.weights.update({name: each.detach() for name, each in trainer.learner(state).weights.items()})
+        own = {name: student.model.weights[name] for name in packed}
+        stored = {}
+        if isinstance(presented, Straight):
+            stored = {name: presented.stored(name, weight, state.projections) for name, weight in own.items()}
+        notes = self._write(source, student, stored, facts, report.card(state), context)
+        remove_tree(work)
+        return Output("checkpoint", context.out, {**facts, "notes": notes})
+
+    def replica(self, source: Path, context: Context) -> Trainer:
+        """Return the same training in another process; see `replicas`."""
+        return self._prepare(open_checkpoint(source), context).trainer
+
+    def _prepare(self, source: Checkpoint, context: Context) -> _Ready:
         lesson, student = self._begin(source, context)
-        self._identity(source, lesson, context).claim(context.out, work)
         names = [name for name in student.model.weights if is_linear(student.model, name)]
         masks = masks_of(student.model.weights, names)
         read = ((name, source.read_quantized(name)) for name in student.model.weights if name in source.header.tensors)
         packed = {name: part.to(context.device) for name, part in read if part is not None}  # embedding and head too
-        straight = Straight(packed) if packed else None
-        low_rank = None if self.lora is None else self.lora.over(student.model.weights, names, masks)
-        if straight is not None:
+        presented: Straight | LowRank | None = None
+        if packed:
+            presented = Straight(packed)
             near = lesson.model.weights if lesson.model is not None else {}
-            student.weights.update(straight.starts(near))
+            student.weights.update(presented.starts(near))
+        elif self.lora is not None:
+            presented = self.lora.over(student.model.weights, names, masks)
         scheme = straight_inputs(input_scheme(source.activations))
-        trainer = self._trainer(lesson, student, masks, straight or low_rank, scheme, context.seed)
-        trainer.over(self._steps(trainer, work, context))
-        facts: dict[str, Any] = {**student.facts, "masked": len(masks), "steps": trainer.schedule.steps}
-        keeper = Keeper(work)
-        state = keeper.load(context.device)
-        if trainer.schedule.steps:
-            state = trainer.run(context.progress, state, keeper.save)
-            facts |= report.facts(state)
-            context.tell_all(report.told(state, trainer.schedule))
-        state = state or trainer.begin()
-        if low_rank is not None:
-            facts["lora"] = {"linears": len(low_rank.shapes), "parameters": low_rank.numbers}
-            student.weights.update({name: each.detach() for name, each in trainer.learner(state).weights.items()})
-        own = {name: student.model.weights[name] for name in packed}
-        stored = {} if straight is None else {n: straight.stored(n, w, state.projections) for n, w in own.items()}
-        notes = self._write(source, student, stored, facts, report.card(state), context)
-        remove_tree(work)
-        return Output("checkpoint", context.out, {**facts, "notes": notes})
+        trainer = self._trainer(lesson, student, masks, presented, scheme, context.seed)
+        return _Ready(lesson, student, packed, presented, trainer)
 
     def _begin(self, source: Checkpoint, context: Context) -> tuple[_Lesson, Student]:
         """Return the teacher with its text, and the student it begins with."""
@@ -356,7 +259,7 @@ class Distill(Stage, frozen=True):
             return [float(len(document.ids)) for document in lesson.documents]
         return teacher_loss(lesson.model, lesson.documents)
 
-    def _steps(self, trainer: Trainer, work: Path, context: Context) -> int:
+    def _steps(self, trainer: Trainer, work: Path, context: Context, size: int) -> int:
         """How many steps there are; minutes become steps once, before the first."""
         if self.tokens is not None:
             return trainer.steps_for(self.tokens)
@@ -366,15 +269,16 @@ class Distill(Stage, frozen=True):
         before = kept(file)
         if before is not None:
             return int(before["steps"])
+        trainer.group = Group(0, size, alone=True)
         seconds = trainer.seconds_a_step(TRIED)
         steps = max(1, int(60 * self.minutes / seconds))
         write_sealed(file, {"steps": steps})
         context.tell(f"{steps} steps of {seconds:.1f} s in {self.minutes:g} minutes (recipe: distill.minutes)")
         return steps
 
-    def _identity(self, source: Checkpoint, lesson: _Lesson, context: Context) -> Resumable:
+    def _identity(self, source: Checkpoint, lesson: _Lesson, context: Context, size: int) -> Resumable:
         """Everything that the bytes follow from; a resume is refused if one of them differs."""
-        knobs, text = self.model_dump(mode="json"), text_digest(lesson.documents)
+        knobs, text = {**self.model_dump(mode="json"), "processes": size}, text_digest(lesson.documents)
         identity = Resumable.of(source, knobs, text, seed=context.seed, device=context.device)
         return replace(identity, teacher=lesson.fingerprint, threads=torch.get_num_threads())
 
