@@ -142,6 +142,7 @@ def test_stages_never_import_each_other() -> None:
                     "resumable",
                     "saved",
                     "text",
+                    "training",
                 }:
                     wrong.append(f"{path.name} imports {name}")
     assert wrong == []
