@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -126,6 +127,25 @@ def test_ray_hands_out_its_gpus(cluster: Any) -> None:
     with open_pool("it", ray=cluster.address, places=[Seen("cuda:0")]) as pool:
         assert pool.count == 2
         assert list(pool.run(gpus, ["a", "b", "c"])) == [1, 1, 1]
+
+
+@pytest.mark.verify
+def test_ray_reports_nothing_and_its_workers_import_nothing_from_here(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage_lib = pytest.importorskip("ray._common.usage.usage_lib")
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "planted.py").write_text("")
+    with open_pool("planted", ray=cluster.address) as pool:
+        assert not usage_lib.usage_stats_enabled()
+        assert list(pool.run(importable, ["a", "b"])) == [False, False]
+
+
+def importable(shared: str, task: str) -> bool:
+    return importlib.util.find_spec(shared) is not None
 
 
 def gpus(shared: str, task: str) -> int:

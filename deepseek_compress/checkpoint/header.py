@@ -20,7 +20,7 @@ import torch
 
 from deepseek_compress import limits
 from deepseek_compress.checkpoint.files import open_regular
-from deepseek_compress.checkpoint.verified import Identity, identity
+from deepseek_compress.checkpoint.verified import Identity, changed, identity
 from deepseek_compress.errors import DscError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -54,6 +54,12 @@ class Location:
     dtype: torch.dtype
     shape: tuple[int, ...]  # as stored, packed
     identity: Identity = (0, 0, 0, 0)  # of the file, when its header was read
+
+
+def check_same(place: Location, opened: Path | int) -> None:
+    """Raise DscError where the file at `place`, by path or descriptor, is another than when its header was read."""
+    if place.identity[0] and identity(opened) != place.identity:
+        raise changed(place.file)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from torch import Tensor
 from deepseek_compress.checkpoint.files import blocks, disk_errors, ended, fill, inside, open_regular, read_json
 from deepseek_compress.checkpoint.fold import fold
 from deepseek_compress.checkpoint.formats import fp8, mxfp4, packed
-from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, read_shard_header
+from deepseek_compress.checkpoint.header import Header, Location, TensorInfo, check_same, read_shard_header
+from deepseek_compress.checkpoint.owned import CONFIG
 from deepseek_compress.checkpoint.rows import read_rows
-from deepseek_compress.checkpoint.verified import changed, check, identity, manifest_of
+from deepseek_compress.checkpoint.verified import check, manifest_of
 from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.numerics.types import Quantized
 
@@ -151,7 +152,7 @@ class Checkpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a checkpoint lies in the directory `path`, as far as its files tell."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -163,7 +164,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise DscError(f"{path}: no such directory", "give a directory with config.json and *.safetensors")
-    problems: list[DscError] = []
+    problems = list(_irregular(path))
     config: dict[str, Any] = {}
     try:
         check(path, weights=False)
@@ -183,6 +184,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(Header(path, config, tensors))
 
 
+def _irregular(path: Path) -> Iterator[DscError]:
+    """Yield pipes, directories and links to nowhere in the place of small files, which would count as not there."""
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".jinja") and file.name not in (CONFIG, INDEX) and not file.is_file():
+            yield DscError(f"{file}: not a regular file", "put the file itself there, or remove it")
+
+
 def read_tensor(place: Location, what: str, pinned: bool = False) -> Tensor:
     """One stored tensor in fresh memory; `pinned`: which a GPU reads by itself."""
     buffer = torch.empty(place.bytes, dtype=torch.uint8, pin_memory=pinned)
@@ -200,14 +208,8 @@ def read_tensor(place: Location, what: str, pinned: bool = False) -> Tensor:
     return buffer.view(place.dtype).view(place.shape)
 
 
-def check_same(place: Location, opened: Path | int) -> None:
-    """Raise DscError where the file at `place`, by path or descriptor, is another than when its header was read."""
-    if place.identity[0] and identity(opened) != place.identity:
-        raise changed(place.file)
-
-
 def _config(path: Path) -> dict[str, Any]:
-    config = read_json(path / "config.json")
+    config = read_json(path / CONFIG)
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise DscError(f"{path / 'config.json'}: quantization_config is not an object", "download the file again")
     return config

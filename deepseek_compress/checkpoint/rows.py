@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_compress.checkpoint.files import disk_errors, fill
+from deepseek_compress.checkpoint.files import disk_errors, fill, open_regular
 from deepseek_compress.checkpoint.formats import fp8, packed
-from deepseek_compress.checkpoint.header import Location, TensorInfo
+from deepseek_compress.checkpoint.header import Location, TensorInfo, check_same
 from deepseek_compress.errors import DscError
 
 WORD = 32  # bits
@@ -63,7 +63,8 @@ def _gathered(place: Location, rows: Tensor) -> Tensor:
     width = place.bytes // place.shape[0]
     buffer = torch.empty(len(rows) * width, dtype=torch.uint8)
     view, done = buffer.numpy().data, 0
-    with disk_errors(place.file), open(place.file, "rb", buffering=0) as file:
+    with disk_errors(place.file), open_regular(place.file) as file:
+        check_same(place, file.fileno())
         for first, count in runs(rows.tolist()):
             part = view[done : done + count * width]
             fill(file.fileno(), part, place.offset + first * width, str(place.file))

@@ -117,6 +117,7 @@ class _Solve:
     writer: Writer
     pool: Pool
     written: frozenset[str] = field(init=False)  # tensors that an interrupted run left in finished shards
+    again: bool = False  # the block that is visited was written by an interrupted run, under whatever names
 
     def __post_init__(self) -> None:
         self.written = self.writer.written
@@ -126,7 +127,9 @@ class _Solve:
         block, changed = at.blocks[0], self.job.changed(at.blocks[0])
         self.keep([block.prefix + name for name in block.tensors if block.prefix + name not in changed])
         following = at.after[0] if at.after else None
+        self.again = self.finished(at.layer)
         facts = run_block(self.job, at.layer, at.before[0], at.batches, following, self.store, self.pool)
+        self.again = False
         self.writer.flush()
         mine = [name for name in self.job.rows if name.startswith(block.prefix)]
         tables = [row_tables.facts(self.job.source, name, self.job.rows[name]) for name in mine]
@@ -152,7 +155,7 @@ class _Solve:
 
     def store(self, name: str, parts: Mapping[str, Tensor]) -> None:
         """Write a tensor that changes, unless an interrupted run did."""
-        if name not in self.written:
+        if name not in self.written and not self.again:
             self.writer.add_raw(name, parts)
 
 

@@ -7,21 +7,30 @@ A case ends with exit code 0, or 1 and clear lines; never with a traceback, an e
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import NamedTuple
 
 from failing import Fault
 
+import deepseek_compress
+
 HERE = str(Path(__file__).parent)
 SECONDS, MEMORY = 20, 2 << 30
-TRAINS = ("distill", "recover")  # they start anew: autograd refuses a fork of a process that has run it
+TRAINS = ("distill", "run")  # in forks of another process: autograd refuses a fork of one that has trained
 LINES, WIDTH = 60, 2000  # what a command may print about what is wrong
+HEAVY = ("matplotlib.backends.backend_svg", "torch._dynamo", "onnx", "onnxruntime", "tensorrt_rtx", "gguf")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -90,35 +99,75 @@ def forked(work: Callable[[], int], folder: Path, seconds: float = SECONDS) -> O
     return Outcome(128 - code if code < 0 else code, *texts, spent, memory)
 
 
-ANEW = "import sys; sys.path.append({here!r}); import failing; from pathlib import Path, PosixPath; "
-ANEW += "from deepseek_compress.cli import main; failing.{fault!r}.install(); sys.argv[0] = 'dsc'; main()"
-
-
 def dsc(
     folder: Path,
     *arguments: str,
     seconds: float = SECONDS,
     fault: Fault | None = None,
     before: Callable[[], None] | None = None,
+    apart: bool = False,
 ) -> Outcome:
-    """`dsc ARGUMENTS` in `folder`, where `stdout` and `stderr` are kept; `fault` strikes it, `before` runs first."""
+    """`dsc ARGUMENTS` in `folder`, where `stdout` and `stderr` are kept; `fault` strikes it, `before` runs first.
 
-    def work() -> int:
-        from deepseek_compress.cli import main
+    `apart`: in a fork of a process that starts slower and has imported even more; `before` is then of a module.
+    """
+    if apart or arguments[0] in TRAINS:
+        return _untrained().dsc(folder, arguments, fault, before, seconds)
+    return forked(lambda: _main(folder, arguments, fault, before), folder, seconds)
 
-        os.chdir(folder)
-        if before is not None:
-            before()
-        if arguments[0] in TRAINS:
-            code = ["-m", "deepseek_compress"] if fault is None else ["-c", ANEW.format(here=HERE, fault=fault)]
-            os.execv(sys.executable, [sys.executable, "-P", *code, *arguments])
-        sys.argv = ["dsc", *arguments]
-        if fault is not None:
-            fault.install()
-        main()
-        return 0
 
-    return forked(work, folder, seconds)
+def _main(folder: Path, arguments: Sequence[str], fault: Fault | None, before: Callable[[], None] | None) -> int:
+    from deepseek_compress.cli import main
+
+    os.chdir(folder)
+    if before is not None:
+        before()
+    sys.argv = ["dsc", *arguments]
+    if fault is not None:
+        fault.install()
+    main()
+    return 0
+
+
+class Untrained:
+    """A process that has imported everything and done nothing else; it forks for each command."""
+
+    def __init__(self) -> None:
+        code = f"import sys; sys.path.append({HERE!r}); import harness; harness.serve()"
+        command = [sys.executable, "-P", "-c", code]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def dsc(self, folder: Path, *how: object) -> Outcome:
+        """`how`: as `_main` takes it, and the seconds."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(pickle.dumps((folder, *how)))
+        self._process.stdin.flush()
+        found: Outcome = pickle.load(self._process.stdout)
+        return found
+
+
+def serve() -> None:
+    """Be that process, until its input ends."""
+    warm()
+    for module in walk_packages(deepseek_compress.__path__, "deepseek_compress."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    for name in HEAVY:
+        with suppress(ImportError):
+            import_module(name)
+    while True:
+        try:
+            folder, *how, seconds = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        found = forked(partial(_main, folder, *how), folder, seconds)
+        sys.stdout.buffer.write(pickle.dumps(found))
+        sys.stdout.buffer.flush()
+
+
+@cache
+def _untrained() -> Untrained:
+    return Untrained()
 
 
 def faults(found: Outcome, expected: str = "") -> list[str]:

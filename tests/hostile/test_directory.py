@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from test_pages import record
 
 from deepseek_compress import processes
 
@@ -21,6 +22,21 @@ LIBRARY = (
 )
 ROOT = Path(__file__).parents[2]
 TEXT = ["--samples", "4", "--length", "32"]
+ALLOCATE = ["--set", "target=6 bits per weight", "--set", "weights=rtn", "--set", "windows=1"]
+RECIPE = """model: .
+calibration: {sources: [builtin], samples: 2, length: 16}
+stages:
+  - name: traces
+    traces: {count: 2, attempts: 1, limit: 8, verifier: python}
+  - name: packed
+    from: model
+    compress: {weights: {rtn: {num_bits: 4, group_size: 32}}}
+  - export: {target: bf16}
+"""
+MINE = """
+def right(question, answer, text):
+    return True
+"""
 COMMANDS = {
     "workers": ["quantize", ".", "-o", "w", "-r", "w4a16", "--group-size", "32", *TEXT, "--workers", "2"],
     "evaluate": ["evaluate", ".", "-o", "r.json", "--problems", "2"],
@@ -29,6 +45,13 @@ COMMANDS = {
     "prune": ["prune", ".", "-o", "p", *TEXT],
     "calibrate": ["calibrate", ".", "-o", "c", *TEXT],
     "export": ["export", ".", "-o", "x", "--target", "onnx"],
+    "gguf": ["export", ".", "-o", "g", "--target", "gguf"],
+    "generate": ["generate", ".", "--prompt", "1 + 1", "--max-tokens", "2"],
+    "chat": ["chat", ".", "--max-tokens", "2"],
+    "distill": ["distill", ".", "-o", "d", "--steps", "1", "--length", "16", "--set", "documents=4"],
+    "allocate": ["allocate", ".", "-o", "a", *TEXT, *ALLOCATE, "--workers", "2"],
+    "run": ["run", "recipe.yaml", "-o", "all", "--verifier", "../mine.py:right"],
+    "compare": ["compare", "report.json", "-o", "page.html"],
     "doctor": ["doctor"],
     "list": ["list"],
 }
@@ -37,6 +60,11 @@ COMMANDS = {
 def planted(model: Path, out: Path, names: Sequence[str] = PLANTED) -> Path:
     """A copy of the checkpoint with modules that leave a mark when they are imported."""
     shutil.copytree(model, out)
+    (out / "recipe.yaml").write_text(RECIPE)
+    (out.parent / "mine.py").write_text(MINE)  # its own folder is on its path
+    (out / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (out / "report.json").write_text(json.dumps(record()))
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(2, 512, 2))}))  # answers end
     for name in names:
         (out / f"{name}.py").write_text(f"open({str(out / 'MARK')!r}, 'a').write('{name} ')\n")
     return out
@@ -53,7 +81,7 @@ def test_no_command_imports_from_the_current_directory(name: str, tiny_v3: Path,
     )  # as pip installs it
     done = subprocess.run(
         [sys.executable, str(tmp_path / "dsc"), *COMMANDS[name]],
-        cwd=here, capture_output=True, text=True, check=False,
+        cwd=here, capture_output=True, text=True, check=False, input="1 + 1\n",
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

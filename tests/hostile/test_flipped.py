@@ -23,6 +23,7 @@ MADE = {  # in this order
     "statistics": ["calibrate", "plain", "-o", "statistics", *TEXT],
     "onnx": ["export", "packed", "-o", "onnx", "--target", "onnx", "--set", "verify=false"],
     "gguf": ["export", "packed", "-o", "gguf", "--target", "gguf"],
+    "engine": ["export", "packed", "-o", "engine", "--target", "tensorrt-rtx", "--set", "verify=false"],
 }
 EVALUATE = ["--problems", "2", "--set", "efficiency=false"]
 PROMPT = ["--prompt", "1 + 1", "--max-tokens", "2"]
@@ -32,7 +33,7 @@ DEPLOYED = {
         ["chat", name],
         ["evaluate", name, "--reference", "packed", "-o", "x.json", *EVALUATE],
     ]
-    for name in ("onnx", "gguf")
+    for name in ("onnx", "gguf", "engine")
 }
 READS = {  # what reads each of them, beside the command that made it
     "packed": [
@@ -60,6 +61,7 @@ FILES = (
     *(("statistics", name) for name in ("statistics-00001.safetensors", "calibration.json", MANIFEST)),
     *(("onnx", name) for name in ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json", MANIFEST)),
     *(("gguf", name) for name in ("model.gguf", MANIFEST)),
+    *(("engine", name) for name in ("model.engine", "model.onnx", MANIFEST)),
 )
 Outputs = Callable[[str], Path]
 
@@ -95,6 +97,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path) -> Outpu
     ("output", "file"), [pytest.param(*case, marks=() if case in SLICE else pytest.mark.verify) for case in FILES]
 )
 def test_every_command_names_it(output: str, file: str, outputs: Outputs, tmp_path: Path, tiny_qwen2: Path) -> None:
+    if output == "engine":
+        pytest.importorskip("tensorrt_rtx")
     for name in {output, *(word for words in READS[output] for word in words if word in MADE)}:
         home = outputs(name)
     shutil.copytree(home, tmp_path / "home", symlinks=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness import dsc, faults, loads, warm
-from test_windows import COMMANDS, contents, run, uninterrupted
+from windows import contents, run, uninterrupted, words_of
 
 from deepseek_compress.workers import open_pool
 
@@ -45,27 +45,27 @@ def test_a_killed_fork_server_costs_nothing_but_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("data-free", marks=pytest.mark.verify), "gguf", "onnx", "calibrate"])
-def test_files_that_may_not_grow(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_files_that_may_not_grow(name: str, given: Path, tmp_path: Path) -> None:
     """A write fails in the middle: one line, nothing that loads, and the same command goes on."""
-    expected, _ = uninterrupted(name, tiny_qwen2, tmp_path)
+    expected, _ = uninterrupted(name, given, tmp_path)
     largest = max(map(len, expected.values()))
     here = tmp_path / "here"
     here.mkdir()
-    words = [str(tiny_qwen2) if word == "MODEL" else word for word in COMMANDS[name]]
+    words = words_of(name, given)
     limit = (largest * 2 // 3, resource.RLIM_INFINITY)
     found = dsc(here, *words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert faults(found, "too large") == []
     assert found.code == 1
     assert not loads(here)
-    assert run(name, tiny_qwen2, here).code == 0
+    assert run(name, given, here).code == 0
     assert contents(here) == expected
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("count", [12, 24])
-def test_few_descriptors(count: int, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_few_descriptors(count: int, given: Path, tmp_path: Path) -> None:
     warm()
-    words = [str(tiny_qwen2) if word == "MODEL" else word for word in COMMANDS["text"]]
+    words = words_of("text", given)
 
     def limit() -> None:
         most = count + len(os.listdir("/proc/self/fd"))  # beside those that this process has open already
@@ -76,11 +76,11 @@ def test_few_descriptors(count: int, tiny_qwen2: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.verify
-def test_shared_memory_that_is_full(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_shared_memory_that_is_full(given: Path, tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && dd if=/dev/zero of=/dev/shm/fill bs=4k count=1; "$@"'
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("no mount namespaces here")
-    words = [str(tiny_qwen2) if word == "MODEL" else word for word in COMMANDS["text"]]
+    words = words_of("text", given)
     command = [sys.executable, "-P", "-m", "deepseek_compress", *words, "--workers", "2"]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *command],

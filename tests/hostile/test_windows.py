@@ -6,102 +6,49 @@ And with a state file damaged in between: the bytes of an uninterrupted run all 
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 from failing import KILLED, Fault
-from harness import Outcome, dsc, faults, warm
-from test_pages import record
+from windows import COMMANDS, contents, failed, killed, run, uninterrupted
 
-TEXT = ["--samples", "4", "--length", "32"]
-COMMANDS = {
-    "data-free": ["quantize", "MODEL", "-o", "out", "-r", "w4a16-fast", "--group-size", "32"],
-    "text": ["quantize", "MODEL", "-o", "out", "-r", "w4a16", "--group-size", "32", *TEXT],
-    "calibrate": ["calibrate", "MODEL", "-o", "out", *TEXT],
-    "evaluate": ["evaluate", "MODEL", "-o", "out.json", "--problems", "2", "--set", "efficiency=false"],
-    "export": ["export", "MODEL", "-o", "out", "--target", "bf16"],
-    "onnx": ["export", "MODEL", "-o", "out", "--target", "onnx", "--set", "verify=false"],
-    "gguf": ["export", "MODEL", "-o", "out", "--target", "gguf"],
-    "compare": ["compare", "given/report.json", "-o", "out.html"],
-}
+EVERY = {"run": 8, "tensorrt-rtx": 3}  # kills after one of so many calls, where a run takes more than a second
+FAILING = 4  # one of so many calls fails, in its turn
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Everything the promise of same bytes covers, and nothing temporary."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    without = ("stdout", "stderr", "dsc_run.json", "pages.json")
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.name not in without}
-
-
-def run(name: str, model: Path, folder: Path, fault: Fault | None = None) -> Outcome:
-    folder.mkdir(exist_ok=True)
-    (folder / "given").mkdir(exist_ok=True)  # whose name stands in the page
-    (folder / "given" / "report.json").write_text(json.dumps(record()))
-    return dsc(folder, *(str(model) if word == "MODEL" else word for word in COMMANDS[name]), fault=fault)
-
-
-def uninterrupted(name: str, model: Path, tmp: Path) -> tuple[dict[str, bytes], int]:
-    warm()
-    found = run(name, model, tmp / "whole", Fault(0, tmp / "count"))
-    assert found.code == 0, found.err
-    return contents(tmp / "whole"), int((tmp / "count").read_text())
-
-
-def killed(name: str, model: Path, folder: Path, after: int, expected: dict[str, bytes]) -> None:
-    found = run(name, model, folder, Fault(after))
-    assert found.code == KILLED, (after, found.err)
-    goes_on(name, model, folder, after, expected)
-
-
-def failed(name: str, model: Path, folder: Path, after: int, expected: dict[str, bytes]) -> None:
-    found = run(name, model, folder, Fault(after, dies=False))
-    assert faults(found) == [], after
-    goes_on(name, model, folder, after, expected)
-
-
-def goes_on(name: str, model: Path, folder: Path, after: int, expected: dict[str, bytes]) -> None:
-    """The same command, to the bytes of an uninterrupted one."""
-    again = run(name, model, folder)
-    assert again.code == 0, (after, again.err)
-    left = contents(folder)
-    assert left.keys() == expected.keys(), after
-    assert [file for file in left if left[file] != expected[file]] == [], after
+def spread(count: int, step: int, seed: str) -> list[int]:
+    """Of the calls 1 to count - 1 one of each `step`, chosen by a seed; the first two always."""
+    rng = random.Random(seed)
+    chosen = {rng.randrange(first, min(first + step, count)) for first in range(1, count, step)}
+    return sorted(chosen | {1, 2})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["data-free", "text"])
-def test_killed_after_some_calls(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_killed_after_some_calls(name: str, given: Path, tmp_path: Path) -> None:
     """The first two are the making of `.dsc_run`, which once was a trap."""
-    expected, count = uninterrupted(name, tiny_qwen2, tmp_path)
+    expected, count = uninterrupted(name, given, tmp_path)
     for after in (1, 2, *sorted(random.Random(len(name)).sample(range(3, count), 3))):
-        killed(name, tiny_qwen2, tmp_path / str(after), after, expected)
+        killed(name, given, tmp_path / str(after), after, expected)
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_after_each_call(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
-    expected, count = uninterrupted(name, tiny_qwen2, tmp_path)
+def test_killed_after_each_call(name: str, given: Path, tmp_path: Path) -> None:
+    expected, count = uninterrupted(name, given, tmp_path, apart=True)
     assert count > (3 if name == "compare" else 20)
-    for after in range(1, count):
-        killed(name, tiny_qwen2, tmp_path / str(after), after, expected)
-
-
-@pytest.mark.verify
-def test_a_call_that_fails(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """As on a full disk: one line, and the same command goes on."""
-    expected, count = uninterrupted("gguf", tiny_qwen2, tmp_path)
-    for after in random.Random(1).sample(range(1, count), 3):
-        failed("gguf", tiny_qwen2, tmp_path / str(after), after, expected)
+    for after in spread(count, EVERY.get(name, 1), name):
+        killed(name, given, tmp_path / str(after), after, expected, apart=True)
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_call_that_fails(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
-    expected, count = uninterrupted(name, tiny_qwen2, tmp_path)
-    for after in range(1, count):
-        failed(name, tiny_qwen2, tmp_path / str(after), after, expected)
+def test_calls_that_fail(name: str, given: Path, tmp_path: Path) -> None:
+    """As on a full disk: one line, and the same command goes on."""
+    expected, count = uninterrupted(name, given, tmp_path, apart=True)
+    for after in spread(count, FAILING * EVERY.get(name, 1), f"{name} fails"):
+        failed(name, given, tmp_path / str(after), after, expected, apart=True)
 
 
 def state_files(folder: Path) -> list[Path]:
@@ -109,23 +56,29 @@ def state_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.is_file() and ".dsc_" in str(file.relative_to(folder))]
 
 
+def damage(file: Path, rng: random.Random) -> None:
+    """A bit of it is flipped, it is cut, or it is emptied."""
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(rng.choice([bytes(content), bytes(content[: len(content) // 2]), b""]))
+
+
 @pytest.mark.verify
-@pytest.mark.parametrize("name", ["data-free", "text", "calibrate"])
-def test_killed_and_a_state_file_damaged(name: str, tiny_qwen2: Path, tmp_path: Path) -> None:
-    """Thirty kills in all; what was damaged is flipped, cut, emptied or gone."""
-    expected, count = uninterrupted(name, tiny_qwen2, tmp_path)
-    rng = random.Random(len(name))
-    for number in range(10):
+@pytest.mark.parametrize("name", ["data-free", "text", "calibrate", "distill", "recording", "allocate", "run"])
+def test_killed_and_a_state_file_damaged(name: str, given: Path, tmp_path: Path) -> None:
+    """Forty-two kills in all, thirty of them at least with a file that could be damaged."""
+    expected, count = uninterrupted(name, given, tmp_path, apart=True)
+    rng, damaged = random.Random(len(name)), 0
+    for number in range(6):
         folder, after = tmp_path / f"damaged-{number}", rng.randrange(5, count)
-        assert run(name, tiny_qwen2, folder, Fault(after)).code == KILLED
+        assert run(name, given, folder, Fault(after), apart=True).code == KILLED
         files = [file for file in state_files(folder) if file.stat().st_size]
         if files:
-            file = rng.choice(files)
-            content = bytearray(file.read_bytes())
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-            file.write_bytes(rng.choice([bytes(content), bytes(content[: len(content) // 2]), b""]))
-        again = run(name, tiny_qwen2, folder)
+            damage(file := rng.choice(files), rng)
+            damaged += 1
+        again = run(name, given, folder, apart=True)
         assert again.code == 0, (after, file, again.err)
         left = contents(folder)
         assert left.keys() == expected.keys(), (after, file)
         assert [name for name in left if left[name] != expected[name]] == [], (after, file)
+    assert damaged >= 5

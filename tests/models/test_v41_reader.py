@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from benchmarks import v41_layout
 from deepseek_compress import pipeline, resources
 from deepseek_compress.checkpoint import open_checkpoint
+from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.config import Role
 from deepseek_compress.recipe import Changes, read_recipe
@@ -99,3 +101,28 @@ def test_rows_of_a_table_are_those_of_the_whole(tmp_path: Path) -> None:
     assert torch.equal(source.read_rows(name, places), whole[places])
     assert source.read_rows(name, places[:0]).shape == (0, 32)
     assert torch.equal(source.read_rows("embed.weight", places[1:4]), source.read("embed.weight")[places[1:4]])
+
+
+@pytest.mark.parametrize("encoded", ["fp8", "bf16"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "times set back"])
+def test_rows_of_a_table_that_has_changed_are_not_read(encoded: str, how: str, tmp_path: Path) -> None:
+    """Rows are read as a text asks for them, hours after the header: of another file they would be silent nonsense."""
+    config = v41.config()
+    write = v41.write_published if encoded == "fp8" else v41.write_plain
+    source = open_checkpoint(write(tmp_path / "source", config))
+    name = "layers.0.engram.embed.weight"
+    places = torch.tensor([3, 4])
+    assert source.read_rows(name, places).shape == (2, 32)
+    file = next(iter(source.header.tensors[name].parts.values())).file
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    if how == "replaced":
+        (tmp_path / "other").write_bytes(content)
+        os.replace(tmp_path / "other", file)
+    else:
+        file.write_bytes(content)
+        if how == "times set back":
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DscError, match=rf"{file.name}: changed while it was read"):
+        source.read_rows(name, places)

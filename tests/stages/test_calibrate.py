@@ -32,6 +32,7 @@ from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.calibrate import Calibrate
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.stages.text import calibration_text
+from deepseek_compress.streaming import loop
 from deepseek_compress.streaming.observe import Look, Observer, observe
 from tests.compress.test_blocks import contents
 from tests.compress.test_moved_scales import job_of, silent
@@ -188,6 +189,25 @@ def test_workers_and_interruptions_change_no_byte(
     one = GPTQ.run(open_checkpoint(tiny_v3), context(tmp_path / "q1", {"statistics": str(saved)}))
     two = GPTQ.run(open_checkpoint(tiny_v3), context(tmp_path / "q2", {"statistics": str(saved)}, workers=2))
     assert contents(one.path) == contents(two.path)
+
+
+def test_killed_between_the_statistics_of_a_block_and_its_output(
+    saved: Path, tiny_v3: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block is run again for what enters the next; its file is there already, and stays the only one."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, facts: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(loop, "write_sealed", killed)
+    with pytest.raises(Killed):
+        collect(tiny_v3, text, tmp_path / "cut")
+    monkeypatch.undo()
+    assert [file.name for file in (tmp_path / "cut" / ".dsc_partial").glob("*.json")] == ["statistics-00000.json"]
+    assert contents(collect(tiny_v3, text, tmp_path / "cut")) == contents(saved)
 
 
 def test_experts_without_tokens_are_solved_without_statistics(tiny_v3: Path, text: Path, tmp_path: Path) -> None:
