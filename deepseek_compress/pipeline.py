@@ -31,6 +31,7 @@ from deepseek_compress.stages.base import Context, Forecast
 from deepseek_compress.stages.identity import code_hash, lasting, manifest_hash, text_hashes
 from deepseek_compress.stages.shortage import gpu_problems, memory_problems
 from deepseek_compress.stages.text import choice_cost
+from deepseek_compress.workers.address import cluster_problems
 
 REPORTS = ("report.json", "report.md", "report.html")
 
@@ -53,6 +54,17 @@ class Options:
     def devices(self) -> tuple[str, ...]:
         """All that compute."""
         return self.several or (self.device,)
+
+    @property
+    def processes(self) -> int | None:
+        """`workers`, as far as there are cores."""
+        return None if self.workers is None else min(self.workers, machine.cores())
+
+    def decisions(self) -> list[str]:
+        """Say what limits the run, where that is less than was asked for."""
+        if self.workers == self.processes:
+            return []
+        return [f"--workers {self.processes}, not {self.workers}: this machine has {machine.cores()} cores"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
     problems += _calibration_problems(recipe, paths.get("model"))
     problems += memory_problems(forecasts, options.memory)
     problems += gpu_problems(forecasts, options.devices, options.gpu_memory)
+    problems += cluster_problems(options.ray)
     if options.verifier is not None and all(step.kind != "traces" for step in recipe.steps):
         problems.append(DscError(f"--verifier: {recipe.name} has no stage traces", "leave it out"))
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
@@ -131,6 +144,8 @@ def run(
         state = _Run(out, flat, recipe, options, progress or StageProgress(), provenance.versions())
         _inputs(state)
         workspace.agree(out, _identity(state), state.progress.tell)
+        for line in options.decisions():
+            state.progress.tell(line)
         if options.quick:
             state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
         for each in options.devices if options.device != device.CPU else ():
@@ -359,7 +374,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         device=options.device,
         devices=options.several,
         memory=options.memory,
-        workers=options.workers,
+        workers=options.processes,
         ray=None if _alone(state, step) else options.ray,
         verifier=options.verifier,
         filter=options.filter,

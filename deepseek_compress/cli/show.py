@@ -47,7 +47,7 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
             row["tensors"],
             _size(row["bytes"]),
             _size(row["memory"]),
-            _time(row["seconds"]),
+            console.estimate(row["seconds"]),
         )
         for row, number in zip(rows, numbers.values(), strict=True)
     )
@@ -55,6 +55,8 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     needs = [row["device_memory"] for row in rows if row["device_memory"]]
     if needs:
         console.line(f"{', '.join(found.options.devices)}: {console.size(max(needs))} of its memory")
+    for line in found.options.decisions():
+        console.line(line, "quiet")
     for row in rows:
         for line in row["decisions"]:
             console.line(f"{row['name']}: {line}", "quiet")
@@ -72,7 +74,7 @@ def _planned(found: Plan, step: Step, rates: Rates | None) -> dict[str, Any]:
     devices = options.devices if step.stage.shares else (options.device,)
     workers = len(devices)
     if forecast and options.device == "cpu":
-        workers = forecast.workers(options.workers, options.memory)
+        workers = forecast.workers(options.processes, options.memory)
     return {
         "name": step.name,
         "kind": step.kind,
@@ -94,10 +96,6 @@ def _on_device(memory: Memory | None) -> int | None:
 
 def _size(count: int | None) -> str | None:
     return None if count is None else console.size(count)
-
-
-def _time(seconds: float | None) -> str | None:
-    return None if seconds is None else console.duration(seconds)
 
 
 def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool) -> None:
@@ -139,7 +137,7 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
     if weights and bits:
         yield f"weights: {console.count(weights)}, {bits:.2f} bits each"
     if weights and zeros is not None:
-        yield f"zeros: {zeros:.1%} of these weights, those that rounding makes zero among them"
+        yield f"zeros: {zeros:.1%} of these weights, pruned or rounded to zero"
     for name, value in facts.items():
         words = name.replace("_", " ")
         if name in ("weights", "bits_per_weight", "sparsity") and weights and bits:

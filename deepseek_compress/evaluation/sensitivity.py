@@ -92,11 +92,15 @@ def measure(search: Search, pool: Pool, progress: Progress) -> list[list[float]]
     """Return the loss of each choice at each of its options, nats a position; goes on where an interrupted run
     stopped."""
     layers = len(search.architecture.blocks)
-    run_original(search, pool, progress)
+    # Of each block: every option runs through it and all that follow; beside that, the original's run is nothing
+    work = [sum(len(search.choices[at].options) for at in search.at(n)) * (layers - n) for n in range(layers)]
+    run_original(search, pool, lambda done, _, note: progress(0, sum(work), note))
     tasks = [layer for layer in range(layers) if kept(_losses_file(search, layer)) is None]
-    for done, (layer, losses) in enumerate(zip(tasks, pool.run(_losses, tasks), strict=True), 1):
+    done = sum(work) - sum(work[layer] for layer in tasks)
+    for layer, losses in zip(tasks, pool.run(_losses, tasks), strict=True):
         write_sealed(_losses_file(search, layer), {"losses": losses})
-        progress(layers + 2 * (layers - len(tasks) + done), 3 * layers, "one group at a time")
+        done += work[layer]
+        progress(done, sum(work), "one group at a time")
     found: dict[int, list[float]] = {}
     for layer in range(layers):
         found |= dict(zip(search.at(layer), read_sealed(_losses_file(search, layer))["losses"], strict=True))

@@ -28,6 +28,7 @@ from deepseek_compress.compress.convert import clean, convert
 from deepseek_compress.compress.forecast import TEXT, expect
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.overrides import Override, build_all, counted
+from deepseek_compress.compress.passes import foreseen
 from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, ModelConfig, Role
@@ -41,6 +42,7 @@ from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
 from deepseek_compress.planning.costs import Memory, total
+from deepseek_compress.planning.passes import Passes
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
 from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
@@ -195,14 +197,16 @@ class Compress(Stage, frozen=True):
         memory, workers = self._share(source, tokens, context)
         digest = saved.digest if saved else tokens
         Resumable.of(source, self.model_dump(mode="json"), digest, device=context.device).claim(context.out, work)
-        job, told = self._job(architecture, work, tokens, saved, context)
+        passes = self._passes(architecture, tokens, workers, context)
+        job, told = self._job(architecture, work, tokens, saved, passes)
         context.tell_all(told)
         activations = self._told_scheme(job.scheme.inputs if job.scheme else {})
         with (
             CheckpointWriter(context.out, job.source, activations=activations, resume=True) as writer,
             open_pool(job, workers, context.ray, memory.task, context.places) as pool,
         ):
-            done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
+            read = tokens if job.solver.needs else None
+            done = convert(job, writer, pool, read, passes.of("solve"), passes.of("judge"))
             if job.solver.needs and tokens is not None:
                 writer.join()  # a shard a block
             corrected = summary.corrections(done.blocks)
@@ -240,7 +244,7 @@ class Compress(Stage, frozen=True):
         return tokens[:count], [line] if count < samples else []
 
     def _job(
-        self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, context: Context
+        self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, passes: Passes
     ) -> tuple[Job, list[str]]:
         """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
         statistics = saved and saved.statistics
@@ -255,12 +259,19 @@ class Compress(Stage, frozen=True):
             keep_vision=self.vision == "keep",
         )
         if (moving := self._moving(job.cfg)) is not None:
-            job = moved_scales.migrate(job, tokens, moving, context.progress)
+            job = moved_scales.migrate(job, tokens, moving, passes.of("scales"))
         if isinstance(self.activations, Static) and tokens is not None:
-            found = ranges.find(job, tokens, self.activations, self.roles, context.progress)
+            found = ranges.find(job, tokens, self.activations, self.roles, passes.of("ranges"))
             return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
         scheme = InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None
         return replace(job, scheme=scheme), []
+
+    def _passes(self, architecture: Architecture, tokens: Tensor | None, workers: int, context: Context) -> Passes:
+        samples, length = (0, 1) if tokens is None else tokens.shape
+        moving = self._moving(architecture.cfg)
+        before = {} if moving is None else {"scales": moving.samples or samples}
+        before |= {"ranges": samples} if isinstance(self.activations, Static) else {}
+        return foreseen(context.progress, architecture, self._solver(architecture), (samples, length), before, workers)
 
     def _not_judged(self) -> list[str]:
         """Say that nobody knows yet what the zeros cost."""
