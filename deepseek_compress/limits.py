@@ -1,4 +1,4 @@
-"""How much work input may ask for, in one place. Beyond a limit there is one clear line, never an endless run.
+"""Limits on the work that input may ask for, in one place. Beyond one there is a clear error, never an endless run.
 
 Each is far above what any published model or honest file needs.
 """

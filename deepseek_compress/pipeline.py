@@ -38,7 +38,7 @@ REPORTS = ("report.json", "report.md", "report.html")
 
 @dataclass(frozen=True)
 class Options:
-    """What the machine may give to a run; of it only the device may change bytes that are written."""
+    """Resources of a run; of these only the device may change bytes that are written."""
 
     device: str = "cpu"
     memory: int | None = None  # bytes, all processes together
@@ -69,7 +69,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. `forecasts` has a stage as far as the one before it could be foreseen."""
+    """Result of planning. `forecasts` has a stage as far as the one before it could be foreseen."""
 
     recipe: Recipe
     model: Path | None
@@ -88,7 +88,7 @@ class Plan:
 
 @dataclass
 class _Run:
-    """What the fold carries: where outputs are and what identifies them."""
+    """State that the fold carries: where outputs are and what identifies them."""
 
     out: Path
     flat: bool
@@ -203,7 +203,7 @@ def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict
 
 
 def _with_choice(forecast: Forecast, source: Header, select: Select, length: int) -> Forecast:
-    """What a stage needs when its text is chosen from a pool before."""
+    """Add the costs of choosing the stage's text from a pool."""
     memory, work, tasks = choice_cost(source, select, length)
     return replace(
         forecast,
@@ -232,7 +232,7 @@ def _calibration_problems(recipe: Recipe, model: Path | None) -> list[DscError]:
 
 @contextmanager
 def _collect(problems: list[DscError]) -> Iterator[None]:
-    """A `DscError` inside joins `problems`."""
+    """Add a `DscError` raised inside to `problems`."""
     try:
         yield
     except Problems as error:
@@ -264,7 +264,7 @@ def _inputs(state: _Run) -> None:
 
 
 def _identity(state: _Run) -> dict[str, Any]:
-    """What the bytes of all outputs follow from."""
+    """Collect everything that the bytes of the outputs depend on."""
     recipe = state.recipe
     return {
         "recipe": {
@@ -301,7 +301,7 @@ def _stage(state: _Run, step: Step) -> None:
 
 
 def _pages(state: _Run, steps: Sequence[Step]) -> list[workspace.Pages]:
-    """Reports of stages, for the directory of the whole run; refused where somebody else wrote one there."""
+    """Find reports of stages, to be copied to the directory of the whole run; foreign ones there are refused."""
     copies = {name: state.out / name for name in REPORTS}
     found = [step for step in steps if step.stage.writes == "report" and not state.flat]
     return [workspace.Pages(state.directory(step.name), copies, state.out) for step in found]
@@ -385,7 +385,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
 
 
 def _close(state: _Run) -> None:
-    """The manifest of the whole run."""
+    """Write the manifest of the whole run."""
     recipe = state.recipe
     manifest = {"schema": provenance.SCHEMA, "recipe": recipe.text, "seed": recipe.seed, "versions": state.versions}
     manifest |= {

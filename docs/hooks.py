@@ -142,7 +142,7 @@ def commands() -> str:
 
 
 def report(name: str) -> str:
-    """A report's Markdown, its headings below ours; pictures and links to other files stay in the repository."""
+    """Return a report's Markdown, its headings below ours; pictures and links to other files stay in the repository."""
     text = (ROOT / "reports" / f"{name}.md").read_text(encoding="utf-8")
     text = re.sub(r"^#+ .*$\n?", "", text, count=1, flags=re.MULTILINE)
     text = re.sub(r"^(#+) ", r"##\1 ", text, flags=re.MULTILINE)
@@ -150,7 +150,7 @@ def report(name: str) -> str:
 
 
 def results() -> str:
-    """The README's table, from reports/accuracy.json."""
+    """Build the README's table from reports/accuracy.json."""
     record = json.loads((ROOT / "reports" / "accuracy.json").read_text(encoding="utf-8"))
     bars = record["bars"]["moe"]
     lines = [

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers alone: no tensor byte is read here.
+"""The tensors of a checkpoint, from its headers alone: no tensor byte is read here.
 
 A safetensors file is `u64 little-endian header length | JSON header | data`; the header maps a name to dtype, shape
 and `[begin, end)` within the data (https://huggingface.co/docs/safetensors, section Format). Everything is checked

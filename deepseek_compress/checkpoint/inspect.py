@@ -1,4 +1,4 @@
-"""What is in a checkpoint: roles, encodings, bits, sparsity, lineage; and whether its files are what they were."""
+"""Contents of a checkpoint: roles, encodings, bits, sparsity, lineage; and whether its files are unchanged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def verify_hashes(checkpoint: Checkpoint) -> Iterator[DscError]:
 
 
 class _Key(NamedTuple):
-    """What the tensors of a row have in common."""
+    """Attributes that the tensors of a row share."""
 
     role: str
     encoding: str

@@ -1,4 +1,4 @@
-"""How each answer looks: tables for people, one document for `--json`."""
+"""Rendering of each answer: tables for people, one document for `--json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> None:
-    """The stages of a plan with what each would write, and every problem."""
+    """Show the stages of a plan with the size of each output, and every problem."""
     rows = [_planned(found, step, rates) for step in found.recipe.steps]
     if as_json:
         problems = [{"what": problem.what, "fix": problem.fix} for problem in found.problems[: limits.PROBLEMS]]
@@ -99,7 +99,7 @@ def _size(count: int | None) -> str | None:
 
 
 def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool) -> None:
-    """What a whole recipe left behind; its report when it has one."""
+    """Show the outputs of a whole recipe; its report when it has one."""
     record = _read(out / "report.json")
     written = {step.name: str(paths[step.name]) for step in recipe.steps}
     last = next((s for s in reversed(recipe.steps) if s.stage.writes == "checkpoint"), recipe.steps[-1])
@@ -118,7 +118,7 @@ def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool)
 
 
 def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
-    """What one stage left behind."""
+    """Show the output of one stage."""
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     facts = _read(out / "dsc_run.json") or {}
     following = _after(recipe.steps[0].kind, out, model)
@@ -153,7 +153,7 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) -> None:
-    """A report: the record, or its file (.json); `page`: where people read it."""
+    """Show a report: the record, or its file (.json); `page`: where people read it."""
     record = (_read(found) or {}) if isinstance(found, Path) else found
     again = quote(str(found)) if isinstance(found, Path) else "REPORT.json"
     following = f"dsc compare {again} OTHER.json -o compare.html"
@@ -168,7 +168,7 @@ def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) ->
 
 
 def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
-    """What `dsc inspect` found."""
+    """Show the findings of `dsc inspect`."""
     packed = any(row["num_bits"] for row in found["roles"])
     following = f"dsc evaluate {quote(model)} -o report.json" if packed else f"dsc plan {quote(model)} -r w4a16"
     if as_json:
@@ -209,7 +209,7 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def _after(kind: str, out: Path, model: str) -> str:
-    """The command after a stage of this kind has written `out` from `model`."""
+    """Return the command to type after a stage of this kind has written `out` from `model`."""
     path, model = quote(str(out)), quote(model)
     if kind == "export":
         return _spoken(out)
@@ -220,7 +220,7 @@ def _after(kind: str, out: Path, model: str) -> str:
 
 
 def _spoken(out: Path) -> str:
-    """The command that uses an export."""
+    """Return the command that runs an export."""
     target = ((_read(out / "dsc_manifest.json") or {}).get("knobs") or {}).get("target")
     if target == "edge-llm":
         return f"tensorrt-edgellm-export {quote(str(out))} OUT, with NVIDIA's TensorRT-Edge-LLM"

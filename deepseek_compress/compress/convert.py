@@ -54,7 +54,7 @@ class Writer(Protocol):
 
 
 class Done(NamedTuple):
-    """What a run found."""
+    """Result of a conversion."""
 
     blocks: list[Facts]  # {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}
     hashes: dict[str, str]  # BLAKE3 of the source's files that its manifest does not list

@@ -1,4 +1,4 @@
-"""What a compression would write and need, from shapes alone."""
+"""Prediction of a compression's output and costs, from shapes alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAITING = 64 << 20  # bytes of an unfinished shard in memory
 
 
 class Expected(NamedTuple):
-    """What a run would write and need."""
+    """Predicted output and costs of a run."""
 
     header: Header  # of the output
     changed: int  # linears

@@ -65,7 +65,7 @@ def cost(cfg: ModelConfig) -> int:
 
 
 def judged(samples: int, length: int) -> int:
-    """How many of the `samples` of calibration text are judged."""
+    """Return how many of the `samples` of calibration text are judged."""
     return min(samples, max(1, JUDGED // length))
 
 

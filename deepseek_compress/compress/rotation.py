@@ -28,7 +28,7 @@ from deepseek_compress.numerics.rotation import Hadamard, Rotation
 
 @dataclass(frozen=True)
 class Turn:
-    """What happens to a weight (rows, columns) or a bias (rows,): R1 on either side, R2 head by head."""
+    """Rotation of a weight (rows, columns) or a bias (rows,): R1 on either side, R2 head by head."""
 
     gain: Tensor | None = None  # (columns,): weight of the norm before it
     reads: Rotation | None = None  # R1 of the stream that its columns read

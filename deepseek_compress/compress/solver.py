@@ -96,7 +96,7 @@ class LinearSolver:
         ]
 
     def quantizer(self, block: Block, linear: Linear, fallback: bool) -> WeightQuantizer | None:
-        """How a linear that changes is quantised; `fallback`: without the statistics that takes."""
+        """Return the quantiser of a linear that changes; `fallback`: the one that needs no statistics."""
         if self.weights is None:
             return None
         found = self.selection.quantizer(block.prefix + linear.name, linear.columns, self.weights)

@@ -1,4 +1,4 @@
-"""How much each layer and each routed expert matters, measured on calibration text.
+"""Importance of each layer and each routed expert, measured on calibration text.
 
     influence   of a layer: mean over tokens of 1 - cos(h, h'), h what enters it and h' what leaves it
                 (ShortGPT, Men et al. 2024, arXiv 2403.03853)

@@ -1,4 +1,4 @@
-"""What a training did, for the run record, the model card and the terminal; and what it will hold in memory."""
+"""Summary of a training for the run record, the model card and the terminal; and its memory forecast."""
 
 from __future__ import annotations
 

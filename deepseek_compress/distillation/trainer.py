@@ -54,7 +54,7 @@ VALIDATED = 5  # times as many tokens are trained on between two as one reads, s
 
 
 class Schedule(NamedTuple):
-    """How a student is trained."""
+    """Training schedule of a student."""
 
     steps: int
     batch_tokens: int = 2048  # of a step, padding included

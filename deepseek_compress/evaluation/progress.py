@@ -1,4 +1,4 @@
-"""How far the answers are and how long the rest will take, from what this run itself has answered."""
+"""Progress of the answers and the time left, from this run's own rate."""
 
 from __future__ import annotations
 

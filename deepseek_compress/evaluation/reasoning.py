@@ -42,7 +42,7 @@ SUITES: dict[str, tuple[Callable[[int], list[Problem]], str]] = {
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are put: an `instruction` after each, `examples` before, sampled or greedy answers."""
+    """Prompt format of questions: an `instruction` after each, `examples` before, sampled or greedy answers."""
 
     instruction: str | None = None
     examples: Sequence[Problem] = ()

@@ -1,4 +1,4 @@
-"""What it costs to store one unit of a model in fewer bits and nothing else: KL of the model's output, measured.
+"""Sensitivity: the KL of the model's output when one unit alone is stored in fewer bits, measured.
 
     loss(u, o) = mean over positions of KL(p || q)     p of the original, q of the original with unit u stored as o
 
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """What is measured: plain values, so that any process can do a part of it."""
+    """Description of the search: plain values, so that any process can do a part of it."""
 
     architecture: Architecture
     choices: tuple[Choice, ...]

@@ -1,4 +1,4 @@
-"""How the input of a linear becomes whole numbers in ONNX: x ~ d t.
+"""Rounding a linear's input to integers in ONNX: x ~ d t.
 
 Dynamic: t = max|x| / top per token, computed in the graph, and d = round(x / t). Static, where s and z are known at
 export: q = clip(round(x / s + z), -128, 127), d = q - z, t = s.

@@ -1,4 +1,4 @@
-"""How a linear becomes ONNX nodes: `Lowering(build, x, weight) -> y`, one table for all targets.
+"""Lowering of a linear to ONNX nodes: `Lowering(build, x, weight) -> y`, one table for all targets.
 
 A quantised weight is W[k, n] = s[g, n] (q[k, n] - z[g, n]), k in group g; k is the input channel and n the output
 channel, the transpose of the checkpoint's rows. c = 2^(b-1) centres the codes, so that q - c fits a signed type.

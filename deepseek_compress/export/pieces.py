@@ -127,7 +127,7 @@ def rotate(build: Build, x: str) -> str:
 
 
 def turned(build: Build, first: str, second: str, cos: str, sin: str) -> tuple[str, str]:
-    """The two halves of pairs of channels, each pair turned by its angle."""
+    """Rotate pairs of channels, given as two halves, each pair by its angle."""
     g = build.graph
     return (
         g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
@@ -153,7 +153,7 @@ class RowMask(NamedTuple):
     seen: str  # bool (B, 1, S, T)
 
     def bias(self, g: Graph) -> str:
-        """The mask as something to add to scores: 0, or what no score outweighs."""
+        """Return the mask as an additive bias of scores: 0, or a value that no score outweighs."""
         return g.op("Where", self.seen, g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
 
 
@@ -188,7 +188,7 @@ def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: t
 
 
 def _queries(build: Build, mla: Mla, stem: str, x: str) -> tuple[str, str]:
-    """The query latent, or x where there is none, and the queries (B S, heads (nope + rope))."""
+    """Return the query latent, or x where there is none, and the queries (B S, heads (nope + rope))."""
     names = build.cfg.names
     if mla.q_lora_rank is None:
         return x, linear(build, f"{stem}.{names.q}", x)

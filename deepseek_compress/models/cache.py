@@ -103,7 +103,7 @@ class KvCache:
 
 
 class CacheBytes(NamedTuple):
-    """What a token takes in the caches of all blocks, as engines keep them: latent attention its latent."""
+    """Bytes of a token in the caches of all blocks, as engines keep them: latent attention its latent."""
 
     plain: int  # at 16 bits
     stored: float

@@ -1,4 +1,4 @@
-"""What a token of DeepSeek-V4.1 carries from block to block, as one row of numbers.
+"""State that a token of DeepSeek-V4.1 carries from block to block, as one row of numbers.
 
     streams | pre | token | entry | index key | chosen entries | candidate blocks
 

@@ -1,4 +1,4 @@
-"""What a `config.json` says, typed: dimensions, rotary embedding, latent attention, mixture of experts.
+"""A `config.json`, typed: dimensions, rotary embedding, latent attention, mixture of experts.
 
 Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` (as DeepSeek, Qwen and Meta publish) and
 `rope_parameters` (as transformers 5 saves).
@@ -17,7 +17,7 @@ from deepseek_compress.errors import DscError
 
 
 class Role(str, Enum):
-    """What a tensor is for."""
+    """Purpose of a tensor."""
 
     ATTENTION = "attention"
     MLP = "mlp"
@@ -93,7 +93,7 @@ class Indexer:
 
 
 class FfnNames(NamedTuple):
-    """What a family calls the tensors of its MLPs and experts, within a block."""
+    """Names of a family's MLP and expert tensors, within a block."""
 
     mlp: str = "mlp"
     experts: str = "mlp.experts"
@@ -110,7 +110,7 @@ FFN_NAMES = FfnNames()
 
 
 class Names(NamedTuple):
-    """What a family calls its tensors: those outside blocks by their whole name, modules of a block within it."""
+    """Names of a family's tensors: those outside blocks by their whole name, modules of a block within it."""
 
     block: str = "model.layers.{}"
     embedding: str = "model.embed_tokens.weight"

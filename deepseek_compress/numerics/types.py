@@ -1,4 +1,4 @@
-"""What every solver takes and gives: the statistics of a linear's input and the quantised weight."""
+"""Interface of every solver: statistics of a linear's input in, quantised weight out."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Factor(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What calibration collected for the input of one linear. Fields that were not asked for are None.
+    """Calibration statistics of one linear's input. Fields that were not asked for are None.
 
     `factor` is filled by `WeightQuantizer.prepare`, once for all linears that share the input.
     """

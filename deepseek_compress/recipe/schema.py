@@ -77,7 +77,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Changes:
-    """What options change in a recipe before it is validated."""
+    """Changes that options make to a recipe before it is validated."""
 
     settings: Sequence[str] = ()  # of `--set`: path=value
     values: Mapping[str, Any] = field(default_factory=dict)  # path -> value; a value that is None changes nothing

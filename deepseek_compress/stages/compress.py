@@ -89,7 +89,7 @@ class Compress(Stage, frozen=True):
         return self.roles if self.requantize or not header.mxfp4 else self.roles - {Role.EXPERT}
 
     def _told_scheme(self, inputs: Mapping[str, InputGrid]) -> dict[str, Any] | None:
-        """The activation scheme as manifests carry it; `inputs`: the grids of a static one."""
+        """Return the activation scheme as manifests carry it; `inputs`: the grids of a static one."""
         if self.activations is None:
             return None
         method = next(name for name, kind in ACTIVATIONS.items() if isinstance(self.activations, kind))
@@ -99,7 +99,7 @@ class Compress(Stage, frozen=True):
         return {**told, "inputs": grids} if grids else told
 
     def problems(self, header: Header) -> list[DscError]:
-        """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
+        """Report a group size or pattern that does not fit, weights that are packed already, nothing to do."""
         if all(getattr(self, part) is None for part in PARTS):
             return [DscError("compress: nothing to do", f"give one of {', '.join(PARTS)}")]
         architecture = Architecture.of(header)
@@ -129,7 +129,7 @@ class Compress(Stage, frozen=True):
         return self._needs(header) - ({"cross_covariance"} if decides else set())
 
     def _needs(self, header: Header) -> frozenset[str]:
-        """What has to be known of inputs; "text" where that alone serves."""
+        """Return which statistics of inputs are needed; "text" where that alone serves."""
         architecture = Architecture.of(header)
         moving = self._moving(architecture.cfg)
         needs = self._solver(architecture).needs | (moving.needs if moving else set())
@@ -224,20 +224,20 @@ class Compress(Stage, frozen=True):
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
     def _data(self, source: Checkpoint, context: Context, work: Path) -> tuple[Text | None, Saved | None]:
-        """The text, or the statistics that were collected before; neither where nothing needs them."""
+        """Read the text, or the statistics that were collected before; neither where nothing needs them."""
         needs = self._needs(source.header)
         saved = saved_statistics(source, context, self._needs_saved(source.header)) if needs else None
         return calibration_text(source, context, work) if needs and saved is None else None, saved
 
     def _used(self, samples: int, length: int, architecture: Architecture) -> int:
-        """How many of the samples of calibration text the method needs."""
+        """Return how many of the samples of calibration text the method needs."""
         weights, moe = self._solver(architecture).weights, architecture.cfg.moe
         enough = weights.enough if isinstance(weights, Gptaq) else None
         each = 1.0 if moe is None else moe.top_k / moe.experts  # share of the tokens that reach a linear
         return samples if enough is None else min(samples, math.ceil(enough / each / length))
 
     def _enough(self, tokens: Tensor, architecture: Architecture) -> tuple[Tensor, list[str]]:
-        """The samples of tokens (samples, length) that are used, and what there is to say about it."""
+        """Cut tokens (samples, length) to the samples that are used; return a note where some are not."""
         samples, length = tokens.shape
         count = self._used(samples, length, architecture)
         line = f"{count} of {samples} samples used, which is enough for each linear (weights.gptaq.enough=null: all)"
@@ -246,7 +246,7 @@ class Compress(Stage, frozen=True):
     def _job(
         self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, passes: Passes
     ) -> tuple[Job, list[str]]:
-        """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
+        """Build the job of the block loop, with notes; scales and ranges are found here."""
         statistics = saved and saved.statistics
         solver, judged = self._solver(architecture), self.sparsity is not None and tokens is not None
         job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics, judged=judged)
@@ -279,7 +279,7 @@ class Compress(Stage, frozen=True):
         return [line] if self.sparsity is not None else []
 
     def _share(self, source: Checkpoint, tokens: Tensor | None, context: Context) -> tuple[Memory, int]:
-        """What is needed, and how many workers that leaves room for."""
+        """Return the memory that is needed, and how many workers fit."""
         samples, length = (0, 0) if tokens is None else tokens.shape
         forecast = self.forecast(source.header, samples, length)
         assert forecast.memory is not None

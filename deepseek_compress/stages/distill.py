@@ -111,12 +111,12 @@ class Distill(Stage, frozen=True):
 
     @property
     def size(self) -> Size:
-        """How much of the source stays."""
+        """Size of the student relative to the source."""
         return Size(**{name: getattr(self, name) for name in Size.model_fields})
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """What the student is trained on."""
+        """Training objective of the student."""
         return losses_of(self.loss)
 
     def problems(self, header: Header) -> list[DscError]:
@@ -345,7 +345,7 @@ class Distill(Stage, frozen=True):
         return teacher_loss(lesson.model, lesson.documents)
 
     def _steps(self, trainer: Trainer, work: Path, context: Context) -> int:
-        """How many steps there are; minutes become steps once, before the first."""
+        """Return the number of steps; minutes become steps once, before the first."""
         if self.tokens is not None:
             return trainer.steps_for(self.tokens)
         if self.minutes is None:

@@ -76,7 +76,7 @@ def output_of(run: Run, expert: int) -> Path:
 
 
 def coverage(run: Run, counts: list[int]) -> dict[str, Any]:
-    """What there is to say about experts that so many tokens reach."""
+    """Summarize how many tokens reach the experts."""
     starved = [expert for expert, count in enumerate(counts) if count < run.min_tokens]
     return {"tokens": counts, "starved": starved}
 
@@ -105,7 +105,7 @@ def _add(task: _Task, chosen: Tensor, shares: Tensor, top_k: int, added: HiddenS
 
 
 def _expert(run: Run, task: _Task) -> _Done:
-    """Runs in a worker."""
+    """Run one expert in a worker."""
     stored: list[tuple[str, dict[str, Sent]]] = []
     block = run.begin(
         task.layer, lambda name, parts: stored.append((name, {key: sent(part) for key, part in parts.items()}))
@@ -149,11 +149,11 @@ def _part(run: Run, block: BlockRun, task: _Task, linears: Sequence[Linear], x: 
 
 
 def sent(tensor: Tensor) -> Sent:
-    """A tensor of the CPU, to another process."""
+    """Prepare a CPU tensor for another process."""
     return Sent(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
 
 
 def received(sent: Sent) -> Tensor:
-    """It there."""
+    """Restore a tensor that another process sent."""
     flat = sent.bytes if sent.bytes.flags.writeable else sent.bytes.copy()  # what Ray hands out is read-only
     return torch.from_numpy(flat).view(sent.dtype).view(sent.shape)

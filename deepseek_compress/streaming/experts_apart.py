@@ -75,7 +75,7 @@ def _add(expert: Expert, shares: Tensor, added: HiddenStore | None) -> None:
 
 
 def _group(run: Run, task: _Task) -> _Done:
-    """Runs in a worker."""
+    """Run a group of experts in a worker."""
     block = run.begin(task.layer, lambda name, parts: None)  # each of the experts has a store of its own
     width = (block.block.cfg.hidden_size,)
     experts = [

@@ -47,7 +47,7 @@ class Expert:
         self.places, self.tokens = (values.to(self.device) for values in (place[tokens], tokens))
 
     def part(self, x: HiddenStore) -> Part:
-        """The expert as a part over its tokens, which lie in `x`."""
+        """Return the expert as a part over its tokens, which lie in `x`."""
         path = self.run.work / f"expert-{self.number:05d}.kept"
         batches = -(-len(self.tokens) // ROWS)
 
@@ -122,7 +122,7 @@ def visit(experts: Sequence[Expert], x: HiddenStore, take: Callable[[int, int, T
 
 
 def together(run: Run, block: BlockRun) -> int:
-    """How many experts are solved at a time."""
+    """Choose how many experts are solved at a time."""
     linears = [linear for linear in block.block.linears if linear.expert == 0]
     widest = max(linear.columns for linear in linears)
     each = 4 * (HESSIANS * widest**2 + COPIES * sum(linear.rows * linear.columns for linear in linears))

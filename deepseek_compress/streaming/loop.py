@@ -60,7 +60,7 @@ class Visit(NamedTuple):
 
 
 class Visitor(Protocol):
-    """What is done at each block."""
+    """Work at each block."""
 
     def visit(self, at: Visit) -> Facts:
         """Fill `at.after` and return facts, which JSON can hold."""
@@ -128,7 +128,7 @@ class Loop:
         return [found[layer] if self.work is None else self._facts(layer) for layer in sorted(order)]
 
     def output(self, stream: Stream) -> HiddenStore:
-        """The stored output of the last block (of the first one, where the loop runs backward)."""
+        """Open the stored output of the last block (of the first one, where the loop runs backward)."""
         path = self.path(stream, self.first if self.backward else self.layers)
         return self._opened(stream, path)
 
@@ -171,7 +171,7 @@ class Loop:
     def _inputs(
         self, layer: int, start: bool, begin: Callable[[Stream, HiddenStore], None] | None
     ) -> tuple[HiddenStore, ...]:
-        """What enters block `layer`: from an interrupted run, or made now."""
+        """Open the inputs of block `layer`: from an interrupted run, or made now."""
         place = layer + 1 if self.backward else layer
         return tuple(self._input(stream, place, start, begin or self.embed) for stream in self.streams)
 
