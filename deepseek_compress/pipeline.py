@@ -150,7 +150,7 @@ def run(
             state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
         for each in options.devices if options.device != device.CPU else ():
             device.bound_memory(each, options.gpu_memory)
-            state.progress.tell(device.told(each))
+            state.progress.tell(device.describe(each))
         _pages(state, recipe.steps)
         for number, step in enumerate(recipe.steps, start=1):
             state.progress.start(step.name, number, len(recipe.steps))

@@ -40,7 +40,7 @@ def summarize(
         "bytes": size,
         "bits_per_weight": 8 * size / parameters if parameters else None,
         "shards": len(_shard_files(checkpoint)),
-        "activations": checkpoint.told_activations,
+        "activations": checkpoint.manifest_activations,
         "kv_cache": checkpoint.kv_cache,
         "lineage": (checkpoint.manifest or {}).get("lineage") or [],
         "roles": rows,

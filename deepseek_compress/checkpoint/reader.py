@@ -63,7 +63,7 @@ class Checkpoint:
         return (self.manifest or {}).get("activations")
 
     @property
-    def told_activations(self) -> dict[str, Any] | None:
+    def manifest_activations(self) -> dict[str, Any] | None:
         """The same to be shown: without the grid of each input that a static scheme has."""
         found = self.activations
         return found and {key: value for key, value in found.items() if key != "inputs"}
@@ -288,7 +288,7 @@ def _decode(info: TensorInfo, parts: dict[str, Tensor], config: dict[str, Any], 
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise DscError for NaN and infinity in stored floats; whole numbers are what they are.
+    """Raise DscError for NaN and infinity in stored floats; integers are what they are.
 
     One cheap sum first: it is finite unless an element is not, or the sum itself overflows.
     """

@@ -76,7 +76,7 @@ class Job:
     architecture: Architecture
     solver: Solver
     work: Path  # directory for hidden stores, and for what an interrupted run needs to go on
-    scheme: InputScheme | None = None  # how inputs of linears are rounded in the model that comes out
+    scheme: InputScheme | None = None  # how inputs of linears are rounded in the result
     keep_mtp: bool = True
     observing: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run

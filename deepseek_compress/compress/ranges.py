@@ -31,7 +31,7 @@ class Ranges(NamedTuple):
     inputs: dict[str, InputGrid]  # module by checkpoint name -> the grid of its input
     starved: int  # experts that were given what all of their layer have
 
-    def told(self) -> list[str]:
+    def notes(self) -> list[str]:
         """One line for the user."""
         if not self.starved:
             return []

@@ -64,7 +64,7 @@ class CacheWriter:
     """Takes documents with the teacher's words, shard by shard."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Begin, or go on with, the recording `identity` in `folder`. Raises DscError for a recording of another."""
+        """Begin or resume the recording `identity` in `folder`. Raises DscError for a recording of another."""
         self.folder, self.identity = folder, dict(identity)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)

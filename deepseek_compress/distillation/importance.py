@@ -89,7 +89,7 @@ def expert_use(model: Model, batches: Sequence[Batch], by: str) -> dict[int, Ten
             return
         flat = x.flatten(0, 1)[places]
         routing = moe.route(cfg, weights, flat)
-        gates = routing.shares.flatten()
+        gates = routing.gate_weights.flatten()
         for expert, chosen in enumerate(moe.by_expert(routing, cfg.experts)):
             counts.setdefault(layer, torch.zeros(cfg.experts, device=device))[expert] += len(chosen)
             if by == "activation" and len(chosen):

@@ -45,7 +45,7 @@ def card(state: State) -> str:
     return f"## Training\n\nOn text that was held back from it:\n\n{head}\n{rows}\n"
 
 
-def told(state: State, schedule: Schedule) -> Iterator[str]:
+def notes(state: State, schedule: Schedule) -> Iterator[str]:
     """Yield the result in a line or two."""
     if not state.validations:
         return

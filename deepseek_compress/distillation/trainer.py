@@ -1,7 +1,7 @@
 """Train a student on what a teacher says: AdamW (or Adafactor) over its weights, zeros of a 2:4 mask held at zero.
 
 A short warm-up, then a straight line to zero. Batches have documents of similar length, so that little of them is
-padding, and are visited in an order drawn anew for each pass. Training can be stopped and gone on with: the state after
+padding, and are visited in an order drawn anew for each pass. Training can be stopped and resumed: the state after
 a step is everything the next one needs, and the batches follow from the seed.
 
 The last documents may be held back: they tell how far the student is from the teacher. The weights that did best on

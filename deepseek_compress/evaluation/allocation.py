@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
         """By the units."""
         return sum(options[choice] for options, choice in zip(self.options, chosen, strict=True))
 
-    def told(self, bits: int, target: Target) -> str:
+    def describe(self, bits: int, target: Target) -> str:
         """Bits of the units, in the words of `target`."""
         if target.bits_per_weight is not None:
             return f"{bits / self.weights:.4g} bits per weight"
@@ -161,8 +161,8 @@ def moved_lines(rows: Sequence[Mapping[str, Any]], most: int = 20) -> str:
 def too_small(sizes: Sizes, target: Target) -> DscError:
     """Return the error for a target that nothing fits."""
     least = sum(min(options) for options in sizes.options)
-    asked = sizes.told(sizes.budget(target), target)
-    what = f"target: {asked} asked for, the smallest options take {sizes.told(least, target)}"
+    asked = sizes.describe(sizes.budget(target), target)
+    what = f"target: {asked} asked for, the smallest options take {sizes.describe(least, target)}"
     return DscError(what, "give a larger target, or options with fewer bits")
 
 

@@ -29,7 +29,7 @@ BUILTIN = "builtin"
 ASKED = 1000  # problems, where nobody says how many
 SHORTEST = 256  # new tokens that an answer to a question of the user's may have at least
 GREEDY = Sampling()
-NEXT = "\nQuestion:"  # a model without chat template that goes on with this has answered
+NEXT = "\nQuestion:"  # a model without chat template that continues so has answered
 
 #: name -> (what makes `count` problems, one line about it)
 SUITES: dict[str, tuple[Callable[[int], list[Problem]], str]] = {

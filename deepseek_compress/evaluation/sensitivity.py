@@ -4,7 +4,7 @@
 
 A unit is what serving engines fuse. The original runs once, and the input of each block is kept on disk. Blocks are
 tasks: a task quantises each unit of its block as each option says, with statistics of the original's inputs, runs
-the block once for each of them, and takes what comes out through the blocks after it, one block in memory at a time.
+the block once for each of them, and takes the result through the blocks after it, one block in memory at a time.
 What was computed before the block is never computed again. Text that judges gives no statistics.
 
 To first order in the losses they add up (the cross terms of different units' errors are left out); `joint` measures
@@ -112,7 +112,7 @@ def _losses_file(search: Search, layer: int) -> Path:
 
 
 def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int) -> tuple[Memory, Work, int]:
-    """From shapes: memory of a task, work of all tasks, bytes of the spools; of so many tokens that judge and fit.
+    """From shapes: memory of a task, work of all tasks, bytes of the stores; of so many tokens that judge and fit.
 
     A task holds a block, a changed unit beside it, the Hessians of the block with what factoring the largest takes, and
     the states of all its variants.
@@ -132,8 +132,8 @@ def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int
         task = max(task, 4 * held + 48 * head.LOGITS)
         work.append(_work(cfg, found, sum(counts[: layer + 1]), judging, fitting, sum(n * n for n in inputs)))
     logits = 2.0 * sum(counts) * judging * cfg.vocab_size * cfg.hidden_size
-    spools = 4 * (judging + fitting) * (cfg.num_hidden_layers + 1) * cfg.hidden_size
-    return Memory(0, 0, task), total([Work(logits), *work]), spools
+    stores = 4 * (judging + fitting) * (cfg.num_hidden_layers + 1) * cfg.hidden_size
+    return Memory(0, 0, task), total([Work(logits), *work]), stores
 
 
 def _work(

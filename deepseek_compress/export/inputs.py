@@ -71,7 +71,7 @@ def whole(g: Graph, found: Fraction) -> str:
     return g.op("Sub", d, g.constant(found.zero)) if found.zero.any() else d
 
 
-def on_whole_numbers(build: Build, x: str, weight: Weight, product: Callable[[str], str]) -> str:
+def on_integers(build: Build, x: str, weight: Weight, product: Callable[[str], str]) -> str:
     """product(d) * t, in float: what 8-bit activations mean where the product itself is not made of integers."""
     g, found = build.graph, fraction(build, x, weight)
     y = product(g.op("Cast", whole(g, found), to=g.elem_type))

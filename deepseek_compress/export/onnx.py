@@ -117,7 +117,7 @@ def export_onnx(
             unsigned=lowering != "tensorrt",
         )
         emit_model(build)
-        about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.told_activations)}
+        about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.manifest_activations)}
         graph.save({**about, **(metadata or {})})
         return {"bytes": graph.bytes, "nodes": graph.count, "tensors": graph.tensors}
 

@@ -123,10 +123,10 @@ def rotate(build: Build, x: str) -> str:
         first, second = (g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1))
     else:
         first, second = g.ops("Split", x, g.ints(half, half), count=2, axis=-1)
-    return g.op("Concat", *turned(build, first, second, cos, sin), axis=-1)
+    return g.op("Concat", *rotated(build, first, second, cos, sin), axis=-1)
 
 
-def turned(build: Build, first: str, second: str, cos: str, sin: str) -> tuple[str, str]:
+def rotated(build: Build, first: str, second: str, cos: str, sin: str) -> tuple[str, str]:
     """Rotate pairs of channels, given as two halves, each pair by its angle."""
     g = build.graph
     return (
@@ -257,7 +257,7 @@ def _rotate_front(build: Build, x: str) -> str:
     cos, sin = turns(build, g.op("Unsqueeze", "position_ids", g.ints(2, 3)), rope)
     sizes = (rope.dim // 2, rope.dim // 2, build.cfg.indexer.head_dim - rope.dim if build.cfg.indexer else 0)
     first, second, rest = g.ops("Split", x, g.ints(*sizes), count=3, axis=-1)
-    return g.op("Concat", *turned(build, first, second, cos, sin), rest, axis=-1)
+    return g.op("Concat", *rotated(build, first, second, cos, sin), rest, axis=-1)
 
 
 def _layer_norm(build: Build, name: str, x: str, eps: float) -> str:

@@ -273,7 +273,7 @@ class Fields:
         self.config = config
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """Return a whole number; `default` where the key is absent or null, an error where there is none."""
+        """Return an integer; `default` where the key is absent or null, an error where there is none."""
         value = self.config.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -284,7 +284,7 @@ class Fields:
         return value
 
     def optional(self, name: str) -> int | None:
-        """Return a whole number or None."""
+        """Return an integer or None."""
         return None if self.config.get(name) is None else self.whole(name)
 
     def number(self, name: str, default: float) -> float:
@@ -311,7 +311,7 @@ class Fields:
         return str(value)
 
     def wholes(self, name: str, below: int) -> tuple[int, ...]:
-        """Return a list of different whole numbers in rising order, each less than `below`."""
+        """Return a list of different integers in rising order, each less than `below`."""
         value = self.config.get(name)
         if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
             raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be a list of integers, not negative")

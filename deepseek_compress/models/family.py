@@ -272,7 +272,7 @@ class Family:
     ) -> Tensor:
         """One decoder block: hidden (B, T, hidden_size) -> the same shape. Inputs are not modified.
 
-        `positions` (B, T) whole numbers; `mask` additive (B, 1, T, S) or None for causal; `tokens` (B, T) only for
+        `positions` (B, T) integers; `mask` additive (B, 1, T, S) or None for causal; `tokens` (B, T) only for
         blocks that are routed by token id.
         """
         hidden = self.attention_part(cfg, layer, weights, hidden, positions, mask, cache)

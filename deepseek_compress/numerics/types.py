@@ -17,7 +17,7 @@ class Quantized(NamedTuple):
 
     codes: Tensor  # uint8 (rows, columns), 0 .. 2**num_bits - 1, unpacked
     scale: Tensor  # float32 (rows, groups), values exactly representable in the stored type (BF16 by default)
-    zero_point: Tensor  # uint8 (rows, groups), whole numbers 0 .. 2**num_bits - 1
+    zero_point: Tensor  # uint8 (rows, groups), integers 0 .. 2**num_bits - 1
     num_bits: int = 4
     symmetric: bool = False  # symmetric: zero_point is 2**(num_bits - 1) everywhere and is not stored
 

@@ -131,7 +131,7 @@ def _at(shared: Any, device: str) -> Any:
     return tuple(_at(each, device) for each in shared) if type(shared) is tuple else shared.at(device)
 
 
-def told(device: str) -> str:
+def describe(device: str) -> str:
     """One line about the device."""
     if not device.startswith("cuda"):
         return f"device {device}"

@@ -33,7 +33,7 @@ from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, ModelConfig, Role
 from deepseek_compress.models.activations import InputScheme
-from deepseek_compress.models.cache import cache_problems, told_cache
+from deepseek_compress.models.cache import cache_note, cache_problems
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.activations import Activations, Dynamic, InputGrid, Static
 from deepseek_compress.numerics.gptaq import Gptaq
@@ -88,15 +88,15 @@ class Compress(Stage, frozen=True):
         """Roles whose weights change: experts in MXFP4 stay as they are unless the recipe asks."""
         return self.roles if self.requantize or not header.mxfp4 else self.roles - {Role.EXPERT}
 
-    def _told_scheme(self, inputs: Mapping[str, InputGrid]) -> dict[str, Any] | None:
+    def _manifest_scheme(self, inputs: Mapping[str, InputGrid]) -> dict[str, Any] | None:
         """Return the activation scheme as manifests carry it; `inputs`: the grids of a static one."""
         if self.activations is None:
             return None
         method = next(name for name, kind in ACTIVATIONS.items() if isinstance(self.activations, kind))
         knobs = self.activations.model_dump(mode="json")
-        told = {"method": method, **knobs, "roles": sorted(str(role) for role in self.roles)}
+        scheme = {"method": method, **knobs, "roles": sorted(str(role) for role in self.roles)}
         grids = {name: [grid.scale, grid.zero_point] for name, grid in inputs.items()}
-        return {**told, "inputs": grids} if grids else told
+        return {**scheme, "inputs": grids} if grids else scheme
 
     def problems(self, header: Header) -> list[DscError]:
         """Report a group size or pattern that does not fit, weights that are packed already, nothing to do."""
@@ -141,7 +141,7 @@ class Compress(Stage, frozen=True):
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
         architecture = Architecture.of(header)
-        told_first = tuple(self._decisions(architecture))
+        decisions = tuple(self._decisions(architecture))
         dropped = set(architecture.mtp if self.mtp == "drop" else ())
         dropped |= set(architecture.vision if self.vision == "drop" else ())
         if dropped:
@@ -158,10 +158,10 @@ class Compress(Stage, frozen=True):
         looked_at = min(samples, (moving and moving.samples) or samples)
         before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
         looked = self._range_cost(architecture, samples, length)
-        turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
-        told = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
-        alone = max(memory.alone, before.memory, looked.memory, turned, told)
-        task = max(memory.task, turned if memory.task else 0)
+        rotating, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
+        judging = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
+        alone = max(memory.alone, before.memory, looked.memory, rotating, judging)
+        task = max(memory.task, rotating if memory.task else 0)
         loads = max((part.loads for part in (self.weights, self.migration) if part), default=0)
         return Forecast(
             expected.header,
@@ -172,7 +172,7 @@ class Compress(Stage, frozen=True):
             expected.tasks,
             read=header.bytes,
             scratch=scratch(architecture, samples * length) if solver.needs else 0,
-            decisions=told_first,
+            decisions=decisions,
         )
 
     def _moving(self, cfg: ModelConfig) -> Migration | None:
@@ -198,9 +198,9 @@ class Compress(Stage, frozen=True):
         digest = saved.digest if saved else tokens
         Resumable.of(source, self.model_dump(mode="json"), digest, device=context.device).claim(context.out, work)
         passes = self._passes(architecture, tokens, workers, context)
-        job, told = self._job(architecture, work, tokens, saved, passes)
-        context.tell_all(told)
-        activations = self._told_scheme(job.scheme.inputs if job.scheme else {})
+        job, noted = self._job(architecture, work, tokens, saved, passes)
+        context.tell_all(noted)
+        activations = self._manifest_scheme(job.scheme.inputs if job.scheme else {})
         with (
             CheckpointWriter(context.out, job.source, activations=activations, resume=True) as writer,
             open_pool(job, workers, context.ray, memory.task, context.places) as pool,
@@ -210,9 +210,9 @@ class Compress(Stage, frozen=True):
             if job.solver.needs and tokens is not None:
                 writer.join()  # a shard a block
             corrected = summary.corrections(done.blocks)
-            corrected += done.loss.told() if done.loss else self._not_judged()
+            corrected += done.loss.notes() if done.loss else self._not_judged()
             context.tell_all(corrected)
-            facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}
+            facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + noted + corrected}
             facts |= {"tables": done.tables} if done.tables else {}
             facts |= {"loss": done.loss._asdict()} if done.loss else {}
             card = done.loss.card() if done.loss else ""
@@ -262,7 +262,7 @@ class Compress(Stage, frozen=True):
             job = moved_scales.migrate(job, tokens, moving, passes.of("scales"))
         if isinstance(self.activations, Static) and tokens is not None:
             found = ranges.find(job, tokens, self.activations, self.roles, passes.of("ranges"))
-            return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
+            return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.notes()
         scheme = InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None
         return replace(job, scheme=scheme), []
 
@@ -326,7 +326,7 @@ class Compress(Stage, frozen=True):
         if architecture.family.kept and (self.weights or self.sparsity):
             lines.append(f"kept in 16 bits: {architecture.family.kept}")
         if architecture.has_mtp:
-            lines.append(_told_mtp(architecture) if self.mtp == "keep" else "MTP block left out")
+            lines.append(_mtp_note(architecture) if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
         lines += row_tables.decisions(architecture, self.engram)
@@ -334,12 +334,12 @@ class Compress(Stage, frozen=True):
             lines.append("image encoder kept byte for byte" if self.vision == "keep" else "image encoder left out")
         lines += tables.decisions(cfg.tie_word_embeddings and self.rotation is None, self.embedding, self.head)
         if self.activations is not None:
-            lines.append(self._told_inputs(cfg, chosen.group_size is None))
+            lines.append(self._inputs_note(cfg, chosen.group_size is None))
         if self.kv_cache is not None:
-            lines.append(told_cache(cfg, self.kv_cache))
+            lines.append(cache_note(cfg, self.kv_cache))
         return lines
 
-    def _told_inputs(self, cfg: ModelConfig, channels: bool) -> str:
+    def _inputs_note(self, cfg: ModelConfig, channels: bool) -> str:
         """Who rounds inputs as the scheme says. `channels`: weights have one scale a row."""
         assert self.activations is not None
         bits, symmetric = self.activations.num_bits, self.activations.symmetric
@@ -385,7 +385,7 @@ def _too_large(weights: Gptaq, header: Header) -> bool:
     return weights.largest is not None and sum(info.elements for info in header.tensors.values()) > weights.largest
 
 
-def _told_mtp(architecture: Architecture) -> str:
+def _mtp_note(architecture: Architecture) -> str:
     if any(architecture.family.untouched(name) for name in architecture.mtp):
         return "MTP block kept byte for byte"
     given = architecture.header.tensors

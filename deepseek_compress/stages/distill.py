@@ -205,7 +205,7 @@ class Distill(Stage, frozen=True):
         if trainer.schedule.steps:
             state = trainer.run(context.progress, state, keeper.save)
             facts |= report.facts(state)
-            context.tell_all(report.told(state, trainer.schedule))
+            context.tell_all(report.notes(state, trainer.schedule))
         state = state or trainer.begin()
         own = {name: student.model.weights[name] for name in packed}
         stored = {} if straight is None else {n: straight.stored(n, w, state.projections) for n, w in own.items()}

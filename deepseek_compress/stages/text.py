@@ -98,7 +98,7 @@ def _choose(
     with open_pool(run, workers, context.ray, memory.task, context.places) as workforce:
         made = score_windows.score_windows(run, pool.tokens, workforce, context.progress)
     found = _decide(made, wanted, select, pool)
-    context.tell_all(_told(found, select))
+    context.tell_all(_notes(found, select))
     write_sealed(file, {"key": key, "found": found})
     remove_tree(reading)
     return found
@@ -128,7 +128,7 @@ def _mean(made: Candidates, chosen: Any) -> float:
     return float(made.entropy[list(chosen)].mean())
 
 
-def _told(found: dict[str, Any], select: Select) -> list[str]:
+def _notes(found: dict[str, Any], select: Select) -> list[str]:
     """Describe the choice, a line each."""
     windows = f"text: {len(found['windows'])} of {select.pool} windows chosen"
     lines = [f"{windows}, entropy {found['entropy']:.3f} nats ({found['entropy_in_order']:.3f} in order)"]

@@ -68,11 +68,11 @@ class Expert:
         rows = range(batch * ROWS, min((batch + 1) * ROWS, len(self.tokens)))
         return None if self.pairs is None else pairs_first(rows, self.pairs, self.device)
 
-    def add(self, batch: int, given: Tensor, shares: Tensor, added: HiddenStore) -> None:
-        """Add what the expert gives for a batch of its tokens, times its shares; rows it was not sent stay."""
+    def add(self, batch: int, given: Tensor, gate_weights: Tensor, added: HiddenStore) -> None:
+        """Add what the expert gives for a batch of its tokens, times its gate weights; rows it was not sent stay."""
         rows = slice(batch * ROWS, (batch + 1) * ROWS)
         places = self.places[rows]
-        weights = torch.where(places >= 0, shares[places.clamp(min=0)], 0.0)
+        weights = torch.where(places >= 0, gate_weights[places.clamp(min=0)], 0.0)
         added.add(self.tokens[rows], given * weights[:, None])
 
 
@@ -82,7 +82,7 @@ def run_here(
     """`experts.run_experts` on the device of the model: the same bytes as there on that device."""
     moe = block.block.moe
     assert moe is not None
-    places, shares = by_expert(routing, moe.experts), routing.shares.flatten().to(run.architecture.device)
+    places, gate_weights = by_expert(routing, moe.experts), routing.gate_weights.flatten().to(run.architecture.device)
     counts: list[int] = []
     for start in range(0, moe.experts, step := together(run, block)):
         numbers = range(start, min(start + step, moe.experts))
@@ -90,7 +90,7 @@ def run_here(
 
         def add(number: int, batch: int, given: Tensor, some: list[Expert] = some) -> None:
             assert added is not None
-            some[number].add(batch, given, shares, added)
+            some[number].add(batch, given, gate_weights, added)
 
         visit(some, x, None if added is None else add)
         for expert in some:  # in their order, whatever was solved with what

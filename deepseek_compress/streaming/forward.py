@@ -158,5 +158,5 @@ def _route(block: BlockRun, moe: Moe, x: HiddenStore, batches: Batches) -> Routi
         route(moe, block.weights(), batches.read(x, batch).flatten(0, 1), batches.ids(batch).flatten())
         for batch in range(len(batches))
     ]
-    experts, shares = (torch.cat(values).cpu() for values in zip(*parts, strict=True))  # tasks are told on the host
-    return Routing(experts, shares)
+    experts, gate_weights = (torch.cat(values).cpu() for values in zip(*parts, strict=True))  # for tasks
+    return Routing(experts, gate_weights)

@@ -134,7 +134,7 @@ def logical_shape(name: str, parts: Mapping[str, Location]) -> tuple[int, int]:
     """(rows, columns) from `weight_shape`, after checking every part against it. Reads those 16 bytes only."""
     place = parts.get("weight_shape")
     if place is None or place.dtype != torch.int64 or place.shape != (2,):
-        raise DscError(f"{name}: weight_packed without a weight_shape of two whole numbers", _AGAIN)
+        raise DscError(f"{name}: weight_packed without a weight_shape of two integers", _AGAIN)
     rows, columns = _two_numbers(place)
     codes, scale, zero_point = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
     if codes.dtype != torch.int32 or codes.shape[0] != rows or columns <= 0:
