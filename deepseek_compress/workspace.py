@@ -7,6 +7,7 @@ fingerprint: the entry is written last.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -75,10 +76,6 @@ def lock(out: Path) -> Iterator[None]:
 
 
 def _take(file: IO[str]) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows: a run there is not guarded
-        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -65,9 +65,6 @@ def _solved(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], b
 @contextmanager
 def _silence() -> Iterator[None]:
     """HiGHS prints now and then what it does, past Python; standard output is for results."""
-    if sys.platform == "win32":
-        yield
-        return
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_compress import jobs, machine
+from deepseek_compress import machine
 from deepseek_compress.planning import rates
-from deepseek_compress.planning.costs import Rates
-from tests.house.conftest import Dsc
+from tests.house.conftest import QUICK, Dsc
 from tests.house.short import TEXT
 from tests.house.test_cli import COMMANDS
 
@@ -26,18 +25,16 @@ def test_a_usage_line_names_arguments_as_they_are_typed(dsc: Dsc, command: str) 
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A machine that takes no time to measure; the devices that were."""
+def measured(dsc: Dsc, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The devices that were measured."""
     found: list[str] = []
-    fast = Rates(1e9, 1e9, 1e9, 1e6, 1e6, 1e9, 1e9, 1.0)
-    monkeypatch.setattr(rates, "_measured", lambda device: found.append(device) or fast)
+    monkeypatch.setattr(rates, "_measured", lambda device: found.append(device) or QUICK)
     return found
 
 
 def test_the_built_in_run_measures_the_machine_once_and_plan_has_times(
-    dsc: Dsc, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
+    dsc: Dsc, tiny_llama: Path, measured: list[str]
 ) -> None:
-    monkeypatch.setattr(jobs, "FIRST", "quickstart")
     Path("quickstart.yaml").write_text("stages: [compress: {weights: {rtn: {group_size: 32}}}]\n")
     Path("mine.yaml").write_text(Path("quickstart.yaml").read_text())
     words = ["--model", tiny_llama, "-o"]
