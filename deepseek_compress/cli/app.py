@@ -24,10 +24,10 @@ class Terminated(KeyboardInterrupt):
 
 
 class Commands(TyperGroup):
-    """Turns what a command raises into one line and an exit code."""
+    """Turn an exception of a command into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a traceback is left only for our own defects."""
+        """Run the command; only a bug of ours shows a traceback."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()

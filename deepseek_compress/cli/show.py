@@ -66,6 +66,9 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     if rates is None:
         what = "this machine" if found.options.device == "cpu" else found.options.device
         console.line(f"time unknown: {what} was not measured yet (--measure, 10 s)", "quiet")
+    unknown = [row["name"] for row in rows if row["seconds"] is None] if rates is not None else []
+    if unknown:
+        console.line(f"time not foreseen: {', '.join(unknown)}", "quiet")
     console.next_step(following)
 
 

@@ -3,11 +3,10 @@
     read ahead -> visit (run, collect, act, write) -> advance -> free
 
 A loop carries the hidden states of one text through the blocks of one model, or of several side by side. What happens
-at a block is a visitor's: it gets the stored inputs of that block, fills the outputs, and returns facts. A finished
-block is never repeated: its output and its facts lie in the work directory, and an interrupted loop goes on at the
-first block that has none, or at the last before it whose inputs are there and undamaged. The hidden state is saved, not
-computed again, since recomputing it is not bit-identical.
-Nothing is held but what the visitor holds of one block.
+at a block is up to a visitor: it reads the stored inputs of that block, fills the outputs, and returns facts. A
+finished block is never repeated: its output and its facts are in the work directory, and an interrupted loop resumes at
+the first block that has none, or at the last before it whose inputs are intact. The hidden state is saved, not computed
+again, since recomputing it is not bit-identical. Memory holds no more than the visitor keeps of one block.
 
 `backward` runs from the last block to the first; what is handed on then is a gradient. Without a work directory all
 stays in memory and nothing can be resumed.

@@ -48,6 +48,9 @@ def test_the_built_in_run_measures_the_machine_once_and_plan_has_times(
     assert "time unknown" not in planned.stdout
     (row,) = [line for line in planned.stdout.splitlines() if line.startswith("compress  compress")]
     assert re.search(r"  \d+(\.\d)? (s|min)$", row), row
+    assert "time not foreseen" not in planned.stdout
+    exported = dsc("plan", tiny_llama, "-r", "export").stdout
+    assert "time not foreseen: export" in exported.splitlines()
 
 
 def test_more_workers_than_cores_are_answered_by_what_limits_them(dsc: Dsc, tiny_llama: Path) -> None:
