@@ -10,6 +10,8 @@ from pathlib import Path
 from deepseek_compress.errors import DscError
 
 SECONDS = 5.0
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4: with empty settings
+SETTINGS = 4  # type of the frame that a server of HTTP/2, and so of gRPC, answers with
 FIX = "give the address of a running cluster (`ray status`), or auto"
 
 
@@ -23,7 +25,7 @@ def cluster_problems(address: str | None) -> list[DscError]:
 
 
 def reach(address: str | None) -> None:
-    """Raise `DscError` where nobody listens at HOST:PORT."""
+    """Raise `DscError` where no gRPC server, which every Ray cluster has, answers at HOST:PORT."""
     if address is None:
         return
     place = address
@@ -34,7 +36,12 @@ def reach(address: str | None) -> None:
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=SECONDS).close()
+        with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
+                connection.sendall(HELLO)
+                answer = connection.recv(9, socket.MSG_WAITALL)
+                if len(answer) < 9 or answer[3] != SETTINGS:
+                    raise DscError(f"--ray {address}: what listens at {host}:{port} is not a Ray cluster", FIX)
     except ConnectionRefusedError:
         raise DscError(f"--ray {address}: nobody listens at {host}:{port}", FIX) from None
     except socket.gaierror:

@@ -31,6 +31,7 @@ class RayPool:
     here = False
 
     def __init__(self, shared: Any, address: str, memory: int, place: Place | None = None) -> None:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors are raised too: one line is enough
         try:
             import ray
         except ImportError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,24 @@ def test_a_dead_cluster_is_one_line_before_work_starts(dsc: Dsc, tiny_llama: Pat
     assert not Path("q").exists()
     done = dsc("plan", *words, "no-such-host.invalid:6379")
     assert "unknown host no-such-host.invalid" in done.stderr
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad request\r\n\r\n", b""])
+def test_what_is_no_cluster_is_one_line(dsc: Dsc, tiny_llama: Path, answer: bytes) -> None:
+    """Ray itself would try it for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reply() -> None:
+            with server.accept()[0] as asked:
+                asked.recv(100)
+                asked.sendall(answer)
+
+        threading.Thread(target=reply, daemon=True).start()
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        done = dsc("plan", tiny_llama, "-r", "w4a16-fast", "--group-size", 32, "--ray", place)
+    assert [line.partition(";")[0] for line in done.stderr.splitlines()] == [
+        f"error: --ray {place}: what listens at {place} is not a Ray cluster"
+    ]
 
 
 def test_shares_that_do_not_add_up_are_told(dsc: Dsc, tiny_llama: Path, text: Path) -> None:
