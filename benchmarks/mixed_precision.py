@@ -8,7 +8,7 @@ uniform 4 bits, all by GPTQ on the same 64 x 512 tokens. Judged on problems of t
 windows of text and, for uniform 4 bits, exact match on the same problems as the original, with the paired
 interval of the difference. Bars: the mixed recipe takes at most 3.5 bits per weight and has less KL than uniform 3
 bits; uniform 4 bits stay within 1 point of the original's exact match over at least 2,000 problems. Both searches are
-compared: rank correlation of their losses, and the KL of what comes out. With `--scratch` finished steps are kept.
+compared: rank correlation of their losses, and the KL of the result. With `--scratch` finished steps are kept.
 """
 
 from __future__ import annotations

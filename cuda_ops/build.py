@@ -107,7 +107,7 @@ def softmax_ptx(capability: str) -> Path:
 
 
 def cuda_flags(capability: str) -> tuple[str, ...]:
-    """How nvcc compiles the kernels into a shared library."""
+    """Return nvcc's flags for a shared library of the kernels."""
     return ("-std=c++20", "-O3", "-shared", f"-arch=sm_{capability}", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 

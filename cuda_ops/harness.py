@@ -36,7 +36,7 @@ class SoftmaxJob(ctypes.Structure):
 
 
 class Traffic(NamedTuple):
-    """What an emulated kernel asked of global memory."""
+    """Global memory traffic of an emulated kernel."""
 
     read_bytes: int  # of the logits
     written_bytes: int  # of the output

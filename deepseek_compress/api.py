@@ -34,7 +34,7 @@ Knobs = Mapping[str, Any]  # path in the recipe -> value
 
 
 class Machine(TypedDict, total=False):
-    """What a run may use."""
+    """Limits of a run, as the command line's options."""
 
     device: str  # "auto", "cpu", "cuda", "cuda:N"
     memory: str | int  # of all processes together, "8GiB" or bytes

@@ -1,4 +1,4 @@
-"""What a recipe can name, with one line and the source of each: `dsc list`."""
+"""Everything a recipe can name, with one line and the source of each: `dsc list`."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, JustifyMethod
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
@@ -143,6 +143,13 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def estimate(seconds: float | None) -> str | None:
+    """Format seconds that are foreseen, no finer than they are known: `45 s`, `7 min`, `2 h 05 min`."""
+    if seconds is None:
+        return None
+    return duration(seconds) if not 59.5 <= seconds < 3600 else f"{seconds / 60:.0f} min"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds for people: `45 s`, `3 min 20 s`, `12 min`, `2 h 05 min`."""
     if seconds is None:
@@ -171,27 +178,44 @@ class StageProgress:
         """Mark the stage as done, or as done before."""
 
 
+class Pace:
+    """Time left at the rate of this run: from the first count on, so that neither loading nor what an earlier run has
+    done changes it. A smaller count than the last begins anew."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began, self._first, self._last = 0.0, 0, -1
+
+    def left(self, done: int, total: int) -> float | None:
+        """Take a count; return the seconds left, None before anything is done."""
+        now = self._clock()
+        if self._last < 0 or done < self._last:
+            self._began, self._first = now, done
+        self._last = done
+        new = done - self._first
+        return (now - self._began) / new * (total - done) if new else None
+
+
 class _PlainProgress(StageProgress):
     """One line now and then, for logs."""
 
     SECONDS = 10.0
 
     def __init__(self) -> None:
-        self._began = self._shown = 0.0
-        self._name = ""
+        self._shown = 0.0
+        self._name, self._pace = "", Pace()
 
     def start(self, name: str, number: int, total: int) -> None:
-        self._name, self._began = name, time.monotonic()
-        self._shown = self._began
+        self._name, self._pace = name, Pace()
+        self._shown = time.monotonic()
         note(f"[{number}/{total}] {name}")
 
     def update(self, done: int, total: int, text: str) -> None:
-        now = time.monotonic()
-        if now - self._shown < self.SECONDS or not done:
+        left, now = self._pace.left(done, total), time.monotonic()
+        if now - self._shown < self.SECONDS or left is None or done >= total:
             return
         self._shown = now
-        left = (now - self._began) / done * (total - done)
-        note(f"  {self._name} {done}/{total} {text} ({duration(left)} left)")
+        note(f"  {self._name} {100 * done // total}%, {text} ({duration(left)} left)")
 
     def tell(self, text: str) -> None:
         note(f"  {text}")
@@ -200,28 +224,21 @@ class _PlainProgress(StageProgress):
         note(f"  {name}: {text}")
 
 
-class _TimeLeft(ProgressColumn):
-    """Time left at the rate so far."""
-
-    def render(self, task: Task) -> Text:
-        if not task.completed or not task.total or task.elapsed is None:
-            return Text("")
-        left = task.elapsed / task.completed * (task.total - task.completed)
-        return Text(f"{duration(left)} left", style="quiet")
-
-
 class _LiveProgress(StageProgress):
     """A bar for the stage that runs, a line for each that is done."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=None, name="", note="")
+        self._progress, self._pace = progress, Pace()
+        self._task = progress.add_task("", total=None, name="", note="", left="")
 
     def start(self, name: str, number: int, total: int) -> None:
-        self._progress.reset(self._task, total=None, name=f"[{number}/{total}] {name}"[:32], note="")
+        self._pace = Pace()
+        self._progress.reset(self._task, total=None, name=f"[{number}/{total}] {name}"[:32], note="", left="")
 
     def update(self, done: int, total: int, text: str) -> None:
-        self._progress.update(self._task, completed=done, total=total, note=plain(text)[:24])
+        seconds = self._pace.left(done, total)
+        left = "" if seconds is None else f"{duration(seconds)} left"
+        self._progress.update(self._task, completed=done, total=total, note=plain(text)[:24], left=left)
 
     def tell(self, text: str) -> None:
         self._progress.console.print(Text(f"  {plain(text)}", style="quiet"), soft_wrap=True)
@@ -242,7 +259,7 @@ def progress(quiet: bool = False) -> Iterator[StageProgress]:
             TextColumn("{task.fields[name]}", style="name"),
             BarColumn(bar_width=14),
             TimeElapsedColumn(),
-            _TimeLeft(),
+            TextColumn("{task.fields[left]}", style="quiet"),
             TextColumn("{task.fields[note]}", style="quiet"),
         )
         with Progress(*columns, console=err(), transient=True, refresh_per_second=4) as bars:

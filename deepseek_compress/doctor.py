@@ -1,4 +1,4 @@
-"""What this machine can run, and how to get the rest."""
+"""Capabilities of this machine, and how to get the rest."""
 
 from __future__ import annotations
 

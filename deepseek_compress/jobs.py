@@ -15,6 +15,7 @@ from deepseek_compress.recipe import read_recipe as read
 if TYPE_CHECKING:
     from deepseek_compress.pipeline import Options
 
+FIRST = "quickstart"  # the recipe that a newcomer runs first
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -113,6 +114,14 @@ def options(
     on_device = bytes_of(gpu_memory, "--gpu-memory")
     limits = (bytes_of(memory), workers, ray, on_device)
     return Options(chosen[0], *limits, quick=quick, verifier=verifier, filter=guard, several=several)
+
+
+def measure_once(recipe: Recipe, device: str) -> None:
+    """Measure this machine with the built-in run, if it was not: from then on `dsc plan` knows times."""
+    from deepseek_compress.planning.rates import rates
+
+    if recipe.name == FIRST and rates(device=device) is None:
+        rates(measure=True, device=device)
 
 
 def bytes_of(size: str | int | None, option: str = "--memory") -> int | None:

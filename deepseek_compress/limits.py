@@ -1,4 +1,4 @@
-"""How much work input may ask for, in one place. Beyond a limit there is one clear line, never an endless run.
+"""Limits on the work that input may ask for, in one place. Beyond one there is a clear error, never an endless run.
 
 Each is far above what any published model or honest file needs.
 """
@@ -22,7 +22,7 @@ RECIPE_BYTES = 1 << 20
 HEADER_BYTES = 100_000_000  # of a shard's header; the safetensors library refuses longer ones too
 HEADER_TENSORS = 1_000_000  # of a shard
 RANK = 8  # dimensions of a tensor
-SIZE = 1 << 48  # elements of a dimension, bytes of a tensor, and any whole number in a config.json
+SIZE = 1 << 48  # elements of a dimension, bytes of a tensor, and any integer in a config.json
 LAYERS = 10_000
 EXPERTS = 100_000
 LINE_BYTES = 64 << 20  # of a line of calibration text

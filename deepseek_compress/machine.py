@@ -1,4 +1,4 @@
-"""What this machine is, and how much memory a run takes."""
+"""Facts of this machine, and the memory that a run takes."""
 
 from __future__ import annotations
 

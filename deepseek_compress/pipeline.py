@@ -31,13 +31,14 @@ from deepseek_compress.stages.base import Context, Forecast
 from deepseek_compress.stages.identity import code_hash, lasting, manifest_hash, text_hashes
 from deepseek_compress.stages.shortage import gpu_problems, memory_problems
 from deepseek_compress.stages.text import choice_cost
+from deepseek_compress.workers.address import cluster_problems
 
 REPORTS = ("report.json", "report.md", "report.html")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the machine may give to a run; of it only the device may change bytes that are written."""
+    """Resources of a run; of these only the device may change bytes that are written."""
 
     device: str = "cpu"
     memory: int | None = None  # bytes, all processes together
@@ -54,10 +55,21 @@ class Options:
         """All that compute."""
         return self.several or (self.device,)
 
+    @property
+    def processes(self) -> int | None:
+        """`workers`, as far as there are cores."""
+        return None if self.workers is None else min(self.workers, machine.cores())
+
+    def decisions(self) -> list[str]:
+        """Say what limits the run, where that is less than was asked for."""
+        if self.workers == self.processes:
+            return []
+        return [f"--workers {self.processes}, not {self.workers}: this machine has {machine.cores()} cores"]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. `forecasts` has a stage as far as the one before it could be foreseen."""
+    """Result of planning. `forecasts` has a stage as far as the one before it could be foreseen."""
 
     recipe: Recipe
     model: Path | None
@@ -76,7 +88,7 @@ class Plan:
 
 @dataclass
 class _Run:
-    """What the fold carries: where outputs are and what identifies them."""
+    """State that the fold carries: where outputs are and what identifies them."""
 
     out: Path
     flat: bool
@@ -108,6 +120,7 @@ def plan(recipe: Recipe, options: Options = Options()) -> Plan:
     problems += _calibration_problems(recipe, paths.get("model"))
     problems += memory_problems(forecasts, options.memory)
     problems += gpu_problems(forecasts, options.devices, options.gpu_memory)
+    problems += cluster_problems(options.ray)
     if options.verifier is not None and all(step.kind != "traces" for step in recipe.steps):
         problems.append(DscError(f"--verifier: {recipe.name} has no stage traces", "leave it out"))
     return Plan(recipe, paths.get("model"), headers.get("model"), forecasts, problems, options)
@@ -131,11 +144,13 @@ def run(
         state = _Run(out, flat, recipe, options, progress or StageProgress(), provenance.versions())
         _inputs(state)
         workspace.agree(out, _identity(state), state.progress.tell)
+        for line in options.decisions():
+            state.progress.tell(line)
         if options.quick:
             state.progress.tell("--quick: of files above 1 MiB, sizes alone are compared with what was written")
         for each in options.devices if options.device != device.CPU else ():
             device.bound_memory(each, options.gpu_memory)
-            state.progress.tell(device.told(each))
+            state.progress.tell(device.describe(each))
         _pages(state, recipe.steps)
         for number, step in enumerate(recipe.steps, start=1):
             state.progress.start(step.name, number, len(recipe.steps))
@@ -188,7 +203,7 @@ def _forecasts(recipe: Recipe, header: Header, problems: list[DscError]) -> dict
 
 
 def _with_choice(forecast: Forecast, source: Header, select: Select, length: int) -> Forecast:
-    """What a stage needs when its text is chosen from a pool before."""
+    """Add the costs of choosing the stage's text from a pool."""
     memory, work, tasks = choice_cost(source, select, length)
     return replace(
         forecast,
@@ -217,7 +232,7 @@ def _calibration_problems(recipe: Recipe, model: Path | None) -> list[DscError]:
 
 @contextmanager
 def _collect(problems: list[DscError]) -> Iterator[None]:
-    """A `DscError` inside joins `problems`."""
+    """Add a `DscError` raised inside to `problems`."""
     try:
         yield
     except Problems as error:
@@ -249,7 +264,7 @@ def _inputs(state: _Run) -> None:
 
 
 def _identity(state: _Run) -> dict[str, Any]:
-    """What the bytes of all outputs follow from."""
+    """Collect everything that the bytes of the outputs depend on."""
     recipe = state.recipe
     return {
         "recipe": {
@@ -286,7 +301,7 @@ def _stage(state: _Run, step: Step) -> None:
 
 
 def _pages(state: _Run, steps: Sequence[Step]) -> list[workspace.Pages]:
-    """Reports of stages, for the directory of the whole run; refused where somebody else wrote one there."""
+    """Find reports of stages, to be copied to the directory of the whole run; foreign ones there are refused."""
     copies = {name: state.out / name for name in REPORTS}
     found = [step for step in steps if step.stage.writes == "report" and not state.flat]
     return [workspace.Pages(state.directory(step.name), copies, state.out) for step in found]
@@ -359,7 +374,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
         device=options.device,
         devices=options.several,
         memory=options.memory,
-        workers=options.workers,
+        workers=options.processes,
         ray=None if _alone(state, step) else options.ray,
         verifier=options.verifier,
         filter=options.filter,
@@ -370,7 +385,7 @@ def _context(state: _Run, step: Step, directory: Path) -> Context:
 
 
 def _close(state: _Run) -> None:
-    """The manifest of the whole run."""
+    """Write the manifest of the whole run."""
     recipe = state.recipe
     manifest = {"schema": provenance.SCHEMA, "recipe": recipe.text, "seed": recipe.seed, "versions": state.versions}
     manifest |= {

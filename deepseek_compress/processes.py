@@ -108,12 +108,12 @@ class Workers:
 
 
 def _begin(begin: Callable[..., None], alive: Connection, arguments: Sequence[Any], own: SimpleQueue[Any]) -> None:
-    """Runs in each of the workers."""
+    """Set up a worker process."""
     begin(alive, *arguments, own.get())
 
 
 def lost() -> tuple[type[Exception], ...]:
-    """What is raised where a worker was killed: the first; where the fork server is gone: the others."""
+    """Return the exceptions of a killed worker (the first) and of a lost fork server (the others)."""
     from concurrent.futures.process import BrokenProcessPool
 
     return BrokenProcessPool, ConnectionError, EOFError

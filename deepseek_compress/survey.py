@@ -1,4 +1,4 @@
-"""What is in a checkpoint, by role, and whether it is whole: `dsc inspect`."""
+"""Contents of a checkpoint by role, and whether it is intact: `dsc inspect`."""
 
 from __future__ import annotations
 

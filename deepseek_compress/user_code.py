@@ -119,14 +119,14 @@ def _serve(file: str, name: str, answers: IO[bytes]) -> None:
         spec.loader.exec_module(module)
         function = getattr(module, name)
     except BaseException as error:
-        say(error=_told(error))
+        say(error=_message(error))
         return
     say(ready=True)
     for line in sys.stdin.buffer:
         try:
             say(value=function(*json.loads(line)))
         except BaseException as error:  # whatever the user's code raises, SystemExit among it
-            say(error=_told(error))
+            say(error=_message(error))
 
 
 def _end_with(parent: int) -> None:
@@ -136,7 +136,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

@@ -7,6 +7,7 @@ fingerprint: the entry is written last.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -76,10 +77,6 @@ def lock(out: Path) -> Iterator[None]:
 
 def _take(file: IO[str]) -> bool:
     try:
-        import fcntl
-    except ImportError:  # Windows: a run there is not guarded
-        return True
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
@@ -98,7 +95,7 @@ def agree(out: Path, state: Mapping[str, Any], tell: Callable[[str], None]) -> N
     before = kept(file)
     if touched and before is not None:
         raise_problems(
-            DscError(f"{out}: made with {what}", "choose another -o, or remove that directory")
+            DscError(f"{out}: made {what}", "choose another -o, or remove that directory")
             for what in differences(before, wanted)
         )
     if touched and before is None:
@@ -108,7 +105,7 @@ def agree(out: Path, state: Mapping[str, Any], tell: Callable[[str], None]) -> N
 
 
 def differences(there: Any, here: Any, place: str = "") -> list[str]:
-    """`place VALUE there, VALUE here` for each leaf in which two JSON values differ."""
+    """Say for each leaf in which two JSON values differ `with PLACE VALUE, now VALUE`, or who has none."""
     if isinstance(there, list) and isinstance(here, list):
         there, here = dict(enumerate(there)), dict(enumerate(here))
     if isinstance(there, dict) and isinstance(here, dict):
@@ -116,11 +113,15 @@ def differences(there: Any, here: Any, place: str = "") -> list[str]:
         for key in dict.fromkeys([*there, *here]):
             found += differences(there.get(key), here.get(key), f"{place}.{key}" if place else str(key))
         return found
-    return [] if there == here else [f"{place} {_short(there)}, now {_short(here)}"]
+    if there == here:
+        return []
+    if there is None:
+        return [f"without {place}, now {_short(here)}"]
+    return [f"with {place} {_short(there)}, now {'without' if here is None else _short(here)}"]
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value) if value is not None else "unset"
+    text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 

@@ -116,11 +116,21 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "none"
-    return f"`{_plain(value)}`"
+    return f"`{_yaml(value)}`"
 
 
-def _plain(value: Any) -> Any:
-    return value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
+def _yaml(value: Any) -> str:
+    """Write a default as a recipe would."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [_yaml(part) for part in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+        return f"[{', '.join(parts)}]"
+    if isinstance(value, BaseModel):
+        dumped = value.model_dump(mode="json", exclude_defaults=True)
+        name = type(value).__name__.lower() if hasattr(value, "paper") else "its defaults"
+        return name if not dumped else _yaml(dumped) if isinstance(dumped, dict) else str(dumped)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(part)}" for key, part in value.items()) + "}"
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
 
 
 def _escaped(text: str) -> str:
@@ -142,7 +152,7 @@ def commands() -> str:
 
 
 def report(name: str) -> str:
-    """A report's Markdown, its headings below ours; pictures and links to other files stay in the repository."""
+    """Return a report's Markdown, its headings below ours; pictures and links to other files stay in the repository."""
     text = (ROOT / "reports" / f"{name}.md").read_text(encoding="utf-8")
     text = re.sub(r"^#+ .*$\n?", "", text, count=1, flags=re.MULTILINE)
     text = re.sub(r"^(#+) ", r"##\1 ", text, flags=re.MULTILINE)
@@ -150,7 +160,7 @@ def report(name: str) -> str:
 
 
 def results() -> str:
-    """The README's table, from reports/accuracy.json."""
+    """Build the README's table from reports/accuracy.json."""
     record = json.loads((ROOT / "reports" / "accuracy.json").read_text(encoding="utf-8"))
     bars = record["bars"]["moe"]
     lines = [

@@ -1,1 +1,1 @@
-"""How the built-in model is made: data, training, publication. Not needed to use it."""
+"""The making of the built-in model: data, training, publication. Not needed to use it."""

@@ -40,7 +40,7 @@ def encode(text: str) -> list[int]:
 
 
 def tokens_of(problem: tasks.Problem) -> tuple[list[int], int]:
-    """The ids of a problem with its solution, and how many of them belong to the prompt (with `<bos>`)."""
+    """Return the ids of a problem with its solution, and how many of them belong to the prompt (with `<bos>`)."""
     prompt = [_IDS[BOS], *encode(problem.prompt)]
     return [*prompt, *encode(problem.solution), _IDS[EOS]], len(prompt)
 

@@ -41,7 +41,7 @@ def build(device: torch.device, seed: int, source: Path = CONFIG, **changes: int
 
 
 def mixtures(model: nn.Module) -> list[nn.Module]:
-    """The mixture-of-experts modules, in the order of the layers."""
+    """List the mixture-of-experts modules, in the order of the layers."""
     return [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
 
 

@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, pull: float) -> list[torch.optim.Optimizer]:
-    """The optimizers that together hold every parameter."""
+    """Make the optimizers that together hold every parameter."""
     matrices, others, fused = [], [], set()
     for key, weight in model.named_parameters():
         hidden = weight.ndim >= 2 and not any(part in key for part in ("embed_tokens", "lm_head", "gate.weight"))

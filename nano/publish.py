@@ -26,7 +26,7 @@ MOVED = 3  # scales at the end of a shard that lie in the next one
 
 
 def unfused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' stacked experts, (experts, rows, columns), as one tensor for each expert and projection."""
+    """Split transformers' stacked experts, (experts, rows, columns), into one tensor for each expert and projection."""
     found: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if name.endswith("experts.gate_up_proj"):

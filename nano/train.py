@@ -30,7 +30,7 @@ SAVE_EVERY = 300.0  # seconds
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=float, default=20e6, help="tokens to train on, padding not counted")
@@ -60,7 +60,7 @@ def rate(step: int, done: float, decay: float, warmup: int = 50) -> float:
 
 
 def batch_of(rows: data.Rows, size: int, step: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The batch of one step: rows drawn without replacement, an epoch after the other, from `seed` alone."""
+    """Draw the batch of one step: rows without replacement, an epoch after the other, from `seed` alone."""
     ids, weights = rows
     per_epoch = max(1, len(ids) // size)
     order = np.random.default_rng([seed, step // per_epoch]).permutation(len(ids))
@@ -102,7 +102,7 @@ def by_family(problems: list[tasks.Problem], right: list[bool]) -> dict[str, flo
 
 
 def train(options: argparse.Namespace) -> nn.Module:
-    """The training run; returns the model with its best weights."""
+    """Train; return the model with its best weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # TF32 products on a GPU, FP32 elsewhere
     difficulty = tasks.Difficulty(*map(int, options.difficulty.split(","))) if options.difficulty else tasks.DEFAULT

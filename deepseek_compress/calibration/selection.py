@@ -31,7 +31,7 @@ from torch.nn import functional
 
 
 class Candidates(NamedTuple):
-    """What the model makes of each of n windows."""
+    """Scores of each of n windows under the model."""
 
     entropy: Tensor  # float64 (n,), nats
     states: Tensor  # float64 (n, hidden): mean of what enters the head
@@ -39,7 +39,7 @@ class Candidates(NamedTuple):
 
 
 class Quota(NamedTuple):
-    """How many windows each source may give."""
+    """Windows that each source may give."""
 
     source: Sequence[int]  # of each window
     counts: Sequence[int]  # of each source
@@ -81,12 +81,12 @@ def by_coverage(experts: Tensor, count: int, quota: Quota | None = None) -> list
 
 
 def coverage(experts: Tensor, chosen: Sequence[int]) -> dict[str, int]:
-    """How many tokens of the windows `chosen` reach an expert: over all blocks, of experts (n, blocks, experts)."""
+    """Count the tokens of the windows `chosen` at each expert: over all blocks, of experts (n, blocks, experts)."""
     return spread(experts[list(chosen)].sum(0).flatten().tolist())
 
 
 def spread(tokens: Iterable[int]) -> dict[str, int]:
-    """How unlike the tokens of experts are: how many get none, and the fewest, median and most of one."""
+    """Measure how unevenly tokens spread over experts: experts without any, and the fewest, median and most of one."""
     counts = sorted(tokens)
     return {"unreached": counts.count(0), "fewest": counts[0], "median": counts[len(counts) // 2], "most": counts[-1]}
 

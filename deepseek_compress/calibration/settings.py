@@ -1,4 +1,4 @@
-"""What a recipe says about calibration text: where it comes from, in which shares, how much of it, which of it."""
+"""A recipe's `calibration`: sources of text, their shares, the number of samples, and selection among them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ __all__ = ["BUILTIN", "Sample", "files_of", "read_samples"]
 BUILTIN = "builtin"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz", ".md")
 TABLES = (".csv", ".tsv")
-TOLD = 20  # bad lines of a source
+REPORTED = 20  # bad lines of a source
 SEARCHED = 100_000  # good lines after the first bad one in which others are looked for
 
 
@@ -65,7 +65,7 @@ def read_samples(source: str | Path) -> Iterator[Sample]:
         else:
             empty = False
             yield sample
-        if len(bad) == TOLD or since > SEARCHED:
+        if len(bad) == REPORTED or since > SEARCHED:
             bad.append(DscError(f"{source}: not searched for bad lines any further", "fix these first"))
             break
     raise_problems(bad)

@@ -58,7 +58,7 @@ class Ahead:
         self._thread.start()
 
     def take(self, name: str) -> Parts | None:
-        """The stored parts of `name` on the device; None where they were not read yet, or are not read ahead."""
+        """Return the stored parts of `name` on the device; None where they were not read yet, or are not read ahead."""
         place = self._place.get(name)
         if place is None:
             return None

@@ -81,7 +81,7 @@ class DirectFile:
             self._fd = -1
 
     def _hand_over(self) -> None:
-        """Write the full block, or leave that to the thread and go on with the other block, once that is written."""
+        """Write the full block, or leave that to the thread and fill the other block, once that is written."""
         if self._writing is not None:
             self._writing.result()
         if self._thread is None:

@@ -42,7 +42,7 @@ def fold(
     """
     tensors: dict[str, TensorInfo] = {}
     problems: list[DscError] = []
-    fp8.block_size(config)  # refuses what is no size
+    fp8.block_size(config)  # refuses an invalid size
     for name, place in stored.items():
         suffix = module_of(name)[1]
         main = stored_name(name, "weight")
@@ -83,11 +83,11 @@ def _one_cause(problems: list[DscError], config: dict[str, Any]) -> list[DscErro
     if not fits:
         return problems
     height, width = fp8.block_size(config)
-    told = f"weight_block_size is {height} x {width}"
+    named = f"weight_block_size is {height} x {width}"
     if not (config.get("quantization_config") or {}).get("weight_block_size"):
-        told = f"no quantization_config.weight_block_size, so {height} x {width} is meant"
+        named = f"no quantization_config.weight_block_size, so {height} x {width} is meant"
     size = max(fits)
-    what = f"config.json: {told}, but the scales of {len(apart)} FP8 weights are those of {size} x {size}"
+    what = f"config.json: {named}, but the scales of {len(apart)} FP8 weights are those of {size} x {size}"
     one = DscError(f"{what} ({apart[0].what.split(':')[0]}, ...)", "give the config.json of these shards")
     return [one, *(problem for problem in problems if not isinstance(problem, _OtherBlock))]
 

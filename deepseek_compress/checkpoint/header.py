@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers alone: no tensor byte is read here.
+"""The tensors of a checkpoint, from its headers alone: no tensor byte is read here.
 
 A safetensors file is `u64 little-endian header length | JSON header | data`; the header maps a name to dtype, shape
 and `[begin, end)` within the data (https://huggingface.co/docs/safetensors, section Format). Everything is checked
@@ -195,7 +195,7 @@ def _location(path: Path, name: str, entry: Any, start: int, here: Identity) -> 
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise DscError(f"{where}: unknown dtype {str(dtype_name)[:80]!r}", f"known: {', '.join(DTYPES)}")
     if not _whole(shape):
-        raise DscError(f"{where}: shape {str(shape)[:80]} is not a list of whole numbers", _AGAIN)
+        raise DscError(f"{where}: shape {str(shape)[:80]} is not a list of integers", _AGAIN)
     if not _whole(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
         raise DscError(f"{where}: data_offsets {str(offsets)[:80]} are not [begin, end]", _AGAIN)
     begin, end = offsets

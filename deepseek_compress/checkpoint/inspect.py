@@ -1,4 +1,4 @@
-"""What is in a checkpoint: roles, encodings, bits, sparsity, lineage; and whether its files are what they were."""
+"""Contents of a checkpoint: roles, encodings, bits, sparsity, lineage; and whether its files are unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def summarize(
         "bytes": size,
         "bits_per_weight": 8 * size / parameters if parameters else None,
         "shards": len(_shard_files(checkpoint)),
-        "activations": checkpoint.told_activations,
+        "activations": checkpoint.manifest_activations,
         "kv_cache": checkpoint.kv_cache,
         "lineage": (checkpoint.manifest or {}).get("lineage") or [],
         "roles": rows,
@@ -53,7 +53,7 @@ def verify_hashes(checkpoint: Checkpoint) -> Iterator[DscError]:
 
 
 class _Key(NamedTuple):
-    """What the tensors of a row have in common."""
+    """Attributes that the tensors of a row share."""
 
     role: str
     encoding: str

@@ -137,7 +137,7 @@ def input_parts(scale: float, zero_point: int, symmetric: bool) -> dict[str, Ten
 
 
 def parts_of(name: str, tensor: Tensor | Quantized, dynamic_int8: bool = False) -> dict[str, Tensor]:
-    """How a tensor is stored: a plain one in its own type, a quantised one packed.
+    """Return the stored parts of a tensor: a plain one in its own type, a quantised one packed.
 
     `dynamic_int8`: inputs are rounded to 8 bits while it runs; symmetric 8-bit weights with one scale a row are then
     stored as `int-quantized`, the form that servers want.

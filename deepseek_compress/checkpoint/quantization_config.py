@@ -30,7 +30,7 @@ _TABLE = re.compile(r"^(model\.)?(embed_tokens|lm_head|embed|head)$")  # modules
 
 
 class Stored(NamedTuple):
-    """How one logical tensor was written. Plain values: it is kept in the ledger of an unfinished output."""
+    """Encoding of one logical tensor as written. Plain values: it is kept in the ledger of an unfinished output."""
 
     format: str  # plain, published, untouched, or one of compressed-tensors' formats
     bytes: int
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """How one weight is stored; equal schemes share a group. Sorts in the order of the groups."""
+    """Quantisation scheme of one weight; equal schemes share a group. Sorts in the order of the groups."""
 
     format: str  # pack-quantized, int-quantized or mxfp4-pack-quantized
     num_bits: int
@@ -52,7 +52,7 @@ class Scheme(NamedTuple):
 
 
 def describe(name: str, parts: Mapping[str, Tensor]) -> Stored:
-    """How `parts` store the logical tensor `name`, from their types and shapes."""
+    """Infer the encoding of the logical tensor `name` from types and shapes of its `parts`."""
     size = sum(part.nbytes for part in parts.values())
     if len(parts) == 1:
         (tensor,) = parts.values()
@@ -72,7 +72,7 @@ def describe(name: str, parts: Mapping[str, Tensor]) -> Stored:
 
 
 def assign_schemes(stored: Mapping[str, Stored]) -> tuple[dict[str, Scheme], list[str], list[str]]:
-    """(module -> scheme, modules with a plain matrix, modules that keep their published encoding).
+    """Return (module -> scheme, modules with a plain matrix, modules that keep their published encoding).
 
     A weight with one scale a row belongs to the group size that equals its width if another weight has that group size;
     otherwise it is a channel scheme. On disk the two are the same.
@@ -103,7 +103,7 @@ def quantization_config(
     ignore: Iterable[str],  # the caller's names and "re:" patterns
     input_activations: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What transformers, vLLM and compressed-tensors read."""
+    """Build the `quantization_config` that transformers, vLLM and compressed-tensors read."""
     kinds = sorted(set(schemes.values()), key=lambda scheme: (scheme.format, *map(str, scheme[1:])))
     modules = [*schemes, *plain]
     groups: dict[str, Any] = {}
@@ -153,7 +153,7 @@ def input_activations(scheme: Mapping[str, Any] | None, schemes: Mapping[str, Sc
 
 
 def ignore_list(schemes: Mapping[str, Scheme], plain: Iterable[str], ignore: Iterable[str]) -> list[str]:
-    """The caller's patterns, then every plain module that they miss, and the head, which may be tied."""
+    """Return the caller's patterns, then every plain module that they miss, and the head, which may be tied."""
     wanted = [pattern for pattern in dict.fromkeys(ignore) if pattern not in schemes or not _TABLE.match(pattern)]
     plain = list(plain)
     wrong = sorted(module for module in schemes if any(matches(module, pattern) for pattern in wanted))

@@ -64,18 +64,18 @@ class Checkpoint:
         return (self.manifest or {}).get("activations")
 
     @property
-    def told_activations(self) -> dict[str, Any] | None:
+    def manifest_activations(self) -> dict[str, Any] | None:
         """The same to be shown: without the grid of each input that a static scheme has."""
         found = self.activations
         return found and {key: value for key, value in found.items() if key != "inputs"}
 
     @property
     def kv_cache(self) -> dict[str, Any] | None:
-        """How the manifest says that keys and values are stored (`{"num_bits": 8, ...}`), or None: in 16 bits."""
+        """Scheme of keys and values in the manifest (`{"num_bits": 8, ...}`); None: 16 bits."""
         return (self.manifest or {}).get("kv_cache")
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """The logical tensor `name`, in fresh memory of `device`, where it is decoded.
+        """Read the logical tensor `name` into fresh memory of `device`, where it is decoded.
 
         Decoded in float32 and rounded once to `dtype`; None keeps the stored type of a plain tensor (BF16 for an
         encoded one). Whole-number tensors keep their type. Raises `DscError` for NaN or infinity.
@@ -102,13 +102,13 @@ class Checkpoint:
         dtype: torch.dtype | None = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """The rows `places`, int64 (n,), of a matrix, decoded like `read`; only these are read from the disk."""
+        """Read the rows `places`, int64 (n,), of a matrix, decoded like `read`; no others are read from the disk."""
         rows = read_rows(self._info(name), places, self.config, dtype or torch.bfloat16)
         check_finite(name, rows)
         return rows.to(device)
 
     def read_raw(self, name: str) -> dict[str, Tensor]:
-        """The stored parts of `name` as they are, in fresh memory: `{"weight": ..., "weight_scale_inv": ...}`."""
+        """Read the stored parts of `name` as they are, into new memory: `{"weight": ..., "weight_scale_inv": ...}`."""
         return {suffix: read_tensor(place, f"{name} ({suffix})") for suffix, place in self._info(name).parts.items()}
 
     def read_slice(self, name: str, suffix: str, start: int, count: int) -> Tensor:
@@ -119,7 +119,7 @@ class Checkpoint:
         return read_tensor(part, f"{name} ({suffix})")
 
     def pieces(self, place: Location) -> Iterator[memoryview]:
-        """The bytes of one stored tensor, unchanged; each piece is valid until the next is asked for."""
+        """Yield the bytes of one stored tensor, unchanged; each piece is valid until the next is asked for."""
         done = 0
         with disk_errors(place.file), open_regular(place.file) as file:
             check_same(place, file.fileno())
@@ -290,7 +290,7 @@ def _decode(info: TensorInfo, parts: dict[str, Tensor], config: dict[str, Any], 
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise DscError for NaN and infinity in stored floats; whole numbers are what they are.
+    """Raise DscError for NaN and infinity in stored floats; integers are what they are.
 
     One cheap sum first: it is finite unless an element is not, or the sum itself overflows.
     """

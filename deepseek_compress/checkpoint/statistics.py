@@ -1,4 +1,4 @@
-"""What calibration collected, on disk: a safetensors file a block, named by the block, and the manifest last.
+"""Calibration statistics on disk: a safetensors file a block, named by the block, and the manifest last.
 
     statistics-00003.safetensors    "model.layers.3.mlp.in.hessian", ".input_absmax", ".input_absmean", ".tokens", ...
 
@@ -35,7 +35,7 @@ _AGAIN = "collect them again with dsc calibrate"
 
 
 def parts_of_statistics(statistics: Statistics) -> dict[str, Tensor]:
-    """What is stored of them."""
+    """Return the tensors that are stored for an input's statistics."""
     parts = {field: getattr(statistics, field) for field in FIELDS}
     found = {field: tensor for field, tensor in parts.items() if tensor is not None}
     if "hessian" in found:
@@ -54,7 +54,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
 
 
 def unpack_triangle(flat: Tensor) -> Tensor:
-    """What `pack_triangle` made, as the symmetric (n, n) that it came from."""
+    """Restore the symmetric (n, n) from the output of `pack_triangle`."""
     n, done = int(((8 * len(flat) + 1) ** 0.5 - 1) / 2 + 0.5), 0
     out = flat.new_zeros(n, n)
     for row in range(n):
@@ -90,10 +90,10 @@ class StatisticsWriter:
             self._open.add(f"{name}.{suffix}", tensor)
 
     def keep(self, name: str) -> None:
-        """A tensor of the model: not stored."""
+        """Ignore a tensor of the model, which is not stored."""
 
     def append(self, name: str, write: Callable[[OpenShard], None]) -> None:
-        """A tensor of the model: not stored."""
+        """Ignore a tensor of the model, which is not stored."""
 
     def flush(self) -> None:
         """End the block: its file appears."""
@@ -124,7 +124,7 @@ class StatisticsWriter:
         return len(self._shards)
 
     def _taken(self, number: int) -> dict[str, Any] | None:
-        """A block's file of an interrupted run, where it is what was written; also one that has its place already."""
+        """Take a block's file of an interrupted run, if it is intact; also one that has its place already."""
         file, facts = self._path(number), kept(self._path(number).with_suffix(".json"))
         named = self.out / file.name
         if facts is not None and not file.exists() and named.is_file() and named.name in recorded(self.out):
@@ -153,7 +153,7 @@ class SavedStatistics:
 
     @property
     def fields(self) -> frozenset[str]:
-        """What is there of each input."""
+        """Names of the statistics that exist for each input."""
         return frozenset(self.manifest["statistics"]["fields"])
 
     def over(self, scales: Mapping[str, Tensor]) -> SavedStatistics:
@@ -178,7 +178,7 @@ class SavedStatistics:
 
 
 def open_statistics(path: Path) -> SavedStatistics:
-    """What `dsc calibrate` wrote to the directory `path`. Raises DscError for anything else, and what is damaged."""
+    """Open the output of `dsc calibrate` at `path`. Raises DscError for anything else, and for damaged files."""
     manifest = manifest_of(path)
     if manifest is None:
         raise DscError(f"{path}: no statistics in it", "give a directory that dsc calibrate wrote")

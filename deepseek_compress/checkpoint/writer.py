@@ -119,7 +119,7 @@ class CheckpointWriter:
 
     @property
     def dynamic_int8(self) -> bool:
-        """What `ledger.parts_of` has to know."""
+        """Whether inputs are rounded to 8 bits at run time, which `ledger.parts_of` asks."""
         return self._activations is not None
 
     def shard_path(self, number: int) -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from deepseek_compress import __version__, console, limits
 from deepseek_compress.cli import look, speak, work
@@ -23,10 +24,10 @@ class Terminated(KeyboardInterrupt):
 
 
 class Commands(TyperGroup):
-    """Turns what a command raises into one line and an exit code."""
+    """Turn an exception of a command into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a traceback is left only for our own defects."""
+        """Run the command; only a bug of ours shows a traceback."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -51,6 +52,14 @@ class Commands(TyperGroup):
                 DscError(f"{place}{error.strerror or error}", "fix this, then run the same command again to resume"),
             )
             raise typer.Exit(1) from None
+
+
+class Command(TyperCommand):
+    """A command whose usage line names its arguments without braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """`MODEL...`, where typer writes `{MODEL...}...`."""
+        return [re.sub(r"\{(.*)\}(\.\.\.)?", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
 
 
 def _report(context: typer.Context, error: DscError) -> None:
@@ -105,7 +114,7 @@ for name, function, panel in (
     ("doctor", look.doctor, _LOOK),
     ("list", look.list_, _LOOK),
 ):
-    app.command(name, rich_help_panel=panel)(function)
+    app.command(name, cls=Command, rich_help_panel=panel)(function)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -66,7 +66,7 @@ Json = Annotated[bool, typer.Option("--json", callback=_remember_json, help="One
 
 
 def typed(context: typer.Context, *but: str) -> str:
-    """The options that were given, each after a space, as they would be typed again; `but` those parameters."""
+    """Return the given options, each after a space, as they would be typed again; without the parameters `but`."""
     words = ""
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")

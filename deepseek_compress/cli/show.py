@@ -1,4 +1,4 @@
-"""How each answer looks: tables for people, one document for `--json`."""
+"""Rendering of each answer: tables for people, one document for `--json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> None:
-    """The stages of a plan with what each would write, and every problem."""
+    """Show the stages of a plan with the size of each output, and every problem."""
     rows = [_planned(found, step, rates) for step in found.recipe.steps]
     if as_json:
         problems = [{"what": problem.what, "fix": problem.fix} for problem in found.problems[: limits.PROBLEMS]]
@@ -47,7 +47,7 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
             row["tensors"],
             _size(row["bytes"]),
             _size(row["memory"]),
-            _time(row["seconds"]),
+            console.estimate(row["seconds"]),
         )
         for row, number in zip(rows, numbers.values(), strict=True)
     )
@@ -55,6 +55,8 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     needs = [row["device_memory"] for row in rows if row["device_memory"]]
     if needs:
         console.line(f"{', '.join(found.options.devices)}: {console.size(max(needs))} of its memory")
+    for line in found.options.decisions():
+        console.line(line, "quiet")
     for row in rows:
         for line in row["decisions"]:
             console.line(f"{row['name']}: {line}", "quiet")
@@ -64,6 +66,9 @@ def plan(found: Plan, rates: Rates | None, as_json: bool, following: str) -> Non
     if rates is None:
         what = "this machine" if found.options.device == "cpu" else found.options.device
         console.line(f"time unknown: {what} was not measured yet (--measure, 10 s)", "quiet")
+    unknown = [row["name"] for row in rows if row["seconds"] is None] if rates is not None else []
+    if unknown:
+        console.line(f"time not foreseen: {', '.join(unknown)}", "quiet")
     console.next_step(following)
 
 
@@ -72,7 +77,7 @@ def _planned(found: Plan, step: Step, rates: Rates | None) -> dict[str, Any]:
     devices = options.devices if step.stage.shares else (options.device,)
     workers = len(devices)
     if forecast and options.device == "cpu":
-        workers = forecast.workers(options.workers, options.memory)
+        workers = forecast.workers(options.processes, options.memory)
     return {
         "name": step.name,
         "kind": step.kind,
@@ -96,12 +101,8 @@ def _size(count: int | None) -> str | None:
     return None if count is None else console.size(count)
 
 
-def _time(seconds: float | None) -> str | None:
-    return None if seconds is None else console.duration(seconds)
-
-
 def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool) -> None:
-    """What a whole recipe left behind; its report when it has one."""
+    """Show the outputs of a whole recipe; its report when it has one."""
     record = _read(out / "report.json")
     written = {step.name: str(paths[step.name]) for step in recipe.steps}
     last = next((s for s in reversed(recipe.steps) if s.stage.writes == "checkpoint"), recipe.steps[-1])
@@ -120,7 +121,7 @@ def outputs(out: Path, paths: Mapping[str, Path], recipe: Recipe, as_json: bool)
 
 
 def output(out: Path, recipe: Recipe, model: str, as_json: bool) -> None:
-    """What one stage left behind."""
+    """Show the output of one stage."""
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     facts = _read(out / "dsc_run.json") or {}
     following = _after(recipe.steps[0].kind, out, model)
@@ -139,7 +140,7 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
     if weights and bits:
         yield f"weights: {console.count(weights)}, {bits:.2f} bits each"
     if weights and zeros is not None:
-        yield f"zeros: {zeros:.1%} of these weights, those that rounding makes zero among them"
+        yield f"zeros: {zeros:.1%} of these weights, pruned or rounded to zero"
     for name, value in facts.items():
         words = name.replace("_", " ")
         if name in ("weights", "bits_per_weight", "sparsity") and weights and bits:
@@ -155,7 +156,7 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) -> None:
-    """A report: the record, or its file (.json); `page`: where people read it."""
+    """Show a report: the record, or its file (.json); `page`: where people read it."""
     record = (_read(found) or {}) if isinstance(found, Path) else found
     again = quote(str(found)) if isinstance(found, Path) else "REPORT.json"
     following = f"dsc compare {again} OTHER.json -o compare.html"
@@ -170,7 +171,7 @@ def report(found: Path | Mapping[str, Any], page: Path | None, as_json: bool) ->
 
 
 def survey(model: str, found: Mapping[str, Any], as_json: bool) -> None:
-    """What `dsc inspect` found."""
+    """Show the findings of `dsc inspect`."""
     packed = any(row["num_bits"] for row in found["roles"])
     following = f"dsc evaluate {quote(model)} -o report.json" if packed else f"dsc plan {quote(model)} -r w4a16"
     if as_json:
@@ -211,7 +212,7 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def _after(kind: str, out: Path, model: str) -> str:
-    """The command after a stage of this kind has written `out` from `model`."""
+    """Return the command to type after a stage of this kind has written `out` from `model`."""
     path, model = quote(str(out)), quote(model)
     if kind == "export":
         return _spoken(out)
@@ -222,7 +223,7 @@ def _after(kind: str, out: Path, model: str) -> str:
 
 
 def _spoken(out: Path) -> str:
-    """The command that uses an export."""
+    """Return the command that runs an export."""
     target = ((_read(out / "dsc_manifest.json") or {}).get("knobs") or {}).get("target")
     if target == "edge-llm":
         return f"tensorrt-edgellm-export {quote(str(out))} OUT, with NVIDIA's TensorRT-Edge-LLM"

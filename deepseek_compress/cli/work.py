@@ -85,6 +85,7 @@ def run(
     )
     target = out or Path("runs") / wanted.name
     given = jobs.options(device, memory, workers, ray, gpu_memory, quick, verifier)
+    jobs.measure_once(wanted, given.device)
     paths = _pipeline(wanted, target, given, json, flat=False)
     show.outputs(target, paths, wanted, json)
 

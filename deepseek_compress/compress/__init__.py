@@ -1,1 +1,1 @@
-"""What is done to a linear and to a model: solver, scheme, transforms, collection, conversion without data."""
+"""Compression of a linear and of a model: solver, scheme, transforms, collection, conversion without data."""

@@ -1,4 +1,4 @@
-"""What the input of a linear looks like over the calibration text, summed batch by batch in a fixed order."""
+"""Statistics of a linear's input over the calibration text, summed batch by batch in a fixed order."""
 
 from __future__ import annotations
 

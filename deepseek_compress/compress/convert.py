@@ -54,7 +54,7 @@ class Writer(Protocol):
 
 
 class Done(NamedTuple):
-    """What a run found."""
+    """Result of a conversion."""
 
     blocks: list[Facts]  # {"linears": [facts], "experts": {"tokens": [per expert], "starved": [...]}}
     hashes: dict[str, str]  # BLAKE3 of the source's files that its manifest does not list
@@ -64,7 +64,12 @@ class Done(NamedTuple):
 
 @torch.no_grad()
 def convert(
-    job: Job, writer: CheckpointWriter, pool: Pool, tokens: Tensor | None = None, progress: Progress = silent
+    job: Job,
+    writer: CheckpointWriter,
+    pool: Pool,
+    tokens: Tensor | None = None,
+    progress: Progress = silent,
+    judging: Progress = silent,
 ) -> Done:
     """Write every tensor of the source to `writer`, changed where the job wants it.
 
@@ -72,14 +77,16 @@ def convert(
     run. The caller finishes the writer and then calls `clean`.
     """
     if tokens is not None:
-        return convert_with_text(job, writer, pool, tokens, progress)
+        return convert_with_text(job, writer, pool, tokens, progress, judging)
     job.work.mkdir(parents=True, exist_ok=True)
     machine.settle()
     return Done(*data_free.convert(job, writer, pool, progress))
 
 
 @torch.no_grad()
-def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, progress: Progress = silent) -> Done:
+def convert_with_text(
+    job: Job, writer: Writer, pool: Pool, tokens: Tensor, progress: Progress = silent, judging: Progress = silent
+) -> Done:
     """`convert` with text: each block is run, and what comes of it goes to `writer`."""
     plain, stream = tokens, Stream(job.architecture)
     if job.paired:
@@ -97,7 +104,7 @@ def convert_with_text(job: Job, writer: Writer, pool: Pool, tokens: Tensor, prog
     loss = None
     if job.judged:
         with loop.output(stream) as changed:
-            loss = measure(job, plain[: judged(*plain.shape)], changed, progress)
+            loss = measure(job, plain[: judged(*plain.shape)], changed, judging)
     files = provenance.unhashed(job.source)
     hashes = {file.name: found for file, found in zip(files, pool.run(_hash, files), strict=True)}
     tables = [fact for block in blocks for fact in block.pop("tables", [])]

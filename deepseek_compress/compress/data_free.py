@@ -1,11 +1,10 @@
 """Without calibration: the output's shards are tasks, each read, changed, written and read back by one worker.
 
 A shard holds what lies together in one file of the source, so that a disk is read in order; a small model becomes one
-shard. Which tensors go into which shard follows from the source alone; an interrupted run goes on with the shards that
-are not finished. Where there are files enough for the workers, a task is all shards of a file, which is hashed from
-what is read for them; else a file is hashed while it is still in the page cache.
-
-Four-bit round-to-nearest is done by the native kernel (see `packing`); every other method decodes a weight first.
+shard. Which tensors go into which shard follows from the source alone; an interrupted run continues with the shards
+that are not finished. Where there are files enough for the workers, a task is all shards of a file, which is hashed
+from what is read for them; else a file is hashed while it is still in the page cache. Four-bit round-to-nearest is
+done by the native kernel (see `packing`); every other method decodes a weight first.
 """
 
 from __future__ import annotations

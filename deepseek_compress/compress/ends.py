@@ -27,7 +27,7 @@ Store = Callable[[str, Mapping[str, Tensor]], None]
 
 
 class Ends:
-    """What a job does to the embedding and to the head."""
+    """Changes of the embedding and of the head in a job."""
 
     def __init__(self, job: Job, tokens: Tensor, store: Store) -> None:
         self.job, self.tokens, self.store = job, tokens, store

@@ -1,4 +1,4 @@
-"""What a compression would write and need, from shapes alone."""
+"""Prediction of a compression's output and costs, from shapes alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAITING = 64 << 20  # bytes of an unfinished shard in memory
 
 
 class Expected(NamedTuple):
-    """What a run would write and need."""
+    """Predicted output and costs of a run."""
 
     header: Header  # of the output
     changed: int  # linears
@@ -149,18 +149,18 @@ def calibrated_cost(
         activations = 4 * BATCH_TOKENS * (sum(linear.rows for linear in part) + 8 * cfg.hidden_size)
         activations += 12 * min(BATCH_TOKENS * cfg.num_attention_heads * length, SCORES_AT_ONCE)
         alone = max(alone, _solved(part, models, activations * models))
-    spools = 4 * min(HELD, 4 * tokens * models * cfg.hidden_size)
+    stores = 4 * min(HELD, 4 * tokens * models * cfg.hidden_size)
     work = _solve_work(here, wanted, tokens, models)
     work = total([work, Work(0, 4.0 * tokens * models * (30 * cfg.hidden_size + scores))])
     if cfg.moe is None or not experts:
-        return _Block(alone + spools, spools, 0, work, Work())
+        return _Block(alone + stores, stores, 0, work, Work())
     share = tokens * cfg.moe.top_k / cfg.moe.experts
     first = experts[:3]
     activations = 4 * BATCH_TOKENS * models * 3 * (first[0].rows + cfg.hidden_size)
     task = int(KEPT * _solved(first, models, activations))
     results = 2 * sum(linear.rows * linear.columns for linear in first)  # of workers that are ahead, packed
-    beside = spools + min(2 * WAITING, 2 * results * cfg.moe.experts) + results + 12 * tokens * models * cfg.moe.top_k
-    return _Block(alone + spools, beside, task, work, _solve_work(experts, wanted, share, models))
+    beside = stores + min(2 * WAITING, 2 * results * cfg.moe.experts) + results + 12 * tokens * models * cfg.moe.top_k
+    return _Block(alone + stores, beside, task, work, _solve_work(experts, wanted, share, models))
 
 
 def _solved(linears: list[Linear], models: int, activations: int) -> int:

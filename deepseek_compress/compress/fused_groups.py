@@ -1,5 +1,5 @@
-"""What serving engines fuse, and what must therefore share one scheme: q, k and v; gate and up; q_a with kv_a; all
-experts of a layer. A linear that is fused with nothing is a unit of its own.
+"""Groups of linears that serving engines fuse, which must share one scheme: q, k and v; gate and up; q_a with kv_a;
+all experts of a layer. A linear that is fused with nothing is a group of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is done to a model by compression, and to one of its blocks: read, collect, solve, store."""
+"""A compression job, and its work on one block: read, collect, solve, store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Solved(NamedTuple):
 
 
 class Solver(Protocol):
-    """What is done to the linears of a block."""
+    """Solves the linears of a block."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -53,7 +53,7 @@ class Solver(Protocol):
         ...
 
     def solve(self, block: Block, group: Sequence[tuple[Linear, Tensor]], statistics: Statistics) -> list[Solved]:
-        """New weights for linears that share an input: float32 (rows, columns) each, not modified."""
+        """Return new weights for linears that share an input: float32 (rows, columns) each, not modified."""
         ...
 
 
@@ -71,12 +71,12 @@ class Together(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What is done to a checkpoint: plain values, so that any process can do a part of it."""
+    """Description of a compression: plain values, so that any process can do a part of it."""
 
     architecture: Architecture
     solver: Solver
     work: Path  # directory for hidden stores, and for what an interrupted run needs to go on
-    scheme: InputScheme | None = None  # how inputs of linears are rounded in the model that comes out
+    scheme: InputScheme | None = None  # how inputs of linears are rounded in the result
     keep_mtp: bool = True
     observing: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run
@@ -106,7 +106,7 @@ class Job:
         return self.solver.min_tokens
 
     def at(self, device: str) -> Job:
-        """The same on another device."""
+        """Return the same job on another device."""
         return replace(self, architecture=self.architecture.at(device))
 
     def begin(self, layer: int, store: Store) -> SolvedBlock:
@@ -114,7 +114,7 @@ class Job:
         return SolvedBlock(self, self.architecture.blocks[layer], store)
 
     def saved(self, block: Block, linear: Linear) -> Statistics:
-        """The statistics that were collected before for the input of `linear`; none without them."""
+        """Read the saved statistics for the input of `linear`; empty ones where none were collected."""
         return Statistics() if self.statistics is None else self.statistics.read(block.prefix + linear.input)
 
     def tensors(self) -> Iterator[TensorInfo]:
@@ -132,7 +132,7 @@ class Job:
         return self.architecture.family.untouched(name) and name not in self.rows
 
     def changed(self, block: Block) -> dict[str, Linear]:
-        """The linears of a block that change, by the name of their weight in the checkpoint."""
+        """Return the linears of a block that change, by the name of their weight in the checkpoint."""
         wanted = (linear for linear in block.linears if self.solver.wants(block, linear))
         return {f"{block.prefix}{linear.name}.weight": linear for linear in wanted}
 
@@ -145,7 +145,7 @@ class SolvedBlock(BlockRun):
         self.job = job
 
     def tables(self) -> Mapping[str, Rows]:
-        """What gathers rows of tables, as the output has them."""
+        """Return functions that gather rows of tables, as the output has them."""
         found, prefix = super().tables(), self.block.prefix
         changed = {name: self.job.rows[prefix + name] for name in found if prefix + name in self.job.rows}
         return {**found, **{name: partial(rounded_rows, found[name], how) for name, how in changed.items()}}
@@ -231,7 +231,7 @@ class SolvedBlock(BlockRun):
     def _side_by_side(
         self, runs: Sequence[SolvedBlock], step: Sequence[tuple[list[Linear], Statistics]]
     ) -> Sequence[list[Solved] | None]:
-        """What the solver makes of groups that it takes together; None where each is to be solved by itself."""
+        """Solve groups that the solver takes together; None where each is to be solved by itself."""
         alone: list[list[Solved] | None] = [None] * len(runs)
         if self.job.observing or not isinstance(self.job.solver, Together):
             return alone
@@ -253,7 +253,7 @@ class SolvedBlock(BlockRun):
         return Statistics(tokens=statistics.tokens) if few else statistics
 
     def _to_solve(self, part: Part, kept: HiddenStore | None = None) -> Iterator[tuple[list[Linear], Statistics]]:
-        """The linears that change and what their input is, once those before them are solved by who takes this."""
+        """Yield the linears that change and their input's statistics, once the caller has solved those before them."""
         self.load(part.linears)
         for group in by_input(part.linears):
             wanted = [linear for linear in group if self.wants(linear)]
@@ -297,7 +297,7 @@ def rounded_rows(rows: Rows, how: Rtn, places: Tensor) -> Tensor:
 
 
 def observed(linear: Linear, statistics: Statistics) -> dict[str, Any]:
-    """What reached a linear: tokens, the largest and the mean magnitude, and how far the largest channel stands out."""
+    """Describe a linear's input: tokens, largest and mean magnitude, and how far the largest channel stands out."""
     facts: dict[str, Any] = {"name": linear.name, "role": str(linear.role), "tokens": statistics.tokens}
     largest, mean = statistics.input_absmax, statistics.input_absmean
     if largest is None or mean is None:

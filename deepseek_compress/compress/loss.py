@@ -37,7 +37,7 @@ class Loss(NamedTuple):
     before: float  # perplexity of the original
     after: float
 
-    def told(self) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         """Yield the figures in a line, and a warning where they are high."""
         perplexity = f"perplexity {self.before:.2f} -> {self.after:.2f}"
         yield f"on {self.tokens} tokens of the calibration text: KL {self.kl:.4f} to the original, {perplexity}"
@@ -65,7 +65,7 @@ def cost(cfg: ModelConfig) -> int:
 
 
 def judged(samples: int, length: int) -> int:
-    """How many of the `samples` of calibration text are judged."""
+    """Return how many of the `samples` of calibration text are judged."""
     return min(samples, max(1, JUDGED // length))
 
 

@@ -1,9 +1,9 @@
 """Scales that move between linears and what makes their inputs, found before anything is rounded.
 
 The calibration text runs once through the model as it is (`streaming.observe`), unless its statistics were saved. The
-scales are kept in the work directory, so that an interrupted run has them. The checkpoint that comes out computes the
-same: where a tensor of 16 bits takes part, scales are powers of two, and where a norm is divided, they are those that
-the rounded norm stands for.
+scales are kept in the work directory, so that an interrupted run has them. The result computes the
+same: where a tensor of 16 bits takes part, scales are powers of two, and where a norm is divided, they are those of the
+rounded norm.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _CLOSE = 3  # names that a message proposes
 
 
 class Scheme(BaseModel, frozen=True, extra="forbid"):
-    """How a weight is stored, where that differs from the recipe's `weights`."""
+    """Scheme of a weight, where it differs from the recipe's `weights`."""
 
     num_bits: int | None = Field(default=None, ge=2, le=8)
     group_size: int | None = Field(default=None, gt=0)

@@ -27,7 +27,7 @@ MEASURED_EXPERTS = 16  # one of so many
 
 
 def rounding(job: Job, block: Block, linear: Linear) -> Rtn | None:
-    """How the linear is rounded, if the native kernel does that from the encoding it is stored in."""
+    """Return the linear's rounding, if the native kernel supports it from the stored encoding."""
     solver = job.solver
     encoding = _info(job, block, linear).encoding
     if not isinstance(solver, LinearSolver) or encoding not in ("plain", "fp8_block", "mxfp4"):

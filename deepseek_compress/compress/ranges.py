@@ -26,12 +26,12 @@ _Ends = tuple[float, float]
 
 
 class Ranges(NamedTuple):
-    """What was found."""
+    """Grids of static activations by input, and notes about them."""
 
     inputs: dict[str, InputGrid]  # module by checkpoint name -> the grid of its input
     starved: int  # experts that were given what all of their layer have
 
-    def told(self) -> list[str]:
+    def notes(self) -> list[str]:
         """One line for the user."""
         if not self.starved:
             return []
@@ -91,7 +91,7 @@ def _watch(linears: Iterable[Linear], sums: dict[str, RangeObserver]) -> Look:
 def _ends(
     job: Job, block: Block, linears: Sequence[Linear], sums: dict[str, RangeObserver], method: Static
 ) -> tuple[dict[str, _Ends], int]:
-    """How far each input's grid reaches, and of how many experts that is their layer's."""
+    """Find the ends of each input's grid, and of how many experts they are their layer's."""
     found: dict[str, _Ends] = {}
     for key, observer in sums.items():
         seen = observer.seen()

@@ -1,9 +1,9 @@
 """Rotations folded into the weights: the model computes the same with channels that no longer stand out.
 
 Each norm's weight first goes into the linears that read it (then norms commute with rotations). The residual stream is
-turned by R1: the embedding and whatever adds to the stream give h R1, whatever reads it takes R1 back (QuaRot, arXiv
-2404.00456, section 4). The values of every head are turned by R2 and o_proj takes it back (SpinQuant's R2). No data is
-needed, and a tensor is turned when it is read. A head that is tied to the embedding becomes a tensor of its own, since
+rotated by R1: the embedding and whatever adds to the stream give h R1, whatever reads it takes R1 back (QuaRot, arXiv
+2404.00456, section 4). The values of every head are rotated by R2 and o_proj takes it back (SpinQuant's R2). No data is
+needed, and a tensor is rotated when it is read. A head that is tied to the embedding becomes a tensor of its own, since
 the last norm goes into it alone.
 
 Left out: rotations within the MLP and of rotated keys, which would be computed while the model runs.
@@ -28,7 +28,7 @@ from deepseek_compress.numerics.rotation import Hadamard, Rotation
 
 @dataclass(frozen=True)
 class Turn:
-    """What happens to a weight (rows, columns) or a bias (rows,): R1 on either side, R2 head by head."""
+    """Rotation of a weight (rows, columns) or a bias (rows,): R1 on either side, R2 head by head."""
 
     gain: Tensor | None = None  # (columns,): weight of the norm before it
     reads: Rotation | None = None  # R1 of the stream that its columns read
@@ -45,8 +45,8 @@ class Turn:
         if self.values is not None and self.made is not None:
             heads = (-1, self.values.size, *tensor.shape[1:])
             mine = tensor[self.made].view(heads)
-            turned = self.values(mine) if tensor.dim() == 1 else self.values.rows(mine)
-            tensor = tensor.index_copy(0, self.made, turned.reshape(-1, *tensor.shape[1:]))
+            mixed = self.values(mine) if tensor.dim() == 1 else self.values.rows(mine)
+            tensor = tensor.index_copy(0, self.made, mixed.reshape(-1, *tensor.shape[1:]))
         elif self.values is not None:
             tensor = self.values(tensor.view(len(tensor), -1, self.values.size)).view(tensor.shape)
         return tensor if self.adds is None else self.adds.rows(tensor)
@@ -85,7 +85,7 @@ def rotated_header(architecture: Architecture) -> Header:
 
 
 def cost(header: Header) -> int:
-    """Bytes that turning the largest tensor takes: read, turned, and rounded."""
+    """Bytes that turning the largest tensor takes: read, rotated, and rounded."""
     return 10 * max(info.elements for info in header.tensors.values())
 
 

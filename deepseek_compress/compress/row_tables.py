@@ -39,7 +39,7 @@ COPIED = 1 << 22  # bytes
 
 
 class Engram(BaseModel, frozen=True, extra="forbid"):
-    """How Engram tables are stored. Servers read them as published alone; `dsc` reads both."""
+    """Scheme of Engram tables. Servers read them only as published; `dsc` reads both."""
 
     num_bits: Literal[4] = 4
     group_size: int = Field(32, gt=0)

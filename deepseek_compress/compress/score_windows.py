@@ -1,5 +1,5 @@
-"""What the model makes of each window of a pool of text, block by block: how surprised it is, where its states lie,
-which experts it asks. Nothing is changed; memory is that of a calibrated run, whatever the size of the model.
+"""Score each window of a pool of text with the model, block by block: the entropy of its predictions, its hidden
+states, the experts it reaches. Nothing is changed; memory is that of a calibrated run, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _heads(run: PlainRun, hidden: HiddenStore, batches: Batches) -> tuple[Tensor
 
 
 def cost(architecture: Architecture, windows: int, length: int) -> tuple[Memory, Work, Work]:
-    """What `score_windows` needs: memory, work here, work in workers."""
+    """Return the costs of `score_windows`: memory, work here, work in workers."""
     cfg = architecture.cfg
     blocks = [calibrated_cost(cfg, block.linears, [], windows, length, False) for block in architecture.blocks]
     tokens, size = windows * length, cfg.vocab_size * cfg.hidden_size

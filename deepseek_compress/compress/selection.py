@@ -43,7 +43,7 @@ class Selection:
         return linear.role in self.roles and not kept
 
     def quantizer(self, name: str, columns: int, weights: WeightQuantizer) -> WeightQuantizer:
-        """How the module `name` of so many columns is quantised in a recipe with `weights`; it must change."""
+        """Return the quantiser of the module `name` of so many columns in a recipe with `weights`; it must change."""
         found = self.own.get(name) or weights
         size = columns if one_scale_a_row(found) else found.group_size or self.group_size
         return found.model_copy(update={"group_size": size})

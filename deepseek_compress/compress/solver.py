@@ -62,7 +62,7 @@ class LinearSolver:
         ]
         facts = {"tokens": statistics.tokens, "fallback": fallback}
         return [
-            Solved(new, {"method": method, **facts, **_told(its), **measure(weight, new, statistics)})
+            Solved(new, {"method": method, **facts, **_extra(its), **measure(weight, new, statistics)})
             for (_, weight), new, method, its in zip(group, stored, methods, decided, strict=True)
         ]
 
@@ -96,7 +96,7 @@ class LinearSolver:
         ]
 
     def quantizer(self, block: Block, linear: Linear, fallback: bool) -> WeightQuantizer | None:
-        """How a linear that changes is quantised; `fallback`: without the statistics that takes."""
+        """Return the quantiser of a linear that changes; `fallback`: the one that needs no statistics."""
         if self.weights is None:
             return None
         found = self.selection.quantizer(block.prefix + linear.name, linear.columns, self.weights)
@@ -110,7 +110,7 @@ class LinearSolver:
         return self.sparsity
 
 
-def _told(quantizer: WeightQuantizer | None) -> dict[str, Any]:
+def _extra(quantizer: WeightQuantizer | None) -> dict[str, Any]:
     """Return what was decided for one linear."""
     return {"strength": quantizer.strength} if isinstance(quantizer, Gptaq) else {}
 

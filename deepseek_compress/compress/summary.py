@@ -1,4 +1,4 @@
-"""What the block loop found, for the run record and the manifest; the full table goes to `dsc_layers.json`."""
+"""Summary of the block loop's facts for the run record and the manifest; the full table goes to `dsc_layers.json`."""
 
 from __future__ import annotations
 

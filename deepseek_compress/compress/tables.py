@@ -35,7 +35,7 @@ Tables = Mapping[str, Rtn]  # name of a table that changes -> how it is rounded 
 
 
 class Embedding(BaseModel, frozen=True, extra="forbid"):
-    """How the embedding is stored; a tied head is the same table. 8 bits are symmetric, as llama.cpp's Q8_0 is."""
+    """Scheme of the embedding; a tied head is the same table. 8 bits are symmetric, as llama.cpp's Q8_0 is."""
 
     num_bits: Literal[4, 8] = 8
     group_size: int | None = Field(None, gt=0)  # None: the largest of 128, 64, 32 that divides the hidden size
@@ -47,7 +47,7 @@ class Embedding(BaseModel, frozen=True, extra="forbid"):
 
 
 class Head(Embedding, frozen=True):
-    """How a head of its own is stored: 8 bits, symmetric, the form for which servers have kernels."""
+    """Scheme of an untied head: 8 bits, symmetric, the form for which servers have kernels."""
 
     num_bits: Literal[8] = 8
 
@@ -92,7 +92,7 @@ def decisions(tied: bool, embedding: Embedding | None, head: Head | None) -> lis
 
 
 def solved(rounding: WeightQuantizer, weights: WeightQuantizer | None) -> Gptq | None:
-    """How a head is solved from its Hessian: as the recipe's `weights`, with its own grid; None: rounded to nearest."""
+    """Return the solver of a head with a Hessian: the recipe's `weights` on its own grid; None: rounded to nearest."""
     if not isinstance(weights, Gptq):
         return None
     grid = rounding.model_dump(include={"num_bits", "group_size", "symmetric"})

@@ -46,7 +46,7 @@ _Weight = tuple[Tensor, Quantized | None]  # float32 (rows, columns), and where 
 
 
 class Schedule(NamedTuple):
-    """How a block is trained: Adam, its rates what an early step of it changes."""
+    """Training schedule of a block: Adam, its rates what an early step of it changes."""
 
     passes: int  # over the text
     learning_rate: float  # of scales and norms, relative
@@ -68,7 +68,7 @@ class Models(NamedTuple):
 
 
 class Found(Mapping[str, Quantized | Tensor]):
-    """What was found of the blocks by name, read when it is asked for: packed weights, and norms as they are stored."""
+    """Recovered tensors of the blocks by name, read on demand: packed weights, and norms as they are stored."""
 
     def __init__(self, models: Models) -> None:
         self.models = models

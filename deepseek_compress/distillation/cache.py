@@ -1,4 +1,4 @@
-"""What a teacher said, on disk: shards of safetensors with their hashes, `teacher.json` last.
+"""A teacher's recorded predictions on disk: shards of safetensors with their hashes, `teacher.json` last.
 
     teacher-00003.safetensors
       tokens      int32 (T,)        ids of the shard's documents, one after the other
@@ -64,7 +64,7 @@ class CacheWriter:
     """Takes documents with the teacher's words, shard by shard."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Begin, or go on with, the recording `identity` in `folder`. Raises DscError for a recording of another."""
+        """Begin or resume the recording `identity` in `folder`. Raises DscError for a recording of another."""
         self.folder, self.identity = folder, dict(identity)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class CacheWriter:
 
     @property
     def documents(self) -> int:
-        """How many documents are safe on the disk."""
+        """Number of documents that are safe on the disk."""
         return sum(shard["documents"] for shard in self.shards)
 
     def add(self, documents: Sequence[Document], words: Words, vocabulary: int, form: str) -> None:
@@ -138,7 +138,7 @@ class _Facts(BaseModel, strict=True):
 
 
 class _Index(BaseModel, strict=True):
-    """What is relied on."""
+    """Validated fields of the index file."""
 
     form: Literal["sampled", "top_k", "exact"]
     vocabulary: int = Field(gt=0)

@@ -66,7 +66,7 @@ def read_documents(
 
 
 def _prompt(sample: Sample, ids: list[int], tokenizer: Tokenizer) -> int:
-    """How many leading ids belong to what the model is asked; 0 for plain text."""
+    """Count the leading ids that belong to the prompt; 0 for plain text."""
     if len(sample.messages) < 2:
         return 0
     text = tokenizer.chat(sample.messages[:-1], answer_next=True)

@@ -37,7 +37,7 @@ class Group:
         device = leaves[0].device
         has = torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.uint8, device=device)
         total = torch.tensor([loss], dtype=torch.float64, device=device)
-        with told():
+        with process_errors():
             distributed.all_reduce(has, distributed.ReduceOp.MAX)
             distributed.all_reduce(total)
             reached = [leaf for leaf, any_of in zip(leaves, has.tolist(), strict=True) if any_of]
@@ -50,7 +50,7 @@ class Group:
         if not self._speaks:
             return list(values)
         said = torch.tensor(values, dtype=torch.float64, device=device)
-        with told():
+        with process_errors():
             distributed.broadcast(said, 0)
         return [float(value) for value in said.tolist()]
 
@@ -80,7 +80,7 @@ def _buckets(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def process_errors() -> Iterator[None]:
     """Inside, a fault of torch.distributed is a `DscError`: another process is not there any more."""
     try:
         yield

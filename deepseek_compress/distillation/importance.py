@@ -1,4 +1,4 @@
-"""How much each layer and each routed expert matters, measured on calibration text.
+"""Importance of each layer and each routed expert, measured on calibration text.
 
     influence   of a layer: mean over tokens of 1 - cos(h, h'), h what enters it and h' what leaves it
                 (ShortGPT, Men et al. 2024, arXiv 2403.03853)
@@ -90,7 +90,7 @@ def expert_use(model: Model, batches: Sequence[Batch], by: str) -> dict[int, Ten
             return
         flat = x.flatten(0, 1)[places]
         routing = moe.route(cfg, weights, flat)
-        gates = routing.shares.flatten()
+        gates = routing.gate_weights.flatten()
         for expert, chosen in enumerate(moe.by_expert(routing, cfg.experts)):
             counts.setdefault(layer, torch.zeros(cfg.experts, device=device))[expert] += len(chosen)
             if by == "activation" and len(chosen):

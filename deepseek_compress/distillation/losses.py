@@ -35,7 +35,7 @@ FLOOR = 1e-9  # least probability of a bucket: entries stored in 16 bits may add
 
 
 class Target(NamedTuple):
-    """What the teacher says at N positions."""
+    """The teacher's distribution at N positions."""
 
     log_probs: Tensor  # float32 (N, M), log p at the temperature
     ids: Tensor | None = None  # int64 (N, M), likeliest first; None: all tokens in their order

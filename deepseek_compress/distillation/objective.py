@@ -49,7 +49,7 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student is trained on."""
+    """Training objective of a student."""
 
     losses: tuple[Loss, ...]
     temperature: float

@@ -35,7 +35,7 @@ SMALL = 1024  # tokens of a vocabulary that is kept whole
 
 
 class Settings(NamedTuple):
-    """What is kept of each distribution."""
+    """Which part of each distribution is kept."""
 
     form: str  # sampled, top_k or exact
     entries: int  # of a position
@@ -140,7 +140,7 @@ def _joined(parts: Sequence[Words]) -> Words:
 
 
 class Kept(BaseModel, frozen=True, extra="forbid"):
-    """What a cache keeps of each distribution."""
+    """The part of each distribution that a cache holds."""
 
     form: Literal["auto", "sampled", "top_k", "exact"] = "auto"  # auto: all of a small vocabulary, else sampled
     count: int = Field(default=22, gt=0, le=255)  # entries: 22 of 3 + 2 bytes and the text make 115 bytes a token

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from deepseek_compress import processes
-from deepseek_compress.distillation.group import Group, told
+from deepseek_compress.distillation.group import Group, process_errors
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.trainer import Trainer
 from deepseek_compress.errors import DscError
@@ -49,7 +49,7 @@ def joined(rank: int, size: int, meeting: Path, device: str) -> Iterator[Group]:
     else:
         torch.cuda.set_device(device)
     meet = f"file://{meeting}"
-    with told():
+    with process_errors():
         distributed.init_process_group(backend, init_method=meet, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield Group(rank, size)

@@ -1,4 +1,4 @@
-"""What a training did, for the run record, the model card and the terminal; and what it will hold in memory."""
+"""Summary of a training for the run record, the model card and the terminal; and its memory forecast."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def card(state: State) -> str:
     return f"## Training\n\nOn text that was held back from it:\n\n{head}\n{rows}\n"
 
 
-def told(state: State, schedule: Schedule) -> Iterator[str]:
+def notes(state: State, schedule: Schedule) -> Iterator[str]:
     """Yield the result in a line or two."""
     if not state.validations:
         return

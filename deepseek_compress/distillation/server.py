@@ -1,4 +1,4 @@
-"""What a teacher behind an OpenAI-compatible server says: `prompt_logprobs` of vLLM's `/v1/completions`.
+"""Predictions of a teacher behind an OpenAI-compatible server: `prompt_logprobs` of vLLM's `/v1/completions`.
 
 The server is sent token ids and answers, for each position, the log-probabilities of the k likeliest tokens and of the
 token that follows, by id. All others are one bucket: which of them the teacher prefers is lost, and `record` tells how

@@ -26,7 +26,7 @@ TOKENS_AT_ONCE = 4096
 
 
 class Size(BaseModel, frozen=True, extra="forbid"):
-    """How much of a model its student has."""
+    """Size of a student relative to its teacher."""
 
     keep: float | None = Field(None, gt=0, le=1)  # share of the experts, of the layers where there are none
     experts: int | None = Field(None, gt=0)  # routed experts a layer; None keeps all; goes before keep

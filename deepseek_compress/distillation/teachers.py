@@ -16,7 +16,7 @@ from deepseek_compress.models.runtime import Model
 
 
 class Said(NamedTuple):
-    """What a teacher says of a batch: its target at a slice of the positions, and its pass where it is here."""
+    """A teacher's output for a batch: its target at a slice of the positions, and its forward pass where it is here."""
 
     target: Callable[[slice], Target]
     view: View | None = None

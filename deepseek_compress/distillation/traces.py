@@ -32,7 +32,7 @@ BATCH = 64  # problems that are asked together
 
 
 class Settings(NamedTuple):
-    """How a teacher is asked."""
+    """Sampling of a teacher's solutions."""
 
     attempts: int
     temperature: float  # of all attempts but the first

@@ -1,7 +1,7 @@
 """Train a student on what a teacher says: AdamW (or Adafactor) over its weights, zeros of a 2:4 mask held at zero.
 
 A short warm-up, then a straight line to zero. Batches have documents of similar length, so that little of them is
-padding, and are visited in an order drawn anew for each pass. Training can be stopped and gone on with: the state after
+padding, and are visited in an order drawn anew for each pass. Training can be stopped and resumed: the state after
 a step is everything the next one needs, and the batches follow from the seed.
 
 The last documents may be held back: they tell how far the student is from the teacher. The weights that did best on
@@ -56,7 +56,7 @@ VALIDATED = 5  # times as many tokens are trained on between two as one reads, s
 
 
 class Schedule(NamedTuple):
-    """How a student is trained."""
+    """Training schedule of a student."""
 
     steps: int
     batch_tokens: int = 2048  # of a step, padding included
@@ -284,7 +284,7 @@ class Trainer:
         return made
 
     def _measured(self, state: State) -> Measured:
-        """What the first process finds, so that all end at the same step."""
+        """Return what the first process finds, so that all end at the same step."""
         mine: Sequence[float] = [0.0] * len(Measured._fields)
         if self.group.rank == 0:
             mine = self.measure(self.learner(state), state.step, state.projections)

@@ -1,4 +1,4 @@
-"""What judges a trace: the built-in tasks' own verifier, the answers of a file, a function of the user's, or nothing.
+"""Verifiers of traces: the built-in tasks' own, the answers of a file, a function of the user's, or none.
 
 Each gives a `Verdict`: whether the answer is right, and how many of the steps that were written hold. The score of a
 trace is `0.7 right + 0.3 share of valid steps` (0 without steps), so a right answer reached by wrong steps ranks below
@@ -31,12 +31,12 @@ class Asked(NamedTuple):
 
     @property
     def question(self) -> str:
-        """What is asked."""
+        """Text of the question."""
         return self.messages[-1]["content"]
 
 
 class Verdict(NamedTuple):
-    """What a verifier says of a completion."""
+    """Judgement of a completion."""
 
     right: bool
     valid: int  # steps that hold

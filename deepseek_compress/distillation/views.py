@@ -1,4 +1,4 @@
-"""What a model computes of a batch as a training sees it: the head's input, hidden states, what its routers say.
+"""A model's activations on a batch, as training needs them: the head's input, hidden states, router outputs.
 
 The forward pass is that of `Model.hidden_states`, block by block, so that each block can be computed again on the way
 back instead of kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in a few words: `4-bit asymmetric, groups of 64, 2:4 sparse, 8-bit activations per token`."""
+"""Short description of a checkpoint: `4-bit asymmetric, groups of 64, 2:4 sparse, 8-bit activations per token`."""
 
 from __future__ import annotations
 

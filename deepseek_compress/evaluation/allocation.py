@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
     weights: int  # of all units together: how many there are
 
     def budget(self, target: Target) -> int:
-        """What `target` leaves for the units."""
+        """Return the bytes that `target` leaves for the units."""
         if target.bits_per_weight is not None:
             return int(target.bits_per_weight * self.weights)
         return 8 * int(target.bytes or 0) - self.rest
@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
         """By the units."""
         return sum(options[choice] for options, choice in zip(self.options, chosen, strict=True))
 
-    def told(self, bits: int, target: Target) -> str:
+    def describe(self, bits: int, target: Target) -> str:
         """Bits of the units, in the words of `target`."""
         if target.bits_per_weight is not None:
             return f"{bits / self.weights:.4g} bits per weight"
@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
 def choices(
     groups: Sequence[FusedGroup], weights: WeightQuantizer, options: Sequence[Scheme], size: int
 ) -> list[Choice]:
-    """What each group may become; `size`: of groups where neither option nor `weights` says. What fits none is kept."""
+    """List the options of each group; `size`: where neither option nor `weights` has one. What none fits is kept."""
     found = []
     for group in groups:
         fitting: list[WeightQuantizer | None] = []
@@ -106,7 +106,7 @@ def _bytes(plain: Mapping[str, Any], name: str, quantizer: WeightQuantizer | Non
 
 
 def allocate(sizes: Sizes, losses: Sequence[Sequence[float]], target: Target) -> list[int]:
-    """The option of each choice. Raises DscError where no assignment is small enough."""
+    """Choose the option of each unit. Raises DscError where no assignment is small enough."""
     chosen = assign(sizes.options, losses, sizes.budget(target))
     if chosen is None:
         raise too_small(sizes, target)
@@ -114,7 +114,7 @@ def allocate(sizes: Sizes, losses: Sequence[Sequence[float]], target: Target) ->
 
 
 def uniform(found: Sequence[Choice], sizes: Sizes, target: Target) -> list[int] | None:
-    """The options of all units at one number of bits, the most that keeps to the target; None where none does.
+    """Choose one number of bits for all units, the largest within the target; None where none fits.
 
     A unit that lacks that number takes its next larger one: a recipe without overrides would do no better.
     """
@@ -127,7 +127,7 @@ def uniform(found: Sequence[Choice], sizes: Sizes, target: Target) -> list[int] 
 
 
 def _nearest(choice: Choice, taken: Sequence[int], bits: int) -> int:
-    """The smallest option of at least so many bits, else the largest there is."""
+    """Return the smallest option of at least so many bits, else the largest there is."""
     widths = [16 if quantizer is None else quantizer.num_bits for quantizer in choice.options]
     enough = [option for option, width in enumerate(widths) if width >= bits]
     return min(enough, key=lambda option: (widths[option], taken[option])) if enough else widths.index(max(widths))
@@ -136,7 +136,7 @@ def _nearest(choice: Choice, taken: Sequence[int], bits: int) -> int:
 def moved(
     found: Sequence[Choice], losses: Sequence[Sequence[float]], plain: Sequence[int], chosen: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The units that `chosen` stores otherwise than `plain`, those that gain most first: where it hurts."""
+    """List the units whose option differs between `chosen` and `plain`, the largest gain first."""
     rows = [
         {
             "unit": choice.group.label, "role": str(choice.group.linears[0].role), "from": said(choice.options[before]),
@@ -149,7 +149,7 @@ def moved(
 
 
 def moved_lines(rows: Sequence[Mapping[str, Any]], most: int = 20) -> str:
-    """The table of them for people."""
+    """Format them as a table."""
     if not rows:
         return ""
     head = "| unit | role | from | to | KL saved |\n| --- | --- | --- | --- | ---: |\n"
@@ -159,10 +159,10 @@ def moved_lines(rows: Sequence[Mapping[str, Any]], most: int = 20) -> str:
 
 
 def too_small(sizes: Sizes, target: Target) -> DscError:
-    """What to say where nothing fits."""
+    """Return the error for a target that nothing fits."""
     least = sum(min(options) for options in sizes.options)
-    asked = sizes.told(sizes.budget(target), target)
-    what = f"target: {asked} asked for, the smallest options take {sizes.told(least, target)}"
+    asked = sizes.describe(sizes.budget(target), target)
+    what = f"target: {asked} asked for, the smallest options take {sizes.describe(least, target)}"
     return DscError(what, "give a larger target, or options with fewer bits")
 
 
@@ -174,7 +174,7 @@ def recipe(
     note: str,
     migration: Migration | None = None,
 ) -> str:
-    """The recipe, YAML text: the scheme of most weights in `weights`, one override for each of the others."""
+    """Write the recipe as YAML: the scheme of most weights in `weights`, one override for each of the others."""
     groups: dict[WeightQuantizer | None, list[FusedGroup]] = {}
     for choice, option in zip(found, chosen, strict=True):
         groups.setdefault(choice.options[option], []).append(choice.group)
@@ -204,7 +204,7 @@ def _scheme(quantizer: WeightQuantizer) -> dict[str, Any]:
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML on one line; text in quotes wherever it might mean something else."""
+    """Format a value as YAML on one line; text in quotes wherever it might mean something else."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -217,7 +217,7 @@ def _flow(value: Any) -> str:
 def table(
     found: Sequence[Choice], sizes: Sizes, losses: Sequence[Sequence[float]], chosen: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """[{"unit", "role", "weights", "chosen", "options": [{"scheme", "bits_per_weight", "kl"}]}]."""
+    """Return [{"unit", "role", "weights", "chosen", "options": [{"scheme", "bits_per_weight", "kl"}]}]."""
     return [
         {
             "unit": choice.group.label,
@@ -234,7 +234,7 @@ def table(
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], title: str, lines: Sequence[str]) -> str:
-    """The table for people: one row a unit, its loss at each scheme, the chosen one in bold."""
+    """Format the table in Markdown: one row a unit, its loss at each scheme, the chosen one in bold."""
     schemes = list(dict.fromkeys(option["scheme"] for row in rows for option in row["options"]))
     head = ["unit", "weights", *schemes]
     body = []

@@ -171,7 +171,7 @@ class FromGraph(Answerer):
 
 
 class FromSpeaker(Answerer):
-    """What answers one prompt at a time, or a server, which takes several."""
+    """Answerer for a backend that takes one prompt at a time, or a server, which takes several."""
 
     def __init__(self, speaker: Speaker, name: str) -> None:
         self.speaker, self.name = speaker, name

@@ -1,4 +1,4 @@
-"""How certain a difference between two models on the same problems is, and how many problems would settle it.
+"""Certainty of a difference between two models on the same problems, and the number of problems that would settle it.
 
 Of n problems, `lost` were answered by the reference alone and `gained` by the model alone; all else cancels.
 

@@ -28,7 +28,7 @@ HTTP = ("http://", "https://")
 
 @dataclass(frozen=True)
 class Opened:
-    """What answers: `predict` gives logits (1, T, vocabulary) of tokens (1, T), where the runtime tells them."""
+    """A deployed file: `predict` gives logits (1, T, vocabulary) of tokens (1, T), where the runtime exposes them."""
 
     speaker: Speaker
     answerer: Answerer

@@ -1,4 +1,4 @@
-"""How far a model's next-token distribution is from its reference's, and how well both predict a text.
+"""Divergence of next-token distributions from the reference's, and perplexity of both on a text.
 
 With p the reference's and q the model's distribution after the same tokens, per predicted position:
 
@@ -61,7 +61,7 @@ class Sample(NamedTuple):
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted."""
+        """Number of predicted tokens."""
         return len(self.tokens) - self.start
 
 

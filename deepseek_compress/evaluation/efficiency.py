@@ -1,4 +1,4 @@
-"""What a checkpoint costs: bytes on disk, bits per weight, speed and peak memory in the evaluation runtime.
+"""Efficiency of a checkpoint: bytes on disk, bits per weight, speed and peak memory in the evaluation runtime.
 
 Speed and memory are taken in a process of its own, `python -m deepseek_compress.evaluation.efficiency DIRECTORY`, so
 that neither the models before it nor the caller's caches count. One sequence at a time: a prompt is read whole

@@ -65,14 +65,14 @@ class _Backward:
 def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int) -> tuple[Memory, Work, int]:
     """As `sensitivity.cost`: forward and back once; a task holds a block, its gradients and every option of it."""
     once = tuple(Choice(choice.group, choice.options[:1]) for choice in choices)
-    memory, work, spools = sensitivity.cost(cfg, once, judging, fitting)
+    memory, work, stores = sensitivity.cost(cfg, once, judging, fitting)
     blocks: dict[int, int] = {}
     for choice in choices:
         taken = choice.group.weights * (len(choice.options) + 1)
         blocks[choice.group.block.layer] = blocks.get(choice.group.block.layer, 0) + taken
     weights = sum(choice.group.weights for choice in choices)
     back = Work(4.0 * judging * weights, 0.0, 0.0)
-    return Memory(0, 0, memory.task + 4 * max(blocks.values())), total([work, back]), 2 * spools
+    return Memory(0, 0, memory.task + 4 * max(blocks.values())), total([work, back]), 2 * stores
 
 
 def _top(search: Search, into: Path) -> None:

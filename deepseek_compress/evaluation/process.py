@@ -1,4 +1,4 @@
-"""How answers came about: how long they are, whether they loop, close their thoughts, verify step by step, and flip.
+"""Analysis of answers: length, loops, unclosed thoughts, validity step by step, and flips.
 
 A 3-bit reasoner that fails mostly thinks too long (arXiv 2606.00206): the share of right answers alone does not tell
 whether a model forgot how to compute or how to stop.

@@ -1,27 +1,23 @@
-"""How far the answers are and how long the rest will take, from what this run itself has answered."""
+"""Progress of the answers and the time left, from this run's own rate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
+from deepseek_compress.console import Pace
+
 
 class TimeLeft:
     """Call it with every count; answers that an earlier run gave tell nothing of this one's speed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._began: tuple[float, int] | None = None  # when, and how many there were
+        self._pace = Pace(clock)
 
     def __call__(self, done: int, total: int) -> str:
         """`320 of 1000, 4 min left`."""
-        now = self._clock()
-        if self._began is None:
-            self._began = (now, done)
-        new, words = done - self._began[1], f"{done} of {total}"
-        if not new or done == total:
-            return words
-        return f"{words}, {spoken((now - self._began[0]) / new * (total - done))} left"
+        left, words = self._pace.left(done, total), f"{done} of {total}"
+        return words if left is None or done == total else f"{words}, {spoken(left)} left"
 
 
 def spoken(seconds: float) -> str:

@@ -29,7 +29,7 @@ BUILTIN = "builtin"
 ASKED = 1000  # problems, where nobody says how many
 SHORTEST = 256  # new tokens that an answer to a question of the user's may have at least
 GREEDY = Sampling()
-NEXT = "\nQuestion:"  # a model without chat template that goes on with this has answered
+NEXT = "\nQuestion:"  # a model without chat template that continues so has answered
 
 #: name -> (what makes `count` problems, one line about it)
 SUITES: dict[str, tuple[Callable[[int], list[Problem]], str]] = {
@@ -42,7 +42,7 @@ SUITES: dict[str, tuple[Callable[[int], list[Problem]], str]] = {
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are put: an `instruction` after each, `examples` before, sampled or greedy answers."""
+    """Prompt format of questions: an `instruction` after each, `examples` before, sampled or greedy answers."""
 
     instruction: str | None = None
     examples: Sequence[Problem] = ()

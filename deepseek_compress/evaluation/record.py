@@ -196,7 +196,7 @@ def _streamed(
 
 
 def _rounding(run: _Run, is_reference: bool, checkpoint: Checkpoint) -> KvRounding | None:
-    """How keys and values of a model are rounded."""
+    """Return the rounding of a model's keys and values."""
     return (None if is_reference else run.settings.kv_cache) or kv_rounding(checkpoint.kv_cache)
 
 

@@ -52,7 +52,7 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model said: numbers in the order of the pairs and twins, answers in that of the pairs."""
+    """Measurements of one model: numbers in the order of the pairs and twins, answers in that of the pairs."""
 
     margins: list[float | None]  # nats a token; None where both completions are the same tokens
     gaps: list[float | None]  # signed, nats a token; None where both prompts are; empty where nothing tells likelihoods

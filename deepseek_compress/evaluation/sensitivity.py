@@ -1,10 +1,10 @@
-"""What it costs to store one unit of a model in fewer bits and nothing else: KL of the model's output, measured.
+"""Sensitivity: the KL of the model's output when one unit alone is stored in fewer bits, measured.
 
     loss(u, o) = mean over positions of KL(p || q)     p of the original, q of the original with unit u stored as o
 
 A unit is what serving engines fuse. The original runs once, and the input of each block is kept on disk. Blocks are
 tasks: a task quantises each unit of its block as each option says, with statistics of the original's inputs, runs
-the block once for each of them, and takes what comes out through the blocks after it, one block in memory at a time.
+the block once for each of them, and takes the result through the blocks after it, one block in memory at a time.
 What was computed before the block is never computed again. Text that judges gives no statistics.
 
 To first order in the losses they add up (the cross terms of different units' errors are left out); `joint` measures
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """What is measured: plain values, so that any process can do a part of it."""
+    """Description of the search: plain values, so that any process can do a part of it."""
 
     architecture: Architecture
     choices: tuple[Choice, ...]
@@ -92,11 +92,15 @@ def measure(search: Search, pool: Pool, progress: Progress) -> list[list[float]]
     """Return the loss of each choice at each of its options, nats a position; goes on where an interrupted run
     stopped."""
     layers = len(search.architecture.blocks)
-    run_original(search, pool, progress)
+    # Of each block: every option runs through it and all that follow; beside that, the original's run is nothing
+    work = [sum(len(search.choices[at].options) for at in search.at(n)) * (layers - n) for n in range(layers)]
+    run_original(search, pool, lambda done, _, note: progress(0, sum(work), note))
     tasks = [layer for layer in range(layers) if kept(_losses_file(search, layer)) is None]
-    for done, (layer, losses) in enumerate(zip(tasks, pool.run(_losses, tasks), strict=True), 1):
+    done = sum(work) - sum(work[layer] for layer in tasks)
+    for layer, losses in zip(tasks, pool.run(_losses, tasks), strict=True):
         write_sealed(_losses_file(search, layer), {"losses": losses})
-        progress(layers + 2 * (layers - len(tasks) + done), 3 * layers, "one group at a time")
+        done += work[layer]
+        progress(done, sum(work), "one group at a time")
     found: dict[int, list[float]] = {}
     for layer in range(layers):
         found |= dict(zip(search.at(layer), read_sealed(_losses_file(search, layer))["losses"], strict=True))
@@ -108,7 +112,7 @@ def _losses_file(search: Search, layer: int) -> Path:
 
 
 def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int) -> tuple[Memory, Work, int]:
-    """From shapes: memory of a task, work of all tasks, bytes of the spools; of so many tokens that judge and fit.
+    """From shapes: memory of a task, work of all tasks, bytes of the stores; of so many tokens that judge and fit.
 
     A task holds a block, a changed unit beside it, the Hessians of the block with what factoring the largest takes, and
     the states of all its variants.
@@ -128,8 +132,8 @@ def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int
         task = max(task, 4 * held + 48 * head.LOGITS)
         work.append(_work(cfg, found, sum(counts[: layer + 1]), judging, fitting, sum(n * n for n in inputs)))
     logits = 2.0 * sum(counts) * judging * cfg.vocab_size * cfg.hidden_size
-    spools = 4 * (judging + fitting) * (cfg.num_hidden_layers + 1) * cfg.hidden_size
-    return Memory(0, 0, task), total([Work(logits), *work]), spools
+    stores = 4 * (judging + fitting) * (cfg.num_hidden_layers + 1) * cfg.hidden_size
+    return Memory(0, 0, task), total([Work(logits), *work]), stores
 
 
 def _work(

@@ -68,7 +68,7 @@ class ByLayer(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a run may use; see `stages.base.Context`."""
+    """Resource limits of a run; see `stages.base.Context`."""
 
     memory: int | None = None  # bytes
     workers: int | None = None
@@ -107,7 +107,7 @@ def cost(header: Header, samples: int, length: int, models: int = 2) -> tuple[Me
 def measure(
     subjects: Mapping[str, Subject], samples: Sequence[Sample], work: Path, limits: Limits, progress: Progress
 ) -> dict[str, Divergence]:
-    """The divergence of each model from the first, over the same samples; an interrupted run goes on from `work`."""
+    """Measure the divergence of each model from the first over the same samples; `work` lets a run resume."""
     runs = {name: _run(subject, work, limits.device) for name, subject in subjects.items()}
     sizes = [run.architecture.cfg.vocab_size for run in runs.values()]
     for size in sizes:

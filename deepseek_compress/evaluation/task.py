@@ -1,4 +1,4 @@
-"""What is measured, and the questions and tokens that every model gets."""
+"""The questions and tokens that every model gets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOLUTIONS = 400  # fidelity is a mean over tokens: these hold some 15,000, and e
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. `suite` None: no problems; `text` None: fidelity on the reference solutions of the problems."""
+    """Choice of measurements. `suite` None: no problems; `text` None: fidelity on the problems' reference solutions."""
 
     suite: str | Sequence[str] | None = reasoning.BUILTIN  # names of suites, files of questions
     problems: int | None = 1000  # of each; None: all of a file

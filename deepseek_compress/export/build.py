@@ -1,4 +1,4 @@
-"""What the emitters share while one model becomes a graph: the model, the graph, and how a weight is named."""
+"""State of a model's conversion to a graph: the model, the graph, and the naming of weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Build:
-    """What the emitters share while one model is written."""
+    """State that the emitters share while one model is written."""
 
     graph: Graph
     checkpoint: Checkpoint

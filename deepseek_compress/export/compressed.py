@@ -21,7 +21,7 @@ from onnx import TensorProto
 
 from deepseek_compress.export.build import Build, Weight
 from deepseek_compress.export.lowering import float_weight, linear, to_numpy
-from deepseek_compress.export.pieces import RowMask, rms_norm, shares_of, steps, turned, turns, unflatten, unit
+from deepseek_compress.export.pieces import RowMask, rms_norm, rotated, shares_of, steps, turns, unflatten, unit
 from deepseek_compress.export.sparse import choose
 from deepseek_compress.models.config import Compressed, Indexer, Rope
 
@@ -219,7 +219,7 @@ def rotate_tail(build: Build, rope: Rope, x: str, positions: str, back: bool = F
     still, tail = g.op("Slice", x, g.ints(0), start, last), g.op("Slice", x, start, end, last)
     pairs = g.op("Reshape", tail, g.ints(0, 0, 0, half, 2))
     first, second = (g.op("Gather", pairs, g.constant(np.array(i, np.int64)), axis=-1) for i in (0, 1))
-    both = turned(build, first, second, cos, sin)
+    both = rotated(build, first, second, cos, sin)
     pairs = g.op("Concat", *(g.op("Unsqueeze", part, last) for part in both), axis=-1)
     return g.op("Concat", still, g.op("Reshape", pairs, g.ints(0, 0, 0, rope.dim)), axis=-1)
 

@@ -87,7 +87,7 @@ def problems(header: Header) -> list[DscError]:
 
 
 class _Pieces:
-    """What `GGUFWriter` takes for a tensor, made piece by piece while it is written."""
+    """A tensor for `GGUFWriter`, made piece by piece while it is written."""
 
     def __init__(self, nbytes: int, data: Iterator[Array]) -> None:
         self.nbytes, self.data, self.digest = nbytes, data, hashlib.blake2b()

@@ -63,7 +63,7 @@ def encode(weight: Tensor, kind: str) -> Array:
 
 
 def bound(weight: Quantized) -> Tensor:
-    """How far a weight that keeps its codes may be from ours, (rows, columns): FP16 rounds d and m."""
+    """Bound the error of a weight that keeps its codes, (rows, columns): FP16 rounds d and m."""
 
     def half(value: Tensor) -> Tensor:
         return torch.clamp(2.0**-11 * value.abs(), min=2.0**-25)

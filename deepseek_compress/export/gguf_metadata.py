@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, and which models llama.cpp computes otherwise than we do.
+"""GGUF metadata of a model, and which models llama.cpp computes otherwise than we do.
 
 llama3's frequencies are a tensor of divisors. Latent attention is described as attention with one head of keys, as wide
 as latent and rotated key together. yarn of DeepSeek: llama.cpp multiplies the scores by (1 + m ln factor)^2 with m the

@@ -77,7 +77,7 @@ def parts_of(header: Header, cfg: ModelConfig) -> Iterator[Part]:
 
 
 def left_out(header: Header, cfg: ModelConfig) -> int:
-    """How many tensors of multi-token prediction the file lacks."""
+    """Count the tensors of multi-token prediction that the file lacks."""
     return sum(_beyond(name, cfg) for name in header.tensors)
 
 

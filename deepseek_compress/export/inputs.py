@@ -1,4 +1,4 @@
-"""How the input of a linear becomes whole numbers in ONNX: x ~ d t.
+"""Rounding a linear's input to integers in ONNX: x ~ d t.
 
 Dynamic: t = max|x| / top per token, computed in the graph, and d = round(x / t). Static, where s and z are known at
 export: q = clip(round(x / s + z), -128, 127), d = q - z, t = s.
@@ -71,7 +71,7 @@ def whole(g: Graph, found: Fraction) -> str:
     return g.op("Sub", d, g.constant(found.zero)) if found.zero.any() else d
 
 
-def on_whole_numbers(build: Build, x: str, weight: Weight, product: Callable[[str], str]) -> str:
+def on_integers(build: Build, x: str, weight: Weight, product: Callable[[str], str]) -> str:
     """product(d) * t, in float: what 8-bit activations mean where the product itself is not made of integers."""
     g, found = build.graph, fraction(build, x, weight)
     y = product(g.op("Cast", whole(g, found), to=g.elem_type))

@@ -1,4 +1,4 @@
-"""How a linear becomes ONNX nodes: `Lowering(build, x, weight) -> y`, one table for all targets.
+"""Lowering of a linear to ONNX nodes: `Lowering(build, x, weight) -> y`, one table for all targets.
 
 A quantised weight is W[k, n] = s[g, n] (q[k, n] - z[g, n]), k in group g; k is the input channel and n the output
 channel, the transpose of the checkpoint's rows. c = 2^(b-1) centres the codes, so that q - c fits a signed type.
@@ -31,7 +31,7 @@ from onnx import TensorProto
 from deepseek_compress.errors import DscError
 from deepseek_compress.export.build import Build, Grids, Lowering, Weight
 from deepseek_compress.export.graph import CONTRIB, FLOATS, Array, pack_nibbles
-from deepseek_compress.export.inputs import fraction, on_whole_numbers, qdq_grid, qdq_product, round_tokens, whole
+from deepseek_compress.export.inputs import fraction, on_integers, qdq_grid, qdq_product, round_tokens, whole
 from deepseek_compress.numerics.types import Quantized
 
 NBITS_BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
@@ -52,7 +52,7 @@ def is_quantized(build: Build, weight: Weight) -> bool:
 
 
 def is_rounded(build: Build, weight: Weight) -> bool:
-    """Whether the linear's input is rounded to whole numbers."""
+    """Whether the linear's input is rounded to integers."""
     return weight.names[0] in build.rounded
 
 
@@ -182,7 +182,7 @@ def standard(build: Build, x: str, weight: Weight) -> str:
     axis = grids.scale.ndim - 2
     w = g.op("DequantizeLinear", grids.codes, scale, name, axis=axis, block_size=grids.group_size)
     if is_rounded(build, weight):
-        return on_whole_numbers(build, x, weight, lambda d: g.op("MatMul", d, w))
+        return on_integers(build, x, weight, lambda d: g.op("MatMul", d, w))
     return g.op("MatMul", x, w)
 
 
@@ -264,7 +264,7 @@ def matmulnbits(build: Build, x: str, weight: Weight) -> str:
         return nbits_product(build, value, f"{weight.label}.weight", found)
 
     if is_rounded(build, weight) and build.accuracy_level < 4:
-        return on_whole_numbers(build, x, weight, product)
+        return on_integers(build, x, weight, product)
     return product(x)
 
 

@@ -1,8 +1,8 @@
 """Mixture of experts as ONNX nodes: who sees which token, and the two ways to dispatch.
 
-Dense (every run-time): all experts see all tokens in three batched products, and the shares, mostly zero, make the sum
-right. It costs experts / top_k times the arithmetic, and TensorRT has nothing else (no NonZero). Routed (onnxruntime):
-each expert sees the tokens that chose it. The mathematics of the router is that of `models.moe`, in FP32.
+Dense (every run-time): all experts see all tokens in three batched products, and the gate weights, mostly zero, make
+the sum right. It costs experts / top_k times the arithmetic, and TensorRT has nothing else (no NonZero). Routed
+(onnxruntime): each expert sees the tokens that chose it. The router computes as in `models.moe`, in FP32.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def _by_token_id(build: Build, moe: Moe, table: str) -> str:
     return g.op("ReduceSum", g.op("Cast", same, to=TensorProto.FLOAT), g.ints(1), keepdims=0)
 
 
-def _normalized(build: Build, moe: Moe, shares: str) -> str:
+def _normalized(build: Build, moe: Moe, gate_weights: str) -> str:
     g = build.graph
     if moe.normalize:
-        total = g.op("Add", g.op("ReduceSum", shares, g.ints(-1), keepdims=1), g.scalar(1e-20, np.float32))
-        shares = g.op("Div", shares, total)
-    return g.op("Mul", shares, g.scalar(moe.scaling, np.float32))
+        total = g.op("Add", g.op("ReduceSum", gate_weights, g.ints(-1), keepdims=1), g.scalar(1e-20, np.float32))
+        gate_weights = g.op("Div", gate_weights, total)
+    return g.op("Mul", gate_weights, g.scalar(moe.scaling, np.float32))
 
 
 def _close_groups(build: Build, moe: Moe, choice: str) -> str:
@@ -84,21 +84,21 @@ def _close_groups(build: Build, moe: Moe, choice: str) -> str:
     return g.op("Reshape", groups, g.ints(-1, moe.experts))
 
 
-def _all_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> str:
-    """Every expert sees every token, three batched products in all; the shares make the sum right."""
+def _all_experts(build: Build, moe: Moe, stem: str, x: str, gate_weights: str) -> str:
+    """Every expert sees every token, three batched products in all; the gate weights make the sum right."""
     g = build.graph
     every = g.op("Unsqueeze", x, g.ints(0))
     gate, up = (expert_linear(build, stem, moe.experts, name, every) for name in (moe.names.gate, moe.names.up))
     y = expert_linear(build, stem, moe.experts, moe.names.down, gated(build, gate, up))
-    share = g.op("Unsqueeze", g.op("Transpose", g.op("Cast", shares, to=g.elem_type), perm=[1, 0]), g.ints(2))
+    share = g.op("Unsqueeze", g.op("Transpose", g.op("Cast", gate_weights, to=g.elem_type), perm=[1, 0]), g.ints(2))
     return g.op("ReduceSum", g.op("Mul", y, share), g.ints(0), keepdims=0)
 
 
-def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> str:
+def _routed_experts(build: Build, moe: Moe, stem: str, x: str, gate_weights: str) -> str:
     """Each expert sees the tokens that chose it. For run-times that know NonZero."""
     g = build.graph
     out = g.op("Cast", g.op("Mul", x, g.scalar(0)), to=TensorProto.FLOAT)  # onnxruntime adds rows of FP32 alone
-    by_expert = g.op("Cast", g.op("Transpose", shares, perm=[1, 0]), to=g.elem_type)  # (experts, tokens)
+    by_expert = g.op("Cast", g.op("Transpose", gate_weights, perm=[1, 0]), to=g.elem_type)  # (experts, tokens)
     for expert in range(moe.experts):
         share = g.op("Gather", by_expert, g.constant(np.array(expert, np.int64)))
         rows = g.op("Reshape", g.op("NonZero", share), g.ints(-1))
@@ -112,6 +112,6 @@ def _routed_experts(build: Build, moe: Moe, stem: str, x: str, shares: str) -> s
 
 def moe_part(build: Build, moe: Moe, stem: str, x: str) -> str:
     """Routed and shared experts: x (tokens, hidden) -> (tokens, hidden), without the residual."""
-    shares = route(build, moe, stem, x)
-    y = (_routed_experts if build.contrib else _all_experts)(build, moe, f"{stem}.{moe.names.experts}", x, shares)
+    gate_weights = route(build, moe, stem, x)
+    y = (_routed_experts if build.contrib else _all_experts)(build, moe, f"{stem}.{moe.names.experts}", x, gate_weights)
     return build.graph.op("Add", y, swiglu(build, f"{stem}.{moe.names.shared}", x)) if moe.shared else y

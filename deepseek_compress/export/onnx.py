@@ -117,7 +117,7 @@ def export_onnx(
             unsigned=lowering != "tensorrt",
         )
         emit_model(build)
-        about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.told_activations)}
+        about = {"lowering": lowering, "dtype": dtype, "activations": json.dumps(checkpoint.manifest_activations)}
         graph.save({**about, **(metadata or {})})
         return {"bytes": graph.bytes, "nodes": graph.count, "tensors": graph.tensors}
 
@@ -214,7 +214,7 @@ def emit_block(build: Build, layer: int, x: str) -> str:
 
 
 def _emit_streams(build: Build, hyper: HyperConnections, layer: int, stem: str, x: str) -> str:
-    """A block of DeepSeek-V4."""
+    """Emit a block of DeepSeek-V4."""
     g, cfg = build.graph, build.cfg
     kinds, moe = cfg.compressed, cfg.moe
     assert kinds is not None and moe is not None  # the family's parser gives both
@@ -233,7 +233,7 @@ def _emit_streams(build: Build, hyper: HyperConnections, layer: int, stem: str, 
 
 
 def hidden_name(layer: int) -> str:
-    """What the graph calls the input of block `layer`; one more is what the last block gives."""
+    """Return the graph's name for the input of block `layer`; one more is the last block's output."""
     return f"hidden/{layer}"
 
 
@@ -296,7 +296,7 @@ def _rounded_head(build: Build, x: str, weight: Weight) -> str:
 
 
 def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
-    """The table `name` on a grid of 8 bits per group, rounded to nearest, few rows at a time: rows do not meet.
+    """Round the table `name` to a grid of 8 bits per group, few rows at a time: rows do not meet.
 
     One that the checkpoint holds on such a grid stays as it is.
     """
@@ -315,7 +315,7 @@ def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
 
 
 def held_table(checkpoint: Checkpoint, name: str) -> Quantized | None:
-    """The table `name`, if the checkpoint holds it on the grid that `rounded_table` would round it to."""
+    """Return the table `name`, if the checkpoint holds it on the grid that `rounded_table` would round it to."""
     held = checkpoint.read_quantized(f"{name}.weight")
     fits = held is not None and held.num_bits == 8 and held.group_size == fit_group_size(held.codes.shape[1], None)
     return held if fits else None

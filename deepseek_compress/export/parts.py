@@ -99,7 +99,7 @@ class Parts:
         return Part(self.cut(gives, reads), self.folder, reads, self.numpy, fold)
 
     def _folded(self, nodes: set[int], large: set[str], reads: str | None) -> int:
-        """How many of `nodes` make something as large as the tensors `large` of them, and of no input."""
+        """Count the `nodes` whose result comes from the tensors `large` alone and is as large."""
         moving, count = {*self._inputs, reads}, 0
         for place in sorted(nodes):
             node = self._nodes[place]

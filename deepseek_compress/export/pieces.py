@@ -123,11 +123,11 @@ def rotate(build: Build, x: str) -> str:
         first, second = (g.op("Slice", x, g.ints(start), g.ints(rope.dim), g.ints(-1), g.ints(2)) for start in (0, 1))
     else:
         first, second = g.ops("Split", x, g.ints(half, half), count=2, axis=-1)
-    return g.op("Concat", *turned(build, first, second, cos, sin), axis=-1)
+    return g.op("Concat", *rotated(build, first, second, cos, sin), axis=-1)
 
 
-def turned(build: Build, first: str, second: str, cos: str, sin: str) -> tuple[str, str]:
-    """The two halves of pairs of channels, each pair turned by its angle."""
+def rotated(build: Build, first: str, second: str, cos: str, sin: str) -> tuple[str, str]:
+    """Rotate pairs of channels, given as two halves, each pair by its angle."""
     g = build.graph
     return (
         g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
@@ -153,7 +153,7 @@ class RowMask(NamedTuple):
     seen: str  # bool (B, 1, S, T)
 
     def bias(self, g: Graph) -> str:
-        """The mask as something to add to scores: 0, or what no score outweighs."""
+        """Return the mask as an additive bias of scores: 0, or a value that no score outweighs."""
         return g.op("Where", self.seen, g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
 
 
@@ -188,7 +188,7 @@ def _remember(build: Build, layer: int, part: str, new: str, axis: int, shape: t
 
 
 def _queries(build: Build, mla: Mla, stem: str, x: str) -> tuple[str, str]:
-    """The query latent, or x where there is none, and the queries (B S, heads (nope + rope))."""
+    """Return the query latent, or x where there is none, and the queries (B S, heads (nope + rope))."""
     names = build.cfg.names
     if mla.q_lora_rank is None:
         return x, linear(build, f"{stem}.{names.q}", x)
@@ -257,7 +257,7 @@ def _rotate_front(build: Build, x: str) -> str:
     cos, sin = turns(build, g.op("Unsqueeze", "position_ids", g.ints(2, 3)), rope)
     sizes = (rope.dim // 2, rope.dim // 2, build.cfg.indexer.head_dim - rope.dim if build.cfg.indexer else 0)
     first, second, rest = g.ops("Split", x, g.ints(*sizes), count=3, axis=-1)
-    return g.op("Concat", *turned(build, first, second, cos, sin), rest, axis=-1)
+    return g.op("Concat", *rotated(build, first, second, cos, sin), rest, axis=-1)
 
 
 def _layer_norm(build: Build, name: str, x: str, eps: float) -> str:

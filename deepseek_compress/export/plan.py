@@ -1,4 +1,4 @@
-"""What a TensorRT-RTX engine will do, read from the engine file: no driver, no GPU.
+"""Layers and kernels of a TensorRT-RTX engine, read from the engine file: no driver, no GPU.
 
 An engine holds its execution plan as text (`descriptors { tensor={... type=int4 ...} } main { function={...}
 fully_connected={...} }`), once for the whole graph and once for the body of each product with something fused to it.
@@ -156,7 +156,7 @@ def _types(text: str, field: str, types: dict[str, str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the ONNX graph asks for."""
+    """Operations that the ONNX graph requires."""
 
     nibble_bytes: int  # 4-bit weights
     integer_products: tuple[str, ...]  # names of MatMul nodes whose two operands are 8-bit

@@ -1,4 +1,4 @@
-"""What an ONNX file rounds by itself, and a copy of it that rounds nothing but weights.
+"""Rounding inside an ONNX file, and a copy of the file that rounds nothing but weights.
 
 Rounding is not continuous: a difference of 1e-7 next to half an 8-bit step becomes a whole step, which then moves
 others, so that two correct computations of one 8-bit model are as far apart as rounding moves either. Without it they

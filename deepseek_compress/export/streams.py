@@ -83,5 +83,5 @@ def _linear(build: Build, name: str, x: str) -> str:
 
 
 def _read(build: Build, name: str) -> str:
-    """A tensor of the checkpoint by its name, FP32."""
+    """Read a tensor of the checkpoint by its name, as FP32."""
     return build.graph.weight(name, to_numpy(build.checkpoint.read(name)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""What all targets share: knobs that are checked at the door, and files that appear together or not at all."""
+"""Base of all targets: knobs validated before any work, and files that appear together or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RAN, WRITTEN, BUILT = "ran in onnxruntime", "written, not run", "built, not run"
 
 @dataclass(frozen=True)
 class Job:
-    """What a run gives to a target. `manifest`: what the output's dsc_manifest.json says about its origin."""
+    """Inputs of a target. `manifest`: what the output's dsc_manifest.json says about its origin."""
 
     manifest: Mapping[str, Any]
     tell: Callable[[str], None] = print
@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Exported:
-    """What a target left behind: `kind` as in `stages.base.Output`."""
+    """Output of a target: `kind` as in `stages.base.Output`."""
 
     kind: str
     path: Path

@@ -52,7 +52,7 @@ Call = tuple[Ints, Ints]  # tokens and mask of a call, (B, S)
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an ONNX file compares with the runtime."""
+    """Agreement of an ONNX file with the runtime."""
 
     positions: int
     bound: float  # of `kl`
@@ -104,7 +104,7 @@ Rounding = Callable[[Tensor], Tensor]  # rows (n, hidden) of a table -> the same
 
 
 class Tables(NamedTuple):
-    """How a file rounds embedding and head; None: not at all."""
+    """Rounding of embedding and head in a file; None: not rounded."""
 
     embedding: Rounding | None = None
     head: Rounding | None = None
@@ -198,7 +198,7 @@ def tables_of(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> T
 
 
 def _generate(model: Model, prompts: Sequence[Sequence[int]], decoded: int) -> tuple[list[Call], list[Floats]]:
-    """The calls: the prompts, then a greedy token each; and the model's logits after each call."""
+    """Generate the calls (the prompts, then a greedy token each) and the model's logits after each."""
     tokens, mask = left_padded(prompts)
     logits_of, calls, logits = _Calls(model, tokens.shape[1] + decoded, mask), [], []
     for _ in range(decoded + 1):
@@ -210,7 +210,7 @@ def _generate(model: Model, prompts: Sequence[Sequence[int]], decoded: int) -> t
 
 
 def _replay(model: OnnxModel, calls: Sequence[Call]) -> tuple[list[Floats], list[Ints]]:
-    """The file's logits for each call, which may be of its last token alone, and their masks."""
+    """Run the file on each call; return its logits, which may be of the last token alone, and their masks."""
     model.start(len(calls[0][0]))
     logits = [model.step(tokens, mask) for tokens, mask in calls]
     return logits, [mask[:, -got.shape[1] :] for (_, mask), got in zip(calls, logits, strict=True)]
@@ -243,18 +243,18 @@ class _Calls:
 
 
 def comparable(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> list[list[int]]:
-    """The prompts; of one length where a graph takes no padding."""
+    """Return the prompts; of one length where a graph takes no padding."""
     most = min(map(len, prompts)) if cfg.compressed is not None else None
     return [list(prompt[:most]) for prompt in prompts]
 
 
 def _padding(mask: Ints) -> Tensor:
-    """Padded places of each row."""
+    """Return the padded places of each row."""
     return torch.from_numpy((mask == 0).sum(1))
 
 
 def clear_tokens(want: Sequence[Floats], have: Sequence[Floats], bound: float) -> tuple[int, int]:
-    """How many decoded tokens have a clear lead in the runtime, and how many of those are the file's too.
+    """Count decoded tokens that have a clear lead in the runtime, and how many of those the file gives too.
 
     `want`, `have`: logits of each call, (B, S, vocabulary), whose last position counts.
     """
@@ -283,7 +283,7 @@ def kl_of(p: Floats, q: Floats) -> Tensor:
 
 
 def _differs(graph: onnx.ModelProto, path: Path, exact: Model, model: Model, call: Call) -> str:
-    """The part of the model after which file and runtime differ most more than before it.
+    """Find the part of the model where file and runtime diverge most.
 
     `exact`: what both are compared with where `model` rounds; there the file's distance counts over the model's.
     """

@@ -56,7 +56,7 @@ ROWS = 32  # positions whose logits are in memory
 
 
 class Limits(NamedTuple):
-    """How a check is run. `workers`: processes that share the experts of a block."""
+    """Limits of a check. `workers`: processes that share the experts of a block."""
 
     workers: int = 1
     progress: Progress = lambda done, total, note: None
@@ -124,7 +124,7 @@ class _Text(NamedTuple):
         return torch.stack([row.roll(width - n, 0) for row, n in zip(rows, self.lengths, strict=True)])
 
     def right(self, rows: Tensor) -> Tensor:
-        """The way back."""
+        """Rotate back."""
         return torch.stack([row.roll(n, 0) for row, n in zip(rows, self.lengths, strict=True)])
 
     @property
@@ -136,7 +136,7 @@ class _Text(NamedTuple):
 
 
 def _runtime(source: Checkpoint, work: Path, blocks: Mapping[str, Blocks] | None) -> PlainRun:
-    """The model without rounded inputs; with `blocks`, as its scheme says and as the file rounds these linears."""
+    """Build the model without rounded inputs; with `blocks`, as its scheme says and the file rounds these linears."""
     scheme = None
     if blocks is not None:
         scheme = (input_scheme(source.activations) or InputScheme(None))._replace(own=blocks)
@@ -169,7 +169,7 @@ class _Runtime:
         advance(self.runs, self.number, at, self.pool)
 
     def logits(self, rows: Tensor) -> Floats:
-        """What the last block gives, (n, *row_shape) -> (n, vocabulary); the head is in FP32 a piece at a time."""
+        """Map the last block's output (n, *row_shape) to logits (n, vocabulary); the head in FP32, piece by piece."""
         run = self.runs[self.number]
         model = run.architecture
         weight = model.source.read(model.head, None)
@@ -193,7 +193,7 @@ class _File:
 
     @property
     def blocks(self) -> int:
-        """How many."""
+        """Number of blocks."""
         return self.architecture.cfg.num_hidden_layers
 
     @property

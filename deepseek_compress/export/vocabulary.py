@@ -59,7 +59,7 @@ DEEPSEEK = "<｜begin▁of▁sentence｜>"  # R1-Distill-Qwen cuts as Qwen2 does
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp must know of a tokenizer."""
+    """A tokenizer's vocabulary in llama.cpp's terms."""
 
     pre: str
     tokens: list[str]

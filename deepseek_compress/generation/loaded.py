@@ -10,7 +10,7 @@ from deepseek_compress.registry import build
 
 
 class Loaded:
-    """What `dsc.load` gives: `generate` answers, `last` tells how long that took."""
+    """Model that `dsc.load` returns: `generate` answers, `last` has the statistics of the last answer."""
 
     def __init__(self, speaker: Speaker) -> None:
         self.speaker = speaker

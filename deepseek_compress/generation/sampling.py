@@ -15,7 +15,7 @@ from deepseek_compress.generation.backends import Floats
 
 
 class Sampling(BaseModel, frozen=True, extra="forbid"):
-    """How the next token is chosen."""
+    """Rule for choosing the next token."""
 
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # 0: greedy
     top_p: float = Field(default=1.0, gt=0, le=1)

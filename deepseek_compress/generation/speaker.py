@@ -20,7 +20,7 @@ Prompt = str | Sequence[dict[str, str]]  # plain text, or messages for the chat 
 
 @dataclass
 class Answer:
-    """What became of a prompt; complete when its pieces are all taken."""
+    """Answer to a prompt; complete when its pieces are all taken."""
 
     backend: str
     prompt_tokens: int = 0

@@ -22,7 +22,7 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._told = 0  # tokens whose text was given back
+        self._emitted = 0  # tokens whose text was given back
         self._before = 0  # from where on they are decoded again
 
     def add(self, token: int) -> str:
@@ -31,17 +31,17 @@ class Detokenizer:
         text = self._rest()
         if not text or text.endswith(UNFINISHED):
             return ""
-        self._before, self._told = self._told, len(self._ids)
+        self._before, self._emitted = self._emitted, len(self._ids)
         return text
 
     def end(self) -> str:
         """Return what was held back."""
-        text = self._rest() if self._told < len(self._ids) else ""
-        self._told = len(self._ids)
+        text = self._rest() if self._emitted < len(self._ids) else ""
+        self._emitted = len(self._ids)
         return text
 
     def _rest(self) -> str:
-        known = self._decode(self._ids[self._before : self._told])
+        known = self._decode(self._ids[self._before : self._emitted])
         return self._decode(self._ids[self._before :])[len(known) :]
 
 

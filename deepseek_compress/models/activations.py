@@ -25,7 +25,7 @@ Rounding = Callable[[Tensor], Tensor]  # x (..., features) -> x on its grid
 
 
 class InputScheme(NamedTuple):
-    """How the inputs of linears are rounded, and of which linears."""
+    """Rounding of linears' inputs, and the roles it applies to."""
 
     quantize: Rounding | None  # the same for all; None: each as `inputs` says
     roles: frozenset[Role] = frozenset(ROLES)

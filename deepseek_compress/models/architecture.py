@@ -86,7 +86,7 @@ class Architecture:
 
     @cached_property
     def reading(self) -> Reading:
-        """What is read ahead of this model's blocks, on a GPU while the block loop runs."""
+        """Read-ahead of this model's blocks, on a GPU while the block loop runs."""
         return Reading()
 
     @property
@@ -105,8 +105,8 @@ class Architecture:
         return self.embedding if self.cfg.tie_word_embeddings else self.cfg.names.head
 
     def table(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """The embedding or the head in the type it is stored in: float32 takes twice the memory, which a packed one,
-        whose values need more than 16 bits, is worth."""
+        """Read the embedding or the head in its stored type: float32 takes twice the memory, which a packed one, whose
+        values need more than 16 bits, is worth."""
         packed = self.header.tensors[name].encoding == "packed"
         return self.source.read(name, torch.float32 if packed else None, device)
 
@@ -121,7 +121,7 @@ class Architecture:
         return self.family.embed(self.cfg, table, tokens).float()
 
     def final_hidden(self, weights: Weights, hidden: Tensor) -> Tensor:
-        """The last block's output (B, T, *row_shape) -> the head's input (B, T, hidden)."""
+        """Map the last block's output (B, T, *row_shape) to the head's input (B, T, hidden)."""
         return self.family.final_hidden(self.cfg, weights, hidden)
 
     def top(self) -> Weights:
@@ -136,11 +136,11 @@ class Architecture:
                     yield block.prefix + linear.name, linear
 
     def on(self, source: Checkpoint) -> Architecture:
-        """The same model with the tensors of `source`, whose configuration may differ in what a transform changes."""
+        """Return this model with the tensors of `source`, whose configuration a transform may have changed."""
         return replace(Architecture.of(source, self.device), family=self.family)
 
     def at(self, device: torch.device | str) -> Architecture:
-        """The same model on another device."""
+        """Return the same model on another device."""
         return replace(self, device=torch.device(device))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -200,7 +200,7 @@ class Block:
 
     @property
     def moe(self) -> Moe | None:
-        """How it routes; None for a dense block."""
+        """Routing of the block; None for a dense block."""
         return self.cfg.moe if self.cfg.is_moe(self.layer) else None
 
     def in_order(self, experts: bool) -> list[str]:
@@ -230,7 +230,7 @@ class Block:
         return {name: self.read(name) for name in self.tensors if name not in self.family.gathered}
 
     def tables(self) -> dict[str, Rows]:
-        """What gathers rows of those tables, float32, by local name."""
+        """Return functions that gather rows of those tables, float32, by local name."""
         source, device = self.architecture.checkpoint, self.architecture.device
         if source is None:
             return {}
@@ -257,6 +257,6 @@ class Block:
         return self.family.ffn_output(self.cfg, self.layer, weights, hidden, added)
 
     def run(self, weights: Weights, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """The whole block for hidden (B, T, *row_shape) of tokens (B, T), every sample from position 0."""
+        """Run the whole block for hidden (B, T, *row_shape) of tokens (B, T), every sample from position 0."""
         positions = places(len(tokens), 0, tokens.shape[1], tokens.device)
         return self.family.run_block(self.cfg, self.layer, weights, hidden, positions, tokens=tokens)

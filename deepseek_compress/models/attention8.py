@@ -61,7 +61,7 @@ def visible(mask: Tensor | None, new: int, seen: int, device: torch.device) -> T
 
 
 def _rounded(x: Tensor, dim: int, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Whole numbers of -127 to 127 in float32, and their scales over `dim`, which is kept; of what is `counted`."""
+    """Integers of -127 to 127 in float32, and their scales over `dim`, which is kept; of what is `counted`."""
     wide = x.float()
     sizes = wide.abs() if counted is None else wide.abs().masked_fill(~counted, 0)
     scale = sizes.amax(dim, keepdim=True) / _TOP

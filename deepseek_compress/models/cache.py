@@ -89,7 +89,7 @@ class KvCache:
         return tuple(kept[:, :, :end] for kept in self.layers[layer])
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, (rows,) whole numbers in rising order."""
+        """Keep only these rows of the batch, (rows,) integers in rising order."""
         for index, tensors in enumerate(self.layers):
             self.layers[index] = tuple(self._compact(kept, rows) for kept in tensors)
         self._last = {layer: last[rows] for layer, last in self._last.items()}
@@ -103,7 +103,7 @@ class KvCache:
 
 
 class CacheBytes(NamedTuple):
-    """What a token takes in the caches of all blocks, as engines keep them: latent attention its latent."""
+    """Bytes of a token in the caches of all blocks, as engines keep them: latent attention its latent."""
 
     plain: int  # at 16 bits
     stored: float
@@ -148,11 +148,11 @@ def cache_problems(cfg: ModelConfig, rounding: KvRounding) -> list[DscError]:
     ]
 
 
-def told_cache(cfg: ModelConfig, rounding: KvRounding) -> str:
+def cache_note(cfg: ModelConfig, rounding: KvRounding) -> str:
     """Return what the scheme saves and who keeps to it, in one line."""
     size = cache_bytes(cfg, rounding)
     assert size is not None
-    deltas = _told_kept(rounding)
+    deltas = _kept_note(rounding)
     deltas += ", keys as differences of neighbouring tokens (an addition a value to read)" if rounding.delta else ""
     return (
         f"KV cache of {rounding.num_bits} bits: {size.stored:.0f} bytes a token, {size.plain} in 16 bits{deltas}; it "
@@ -161,7 +161,7 @@ def told_cache(cfg: ModelConfig, rounding: KvRounding) -> str:
     )
 
 
-def _told_kept(rounding: KvRounding) -> str:
+def _kept_note(rounding: KvRounding) -> str:
     if rounding.window is None:
         return ""
     others = "others in 4 bits" if rounding.rest else "others dropped"

@@ -1,10 +1,10 @@
-"""What a token of DeepSeek-V4.1 carries from block to block, as one row of numbers.
+"""State that a token of DeepSeek-V4.1 carries from block to block, as one row of numbers.
 
     streams | pre | token | entry | index key | chosen entries | candidate blocks
 
 Beside the residual streams: the weights that collapse them at the next site, since each site hands its own on; the
 token's id, for Engram; and what a source block made for those after it. All of it is a row of the hidden state, so that
-whatever stores, moves or resumes hidden states carries it too. Whole numbers are exact in float32 below 2^24; -1
+whatever stores, moves or resumes hidden states carries it too. Integers are exact in float32 below 2^24; -1
 stands for none. Entry j of `rate` tokens each lies in the row of its last token, (j + 1) rate - 1, so that no row
 depends on later tokens.
 

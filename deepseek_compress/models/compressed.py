@@ -54,8 +54,8 @@ def rotate_tail(rope: Rope, x: Tensor, positions: Tensor, back: bool = False) ->
     """Rotate the last `rope.dim` channels of x (B, H, T, D), pairs side by side, keeping their order."""
     cos, sin = cos_sin(rope, positions)
     sin = -sin if back else sin
-    still, turned = x[..., : -rope.dim], wide(x[..., -rope.dim :])
-    first, second = turned[..., 0::2], turned[..., 1::2]
+    still, rotating = x[..., : -rope.dim], wide(x[..., -rope.dim :])
+    first, second = rotating[..., 0::2], rotating[..., 1::2]
     pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((still, pairs.flatten(-2).to(x.dtype)), dim=-1)
 

@@ -1,4 +1,4 @@
-"""What a `config.json` says, typed: dimensions, rotary embedding, latent attention, mixture of experts.
+"""A `config.json`, typed: dimensions, rotary embedding, latent attention, mixture of experts.
 
 Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` (as DeepSeek, Qwen and Meta publish) and
 `rope_parameters` (as transformers 5 saves).
@@ -17,7 +17,7 @@ from deepseek_compress.errors import DscError
 
 
 class Role(str, Enum):
-    """What a tensor is for."""
+    """Purpose of a tensor."""
 
     ATTENTION = "attention"
     MLP = "mlp"
@@ -93,7 +93,7 @@ class Indexer:
 
 
 class FfnNames(NamedTuple):
-    """What a family calls the tensors of its MLPs and experts, within a block."""
+    """Names of a family's MLP and expert tensors, within a block."""
 
     mlp: str = "mlp"
     experts: str = "mlp.experts"
@@ -110,7 +110,7 @@ FFN_NAMES = FfnNames()
 
 
 class Names(NamedTuple):
-    """What a family calls its tensors: those outside blocks by their whole name, modules of a block within it."""
+    """Names of a family's tensors: those outside blocks by their whole name, modules of a block within it."""
 
     block: str = "model.layers.{}"
     embedding: str = "model.embed_tokens.weight"
@@ -273,7 +273,7 @@ class Fields:
         self.config = config
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """Return a whole number; `default` where the key is absent or null, an error where there is none."""
+        """Return an integer; `default` where the key is absent or null, an error where there is none."""
         value = self.config.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -284,7 +284,7 @@ class Fields:
         return value
 
     def optional(self, name: str) -> int | None:
-        """Return a whole number or None."""
+        """Return an integer or None."""
         return None if self.config.get(name) is None else self.whole(name)
 
     def number(self, name: str, default: float) -> float:
@@ -311,7 +311,7 @@ class Fields:
         return str(value)
 
     def wholes(self, name: str, below: int) -> tuple[int, ...]:
-        """Return a list of different whole numbers in rising order, each less than `below`."""
+        """Return a list of different integers in rising order, each less than `below`."""
         value = self.config.get(name)
         if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
             raise DscError(f"config.json: {name} is {str(value)[:80]!r}", "it must be a list of integers, not negative")

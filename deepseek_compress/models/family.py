@@ -88,7 +88,7 @@ class Family:
         return self.names.block.format(layer)
 
     def role(self, name: str) -> Role:
-        """What a tensor is for; `name` as in the checkpoint or local to a block."""
+        """Return a tensor's role; `name` as in the checkpoint or local to a block."""
         names = self.names
         parts: tuple[tuple[str, Role], ...] = (  # the first that is in the name decides
             (module_of(names.embedding)[0].rpartition(".")[2] + ".", Role.EMBEDDING),
@@ -175,14 +175,14 @@ class Family:
         return cfg.mlp_bias
 
     def linears(self, cfg: ModelConfig, layer: int) -> list[Linear]:
-        """The linears of a block in the order in which they run; not the router, which is never changed."""
+        """List the linears of a block in the order in which they run; not the router, which is never changed."""
         return [
             *self.attention_linears(cfg, layer),
             *mlp_linears(self.names.ffn, self.names.ffn.mlp, Role.MLP, cfg.hidden_size, cfg.intermediate_size),
         ]
 
     def attention_linears(self, cfg: ModelConfig, layer: int) -> list[Linear]:
-        """The linears of the attention, in order."""
+        """List the linears of the attention, in order."""
         hidden, dim = cfg.hidden_size, cfg.head_dim
         kv = cfg.num_key_value_heads * dim
         names, source = self.names, f"{self.names.attention}.in"
@@ -217,7 +217,7 @@ class Family:
         return functional.embedding(tokens, embedding)
 
     def residual(self, cfg: ModelConfig, hidden: Tensor) -> Tensor:
-        """What a block gives, (B, T, *row_shape) -> the residual stream or streams of it: what errors are taken of."""
+        """Map a block's output (B, T, *row_shape) to its residual stream or streams, on which errors are measured."""
         return hidden
 
     def chooses(self, cfg: ModelConfig, layer: int) -> bool:
@@ -232,7 +232,7 @@ class Family:
         return None
 
     def final_hidden(self, cfg: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
-        """What the last block gives -> the input of the head (B, T, hidden_size). `weights` has checkpoint names."""
+        """Map the last block's output to the head's input (B, T, hidden_size). `weights` has checkpoint names."""
         return rms_norm(hidden, weights[self.names.norm], cfg.rms_norm_eps)
 
     attention = staticmethod(grouped_attention)  # normed x (B, T, hidden_size) -> what it adds, the same shape
@@ -272,7 +272,7 @@ class Family:
     ) -> Tensor:
         """One decoder block: hidden (B, T, hidden_size) -> the same shape. Inputs are not modified.
 
-        `positions` (B, T) whole numbers; `mask` additive (B, 1, T, S) or None for causal; `tokens` (B, T) only for
+        `positions` (B, T) integers; `mask` additive (B, 1, T, S) or None for causal; `tokens` (B, T) only for
         blocks that are routed by token id.
         """
         hidden = self.attention_part(cfg, layer, weights, hidden, positions, mask, cache)
@@ -285,7 +285,7 @@ class Family:
 
 
 def attention_linear(name: str, rows: int, columns: int, source: str = "", fused: str | None = None) -> Linear:
-    """A linear of the attention; without `source` it has its input for itself."""
+    """Describe a linear of the attention; without `source` it shares its input with no other."""
     return Linear(name, Role.ATTENTION, rows, columns, source or name, fused)
 
 

@@ -77,7 +77,7 @@ def _expanded(cfg: ModelConfig, mla: Mla, weights: Weights, latent: Tensor) -> t
 
 
 def _queries(cfg: ModelConfig, mla: Mla, weights: Weights, x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The query latent, where there is one, and the queries (B, H, T, nope + rope)."""
+    """Return the query latent, where there is one, and the queries (B, H, T, nope + rope)."""
     latent = None
     if mla.q_lora_rank is None:
         q = weights.linear(cfg.names.q, x)

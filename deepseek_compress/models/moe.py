@@ -24,7 +24,7 @@ class Routing(NamedTuple):
     """Where each token goes."""
 
     experts: Tensor  # int64 (N, K)
-    shares: Tensor  # float32 (N, K), what the expert's output is multiplied with
+    gate_weights: Tensor  # float32 (N, K), what the expert's output is multiplied with
 
 
 def score(moe: Moe, weights: Weights, x: Tensor) -> Tensor:
@@ -45,10 +45,10 @@ def route(moe: Moe, weights: Weights, x: Tensor, tokens: Tensor | None = None) -
         experts = weights[moe.names.table][tokens].long()
     else:
         experts = _choose(moe, weights, scores.detach())
-    shares = scores.gather(1, experts)
+    gate_weights = scores.gather(1, experts)
     if moe.normalize:
-        shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
-    return Routing(experts, shares * moe.scaling)
+        gate_weights = gate_weights / (gate_weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(experts, gate_weights * moe.scaling)
 
 
 def _choose(moe: Moe, weights: Weights, scores: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ def experts_part(
 ) -> Tensor:
     """Return what `experts` (default: all, in order) add to x (N, hidden) -> (N, hidden)."""
     places = by_expert(routing, moe.experts)
-    shares = routing.shares.flatten()
+    gate_weights = routing.gate_weights.flatten()
     out = torch.zeros_like(x)
     for expert in range(moe.experts) if experts is None else experts:
         chosen = places[expert]
         if len(chosen):
             rows = chosen // moe.top_k
-            y = run_expert(moe, weights, expert, x[rows]) * shares[chosen, None].to(x.dtype)
+            y = run_expert(moe, weights, expert, x[rows]) * gate_weights[chosen, None].to(x.dtype)
             out.index_add_(0, rows, y)
     return out
 

@@ -31,6 +31,6 @@ def resolve_model(name: str | Path) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """How a user would name the model at `path`: `builtin:nano`, or the path as it is."""
+    """Return the name a user would type for the model at `path`: `builtin:nano`, or the path as it is."""
     there = path.resolve()
     return next((name for name, folder in builtin_models().items() if folder.resolve() == there), str(path))

@@ -66,7 +66,7 @@ class Tokenizer:
             return text
 
     def token(self, index: int) -> str | None:
-        """How the vocabulary writes the token of this id; None where it has none."""
+        """Return the vocabulary's spelling of the token of this id; None where it has none."""
         found: str | None = self._fast.id_to_token(index)
         return found
 

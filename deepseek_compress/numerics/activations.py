@@ -64,7 +64,7 @@ class InputGrid:
 
 
 class Activations(BaseModel, frozen=True, extra="forbid"):
-    """How the inputs of linears are rounded. Fields are the knobs of a recipe."""
+    """Rounding of linears' inputs. Fields are the knobs of a recipe."""
 
     paper: ClassVar[str] = ""
     num_bits: Literal[4, 8] = 8
@@ -96,7 +96,7 @@ class Static(Activations, frozen=True):
     estimator: Annotated[Estimator, BeforeValidator(_picked), PlainSerializer(named)] = MinMax()
 
     def ends(self, seen: Seen) -> tuple[float, float]:
-        """How far the grid of an input reaches down and up."""
+        """Return the lower and upper end of an input's grid."""
         if not seen.largest > 0:  # nothing but zeros
             return 0.0, 0.0
         return seen.clipped(self.estimator.threshold(seen, self.num_bits, self.symmetric), self.symmetric)

@@ -45,7 +45,7 @@ class ChannelError:
         return (float(self.apart.sum()) / whole) ** 0.5 if whole else None
 
     def outliers(self) -> Outliers | None:
-        """What stands out in the reference; None where it is zero."""
+        """Return what stands out in the reference; None where it is zero."""
         whole, apart = float(self.whole.sum()), float(self.apart.sum())
         if not whole:
             return None

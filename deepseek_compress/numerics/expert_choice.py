@@ -33,7 +33,7 @@ class ExpertChoice:
             load += torch.bincount(chosen.flatten().long().cpu(), minlength=self.experts)
 
     def result(self) -> Choices | None:
-        """What was found; None of no token."""
+        """Return what was found; None of no token."""
         if not self.tokens:
             return None
         return {

@@ -1,14 +1,19 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column by column, each error made good by the later columns.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column by column, compensating each error in later columns.
 
-The order of the columns (`act_order`, section "additional tricks" of the reference code): the ones with the largest
-inputs first, while their errors can still be corrected. Nothing but the grid is stored, so a column keeps its group:
+    q_j = round(w_j + sum_{i<j} F_ji (w_i - q_i))
+
+with F and D from one factor of the Hessian H = sum_t x_t x_t^T (see `hessian`, also for why this equals the paper's
+updates by H^-1). An error e of column j costs D_j e^2 of the output's squared error.
+
+`act_order` is the order of the columns: those with the largest inputs first, while later columns can still compensate.
+The layout stores no permutation, so a column keeps its group:
 
 - `group`: groups in order of their summed inputs, columns within each group likewise; the range of a group is
   searched when the solver reaches it, from the updated weights, each weighted by what its error will cost (D).
 - `column`: all columns by their inputs ("static groups"); the ranges come from the original weights.
-- `none`: as they stand.
+- `none`: in storage order.
 
-Zeros of a 2:4 weight stay zeros: such a column is fixed at 0 and its error is fed forward like any other.
+Zeros of a 2:4 weight stay zeros: the entry is fixed at 0, and its error is fed forward like any other.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Minimises `|W - s (q - z)|_p^p`, p < 1, by alternating two closed forms: the shrinkage of the error,
 `e = sign(r) max(|r| - |r|^(p-1) / beta, 0)`, and the grid that fits `W - e` best. The original moves a real-valued
 zero point; ours is whole by the format, so the second step refits the scale by least squares and moves the zero point
-to the nearest whole number of the original's update. The iterate with the least p-norm error is kept. What the
+to the nearest integer of the original's update. The iterate with the least p-norm error is kept. What the
 original gains it gains by its real-valued zero points: here KL is no better than round to nearest's.
 """
 

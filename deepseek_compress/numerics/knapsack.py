@@ -4,7 +4,7 @@
     subject to  sum over j of x[i][j] = 1 for each item i,   sum over i, j of cost[i][j] x[i][j] <= budget
 
 solved to optimality by HiGHS (`scipy.optimize.milp`). The solver computes in floating point with a tolerance, so what
-it gives is checked in whole numbers, and where it is over the budget by a rounding, solved again with that much less.
+it gives is checked in integers, and where it is over the budget by a rounding, solved again with that much less.
 """
 
 from __future__ import annotations
@@ -65,9 +65,6 @@ def _solved(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], b
 @contextmanager
 def _silence() -> Iterator[None]:
     """HiGHS prints now and then what it does, past Python; standard output is for results."""
-    if sys.platform == "win32":
-        yield
-        return
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

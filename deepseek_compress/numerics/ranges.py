@@ -32,7 +32,7 @@ _HALVINGS = 6  # and how often the range is halved
 
 
 class Seen(NamedTuple):
-    """What is known of an input."""
+    """Statistics of an input."""
 
     low: float  # smallest value, or the moving average of each batch's
     high: float  # largest
@@ -103,7 +103,7 @@ class Observer:
 
 
 class Estimator(BaseModel, frozen=True, extra="forbid"):
-    """How far the grid reaches. Fields are the knobs of a recipe."""
+    """Estimator of a grid's range. Fields are the knobs of a recipe."""
 
     counting: ClassVar[bool] = False  # whether it needs the histogram
     paper: ClassVar[str] = ""
@@ -187,7 +187,7 @@ def _best(seen: Seen, loss: Callable[[float], float]) -> float:
 
 
 def _bins(seen: Seen, threshold: float) -> int:
-    """How many bins reach to `threshold`."""
+    """Count the bins up to `threshold`."""
     return min(BINS, math.ceil(threshold / seen.width))
 
 

@@ -20,7 +20,7 @@ ROWS = 1024
 
 
 class Hadamard(BaseModel, frozen=True, extra="forbid"):
-    """Residual stream and values turned by random Hadamard matrices that are folded into the weights."""
+    """Residual stream and values rotated by random Hadamard matrices that are folded into the weights."""
 
     paper: ClassVar[str] = "Ashkboos et al. 2024, QuaRot, arXiv 2404.00456; SpinQuant's R1 and R2, arXiv 2405.16406"
     seed: int = Field(0, ge=0)
@@ -38,10 +38,10 @@ class Rotation:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         flat = out.view(-1, self.size)
         for start in range(0, len(flat), ROWS):  # few rows at a time stay in the cache
-            flat[start : start + ROWS] = self._turned(x.reshape(-1, self.size)[start : start + ROWS])
+            flat[start : start + ROWS] = self._rotated(x.reshape(-1, self.size)[start : start + ROWS])
         return out
 
-    def _turned(self, x: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor) -> Tensor:
         odd = self.size // (power := self.size & -self.size)
         generator = torch.Generator().manual_seed(self.seed)
         signs = torch.randint(2, (self.size,), generator=generator) * 2 - 1

@@ -1,7 +1,8 @@
 """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1 with the n:m mask of section 3.3).
 
-Columns in order; at each four the mask keeps the two with the largest `w^2 D`, w after the feedback so far and D the
-cost of removing it (`1 / [H^-1]_jj` of the columns that remain); what is removed is made good by the later columns.
+In each group of four columns, the mask keeps the two entries with the largest w^2 D: w after the feedback of earlier
+columns, and D_j = 1 / [H^-1]_jj over the columns that remain: the paper's metric w^2 / [H^-1]_jj. Later columns
+compensate for what was removed: w_j += sum_{i<j} F_ji (w_i - w'_i), w' the solution so far, F as in `hessian`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every solver takes and gives: the statistics of a linear's input and the quantised weight."""
+"""Interface of every solver: statistics of a linear's input in, quantised weight out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Quantized(NamedTuple):
 
     codes: Tensor  # uint8 (rows, columns), 0 .. 2**num_bits - 1, unpacked
     scale: Tensor  # float32 (rows, groups), values exactly representable in the stored type (BF16 by default)
-    zero_point: Tensor  # uint8 (rows, groups), whole numbers 0 .. 2**num_bits - 1
+    zero_point: Tensor  # uint8 (rows, groups), integers 0 .. 2**num_bits - 1
     num_bits: int = 4
     symmetric: bool = False  # symmetric: zero_point is 2**(num_bits - 1) everywhere and is not stored
 
@@ -49,7 +49,7 @@ class Factor(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What calibration collected for the input of one linear. Fields that were not asked for are None.
+    """Calibration statistics of one linear's input. Fields that were not asked for are None.
 
     `factor` is filled by `WeightQuantizer.prepare`, once for all linears that share the input.
     """

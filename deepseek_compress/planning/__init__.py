@@ -1,1 +1,1 @@
-"""What a step needs, from shapes alone, and what that means on this machine."""
+"""Requirements of a step from shapes alone, and their cost on this machine."""

@@ -1,4 +1,4 @@
-"""What a stage needs, from shapes alone, and what that means on a machine: bytes of memory, seconds, workers.
+"""Requirements of a stage from shapes alone, and their cost on a machine: bytes of memory, seconds, workers.
 
 A stage says what it holds and how much work it is; rates, measured on this machine (`rates`), turn work into time.
 """
@@ -34,7 +34,7 @@ class Memory(NamedTuple):
         return int(max(self.alone, self.beside + self.task) / (1 - STATES))
 
     def workers(self, wanted: int | None, useful: int, limit: int | None) -> int:
-        """How many to use: `wanted`, else as many as are `useful`; never more than `limit` bytes allow."""
+        """Choose the number of workers: `wanted`, else as many as are `useful`; never more than `limit` bytes allow."""
         if not self.task:
             return 1
         count = wanted or useful
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is computed, in units whose rates differ by machine."""
+    """Amounts of computation, in units whose rates differ by machine."""
 
     products: float = 0.0  # multiplications and additions of matrix products
     touched: float = 0.0  # bytes that pass through the memory between products
@@ -53,7 +53,7 @@ class Work(NamedTuple):
 
 
 def useful(cores: int, size: int, tasks: Work | None = None) -> int:
-    """How many workers end a model of `size` bytes, or where they only pack, `tasks`, sooner: one a core, or one."""
+    """Return how many workers finish a model of `size` bytes soonest, or `tasks` that only pack: one a core, or one."""
     if tasks is not None and tasks == Work(packed=tasks.packed):
         return cores if tasks.packed * (1 - 1 / cores) >= BEGINNING else 1
     return cores if size >= SMALL else 1
@@ -65,7 +65,7 @@ def total(parts: Iterable[Work]) -> Work:
 
 
 class Rates(NamedTuple):
-    """What this machine does in a second. `one_core`: with one thread; else with all of them."""
+    """Rates of this machine, per second. `one_core`: with one thread; else with all of them."""
 
     products: float
     products_one_core: float

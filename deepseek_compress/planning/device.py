@@ -79,7 +79,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def key(device: str) -> str:
-    """The kind of a device, for what was measured or computed on it: two GPUs of one name are alike."""
+    """Identify the kind of a device, for what was measured or computed on it: two GPUs of one name are alike."""
     there = device.startswith("cuda") and torch.cuda.is_available()
     return torch.cuda.get_device_name(device) if there else device.split(":")[0]
 
@@ -106,7 +106,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, device: str) -> Place:
-        """A GPU of this machine; the run itself keeps its share for hidden states."""
+        """Return a GPU of this machine; the run itself keeps its share for hidden states."""
         return cls(device, int((1 - STATES) * memory_limit(torch.device(device))), key(device))
 
     def begin(self, shared: Any) -> Any:
@@ -127,11 +127,11 @@ class Place(NamedTuple):
 
 
 def _at(shared: Any, device: str) -> Any:
-    """What tasks share, on `device`: a run, or several of them."""
+    """Move what tasks share to `device`: a run, or several of them."""
     return tuple(_at(each, device) for each in shared) if type(shared) is tuple else shared.at(device)
 
 
-def told(device: str) -> str:
+def describe(device: str) -> str:
     """One line about the device."""
     if not device.startswith("cuda"):
         return f"device {device}"

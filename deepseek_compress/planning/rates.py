@@ -1,4 +1,4 @@
-"""How fast this machine is, measured in ten seconds and kept, so that `dsc plan` can tell the time of a run.
+"""Rates of this machine, measured in ten seconds and kept, so that `dsc plan` can predict times.
 
 Each device has rates of its own. A GPU's workers are one process, so that what one thread does there is what all do.
 """

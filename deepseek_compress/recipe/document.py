@@ -43,7 +43,7 @@ class Document:
         return DscError(f"{place}: {error.what}", error.fix)
 
     def find(self, place: Path_, message: str) -> tuple[str | int, ...]:
-        """The path below `place` whose key or value `message` names; `place` itself when none does."""
+        """Find the path below `place` whose key or value `message` names; `place` itself when none does."""
         words = re.findall(r"'([^']*)'", message) + [dots.split(".")[-1] for dots in re.findall(r"([\w.]+):", message)]
         below = [path for path in self._lines if path[: len(place)] == tuple(place) and len(path) > len(place)]
         for dots in re.findall(r"([\w.]+):", message):
@@ -85,7 +85,7 @@ class Document:
 
 
 def read(path: Path) -> str:
-    """The text of the file, at most 1 MiB of UTF-8."""
+    """Read the text of the file, at most 1 MiB of UTF-8."""
     with path.open("rb") as file:
         content = file.read(limits.RECIPE_BYTES + 1)
     if len(content) > limits.RECIPE_BYTES:

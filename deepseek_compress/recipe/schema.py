@@ -1,4 +1,4 @@
-"""YAML -> a validated `Recipe`; every mistake carries the line it stands on, all are reported together.
+"""Validate a YAML recipe. Every error has its line number, and all are reported together.
 
 A recipe is a mapping with `stages`, a list of steps. A step has one stage with its knobs, and may have a `name` and
 a `from`, the name of the output it reads:
@@ -77,7 +77,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Changes:
-    """What options change in a recipe before it is validated."""
+    """Changes that options make to a recipe before it is validated."""
 
     settings: Sequence[str] = ()  # of `--set`: path=value
     values: Mapping[str, Any] = field(default_factory=dict)  # path -> value; a value that is None changes nothing
@@ -95,7 +95,7 @@ def read_recipe(path: Path, changes: Changes = Changes()) -> Recipe:
 
 
 def parse_recipe(text: str, where: str, changes: Changes = Changes()) -> Recipe:
-    """As `read_recipe`, from text; `where` stands before the line number of each problem."""
+    """Validate a recipe from text; `where` is its name in error messages, before the line number."""
     document = yaml_text.parse(text, where)
     if _apply(document, changes):
         text = yaml_text.dump(document.value)
@@ -107,7 +107,7 @@ def parse_recipe(text: str, where: str, changes: Changes = Changes()) -> Recipe:
 
 
 def _apply(document: Document, changes: Changes) -> bool:
-    """Make the changes; true when there was one."""
+    """Apply `changes`; return whether there were any."""
     if not isinstance(document.value, dict):
         return False
     wanted = [_setting(document, setting) for setting in changes.settings]

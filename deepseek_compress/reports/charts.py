@@ -61,7 +61,7 @@ SPEED = Across("Decode speed", "faster is to the right", lambda model: (model.ge
 
 
 def accuracy_axis(record: Record, across: Across = SIZE) -> Axis | None:
-    """The first metric that a model with a place on `across` has; None where no model has both."""
+    """Choose the first metric that a model with a place on `across` has; None where no model has both."""
     models = [model for model in table.everything(record) if across.find(model)]
     return next((a for a in AXES if any(_finite(m["metrics"].get(a.key)) for m in models)), None)
 
@@ -78,7 +78,7 @@ def series(record: Record) -> dict[str, int]:
 
 @lru_cache(maxsize=2 * SERIES)
 def swatch(number: int, hollow: bool) -> Markup:
-    """The mark of a series, for a row of a table or a list."""
+    """Draw the mark of a series, for a row of a table or a list."""
     with drawing():
         drawn = figure(14, 14)
         axes = drawn.add_axes((0, 0, 1, 1))
@@ -130,7 +130,7 @@ def _frame(drawn: Any, title: str, below: str, left: float) -> Axes:
 
 
 def _main(record: Record, points: Sequence[Model]) -> Sequence[Model]:
-    """The models that set the vertical range: the pipeline's. An ablation below it stands on the lower edge."""
+    """Select the models that set the vertical range: the pipeline's. An ablation below it stands on the lower edge."""
     names = {model["name"] for model in record["models"]}
     return [model for model in points if model["name"] in names] or points
 
@@ -175,7 +175,7 @@ def _paths(record: Record, axes: Axes, places: Mapping[str, tuple[float, float]]
 
 
 def _front(axes: Axes, points: Sequence[Model], axis: Axis, across: Across, low: float) -> None:
-    """A line through the models that no other beats in both."""
+    """Draw a line through the models that no other beats in both."""
     sign = 1 if axis.share else -1
     best = gate.front([(across.sign * across.find(m), sign * m["metrics"][axis.key], m["name"]) for m in points])
     line = sorted((across.find(m), max(m["metrics"][axis.key], low)) for m in points if m["name"] in best)
@@ -187,7 +187,7 @@ def _points(
     record: Record, axes: Axes, points: Sequence[Model], places: Mapping[str, tuple[float, float]], axis: Axis,
     across: Across,
 ) -> dict[str, str]:  # fmt: skip
-    """A mark and an interval a model, and what each says when it is pointed at."""
+    """Draw a mark and an interval for each model, and its details on hover."""
     numbers, details, floor = series(record), {}, axes.get_ylim()[0]
     for index, model in enumerate(points):
         (x, y), limits, number = places[model["name"]], _interval(model, axis.key), numbers[model["name"]]
@@ -266,7 +266,7 @@ def _hollow(record: Record, model: Model) -> bool:
 
 
 def parent_of(record: Record, model: Model) -> str | None:
-    """The model of the record that this one was made of: the nearest source in its lineage, by name or directory."""
+    """Find the model of the record that this one was made from: the nearest in its lineage, by name or directory."""
     names: dict[str, str] = {}
     for other in table.everything(record):
         names.setdefault(Path(str(other["path"])).name, other["name"])
@@ -322,7 +322,7 @@ CELLS = (
 
 
 def expert_cells(model: Model, width: int, key: str) -> Markup:
-    """How many calibration tokens reached each expert of each block, on a logarithmic scale."""
+    """Draw the calibration tokens of each expert of each block, on a logarithmic scale."""
     from matplotlib.patches import Rectangle
 
     blocks = model["expert_coverage"]
@@ -350,7 +350,7 @@ def expert_cells(model: Model, width: int, key: str) -> Markup:
 
 
 def _shades(axes: Axes, blocks: Sequence[Mapping[str, Any]], most: int, thick: float) -> None:
-    """The cells of one shade are the strokes of one path, so that thousands of experts stay a small picture."""
+    """Join the cells of one shade into one path, so that thousands of experts stay a small picture."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 

@@ -20,7 +20,7 @@ def role_rows(record: Record) -> Table:
 
 
 def worst_rows(record: Record) -> Table:
-    """The weights of each model whose outputs are furthest from the original's."""
+    """List the weights of each model whose outputs are furthest from the original's."""
     headers = ["Model", "Weight", "Bits", "Weight error", "Output error"]
     return Table(headers, [
         [table.label(record, model), one["name"], *_errors(one)]

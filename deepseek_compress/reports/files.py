@@ -47,7 +47,7 @@ def write(record: Record, path: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record in a report.json, or beside the .html or .md that is named; that of another harness's log.
+    """Read the record of a report.json, of the one beside a .html or .md, or of another harness's log.
 
     Raises `DscError` where there is none.
     """

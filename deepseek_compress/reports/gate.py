@@ -40,7 +40,7 @@ class Condition(NamedTuple):
 
 
 def parse(text: str) -> Condition:
-    """The condition that `text` writes. Raises `DscError` with the form and the valid names."""
+    """Parse the condition `text`. Raises `DscError` with the form and the valid names."""
     found = _FORM.fullmatch(text)
     valid = (*POINTS, *RATIOS, *NATS)
     if not found:
@@ -70,7 +70,7 @@ def failures(record: Record, conditions: Sequence[Condition]) -> list[DscError]:
 
 
 def value(model: Model, reference: Model | None, key: str) -> float | None:
-    """What a condition on `key` looks at; None where it was not measured."""
+    """Return the value that a condition on `key` compares; None where it was not measured."""
     if key == "kl_p99":
         return (model.get("kl") or {}).get("p99")
     if key in RATIOS:

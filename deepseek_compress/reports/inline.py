@@ -43,7 +43,7 @@ _NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def ink(name: str) -> str:
-    """The colour that becomes the CSS variable `--name`."""
+    """Return the colour that becomes the CSS variable `--name`."""
     return f"#0101{INKS.index(name):02x}"
 
 
@@ -72,7 +72,7 @@ def drawing() -> Iterator[None]:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of so many pixels."""
+    """Make an empty figure of so many pixels."""
     from matplotlib.figure import Figure
 
     found = Figure(figsize=(width / 72, height / 72), dpi=72)
@@ -99,7 +99,7 @@ def inline(drawn: Figure, title: str, description: str, key: str, details: Mappi
 
 def _kept(node: ElementTree.Element, shapes: Mapping[str | None, ElementTree.Element], details: Mapping[str, str]
           ) -> Iterator[ElementTree.Element]:  # fmt: skip
-    """The elements of `node` that draw something; groups stay only where they have a class or a detail."""
+    """Return the elements of `node` that draw something; groups stay only where they have a class or a detail."""
     for child in node:
         tag, name = _tag(child), child.get("id", "")
         if tag == "g":
@@ -130,7 +130,7 @@ def _tag(node: ElementTree.Element) -> str:
 
 
 def _style(node: ElementTree.Element) -> dict[str, str]:
-    """The style with variables for colours, without faces."""
+    """Return the style with variables for colours, without faces."""
     pairs = (pair.strip().partition(": ") for pair in node.get("style", "").split(";"))
     kept = {key: _COLOUR.get(value, value) for key, _, value in pairs if key and key != "font-family"}
     return {"style": ";".join(f"{key}:{value}" for key, value in kept.items())} if kept else {}

@@ -40,7 +40,7 @@ def is_log(document: Any) -> bool:
 
 
 def read_archive(path: Path) -> dict[str, Any]:
-    """The record of an Inspect log of the form .eval, a zip. Raises DscError for what is none."""
+    """Read the record of an Inspect log of the form .eval, a zip. Raises DscError for anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
             document = json.loads(_member(archive, "header.json", path))
@@ -54,7 +54,7 @@ def read_archive(path: Path) -> dict[str, Any]:
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    """A file of the archive, of bounded size whatever its header says."""
+    """Read a file of the archive, of bounded size whatever its header says."""
     with archive.open(name) as file:
         content = file.read(limits.JSON_BYTES + 1)
     if len(content) > limits.JSON_BYTES:
@@ -63,7 +63,7 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
 
 
 def record_of(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The record of a log. Raises DscError where a part of it is missing or of another form."""
+    """Convert a log to a record. Raises DscError where a part of it is missing or of another form."""
     try:
         if _is_harness(document):
             return _harness(document, path)
@@ -101,7 +101,7 @@ def _harness(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _samples(path: Path, task: str, metric: str, chosen: str) -> dict[str, float]:
-    """The score of each problem, from samples_TASK_*.jsonl beside the results; nothing where there is none."""
+    """Read the score of each problem from samples_TASK_*.jsonl beside the results; nothing where there is none."""
     files = sorted(file for file in path.parent.glob("samples_*.jsonl") if file.name.startswith(f"samples_{task}_"))
     same = [file for file in files if file.stem.rpartition("_")[2] == path.stem.partition("_")[2]] or files[-1:]
     if not same:

@@ -11,7 +11,7 @@ from deepseek_compress.reports.table import Record, Table
 
 
 def markdown(record: Record) -> str:
-    """The whole document. The same record gives the same bytes. What a record says is text, never HTML."""
+    """Render the whole document. The same record gives the same bytes. Strings of the record are text, never HTML."""
     record = _escaped(record)
     parts = [
         f"# {record.get('name') or 'evaluation'}",
@@ -51,7 +51,7 @@ def markdown(record: Record) -> str:
 
 
 def _flips(record: Record) -> list[str]:
-    """The first flips of each direction, with both answers."""
+    """Show the first flips of each direction, with both answers."""
     parts = []
     for model in table.everything(record):
         for one in ((model.get("flips") or {}).get("examples") or [])[:6]:
@@ -65,7 +65,7 @@ def _flips(record: Record) -> list[str]:
 
 
 def _refusals(record: Record) -> list[str]:
-    """The first refusals that changed, with both answers."""
+    """Show the first refusals that changed, with both answers."""
     parts = [
         f"- **{group['name']}**, {one['kind']}: {one['prompt'][:300]}\n  - reference: {one['reference'][:300]}\n"
         f"  - model: {one['model'][:300]}"
@@ -85,7 +85,7 @@ def _escaped(value: Any) -> Any:
 
 
 def grid(found: Table) -> str:
-    """A table with its numbers to the right; a row beyond noise is bold."""
+    """Format a table with its numbers to the right; a row beyond noise is bold."""
     rows = [[f"**{v}**" for v in row] if i in found.strong else row for i, row in enumerate(found.rows)]
     lines = [found.headers, ["---", *(["---:"] * (len(found.headers) - 1))], *rows]
     return "\n".join("| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in lines)

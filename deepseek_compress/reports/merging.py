@@ -112,7 +112,7 @@ def merge(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """A short name of each report: its file's name, or its directory's when the file is plain report.json."""
+    """Choose a short name of each report: its file's name, or its directory's when the file is plain report.json."""
     found: list[str] = []
     for path in paths:
         file = path / "report.json" if path.is_dir() else path
@@ -138,7 +138,7 @@ def _rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _equal(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """The same model with the same results; speeds and peaks differ from run to run and do not count."""
+    """Compare two models' results; speeds and peaks differ from run to run and do not count."""
     fixed = ("bytes", "parameters", "lineage")
     deterministic = ("exact_match", "f1", "valid_steps", "perplexity", "kl_divergence", "top1_agreement")
     return (
@@ -149,7 +149,7 @@ def _equal(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _reference(records: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]) -> str | None:
-    """The reference that all runs share, None where they have different ones."""
+    """Return the reference that all runs share, None where they have different ones."""
     rows: list[Mapping[str, Any]] = []
     for record in records:
         if record.get("log") and record["reference"] is None:
@@ -181,7 +181,7 @@ def _recipes(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict
 
 
 def _recipe_notes(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """The lines in which the recipes of two runs differ, the first run's against each other's."""
+    """List the lines in which the recipes of two runs differ, the first run's against each other's."""
     found, first = [], [line.strip() for line in str(records[0].get("recipe") or "").splitlines()]
     for name, record in zip(names[1:], records[1:], strict=True):
         lines = [line.strip() for line in str(record.get("recipe") or "").splitlines()]

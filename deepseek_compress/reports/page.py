@@ -28,7 +28,7 @@ SCATTER = (
 
 
 def page(record: Record) -> str:
-    """The whole document. The same record gives the same bytes."""
+    """Render the whole document. The same record gives the same bytes."""
     script = _own("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _environment().get_template("page.html").render(
@@ -48,7 +48,7 @@ def _environment() -> Environment:
 
 @cache
 def _own(name: str) -> Markup:
-    """A file of the package, which is markup (or a style, or a script) as it stands."""
+    """Read a file of the package, which is markup (or a style, or a script) as it stands."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
@@ -63,7 +63,7 @@ def _head(record: Record) -> dict[str, Any]:
 
 
 def _models(record: Record) -> dict[str, Any]:
-    """The table over the models."""
+    """Render the table over the models."""
     found = table.shown(record)
     starts = [index == 0 or found[index - 1].group != column.group for index, column in enumerate(found)]
     columns = [
@@ -101,7 +101,7 @@ def _model(
 
 
 def _answers(record: Record) -> dict[str, Any]:
-    """The tables of what the answers prove, and those that changed, the model's beside the reference's."""
+    """Render the tables of what the answers prove, and those that changed, the model's beside the reference's."""
     sections = {**proof.SECTIONS, **errors.SECTIONS, **safety.SECTIONS}
     proofs = [(title, make(record), caption) for title, (make, caption) in sections.items()]
     flips = []
@@ -200,7 +200,7 @@ def _legend(record: Record, models: Sequence[Model]) -> list[dict[str, Any]]:
 def _both(
     draw: Callable[[int, str], Markup | None], key: str, crowded: bool = False
 ) -> dict[str, Markup | bool | None] | None:
-    """The wide and the narrow variant; the style sheet shows one of them, and only that one is read out.
+    """Join the wide and the narrow variant; the style sheet shows one of them, and only that one is read out.
 
     `crowded`: the wide one has no names beside its marks either, so that the list below is needed.
     """

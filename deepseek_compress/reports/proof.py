@@ -67,7 +67,7 @@ def certainty_rows(record: Record) -> Table:
 
 
 def process_rows(record: Record) -> Table:
-    """How the answers of each model came about."""
+    """Tabulate the analysis of each model's answers."""
     lines = []
     for model in table.everything(record):
         found = model.get("process")
@@ -100,7 +100,7 @@ def sampled_rows(record: Record) -> Table:
 
 
 def kl_rows(record: Record) -> Table:
-    """The spread of KL over positions."""
+    """Tabulate the spread of KL over positions."""
     lines = []
     for model in table.everything(record):
         found = model.get("kl")
@@ -132,7 +132,7 @@ def speed_rows(record: Record) -> Table:
 
 
 def speed(model: Model) -> Mapping[str, Any] | None:
-    """What is known of a model's speed."""
+    """Collect the known speeds of a model."""
     if model.get("speed"):
         return model["speed"]  # type: ignore[no-any-return]
     metrics = model["metrics"]

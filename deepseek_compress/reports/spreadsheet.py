@@ -17,7 +17,7 @@ FORMULA = ("=", "+", "-", "@")  # a spreadsheet would compute a text that begins
 
 
 def csv_text(record: Record) -> str:
-    """The whole file."""
+    """Render the record as CSV."""
     best, out = gate.pareto(record), io.StringIO()
     intervals = [f"{name}_{end}" for name in METRICS for end in ("low", "high")]
     writer = csv.writer(out, lineterminator="\n")

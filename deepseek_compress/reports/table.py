@@ -17,7 +17,7 @@ UNKNOWN = "–"
 
 
 class Cell(NamedTuple):
-    """What stands in one cell: the value, and its 95 % interval or an empty string."""
+    """Contents of one cell: the value, and its 95 % interval or an empty string."""
 
     value: str
     interval: str = ""
@@ -90,7 +90,7 @@ _NUMBER = re.compile(r"([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?: ([kMGT]?B)\b)?", re.
 
 
 def sort_key(written: str) -> str:
-    """What a cell is sorted by: its number in base units, else its text; nothing where the value is unknown.
+    """Return a cell's sort key: its number in base units, else its text; nothing where the value is unknown.
 
     `11.0 MB` -> `11000000.0`, `94.0 % [92.0, 96.0]` -> `94.0`, `w4a16` -> `w4a16`.
     """
@@ -101,7 +101,7 @@ def sort_key(written: str) -> str:
 
 
 def trimmed(value: float) -> str:
-    """A round value as on an axis: 0.2, 50."""
+    """Format a round value as on an axis: 0.2, 50."""
     written = significant(value, 4)
     return written.rstrip("0").rstrip(".") if "." in written and "e" not in written else written
 
@@ -153,7 +153,7 @@ COMPACT = (
 
 
 def cell(column: Column, model: Model) -> Cell:
-    """The formatted value and interval of one model in one column."""
+    """Format the value and interval of one model in one column."""
     value = column.find(model)
     if value is None:
         return Cell(UNKNOWN)
@@ -170,7 +170,7 @@ def _short(value: float) -> str:
 
 
 def shown(record: Record, keys: Iterable[str] | None = None) -> list[Column]:
-    """The columns (of `keys`, or all) that at least one model or ablation has a value for."""
+    """Select the columns (of `keys`, or all) that at least one model or ablation has a value for."""
     wanted = set(keys) if keys is not None else {column.key for column in COLUMNS}
     models = everything(record)
     return [c for c in COLUMNS if c.key in wanted and any(c.find(model) is not None for model in models)]
@@ -188,14 +188,14 @@ def everything(record: Record) -> list[Model]:
 
 
 def rows(record: Record, compact: bool = False) -> Table:
-    """The table over the stages, teacher first; `compact` keeps what fits into a terminal of 120 columns."""
+    """Build the table over the stages, teacher first; `compact` keeps what fits into a terminal of 120 columns."""
     columns = shown(record, COMPACT if compact else None)
     lines = [[label(record, model), *(str(cell(column, model)) for column in columns)] for model in everything(record)]
     return Table(["Model", *(column.header for column in columns)], lines)
 
 
 def label(record: Record, model: Model) -> str:
-    """The name, marked where the row is the reference or an ablation."""
+    """Return the name, marked where the row is the reference or an ablation."""
     if model["name"] == record.get("reference"):
         return f"{model['name']} (reference)"
     if any(model is other for other in record.get("ablations") or []):

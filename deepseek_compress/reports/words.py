@@ -10,7 +10,7 @@ from deepseek_compress.reports.table import Model, Record
 
 
 def verdict(record: Record) -> str:
-    """What became of the reference: of the last model of the pipeline, or of all that several runs compare."""
+    """Summarize the loss against the reference: of the pipeline's last model, or of all that several runs compare."""
     if _several(record):
         return _compared(record)
     reference, last = ends(record)
@@ -75,14 +75,14 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
 
 
 def ends(record: Record) -> tuple[Model | None, Model | None]:
-    """The reference, None if it is not among the models, and the last model that is not it, if there is one."""
+    """Return the reference, None if it is not among the models, and the last model that is not it, if there is one."""
     reference = next((model for model in record["models"] if model["name"] == record.get("reference")), None)
     others = [model for model in record["models"] if model is not reference]
     return reference, others[-1] if others else reference
 
 
 def subject(record: Record) -> str:
-    """The line above the title: how many models, against what."""
+    """Write the line above the title: how many models, against what."""
     models = len(record["models"])
     line = f"Compression report · {models} model{'' if models == 1 else 's'}"
     if record.get("ablations"):
@@ -91,7 +91,7 @@ def subject(record: Record) -> str:
 
 
 def measured_on(record: Record) -> str:
-    """What the table's numbers were measured on."""
+    """Describe the data behind the table's numbers."""
     suite, text, parts = record.get("suite"), record.get("text"), []
     if suite:
         parts.append(
@@ -110,7 +110,7 @@ def measured_on(record: Record) -> str:
 
 
 def notes(record: Record) -> list[str]:
-    """How every column was measured, then what this run had to leave out."""
+    """Explain how every column was measured, then what this run had to leave out."""
     hints = [f"{column.header}: {column.hint}." for column in table.shown(record)]
     general = [
         "Intervals: Wilson for shares of problems; percentile bootstrap over problems or windows for the rest, drawn "
@@ -122,7 +122,7 @@ def notes(record: Record) -> list[str]:
 
 
 def lineage(model: Model) -> list[str]:
-    """The way from the published checkpoint to this model: `nano`, `distill: student`, `compress: student-w4a16`."""
+    """Format the way from the published checkpoint to this model: `nano`, `distill: student`, `compress: w4a16`."""
     steps = [step for step in model.get("lineage") or [] if isinstance(step, Mapping)]
     if not steps:
         return []
@@ -134,7 +134,7 @@ def lineage(model: Model) -> list[str]:
 
 
 def fact(name: str, value: Any) -> str:
-    """A value of the machine or the versions as text."""
+    """Format a value of the machine or the versions as text."""
     if value is None:
         return table.UNKNOWN
     if isinstance(value, int) and name.endswith("bytes"):

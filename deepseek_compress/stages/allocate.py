@@ -80,7 +80,7 @@ class Allocate(Stage, frozen=True):
         return True
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """What the tasks compute and hold; the inputs of all blocks lie on disk while it runs."""
+        """Predict the costs of the tasks; the inputs of all blocks lie on disk while it runs."""
         architecture = Architecture.of(header)
         choices = tuple(self._choices(architecture))
         fitted = samples * length if self.weights.needs else 0
@@ -123,7 +123,7 @@ class Allocate(Stage, frozen=True):
         return Output("artifact", context.out / RECIPE, found)
 
     def _search(self, source: Checkpoint, context: Context) -> tuple[Search, dict[str, Any]]:
-        """What to measure on which text, and what the manifest says of the text."""
+        """Prepare the measurement and its text, with the text's entry in the manifest."""
         architecture = context.architecture(source)
         choices = tuple(self._choices(architecture))
         fitted = context.text.samples if self.weights.needs else 0
@@ -135,7 +135,7 @@ class Allocate(Stage, frozen=True):
         return Search(architecture, choices, self.weights.needs, MIN_TOKENS, judging, fitting, work), text.facts
 
     def _open_size(self) -> WeightQuantizer:
-        """The quantiser whose group size is still to be chosen, unless it is given."""
+        """Return the quantiser whose group size is still to be chosen, unless it is given."""
         return self.weights.model_copy(update={"num_bits": 4})  # 8 symmetric bits alone would mean one scale a row
 
     def _choices(self, architecture: Architecture) -> list[Choice]:
@@ -170,7 +170,7 @@ class Allocate(Stage, frozen=True):
         self, sizes: Sizes, losses: Sequence[Sequence[float]], plain: Sequence[int], measured: float,
         chosen: Mapping[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
-        """What the assignment gains over one number of bits for all units, as predicted and as measured."""
+        """Compare the assignment with one number of bits for all units, as predicted and as measured."""
         predicted = sum(loss[option] for loss, option in zip(losses, plain, strict=True))
         return {
             "plain_bits_per_weight": sizes.taken(plain) / sizes.weights,
@@ -189,7 +189,7 @@ class Allocate(Stage, frozen=True):
         rows: Sequence[Mapping[str, Any]],
         moved: Sequence[Mapping[str, Any]],
     ) -> None:
-        """The recipe and the table."""
+        """Write the recipe and the table."""
         note = f"{facts['bits_per_weight']:.4g} bits per weight, found by dsc allocate (target {self.target}): "
         note += f"KL {facts['measured_kl']:.4g} nats a token, {facts['predicted_kl']:.4g} predicted"
         text = allocation.recipe(choices, chosen, self.weights, context.text.document(), note, self.migration)

@@ -21,7 +21,7 @@ from deepseek_compress.registry import pick
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage leaves behind: `kind` is `checkpoint`, `artifact` or `report`, `facts` go into the run record."""
+    """Output of a stage: `kind` is `checkpoint`, `artifact` or `report`, `facts` go into the run record."""
 
     kind: str
     path: Path
@@ -62,7 +62,7 @@ class Context:
     tell: Callable[[str], None] = print  # one line: what was decided, and from where
 
     def architecture(self, source: Checkpoint) -> Architecture:
-        """A model on the device of the run."""
+        """Open a model on the device of the run."""
         return Architecture.of(source, self.device)
 
     @property
@@ -73,7 +73,7 @@ class Context:
         return [Place.of(device) for device in self.devices] if len(self.devices) > 1 else []
 
     def count(self, forecast: Forecast) -> int:
-        """How many workers compute: one where the device is not the CPU."""
+        """Return the number of workers: one where the device is not the CPU."""
         return forecast.workers(self.workers, self.memory) if self.device == "cpu" else 1
 
     def tell_all(self, lines: Iterable[str]) -> None:
@@ -83,7 +83,7 @@ class Context:
 
     @property
     def text(self) -> Calibration:
-        """What the recipe says about calibration text. Raises DscError where it names saved statistics alone."""
+        """The recipe's calibration text. Raises DscError where it names saved statistics alone."""
         found = Calibration.model_validate(self.calibration)
         if not found.named:
             what = f"{self.name}: reads text, and calibration names saved statistics alone"
@@ -93,7 +93,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a stage would write, from shapes alone. None where it cannot be known before the run."""
+    """Predicted output and costs of a stage, from shapes alone. None where it cannot be known before the run."""
 
     header: Header  # what the next stage will read
     tensors: int = 0  # how many it changes
@@ -106,7 +106,7 @@ class Forecast:
     decisions: tuple[str, ...] = ()  # what would be decided, and why, a line each
 
     def workers(self, wanted: int | None, limit: int | None) -> int:
-        """How many this machine would use with `limit` bytes of memory."""
+        """Return the number of workers on this machine with `limit` bytes of memory."""
         if self.memory is None:
             return 1
         return self.memory.workers(wanted, useful(machine.cores(), self.read, self.tasks), limit)
@@ -160,7 +160,7 @@ class Stage(BaseModel, frozen=True, extra="forbid"):
         return []
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """What it would write and need, with `samples` of `length` tokens of calibration text.
+        """Predict output and costs, with `samples` of `length` tokens of calibration text.
 
         No samples where it takes statistics that were collected before.
         """

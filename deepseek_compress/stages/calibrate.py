@@ -44,7 +44,7 @@ class Calibrate(Stage, frozen=True):
 
     @property
     def fields(self) -> Sequence[str]:
-        """What is collected of each input."""
+        """Statistics that are collected of each input."""
         return FIELDS if self.statistics == "hessian" else [field for field in FIELDS if field != "hessian"]
 
     def reads_text(self, header: Header) -> bool:

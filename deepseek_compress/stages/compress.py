@@ -28,11 +28,12 @@ from deepseek_compress.compress.convert import clean, convert
 from deepseek_compress.compress.forecast import TEXT, expect
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.overrides import Override, build_all, counted
+from deepseek_compress.compress.passes import foreseen
 from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, ModelConfig, Role
 from deepseek_compress.models.activations import InputScheme
-from deepseek_compress.models.cache import cache_problems, told_cache
+from deepseek_compress.models.cache import cache_note, cache_problems
 from deepseek_compress.numerics import ACTIVATIONS, MIGRATION, ROTATION, SPARSITY, WEIGHTS
 from deepseek_compress.numerics.activations import Activations, Dynamic, InputGrid, Static
 from deepseek_compress.numerics.gptaq import Gptaq
@@ -41,6 +42,7 @@ from deepseek_compress.numerics.migration import Migration
 from deepseek_compress.numerics.rotation import Hadamard
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
 from deepseek_compress.planning.costs import Memory, total
+from deepseek_compress.planning.passes import Passes
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage, picked
 from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
@@ -86,18 +88,18 @@ class Compress(Stage, frozen=True):
         """Roles whose weights change: experts in MXFP4 stay as they are unless the recipe asks."""
         return self.roles if self.requantize or not header.mxfp4 else self.roles - {Role.EXPERT}
 
-    def _told_scheme(self, inputs: Mapping[str, InputGrid]) -> dict[str, Any] | None:
-        """The activation scheme as manifests carry it; `inputs`: the grids of a static one."""
+    def _manifest_scheme(self, inputs: Mapping[str, InputGrid]) -> dict[str, Any] | None:
+        """Return the activation scheme as manifests carry it; `inputs`: the grids of a static one."""
         if self.activations is None:
             return None
         method = next(name for name, kind in ACTIVATIONS.items() if isinstance(self.activations, kind))
         knobs = self.activations.model_dump(mode="json")
-        told = {"method": method, **knobs, "roles": sorted(str(role) for role in self.roles)}
+        scheme = {"method": method, **knobs, "roles": sorted(str(role) for role in self.roles)}
         grids = {name: [grid.scale, grid.zero_point] for name, grid in inputs.items()}
-        return {**told, "inputs": grids} if grids else told
+        return {**scheme, "inputs": grids} if grids else scheme
 
     def problems(self, header: Header) -> list[DscError]:
-        """A group size or pattern that does not fit, weights that are packed already, nothing to do."""
+        """Report a group size or pattern that does not fit, weights that are packed already, nothing to do."""
         if all(getattr(self, part) is None for part in PARTS):
             return [DscError("compress: nothing to do", f"give one of {', '.join(PARTS)}")]
         architecture = Architecture.of(header)
@@ -127,7 +129,7 @@ class Compress(Stage, frozen=True):
         return self._needs(header) - ({"cross_covariance"} if decides else set())
 
     def _needs(self, header: Header) -> frozenset[str]:
-        """What has to be known of inputs; "text" where that alone serves."""
+        """Return which statistics of inputs are needed; "text" where that alone serves."""
         architecture = Architecture.of(header)
         moving = self._moving(architecture.cfg)
         needs = self._solver(architecture).needs | (moving.needs if moving else set())
@@ -139,7 +141,7 @@ class Compress(Stage, frozen=True):
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
         """Sizes, memory and work from shapes."""
         architecture = Architecture.of(header)
-        told_first = tuple(self._decisions(architecture))
+        decisions = tuple(self._decisions(architecture))
         dropped = set(architecture.mtp if self.mtp == "drop" else ())
         dropped |= set(architecture.vision if self.vision == "drop" else ())
         if dropped:
@@ -156,10 +158,10 @@ class Compress(Stage, frozen=True):
         looked_at = min(samples, (moving and moving.samples) or samples)
         before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
         looked = self._range_cost(architecture, samples, length)
-        turned, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
-        told = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
-        alone = max(memory.alone, before.memory, looked.memory, turned, told)
-        task = max(memory.task, turned if memory.task else 0)
+        rotating, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
+        judging = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
+        alone = max(memory.alone, before.memory, looked.memory, rotating, judging)
+        task = max(memory.task, rotating if memory.task else 0)
         loads = max((part.loads for part in (self.weights, self.migration) if part), default=0)
         return Forecast(
             expected.header,
@@ -170,7 +172,7 @@ class Compress(Stage, frozen=True):
             expected.tasks,
             read=header.bytes,
             scratch=scratch(architecture, samples * length) if solver.needs else 0,
-            decisions=told_first,
+            decisions=decisions,
         )
 
     def _moving(self, cfg: ModelConfig) -> Migration | None:
@@ -195,20 +197,22 @@ class Compress(Stage, frozen=True):
         memory, workers = self._share(source, tokens, context)
         digest = saved.digest if saved else tokens
         Resumable.of(source, self.model_dump(mode="json"), digest, device=context.device).claim(context.out, work)
-        job, told = self._job(architecture, work, tokens, saved, context)
-        context.tell_all(told)
-        activations = self._told_scheme(job.scheme.inputs if job.scheme else {})
+        passes = self._passes(architecture, tokens, workers, context)
+        job, noted = self._job(architecture, work, tokens, saved, passes)
+        context.tell_all(noted)
+        activations = self._manifest_scheme(job.scheme.inputs if job.scheme else {})
         with (
             CheckpointWriter(context.out, job.source, activations=activations, resume=True) as writer,
             open_pool(job, workers, context.ray, memory.task, context.places) as pool,
         ):
-            done = convert(job, writer, pool, tokens if job.solver.needs else None, context.progress)
+            read = tokens if job.solver.needs else None
+            done = convert(job, writer, pool, read, passes.of("solve"), passes.of("judge"))
             if job.solver.needs and tokens is not None:
                 writer.join()  # a shard a block
             corrected = summary.corrections(done.blocks)
-            corrected += done.loss.told() if done.loss else self._not_judged()
+            corrected += done.loss.notes() if done.loss else self._not_judged()
             context.tell_all(corrected)
-            facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + told + corrected}
+            facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + noted + corrected}
             facts |= {"tables": done.tables} if done.tables else {}
             facts |= {"loss": done.loss._asdict()} if done.loss else {}
             card = done.loss.card() if done.loss else ""
@@ -220,29 +224,29 @@ class Compress(Stage, frozen=True):
         return Output("checkpoint", context.out, {**facts, "notes": notes})
 
     def _data(self, source: Checkpoint, context: Context, work: Path) -> tuple[Text | None, Saved | None]:
-        """The text, or the statistics that were collected before; neither where nothing needs them."""
+        """Read the text, or the statistics that were collected before; neither where nothing needs them."""
         needs = self._needs(source.header)
         saved = saved_statistics(source, context, self._needs_saved(source.header)) if needs else None
         return calibration_text(source, context, work) if needs and saved is None else None, saved
 
     def _used(self, samples: int, length: int, architecture: Architecture) -> int:
-        """How many of the samples of calibration text the method needs."""
+        """Return how many of the samples of calibration text the method needs."""
         weights, moe = self._solver(architecture).weights, architecture.cfg.moe
         enough = weights.enough if isinstance(weights, Gptaq) else None
         each = 1.0 if moe is None else moe.top_k / moe.experts  # share of the tokens that reach a linear
         return samples if enough is None else min(samples, math.ceil(enough / each / length))
 
     def _enough(self, tokens: Tensor, architecture: Architecture) -> tuple[Tensor, list[str]]:
-        """The samples of tokens (samples, length) that are used, and what there is to say about it."""
+        """Cut tokens (samples, length) to the samples that are used; return a note where some are not."""
         samples, length = tokens.shape
         count = self._used(samples, length, architecture)
         line = f"{count} of {samples} samples used, which is enough for each linear (weights.gptaq.enough=null: all)"
         return tokens[:count], [line] if count < samples else []
 
     def _job(
-        self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, context: Context
+        self, architecture: Architecture, work: Path, tokens: Tensor | None, saved: Saved | None, passes: Passes
     ) -> tuple[Job, list[str]]:
-        """What the block loop is asked to do, and what there is to say about it; scales and ranges are found here."""
+        """Build the job of the block loop, with notes; scales and ranges are found here."""
         statistics = saved and saved.statistics
         solver, judged = self._solver(architecture), self.sparsity is not None and tokens is not None
         job = Job(architecture, solver, work, None, self.mtp == "keep", statistics=statistics, judged=judged)
@@ -255,12 +259,19 @@ class Compress(Stage, frozen=True):
             keep_vision=self.vision == "keep",
         )
         if (moving := self._moving(job.cfg)) is not None:
-            job = moved_scales.migrate(job, tokens, moving, context.progress)
+            job = moved_scales.migrate(job, tokens, moving, passes.of("scales"))
         if isinstance(self.activations, Static) and tokens is not None:
-            found = ranges.find(job, tokens, self.activations, self.roles, context.progress)
-            return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.told()
+            found = ranges.find(job, tokens, self.activations, self.roles, passes.of("ranges"))
+            return replace(job, scheme=InputScheme(None, self.roles, inputs=found.inputs)), found.notes()
         scheme = InputScheme(self.activations, self.roles) if isinstance(self.activations, Dynamic) else None
         return replace(job, scheme=scheme), []
+
+    def _passes(self, architecture: Architecture, tokens: Tensor | None, workers: int, context: Context) -> Passes:
+        samples, length = (0, 1) if tokens is None else tokens.shape
+        moving = self._moving(architecture.cfg)
+        before = {} if moving is None else {"scales": moving.samples or samples}
+        before |= {"ranges": samples} if isinstance(self.activations, Static) else {}
+        return foreseen(context.progress, architecture, self._solver(architecture), (samples, length), before, workers)
 
     def _not_judged(self) -> list[str]:
         """Say that nobody knows yet what the zeros cost."""
@@ -268,7 +279,7 @@ class Compress(Stage, frozen=True):
         return [line] if self.sparsity is not None else []
 
     def _share(self, source: Checkpoint, tokens: Tensor | None, context: Context) -> tuple[Memory, int]:
-        """What is needed, and how many workers that leaves room for."""
+        """Return the memory that is needed, and how many workers fit."""
         samples, length = (0, 0) if tokens is None else tokens.shape
         forecast = self.forecast(source.header, samples, length)
         assert forecast.memory is not None
@@ -315,7 +326,7 @@ class Compress(Stage, frozen=True):
         if architecture.family.kept and (self.weights or self.sparsity):
             lines.append(f"kept in 16 bits: {architecture.family.kept}")
         if architecture.has_mtp:
-            lines.append(_told_mtp(architecture) if self.mtp == "keep" else "MTP block left out")
+            lines.append(_mtp_note(architecture) if self.mtp == "keep" else "MTP block left out")
         if self.rotation is not None and cfg.tie_word_embeddings:
             lines.append("the head is a tensor of its own now: a rotation parts it from the embedding")
         lines += row_tables.decisions(architecture, self.engram)
@@ -323,12 +334,12 @@ class Compress(Stage, frozen=True):
             lines.append("image encoder kept byte for byte" if self.vision == "keep" else "image encoder left out")
         lines += tables.decisions(cfg.tie_word_embeddings and self.rotation is None, self.embedding, self.head)
         if self.activations is not None:
-            lines.append(self._told_inputs(cfg, chosen.group_size is None))
+            lines.append(self._inputs_note(cfg, chosen.group_size is None))
         if self.kv_cache is not None:
-            lines.append(told_cache(cfg, self.kv_cache))
+            lines.append(cache_note(cfg, self.kv_cache))
         return lines
 
-    def _told_inputs(self, cfg: ModelConfig, channels: bool) -> str:
+    def _inputs_note(self, cfg: ModelConfig, channels: bool) -> str:
         """Who rounds inputs as the scheme says. `channels`: weights have one scale a row."""
         assert self.activations is not None
         bits, symmetric = self.activations.num_bits, self.activations.symmetric
@@ -374,7 +385,7 @@ def _too_large(weights: Gptaq, header: Header) -> bool:
     return weights.largest is not None and sum(info.elements for info in header.tensors.values()) > weights.largest
 
 
-def _told_mtp(architecture: Architecture) -> str:
+def _mtp_note(architecture: Architecture) -> str:
     if any(architecture.family.untouched(name) for name in architecture.mtp):
         return "MTP block kept byte for byte"
     given = architecture.header.tensors

@@ -90,7 +90,7 @@ class Distill(Training, frozen=True):
             with replicas.started(self, source.path, context, work, steps, size) as trainer.group:
                 state = trainer.run(context.progress, state, keeper.save)
             facts |= report.facts(state)
-            context.tell_all(report.told(state, trainer.schedule))
+            context.tell_all(report.notes(state, trainer.schedule))
         state = state or trainer.begin()
         if isinstance(presented, LowRank):
             facts["lora"] = {"linears": len(presented.shapes), "parameters": presented.numbers}
@@ -260,7 +260,7 @@ class Distill(Training, frozen=True):
         return teacher_loss(lesson.model, lesson.documents)
 
     def _steps(self, trainer: Trainer, work: Path, context: Context, size: int) -> int:
-        """How many steps there are; minutes become steps once, before the first."""
+        """Return the number of steps; minutes become steps once, before the first."""
         if self.tokens is not None:
             return trainer.steps_for(self.tokens)
         if self.minutes is None:

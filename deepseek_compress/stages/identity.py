@@ -1,4 +1,4 @@
-"""What a run follows from beside its models: the lasting part of its recipe, hashes of text, statistics and code."""
+"""Identity of a run besides its models: the lasting part of its recipe, hashes of text, statistics and code."""
 
 from __future__ import annotations
 

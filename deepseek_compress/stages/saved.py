@@ -73,9 +73,9 @@ def _other_model(found: SavedStatistics, source: Checkpoint) -> list[DscError]:
 
 def _other_text(found: SavedStatistics, wanted: Calibration) -> list[DscError]:
     """Return what is set beside `statistics` must be what they were made with."""
-    told, here = found.manifest["calibration"], wanted.model_copy(update={"statistics": None}).document()
-    pairs = {key: (told.get(key), here.get(key)) for key in ("samples", "length", "select")}
-    pairs["sources"] = _named(told["sources"]), _named(source_facts(wanted))
+    recorded, here = found.manifest["calibration"], wanted.model_copy(update={"statistics": None}).document()
+    pairs = {key: (recorded.get(key), here.get(key)) for key in ("samples", "length", "select")}
+    pairs["sources"] = _named(recorded["sources"]), _named(source_facts(wanted))
     return [
         DscError(f"{found.path}: made with {key} {there}, now {now}", f"leave {key} out, or run dsc calibrate again")
         for key, (there, now) in pairs.items()

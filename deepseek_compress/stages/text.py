@@ -27,14 +27,14 @@ from deepseek_compress.workers import open_pool
 
 
 class Text(NamedTuple):
-    """What to calibrate on, and what the manifest says of it."""
+    """Calibration text and its entry in the manifest."""
 
     tokens: Tensor  # int64 (samples, length)
     facts: dict[str, Any]
 
 
 def calibration_text(source: Checkpoint, context: Context, work: Path, samples: int | None = None) -> Text:
-    """The text that the recipe names; `samples` instead of its number.
+    """Read the text that the recipe names; `samples` instead of its number.
 
     What a choice needs lies in `work`, which is the caller's to remove. Raises DscError where the text is too short or
     has tokens that the model does not know.
@@ -98,7 +98,7 @@ def _choose(
     with open_pool(run, workers, context.ray, memory.task, context.places) as workforce:
         made = score_windows.score_windows(run, pool.tokens, workforce, context.progress)
     found = _decide(made, wanted, select, pool)
-    context.tell_all(_told(found, select))
+    context.tell_all(_notes(found, select))
     write_sealed(file, {"key": key, "found": found})
     remove_tree(reading)
     return found
@@ -128,8 +128,8 @@ def _mean(made: Candidates, chosen: Any) -> float:
     return float(made.entropy[list(chosen)].mean())
 
 
-def _told(found: dict[str, Any], select: Select) -> list[str]:
-    """What was decided, in lines."""
+def _notes(found: dict[str, Any], select: Select) -> list[str]:
+    """Describe the choice, a line each."""
     windows = f"text: {len(found['windows'])} of {select.pool} windows chosen"
     lines = [f"{windows}, entropy {found['entropy']:.3f} nats ({found['entropy_in_order']:.3f} in order)"]
     if "experts" in found:

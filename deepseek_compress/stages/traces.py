@@ -95,11 +95,11 @@ class Traces(Stage, frozen=True):
 
     def _finish(self, kept: list[dict[str, Any]], asked: Sequence[Asked], work: Path, context: Context) -> Output:
         """Write the traces."""
-        told = f"{len(kept)} of {len(asked)} problems have a trace"
+        share = f"{len(kept)} of {len(asked)} problems have a trace"
         if not kept:
-            raise DscError(f"{context.name}: {told}", "ask a better teacher, more attempts, or set least lower")
+            raise DscError(f"{context.name}: {share}", "ask a better teacher, more attempts, or set least lower")
         revised = sum(line["attempt"] > 0 for line in kept)
-        context.tell(f"{told}: {len(kept) - revised} at the first attempt, {revised} at a later one")
+        context.tell(f"{share}: {len(kept) - revised} at the first attempt, {revised} at a later one")
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         announce(context.out, [TRACES])
         write_file(context.out / TRACES, content.encode("utf-8"))

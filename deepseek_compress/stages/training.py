@@ -27,7 +27,7 @@ STEPS = 150  # where nothing says how long
 
 
 class Training(Stage, frozen=True):
-    """The knobs of a training, what is wrong with them, and what it will take."""
+    """Knobs of a training: what is wrong with them, and what it will take."""
 
     shares: ClassVar[bool] = True
 
@@ -80,12 +80,12 @@ class Training(Stage, frozen=True):
 
     @property
     def size(self) -> Size:
-        """How much of the source stays."""
+        """Size of the student relative to the source."""
         return Size(**{name: getattr(self, name) for name in Size.model_fields})
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """What the student is trained on."""
+        """Training objective of the student."""
         return losses_of(self.loss)
 
     def problems(self, header: Header) -> list[DscError]:

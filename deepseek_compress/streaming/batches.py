@@ -1,4 +1,4 @@
-"""How the rows of a hidden store are taken: whole samples, about `BATCH_TOKENS` tokens at a time."""
+"""Batches over the rows of a hidden store: whole samples, about `BATCH_TOKENS` tokens at a time."""
 
 from __future__ import annotations
 

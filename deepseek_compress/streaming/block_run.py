@@ -53,7 +53,7 @@ class Part:
 
 
 class Run(Protocol):
-    """What is run, in plain values: any process can do a part of it."""
+    """A forward pass over blocks, in plain values: any process can do a part of it."""
 
     @property
     def architecture(self) -> Architecture:
@@ -93,7 +93,7 @@ class PlainRun:
     min_tokens: int = 0
 
     def at(self, device: str) -> PlainRun:
-        """The same on another device."""
+        """Return the same run on another device."""
         return replace(self, architecture=self.architecture.at(device))
 
     def begin(self, layer: int, store: Store) -> BlockRun:
@@ -122,7 +122,7 @@ class BlockRun:
         self._cache, self._exact = (kv_cache, int8), exact
 
     def weights(self, watch: Watch = lambda weights: weights, split: Split | None = None) -> Weights:
-        """The tensors as the finished model would use them; `watch` sees the inputs as the linears do.
+        """Return the tensors as the finished model would use them; `watch` sees the inputs as the linears do.
 
         With `split`, the rows of the original model meet the original linears and are not rounded.
         """
@@ -133,16 +133,16 @@ class BlockRun:
         return QuantizedInputs(watched, found) if found else watched
 
     def unrounded(self, split: Split | None = None) -> Weights:
-        """The same, for inputs that are rounded already."""
+        """Return the same tensors, for inputs that are rounded already."""
         weights = ResidentWeights(self.tensors, tables=self.tables())
         return weights if split is None else PairedWeights(weights, ResidentWeights(self.original), split)
 
     def tables(self) -> Mapping[str, Rows]:
-        """What gathers rows of tables that are too large for memory, by local name."""
+        """Return functions that gather rows of tables that are too large for memory, by local name."""
         return self.block.tables()
 
     def cache(self) -> KvCache | None:
-        """What attention reads keys and values through; None where it reads them as they are."""
+        """Return what attention reads keys and values through; None where it reads them as they are."""
         rounding, int8 = self._cache
         if rounding is None and not int8:
             return None
@@ -191,7 +191,7 @@ class BlockRun:
         """Do what is done to a part whose output nobody needs: here nothing."""
 
     def act_on(self, others: Sequence[tuple[BlockRun, Part]]) -> None:
-        """The same to parts of one shape, each in a run of its own."""
+        """Act on parts of one shape, each in a run of its own."""
 
     def acts(self, linears: Sequence[Linear]) -> bool:
         """Whether anything is done to these linears, so that they must be visited even where no output is needed."""

@@ -59,13 +59,13 @@ def run_experts(
     assert moe is not None
     places = by_expert(routing, moe.experts)
     tasks = [_task(run, block, expert, places[expert], x, length, added is not None) for expert in range(moe.experts)]
-    shares, counts = routing.shares.flatten(), []
+    gate_weights, counts = routing.gate_weights.flatten(), []
     for task, done in zip(tasks, pool.run(_expert, tasks), strict=True):
         for name, parts in done.stored:
             block.store(name, {suffix: received(part) for suffix, part in parts.items()})
         block.facts += done.facts
         if added is not None and task.output is not None:
-            _add(task, places[task.expert], shares, moe.top_k, added)
+            _add(task, places[task.expert], gate_weights, moe.top_k, added)
         counts.append(len(task.tokens) if task.pairs is None else task.pairs)
     return coverage(run, counts)
 
@@ -76,7 +76,7 @@ def output_of(run: Run, expert: int) -> Path:
 
 
 def coverage(run: Run, counts: list[int]) -> dict[str, Any]:
-    """What there is to say about experts that so many tokens reach."""
+    """Summarize how many tokens reach the experts."""
     starved = [expert for expert, count in enumerate(counts) if count < run.min_tokens]
     return {"tokens": counts, "starved": starved}
 
@@ -90,8 +90,8 @@ def _task(run: Run, block: BlockRun, expert: int, chosen: Tensor, x: HiddenStore
     return _Task(block.block.layer, expert, x.path, x.rows, tokens.numpy(), pairs, output)
 
 
-def _add(task: _Task, chosen: Tensor, shares: Tensor, top_k: int, added: HiddenStore) -> None:
-    """Add what the expert gave, times its shares, to the rows of `added` that are routed to it: `chosen` places."""
+def _add(task: _Task, chosen: Tensor, gate_weights: Tensor, top_k: int, added: HiddenStore) -> None:
+    """Add what the expert gave, times its gate weights, to the rows of `added` that are routed to it, `chosen`."""
     assert task.output is not None
     place = torch.full((task.rows,), -1)
     place[chosen // top_k] = chosen
@@ -100,12 +100,12 @@ def _add(task: _Task, chosen: Tensor, shares: Tensor, top_k: int, added: HiddenS
         for start in range(0, len(places), ROWS):
             some = places[start : start + ROWS]
             routed = some[some >= 0]
-            added.add((routed // top_k).tolist(), given.read(start, len(some))[some >= 0] * shares[routed, None])
+            added.add((routed // top_k).tolist(), given.read(start, len(some))[some >= 0] * gate_weights[routed, None])
         given.remove()
 
 
 def _expert(run: Run, task: _Task) -> _Done:
-    """Runs in a worker."""
+    """Run one expert in a worker."""
     stored: list[tuple[str, dict[str, Sent]]] = []
     block = run.begin(
         task.layer, lambda name, parts: stored.append((name, {key: sent(part) for key, part in parts.items()}))
@@ -149,11 +149,11 @@ def _part(run: Run, block: BlockRun, task: _Task, linears: Sequence[Linear], x: 
 
 
 def sent(tensor: Tensor) -> Sent:
-    """A tensor of the CPU, to another process."""
+    """Prepare a CPU tensor for another process."""
     return Sent(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
 
 
 def received(sent: Sent) -> Tensor:
-    """It there."""
+    """Restore a tensor that another process sent."""
     flat = sent.bytes if sent.bytes.flags.writeable else sent.bytes.copy()  # what Ray hands out is read-only
     return torch.from_numpy(flat).view(sent.dtype).view(sent.shape)

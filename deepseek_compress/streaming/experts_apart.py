@@ -43,7 +43,7 @@ def run_apart(
     """`experts_here.run_here` shared out to the GPUs of `pool`: the same bytes as on one."""
     moe, more = block.block.moe, added is not None
     assert moe is not None
-    places, shares = by_expert(routing, moe.experts), routing.shares.flatten().to(run.architecture.device)
+    places, gate_weights = by_expert(routing, moe.experts), routing.gate_weights.flatten().to(run.architecture.device)
     step = min(together(run, block), -(-moe.experts // pool.count))
     groups = [range(start, min(start + step, moe.experts)) for start in range(0, moe.experts, step)]
     tasks = [
@@ -58,11 +58,11 @@ def run_apart(
         block.facts += done.facts
         counts += done.counts
         for number in task.numbers if added is not None else ():
-            _add(Expert(run, block, number, places[number], length), shares, added)
+            _add(Expert(run, block, number, places[number], length), gate_weights, added)
     return coverage(run, counts)
 
 
-def _add(expert: Expert, shares: Tensor, added: HiddenStore | None) -> None:
+def _add(expert: Expert, gate_weights: Tensor, added: HiddenStore | None) -> None:
     """Add what an expert gave, as `experts_here` does."""
     count = len(expert.tokens)
     if added is None or not count:
@@ -70,12 +70,12 @@ def _add(expert: Expert, shares: Tensor, added: HiddenStore | None) -> None:
     path = output_of(expert.run, expert.number)
     with HiddenStore(path, count, added.row_shape, existing=True, held=0) as given:
         for batch, start in enumerate(range(0, count, ROWS)):
-            expert.add(batch, given.read(start, min(ROWS, count - start)).to(expert.device), shares, added)
+            expert.add(batch, given.read(start, min(ROWS, count - start)).to(expert.device), gate_weights, added)
         given.remove()
 
 
 def _group(run: Run, task: _Task) -> _Done:
-    """Runs in a worker."""
+    """Run a group of experts in a worker."""
     block = run.begin(task.layer, lambda name, parts: None)  # each of the experts has a store of its own
     width = (block.block.cfg.hidden_size,)
     experts = [

@@ -47,7 +47,7 @@ class Expert:
         self.places, self.tokens = (values.to(self.device) for values in (place[tokens], tokens))
 
     def part(self, x: HiddenStore) -> Part:
-        """The expert as a part over its tokens, which lie in `x`."""
+        """Return the expert as a part over its tokens, which lie in `x`."""
         path = self.run.work / f"expert-{self.number:05d}.kept"
         batches = -(-len(self.tokens) // ROWS)
 
@@ -68,11 +68,11 @@ class Expert:
         rows = range(batch * ROWS, min((batch + 1) * ROWS, len(self.tokens)))
         return None if self.pairs is None else pairs_first(rows, self.pairs, self.device)
 
-    def add(self, batch: int, given: Tensor, shares: Tensor, added: HiddenStore) -> None:
-        """Add what the expert gives for a batch of its tokens, times its shares; rows it was not sent stay."""
+    def add(self, batch: int, given: Tensor, gate_weights: Tensor, added: HiddenStore) -> None:
+        """Add what the expert gives for a batch of its tokens, times its gate weights; rows it was not sent stay."""
         rows = slice(batch * ROWS, (batch + 1) * ROWS)
         places = self.places[rows]
-        weights = torch.where(places >= 0, shares[places.clamp(min=0)], 0.0)
+        weights = torch.where(places >= 0, gate_weights[places.clamp(min=0)], 0.0)
         added.add(self.tokens[rows], given * weights[:, None])
 
 
@@ -82,7 +82,7 @@ def run_here(
     """`experts.run_experts` on the device of the model: the same bytes as there on that device."""
     moe = block.block.moe
     assert moe is not None
-    places, shares = by_expert(routing, moe.experts), routing.shares.flatten().to(run.architecture.device)
+    places, gate_weights = by_expert(routing, moe.experts), routing.gate_weights.flatten().to(run.architecture.device)
     counts: list[int] = []
     for start in range(0, moe.experts, step := together(run, block)):
         numbers = range(start, min(start + step, moe.experts))
@@ -90,7 +90,7 @@ def run_here(
 
         def add(number: int, batch: int, given: Tensor, some: list[Expert] = some) -> None:
             assert added is not None
-            some[number].add(batch, given, shares, added)
+            some[number].add(batch, given, gate_weights, added)
 
         visit(some, x, None if added is None else add)
         for expert in some:  # in their order, whatever was solved with what
@@ -122,7 +122,7 @@ def visit(experts: Sequence[Expert], x: HiddenStore, take: Callable[[int, int, T
 
 
 def together(run: Run, block: BlockRun) -> int:
-    """How many experts are solved at a time."""
+    """Choose how many experts are solved at a time."""
     linears = [linear for linear in block.block.linears if linear.expert == 0]
     widest = max(linear.columns for linear in linears)
     each = 4 * (HESSIANS * widest**2 + COPIES * sum(linear.rows * linear.columns for linear in linears))

@@ -76,7 +76,7 @@ def _attention(run: Run, block: BlockRun, hidden: HiddenStore, attended: HiddenS
 
 
 def _part(run: Run, linears: list[Linear], forward: Forward, batches: Batches) -> Part:
-    """A part over the batches of all samples."""
+    """Build a part over the batches of all samples."""
     rows = batches.samples * batches.length
     path = run.work / "last.tmp"
     return Part(linears, forward, len(batches), rows, path, batches.write, batches.read, batches.split)
@@ -92,7 +92,7 @@ def _ffn(
     pool: Pool,
     routed: Routed,
 ) -> dict[str, Any]:
-    """The MLP, or shared and routed experts; fills `x` with their input and `following` with the block's output."""
+    """Run the MLP, or shared and routed experts; fill `x` with their input and `following` with the block's output."""
     here = block.block
     for batch in range(len(batches)):
         batches.write(x, batch, here.ffn_input(block.weights(), batches.read(attended, batch)))
@@ -158,5 +158,5 @@ def _route(block: BlockRun, moe: Moe, x: HiddenStore, batches: Batches) -> Routi
         route(moe, block.weights(), batches.read(x, batch).flatten(0, 1), batches.ids(batch).flatten())
         for batch in range(len(batches))
     ]
-    experts, shares = (torch.cat(values).cpu() for values in zip(*parts, strict=True))  # tasks are told on the host
-    return Routing(experts, shares)
+    experts, gate_weights = (torch.cat(values).cpu() for values in zip(*parts, strict=True))  # for tasks
+    return Routing(experts, gate_weights)

@@ -1,4 +1,4 @@
-"""What a model predicts, piece by piece of rows and of the vocabulary: the logits are never whole in memory.
+"""A model's predictions, piece by piece of rows and of the vocabulary: the logits are never whole in memory.
 
 With l the logits of a row, m the largest so far and z = sum exp(l - m), everything else follows from sums that are
 corrected whenever m grows:
@@ -28,7 +28,7 @@ Rows = Callable[[int, int], Tensor]  # (start, count) -> float32 (count, hidden)
 
 
 class HeadInput(NamedTuple):
-    """What enters a head, `rows(start, count)` float32 (count, hidden), and the head (vocabulary, hidden)."""
+    """Inputs of a head: `rows(start, count)` float32 (count, hidden), and the head (vocabulary, hidden)."""
 
     rows: Rows
     head: Tensor

@@ -3,11 +3,10 @@
     read ahead -> visit (run, collect, act, write) -> advance -> free
 
 A loop carries the hidden states of one text through the blocks of one model, or of several side by side. What happens
-at a block is a visitor's: it gets the stored inputs of that block, fills the outputs, and returns facts. A finished
-block is never repeated: its output and its facts lie in the work directory, and an interrupted loop goes on at the
-first block that has none, or at the last before it whose inputs are there and undamaged. The hidden state is saved, not
-computed again, since recomputing it is not bit-identical.
-Nothing is held but what the visitor holds of one block.
+at a block is up to a visitor: it reads the stored inputs of that block, fills the outputs, and returns facts. A
+finished block is never repeated: its output and its facts are in the work directory, and an interrupted loop resumes at
+the first block that has none, or at the last before it whose inputs are intact. The hidden state is saved, not computed
+again, since recomputing it is not bit-identical. Memory holds no more than the visitor keeps of one block.
 
 `backward` runs from the last block to the first; what is handed on then is a gradient. Without a work directory all
 stays in memory and nothing can be resumed.
@@ -60,7 +59,7 @@ class Visit(NamedTuple):
 
 
 class Visitor(Protocol):
-    """What is done at each block."""
+    """Work at each block."""
 
     def visit(self, at: Visit) -> Facts:
         """Fill `at.after` and return facts, which JSON can hold."""
@@ -128,7 +127,7 @@ class Loop:
         return [found[layer] if self.work is None else self._facts(layer) for layer in sorted(order)]
 
     def output(self, stream: Stream) -> HiddenStore:
-        """The stored output of the last block (of the first one, where the loop runs backward)."""
+        """Open the stored output of the last block (of the first one, where the loop runs backward)."""
         path = self.path(stream, self.first if self.backward else self.layers)
         return self._opened(stream, path)
 
@@ -171,7 +170,7 @@ class Loop:
     def _inputs(
         self, layer: int, start: bool, begin: Callable[[Stream, HiddenStore], None] | None
     ) -> tuple[HiddenStore, ...]:
-        """What enters block `layer`: from an interrupted run, or made now."""
+        """Open the inputs of block `layer`: from an interrupted run, or made now."""
         place = layer + 1 if self.backward else layer
         return tuple(self._input(stream, place, start, begin or self.embed) for stream in self.streams)
 

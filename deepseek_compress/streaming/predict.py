@@ -1,4 +1,4 @@
-"""What models say about a text, position by position, when none of them need fit into memory.
+"""Predictions of models over a text, position by position, when none of them need fit into memory.
 
 All models advance together over the same tokens, block by block, expert by expert; what enters their heads lies in
 stores, and `head` makes logits of it piece by piece. A teacher's words for a student come from the same place.
@@ -186,6 +186,6 @@ class _One:
 
 
 def _with(runs: Runs, what: tuple[int, Callable[[Any, Task], Result], Task]) -> Result:
-    """Runs in a worker."""
+    """Run a task in a worker."""
     number, function, task = what
     return function(runs[number], task)

@@ -1,10 +1,10 @@
-"""A restricted evaluator: words to a small syntax tree, the tree to a whole number. Nothing is ever executed.
+"""A restricted evaluator: words to a small syntax tree, the tree to an integer. Nothing is ever executed.
 
     sum     := product (("+" | "-") product)*
     product := atom (("*" | "/" | "max" | "min") atom)*
     atom    := number | variable | "(" sum ")"
 
-A number is a run of digit words; a variable is one letter. Values are whole numbers with |value| below 10**6; a
+A number is a run of digit words; a variable is one letter. Values are integers with |value| below 10**6; a
 division must come out even. Everything else raises `Malformed`, so a model's output can do no harm: the depth of the
 tree is bounded by its length, and its length by `LONGEST`.
 """
@@ -26,7 +26,7 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Number:
-    """A whole number."""
+    """An integer."""
 
     value: int
 

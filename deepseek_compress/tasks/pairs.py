@@ -40,7 +40,7 @@ class Twins(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What a file holds."""
+    """Contents of a file of pairs."""
 
     pairs: list[Pair]
     twins: list[Twins]

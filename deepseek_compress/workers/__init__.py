@@ -51,10 +51,10 @@ class Pool(Protocol):
 
 
 class Place(Protocol):
-    """What a worker has for itself, a GPU; travels by pickle."""
+    """Resource that a worker has for itself, a GPU; travels by pickle."""
 
     def begin(self, shared: Any) -> Any:
-        """Called once in the worker: `shared` as its tasks are given it."""
+        """Return `shared` as the worker's tasks are given it; called once in each worker."""
         ...
 
     def computing(self) -> AbstractContextManager[None]:
@@ -99,7 +99,7 @@ def one_thread() -> Iterator[None]:
 def in_order(
     tasks: Iterable[Task], submit: Callable[[Task], Handle], fetch: Callable[[Handle], Result], count: int
 ) -> Iterator[Result]:
-    """What `fetch` gives for what `submit` started, in the order of the tasks; little more than `count` are under way.
+    """Yield the results of `fetch` in the order of the tasks; `submit` starts little more than `count` at a time.
 
     So results that wait for an earlier one are few, whatever their size.
     """

@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.processes import ROOT
 from deepseek_compress.workers import Place, Result, Task, become_worker, compute, in_order
+from deepseek_compress.workers.address import FIX, reach
 
 RETRIES = 5  # times a task may lose its worker
 
@@ -33,19 +31,20 @@ class RayPool:
     here = False
 
     def __init__(self, shared: Any, address: str, memory: int, place: Place | None = None) -> None:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors are raised too: one line is enough
         try:
             import ray
         except ImportError:
             raise DscError("--ray: ray is not installed", "pip install 'deepseek-compress[ray]'") from None
         self._ray = ray
+        reach(address)
         try:
-            _reach(address)
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report, and ask clouds where it runs
             with contextlib.chdir(ROOT):  # Ray puts the current directory on the path of its workers
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             what = f"--ray {address}: {str(error).splitlines()[0]}"
-            raise DscError(what, "give the address of a running cluster (`ray status`), or auto") from None
+            raise DscError(what, FIX) from None
         self.count = int(ray.cluster_resources().get("GPU" if place else "CPU", 0))
         if not self.count:
             ray.shutdown()
@@ -85,16 +84,6 @@ class RayPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Raise where nobody listens at HOST:PORT: Ray itself would try for minutes."""
-    if address == "auto":  # what the last `ray start` on this machine left, which may be gone
-        left = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-        address = os.environ.get("RAY_ADDRESS") or (left.read_text().strip() if left.is_file() else "")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 _given: dict[str, Any] = {}  # in a worker: what its tasks share, by reference

@@ -159,7 +159,7 @@ def test_importance_by_brute_force(tiny_v3: Path, text: Path) -> None:
             for row, experts in enumerate(routing.experts.tolist()):
                 for slot, expert in enumerate(experts):
                     out = moe.run_expert(model.cfg.moe, block, expert, x[row : row + 1])
-                    use[layer][0, expert] += float(routing.shares[row, slot]) * float(out.norm())
+                    use[layer][0, expert] += float(routing.gate_weights[row, slot]) * float(out.norm())
                     use[layer][1, expert] += 1
     assert torch.allclose(influence, turned / count, rtol=1e-3)
     assert torch.allclose(lost, kl / count, rtol=1e-2)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from deepseek_compress.errors import DscError
 from deepseek_compress.evaluation.statistics import Bootstrap, ratio_of_means, safe_exp, wilson
@@ -22,6 +23,12 @@ from deepseek_compress.evaluation.statistics import Bootstrap, ratio_of_means, s
 )
 def test_wilson_has_the_published_limits(successes: int, trials: int, low: float, high: float) -> None:
     assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (3, 10), (85, 100), (12, 12)])
+def test_wilson_is_scipys_on_integers(successes: int, trials: int) -> None:
+    found = binomtest(successes, trials).proportion_ci(method="wilson")
+    assert wilson(successes, trials) == pytest.approx((found.low, found.high), abs=1e-12)
 
 
 @given(st.integers(1, 500), st.data())

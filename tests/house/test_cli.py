@@ -274,7 +274,7 @@ def test_facts_have_units_and_thousands() -> None:
     facts = {"linears": 1760, "weights": 106_205_184, "bits_per_weight": 4.6312, "sparsity": 0.5, "bytes": 6_400_000}
     assert list(_facts({**facts, "status": "checked", "loss": 0.123456, "blocks": []})) == [
         "weights: 106.2 M, 4.63 bits each",
-        "zeros: 50.0% of these weights, those that rounding makes zero among them",
+        "zeros: 50.0% of these weights, pruned or rounded to zero",
         "linears: 1,760",
         "bytes: 6.4 MB",
         "status: checked",

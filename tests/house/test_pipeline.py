@@ -122,9 +122,7 @@ def test_other_recipe_model_data_or_version_is_refused_with_what_differs(
     other = Recipe(**{**vars(flat), "document": {**flat.document, "seed": 5}})
     with pytest.raises(DscError) as caught:
         run(other, out, flat=True)
-    assert messages(caught) == [
-        f"{out}: made with recipe.seed unset, now 5; choose another -o, or remove that directory"
-    ]
+    assert messages(caught) == [f"{out}: made without recipe.seed, now 5; choose another -o, or remove that directory"]
     with pytest.raises(DscError, match=r"inputs\.model"):
         run(Recipe(**{**vars(flat), "model": str(tiny_qwen2)}), out, flat=True)
     longer = tmp_path / "text.jsonl"
@@ -156,7 +154,7 @@ def test_a_knob_that_changes_no_bytes_may_change_in_one_directory(
     export(**{"export.verify": True})
     assert checked, "it runs again, to be checked"
     assert files(out)["model.onnx"] == before["model.onnx"]
-    with pytest.raises(DscError, match=r"export\.logits unset, now \"last\""):
+    with pytest.raises(DscError, match=r"without recipe\.\S*export\.logits, now \"last\""):
         export(**{"export.logits": "last"})
 
 
@@ -261,4 +259,4 @@ def test_peak_memory_counts_this_process() -> None:
 
 def test_differences_name_each_leaf() -> None:
     there, here = {"a": [1, {"b": 2}], "c": 3}, {"a": [1, {"b": 4}, 5], "d": None}
-    assert workspace.differences(there, here) == ["a.1.b 2, now 4", "a.2 unset, now 5", "c 3, now unset"]
+    assert workspace.differences(there, here) == ["with a.1.b 2, now 4", "without a.2, now 5", "with c 3, now without"]

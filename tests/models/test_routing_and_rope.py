@@ -31,7 +31,7 @@ def test_experts_come_from_the_best_groups(method: str) -> None:
         groups = sorted(range(4), key=lambda g: -worth[g])[:2]
         experts = sorted((e for g in groups for e in range(3 * g, 3 * g + 3)), key=lambda e: -float(ranked[e]))[:3]
         assert found.experts[token].tolist() == experts
-        torch.testing.assert_close(found.shares[token], scores[experts])
+        torch.testing.assert_close(found.gate_weights[token], scores[experts])
 
 
 @pytest.mark.parametrize(("mscale", "all_dim"), [(0.7, 1.3), (1.0, 1.0), (0.0, 0.8)])

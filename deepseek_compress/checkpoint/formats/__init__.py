@@ -1,1 +1,1 @@
-"""How weights are stored: pure functions between stored parts and values, one file a format."""
+"""Encodings of weights: pure functions between stored parts and values, one file a format."""

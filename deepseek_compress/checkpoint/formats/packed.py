@@ -117,7 +117,7 @@ def unpack_weight(name: str, parts: Mapping[str, Tensor]) -> Quantized:
 
 
 def bits_of(name: str, words: int, columns: int) -> int:
-    """How many bits a code has, from the words a row takes. Below 32 columns it may be ambiguous: 4 is preferred."""
+    """Infer the bits of a code from the words in a row. Below 32 columns it may be ambiguous: 4 is preferred."""
     for num_bits in (4, 8, 3, 2, 5, 6, 7, 1):
         if -(-columns * num_bits // _WORD) == words:
             return num_bits
@@ -125,7 +125,7 @@ def bits_of(name: str, words: int, columns: int) -> int:
 
 
 def stored_bits(info: TensorInfo) -> int:
-    """How many bits a code of a packed weight has, from its header."""
+    """Return the bits of a code of a packed weight, from its header."""
     codes = info.parts.get("weight_packed")
     return 8 if codes is None else bits_of(info.name, codes.shape[1], info.shape[1])
 
@@ -134,7 +134,7 @@ def logical_shape(name: str, parts: Mapping[str, Location]) -> tuple[int, int]:
     """(rows, columns) from `weight_shape`, after checking every part against it. Reads those 16 bytes only."""
     place = parts.get("weight_shape")
     if place is None or place.dtype != torch.int64 or place.shape != (2,):
-        raise DscError(f"{name}: weight_packed without a weight_shape of two whole numbers", _AGAIN)
+        raise DscError(f"{name}: weight_packed without a weight_shape of two integers", _AGAIN)
     rows, columns = _two_numbers(place)
     codes, scale, zero_point = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
     if codes.dtype != torch.int32 or codes.shape[0] != rows or columns <= 0:

@@ -13,7 +13,7 @@ GGUF = "model.gguf"
 
 
 class Gguf(Target, frozen=True, extra="forbid"):
-    """What llama.cpp has no form for is refused."""
+    """GGUF for llama.cpp; whatever it has no form for is refused."""
 
     name: ClassVar[str] = "gguf"
 

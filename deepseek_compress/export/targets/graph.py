@@ -1,4 +1,4 @@
-"""What the targets that write an ONNX file share: the graph, its check, and the words beside it."""
+"""Base of the targets that write an ONNX file: the graph, its check, and its description."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
     samples: int = Field(2, ge=0)
 
     def problems(self, header: Header) -> list[DscError]:
-        """A model whose blocks have no emitter."""
+        """Refuse a model whose blocks have no emitter."""
         return collected(lambda: _supported(header, self.lowering))
 
     def dtype(self) -> str:
-        """The float type of the graph."""
+        """Return the float type of the graph."""
         return "float32" if self.precision == "auto" else self.precision
 
     def options(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
 
 
 def cache_bytes(source: Checkpoint, dtype: str) -> int:
-    """What a token takes in the caches of all layers: latents and rotated keys, or keys and values of every head.
+    """Return the bytes of a token in all caches: latents and rotated keys, or keys and values of every head.
 
     An indexer's keys with them; of DeepSeek-V4 its share of the entries, without the window.
     """

@@ -32,7 +32,7 @@ class TensorRt(GraphTarget, frozen=True, extra="forbid"):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the engine is built for."""
+        """GPU generations that the engine is built for."""
         return ("current",)
 
     def problems(self, header: Header) -> list[DscError]:
@@ -76,7 +76,7 @@ class TensorRtRtx(TensorRt, frozen=True, extra="forbid"):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the engine is built for."""
+        """GPU generations that the engine is built for."""
         return self.compute_capabilities
 
     def plan(self, folder: Path, version: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Runner(Protocol):
     name: str
 
     def empty(self, batch: int) -> dict[str, Any]:
-        """The cache inputs before the first token, by name: arrays whose past length is 0."""
+        """Return the cache inputs before the first token, by name: arrays whose past length is 0."""
         ...
 
     def run(self, feed: Mapping[str, Any]) -> tuple[Floats, dict[str, Any]]:

@@ -86,7 +86,7 @@ class DeepseekV4(Family):
         )
 
     def role(self, name: str) -> Role:
-        """What a tensor is for; hyper-connections are small, float32 and never changed, like norms."""
+        """Return a tensor's role; hyper-connections are small, float32 and never changed, like norms."""
         return Role.NORM if "hc_" in name and not name.startswith("mtp.") else super().role(name)
 
     def problems(self, header: Header) -> list[DscError]:
@@ -271,7 +271,7 @@ def _moe(config: Mapping[str, Any], layers: int) -> Moe:
 
 
 def _hc_head(streams: int, hidden: int) -> dict[str, Shape]:
-    """What collapses the streams before the head."""
+    """Collapse the streams before the head."""
     return {"hc_head_fn": (streams, streams * hidden), "hc_head_base": (streams,), "hc_head_scale": (1,)}
 
 

@@ -1,4 +1,4 @@
-"""What the config.json of a DeepSeek-V4.1 checkpoint says of its own mechanisms, and what in it cannot be.
+"""DeepSeek-V4.1's own fields of config.json, and the checks on them.
 
 A wrong list of sources or sizes of tables would run without a sign; so each is checked against the others.
 """
