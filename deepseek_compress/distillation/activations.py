@@ -1,4 +1,4 @@
-"""What a training step keeps for the way back, told from shapes."""
+"""Memory of a training step's activations, from shapes."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Lora(BaseModel, frozen=True, extra="forbid"):
         return LowRank(self, weights, self.chosen(linears), masks)
 
     def parameters(self, rows: int, columns: int) -> int:
-        """How many numbers a matrix learns."""
+        """Count the numbers that a matrix learns."""
         return min(self.rank, rows, columns) * (rows + columns)
 
 
@@ -84,5 +84,5 @@ class LowRank:
 
     @property
     def numbers(self) -> int:
-        """How many are learned."""
+        """Count of what is learned."""
         return sum(self.lora.parameters(*shape) for shape in self.shapes.values())

@@ -47,7 +47,7 @@ class Subject(NamedTuple):
 
 
 class ByLayer(NamedTuple):
-    """What lies between a model and the reference after each block; see `streaming.predict`."""
+    """Differences between a model and the reference after each block; see `streaming.predict`."""
 
     errors: list[float] | None = None
     choices: list[float | None] | None = None

@@ -1,4 +1,4 @@
-"""What a reference's pass over the samples left behind, as files: beside it every other model is measured."""
+"""The reference's pass over the samples, kept as files: every other model is measured against it."""
 
 from __future__ import annotations
 

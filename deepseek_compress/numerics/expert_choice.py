@@ -1,4 +1,4 @@
-"""How far a model's routers choose otherwise than its reference's, and how even the load is, block by block."""
+"""Routing of a model against its reference, block by block: share of choices that changed, load of experts."""
 
 from __future__ import annotations
 

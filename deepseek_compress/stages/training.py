@@ -1,4 +1,4 @@
-"""What a recipe says of a training: its knobs, checked on shapes alone, and what it will take."""
+"""Knobs of a training, checked on shapes alone, and its memory and work."""
 
 from __future__ import annotations
 
