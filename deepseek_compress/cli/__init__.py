@@ -1,5 +1,8 @@
 """The `dsc` command: parse, call one library function, render."""
 
-from deepseek_compress.cli.app import app, main
+try:
+    from deepseek_compress.cli.app import app, main
+except KeyboardInterrupt:  # while there is nobody yet who would say so in a line
+    raise SystemExit(130) from None
 
 __all__ = ["app", "main"]
