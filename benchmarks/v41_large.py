@@ -76,7 +76,7 @@ class Attempts:
         for line in process.stdout:
             lines.append(line)
             print(line, end="", file=sys.stderr, flush=True)
-            found = re.search(r" (\d+)/\d+ ", line)
+            found = re.search(r"block (\d+) ", line)
             if stop is not None and found and int(found[1]) >= stop:
                 os.killpg(process.pid, signal.SIGKILL)
                 self.kills.append(line.strip())
