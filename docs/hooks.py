@@ -159,22 +159,24 @@ def report(name: str) -> str:
     return re.sub(r"!?\[([^\]]*)\]\((?!http)[^)]*\)", r"\1", text).strip()
 
 
+JUDGED = ("moe", "smollm2")  # models that were not made here, or made without a thought of this
+
+
 def results() -> str:
     """Build the README's table from reports/accuracy.json."""
     record = json.loads((ROOT / "reports" / "accuracy.json").read_text(encoding="utf-8"))
-    bars = record["bars"]["moe"]
     lines = [
-        "| method | size | KL, text like calibration's | of the rival's | KL, other text | of the rival's | CPU time |",
-        "|---|---|---|---|---|---|---|",
+        "| model | method | size | KL, text like calibration's | of the rival's | KL, other text | of the rival's | CPU time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in (dict(zip(record["columns"], values, strict=True)) for values in record["rows"]):
-        if row["model"] != "moe":
-            continue
+    rows = [dict(zip(record["columns"], values, strict=True)) for values in record["rows"]]
+    for row in sorted((row for row in rows if row["model"] in JUDGED), key=lambda row: JUDGED.index(row["model"])):
+        bars = record["bars"][row["model"]]
         kind = {"dsc w4a16": "default", "dsc w4a16-best": "best"}.get(row["method"], "")
         like, other = (_share(bars.get(f"{kind}, {text}")) for text in ("like", "other"))
         size, cpu = f"{row['MB on disk']:.2f} MB", f"{row['CPU s']:.0f} s"
         lines.append(
-            f"| {row['method']} | {size} | {row['KL like']:.5f} | {like} | {row['KL other']:.5f} | {other} | {cpu} |"
+            f"| {row['model']} | {row['method']} | {size} | {row['KL like']:.5f} | {like} | {row['KL other']:.5f} | {other} | {cpu} |"
         )
     return "\n".join(lines)
 
