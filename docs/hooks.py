@@ -166,7 +166,8 @@ def results() -> str:
     """Build the README's table from reports/accuracy.json."""
     record = json.loads((ROOT / "reports" / "accuracy.json").read_text(encoding="utf-8"))
     lines = [
-        "| model | method | size | KL, text like calibration's | of the rival's | KL, other text | of the rival's | CPU time |",
+        "| model | method | size | KL, text like calibration's | of the rival's | KL, other text | of the rival's "
+        "| CPU time |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = [dict(zip(record["columns"], values, strict=True)) for values in record["rows"]]
@@ -176,7 +177,8 @@ def results() -> str:
         like, other = (_share(bars.get(f"{kind}, {text}")) for text in ("like", "other"))
         size, cpu = f"{row['MB on disk']:.2f} MB", f"{row['CPU s']:.0f} s"
         lines.append(
-            f"| {row['model']} | {row['method']} | {size} | {row['KL like']:.5f} | {like} | {row['KL other']:.5f} | {other} | {cpu} |"
+            f"| {row['model']} | {row['method']} | {size} | {row['KL like']:.5f} | {like} | {row['KL other']:.5f} | {other} "
+            f"| {cpu} |"
         )
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 
 from deepseek_compress import processes
+from deepseek_compress.checkpoint.files import remove
 from deepseek_compress.distillation.group import Group, process_errors
 from deepseek_compress.distillation.resume import Keeper
 from deepseek_compress.distillation.trainer import Trainer
@@ -73,7 +74,7 @@ def started(stage: Replicated, source: Path, context: Context, work: Path, steps
             others.append((rank, processes.Workers(1, ["deepseek_compress.stages.distill"], _begin, (each,), [own])))
         for call in [other.submit(_prepare, stage, source) for _, other in others]:
             call.result()
-        meeting.unlink(missing_ok=True)
+        remove(meeting)
         calls = [other.submit(_train, work, meeting, steps, rank, size) for rank, other in others]
         torch.set_num_threads(each)
         with joined(0, size, meeting, context.device) as group:
@@ -87,7 +88,7 @@ def started(stage: Replicated, source: Path, context: Context, work: Path, steps
         torch.set_num_threads(threads)
         for _, other in others:
             other.kill()
-        meeting.unlink(missing_ok=True)
+        remove(meeting)
 
 
 _here: list[Any] = []  # in another process: its context, then its training too

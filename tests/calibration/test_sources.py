@@ -129,7 +129,7 @@ def test_all_bad_lines_are_told_together(tmp_path: Path) -> None:
 
 def test_no_text_is_given_after_a_bad_line_and_the_search_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = lines(tmp_path / "a.jsonl", {"text": "one"}, *([[]] * 50), {"text": "two"})
-    assert len(problems(file)) == sources.TOLD + 1
+    assert len(problems(file)) == sources.REPORTED + 1
     assert "not searched" in problems(file)[-1]
     monkeypatch.setattr(sources, "SEARCHED", 3)
     file = lines(tmp_path / "b.jsonl", [], *([{"text": "x"}] * 9), [])
