@@ -177,8 +177,8 @@ def results() -> str:
         like, other = (_share(bars.get(f"{kind}, {text}")) for text in ("like", "other"))
         size, cpu = f"{row['MB on disk']:.2f} MB", f"{row['CPU s']:.0f} s"
         lines.append(
-            f"| {row['model']} | {row['method']} | {size} | {row['KL like']:.5f} | {like} | {row['KL other']:.5f} | {other} "
-            f"| {cpu} |"
+            f"| {row['model']} | {row['method']} | {size} | {row['KL like']:.5f} | {like} "
+            f"| {row['KL other']:.5f} | {other} | {cpu} |"
         )
     return "\n".join(lines)
 
