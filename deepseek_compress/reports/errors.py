@@ -34,6 +34,8 @@ def expert_rows(record: Record) -> Table:
     lines = []
     for model, found in _known(record, "experts_by_layer"):
         blocks = [(number, one) for number, one in enumerate(found) if one]
+        if not blocks:
+            continue
         worst, most = max(blocks, key=lambda pair: pair[1]["changed"])
         busiest = [max(one["busiest"][side] for _, one in blocks) for side in (0, 1)]
         idle = [sum(one["idle"][side] for _, one in blocks) for side in (0, 1)]

@@ -138,6 +138,6 @@ def test_interrupted_with_workers(given: Path, tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=300)
         assert "Traceback" not in said and "Unpickling" not in said, said
-        assert process.returncode in (0, 130), said
+        assert process.returncode in (0, 130, -signal.SIGINT), said  # the last: Python itself was ending
     assert run("text", given, here).code == 0
     assert contents(here) == contents(tmp_path / "whole")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepseek_compress.errors import DscError
-from deepseek_compress.reports import compare, files, gate, page, proof, table, words
+from deepseek_compress.reports import compare, errors, files, gate, page, proof, table, words
 from deepseek_compress.reports.markdown import markdown
 from deepseek_compress.reports.spreadsheet import csv_text
 
@@ -132,3 +132,11 @@ def test_several_runs_are_corrected_together(record: dict[str, Any], tmp_path: P
     assert any("seed: 0 -> seed: 1" in note for note in found["notes"])
     assert {path.suffix for path in tmp_path.glob("both.*")} == {".csv", ".html", ".json", ".md"}
     assert compare([tmp_path / "0.json"], None)["name"] == "comparison"
+
+
+def test_blocks_of_which_nothing_is_known_give_no_row() -> None:
+    model = {"name": "a", "experts_by_layer": [None, None], "outliers_by_layer": [None, None]}
+    record: dict[str, Any] = {"models": [model]}
+
+    assert errors.expert_rows(record).rows == []
+    assert errors.outlier_rows(record).rows == []
