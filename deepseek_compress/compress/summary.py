@@ -51,11 +51,7 @@ def write(out: Path, blocks: Sequence[Facts]) -> None:
 
 def coverage(path: Path) -> list[Facts] | None:
     """[{"block", "tokens": [per expert], "starved": [...]}] of the checkpoint at `path`; None where it is not known."""
-    file = path / LAYERS
-    if not file.is_file():
-        return None
-    blocks = read_json(file).get("blocks")
-    rows = enumerate(_list(blocks))
+    rows = enumerate(_blocks(path))
     found = [(layer, block.get("experts")) for layer, block in rows if isinstance(block, dict)]
     return [{"block": layer, **experts} for layer, experts in found if _counted(experts)] or None
 
@@ -66,11 +62,9 @@ def weight_errors(path: Path) -> Facts | None:
     Relative squared errors of weights and outputs: `roles` has means over weights for each kind of linear, `worst` the
     `WORST` linears of the largest output error, or weight error where outputs were not measured.
     """
-    file = path / LAYERS
-    blocks = read_json(file).get("blocks") if file.is_file() else None
     linears = [
         linear
-        for block in _list(blocks)
+        for block in _blocks(path)
         for linear in _list(block.get("linears") if isinstance(block, dict) else None)
         if _measured(linear)
     ]
@@ -87,6 +81,12 @@ def weight_errors(path: Path) -> Facts | None:
         ],
         "worst": [{key: linear[key] for key in keys} for linear in ranked[:WORST]],
     }
+
+
+def _blocks(path: Path) -> list[Any]:
+    """Read the facts of the blocks at `path`; none where the table is missing or is of something else."""
+    file = path / LAYERS
+    return _list(read_json(file).get("blocks")) if file.is_file() else []
 
 
 def _list(value: Any) -> list[Any]:

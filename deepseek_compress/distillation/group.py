@@ -70,11 +70,13 @@ class Group:
 def _buckets(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield leaves of one type, about `BUCKET` elements at a time."""
     found: list[Tensor] = []
+    size = 0
     for leaf in leaves:
-        if found and (found[-1].dtype != leaf.dtype or sum(one.numel() for one in found) >= BUCKET):
+        if found and (found[-1].dtype != leaf.dtype or size >= BUCKET):
             yield found
-            found = []
+            found, size = [], 0
         found.append(leaf)
+        size += leaf.numel()
     if found:
         yield found
 

@@ -263,7 +263,8 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, mask in self.masks.items():
-                state.weights[name].mul_(mask)
+                if state.weights[name].requires_grad:  # another has not moved
+                    state.weights[name].mul_(mask)
         state.step += 1
         state.losses.append(loss)
         state.optimizer = optimizer.state_dict()
