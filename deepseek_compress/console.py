@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,20 +99,43 @@ def stopped(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[str] = ()) -> None:
-    """Print a table on standard output; the columns named in `right` are numbers. A cell that is None shows as `-`."""
-    grid = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    aligned = set(right)
-    for number, column in enumerate(columns):
+    """Print a table on standard output; the columns named in `right` are numbers, which are never broken in two.
+
+    A cell that is None shows as `-`. Columns stand closer where there is no room for two spaces between them.
+    """
+    screen, aligned = out(), set(right)
+    cells = [[cell if isinstance(cell, Text) else Text("-" if cell is None else _cell(cell)) for cell in row]
+             for row in rows]  # fmt: skip
+    widths, space = _layout(columns, cells, aligned, screen.width)
+    grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False,
+                 padding=(0, space, 0, 0))  # fmt: skip
+    for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
         side: JustifyMethod = "right" if column in aligned else "left"
-        grid.add_column(column, justify=side, header_style="bold", overflow="fold", no_wrap=number == 0)
-    for row in rows:
-        grid.add_row(*(cell if isinstance(cell, Text) else Text("-" if cell is None else _cell(cell)) for cell in row))
-    screen = out()
+        grid.add_column(column, justify=side, header_style="bold", overflow="fold", no_wrap=number == 0, width=width)
+    for row in cells:
+        grid.add_row(*row)
     with screen.capture() as lines:
         screen.print(grid)
     screen.file.write("".join(f"{line.rstrip()}\n" for line in lines.get().splitlines()))
+
+
+def _layout(
+    columns: Sequence[str], cells: Sequence[Sequence[Text]], numbers: Collection[str], room: int
+) -> tuple[list[int | None], int]:
+    """Return the width of each column, None where Rich may choose it, and how many spaces stand between them."""
+
+    def longest(place: int, header: int) -> int:
+        return max([header, *(row[place].cell_len for row in cells)])
+
+    words = [max(map(len, name.split()), default=0) for name in columns]
+    least = [word if place and name not in numbers else longest(place, word)
+             for place, (name, word) in enumerate(zip(columns, words, strict=True))]  # fmt: skip
+    whole = [max(len(name), width) for name, width in zip(columns, least, strict=True)]
+    gaps = 2 * (len(columns) - 1)
+    if sum(whole) + gaps <= room:
+        return [None] * len(columns), 2
+    widths = [width if name in numbers else None for name, width in zip(columns, least, strict=True)]
+    return widths, 2 if sum(least) + gaps <= room else 1
 
 
 def _cell(value: Any) -> str:

@@ -241,7 +241,7 @@ def _record(record: Mapping[str, Any]) -> None:
     for model in table.everything(record):
         more = [speeds.get(table.label(record, model), "")] if speeds else []
         rows.append([model["name"], *(table.cell(c, model).value for c in columns), *more])
-    headers = [*(column.header for column in columns), *(["tok/s"] if speeds else [])]
+    headers = [column.header.replace("reference", "ref.") for column in columns] + (["tok/s"] if speeds else [])
     verdict = words.verdict(record)
     console.line(verdict, "next")
     console.table("", ["model", *headers], rows, right=headers)

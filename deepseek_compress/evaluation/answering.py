@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from deepseek_compress.models.runtime import Model
     from deepseek_compress.models.tokenizer import Tokenizer
 
-TOKENS = 1 << 14  # new tokens of a batch at most: bounds what a stop can lose
+TOKENS = 1 << 14  # new tokens of a batch at most, and these multiplications on a processor, which has some 2 minutes'
+WORK, LEAST = 1 << 40, 16  # work in them: both bound what a stop can lose; below so many requests a batch gets slow
 BATCH = 256  # requests of a batch
 TOGETHER = 8  # requests that a server is sent at once
 
@@ -47,6 +48,7 @@ class Answerer(ABC):
     """Answers a batch of requests."""
 
     name: str
+    weights = 0  # numbers that a processor multiplies for each token, roughly; 0 where something else computes
 
     @abstractmethod
     def __call__(self, requests: Sequence[Request]) -> list[Attempt]:
@@ -68,7 +70,7 @@ class Answers:
         """Return the answer to each request; those that the file has are not asked for again."""
         found = self._read(requests)
         progress(len(found), len(requests))
-        for batch in batches(requests):
+        for batch in batches(requests, answerer.weights):
             new = [index for index in batch if index not in found]  # all, or none, where nobody asked for fewer before
             if not new:
                 continue
@@ -100,11 +102,13 @@ class Answers:
             os.fsync(file.fileno())
 
 
-def batches(requests: Sequence[Request]) -> list[list[int]]:
-    """Return indices of requests of similar length that are answered together."""
+def batches(requests: Sequence[Request], weights: int = 0) -> list[list[int]]:
+    """Return indices of requests of similar length that are answered together, by a model of so many `weights`."""
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].ids))
     longest = max((request.limit for request in requests), default=1)
     size = max(1, min(BATCH, TOKENS // longest))
+    if weights:
+        size = min(size, max(LEAST, WORK // (weights * longest)))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -115,6 +119,8 @@ class FromModel(Answerer):
 
     def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
+        if model.head.device.type == "cpu":
+            self.weights = sum(tensor.numel() for tensor in model.weights.values())
 
     def __call__(self, requests: Sequence[Request]) -> list[Attempt]:
         """Greedy where the first request is."""

@@ -67,6 +67,17 @@ def test_batches_hold_requests_of_similar_length_and_bounded_tokens(monkeypatch:
     assert [len(batch) for batch in batches(long)] == [2, 2, 2]
 
 
+def test_batches_of_a_large_model_are_smaller_so_that_a_stop_loses_little() -> None:
+    asked = [r._replace(limit=256) for r in requests(128)]
+    small, medium, large = (len(batches(asked, weights)[0]) for weights in (5_000_000, 135_000_000, 7_000_000_000))
+    assert (small, medium, large) == (64, answering.WORK // (135_000_000 * 256), answering.LEAST)
+
+
+def test_the_runtime_tells_how_large_it_is(tiny_llama: Path) -> None:
+    model = Model.load(tiny_llama)
+    assert FromModel(model, load_tokenizer(tiny_llama)).weights == sum(w.numel() for w in model.weights.values())
+
+
 def test_sampled_answers_do_not_depend_on_the_batch(tiny_llama: Path) -> None:
     model, tokenizer = Model.load(tiny_llama), load_tokenizer(tiny_llama)
     answerer = FromModel(model, tokenizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_compress import machine
+from deepseek_compress import console, machine
 from deepseek_compress.planning import rates
 from tests.house.conftest import QUICK, Dsc
 from tests.house.short import TEXT
@@ -111,3 +111,12 @@ def test_a_value_that_was_not_set_before_is_said_in_words(dsc: Dsc, tiny_llama: 
     assert done.stderr.splitlines() == [
         "error: q: made without recipe.seed, now 7; choose another -o, or remove that directory"
     ]
+
+
+def test_numbers_of_a_table_are_never_broken_in_two(capsys: pytest.CaptureFixture[str]) -> None:
+    headers = ["Size", "Exact match", "Of ref.", "KL", "Top-1", "Perplexity", "tok/s"]
+    rows = [["a-student-sparse24-w4a8", "6.26 MB", "92.7 %", "100.0 %", "0.000162", "100.0 %", "1.006", "126"]]
+    console.table("", ["model", *headers], rows, right=headers)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == " ".join(rows[0]).split()
+    assert [len(lines), max(map(len, lines)) <= 80] == [3, True]  # "Exact match" alone takes two lines
