@@ -96,7 +96,7 @@ class Workers:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Start `function(*arguments)`; the first calls start the processes."""
-        with safe_environment(), undisturbed():
+        with safe_environment(), undisturbed(), _without_main():
             return self._pool.submit(function, *arguments)
 
     def kill(self) -> None:
@@ -105,6 +105,20 @@ class Workers:
             process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._alive.close()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Inside, what multiprocessing starts does not run the caller's script again, which need not guard its work.
+
+    It would for the sake of functions that are defined there; ours are all of modules.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = type(sys)("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _begin(begin: Callable[..., None], alive: Connection, arguments: Sequence[Any], own: SimpleQueue[Any]) -> None:
@@ -124,6 +138,15 @@ def stop_server() -> None:
     from multiprocessing import forkserver
 
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def one_server() -> Iterator[None]:
+    """Inside, the fork server of the first `Workers` serves all that come; afterwards it is ended."""
+    try:
+        yield
+    finally:
+        stop_server()
 
 
 def end_with(alive: Connection) -> None:

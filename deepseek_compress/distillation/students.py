@@ -33,10 +33,12 @@ class Size(BaseModel, frozen=True, extra="forbid"):
     layers: int | None = Field(None, gt=0)  # layers; None keeps all; goes before keep
     layers_by: Literal["influence", "loss", "even"] = "influence"
     experts_by: Literal["activation", "frequency"] = "activation"
+    width: float | None = Field(None, gt=0, lt=1)  # share of the channels of each MLP and expert; None keeps all
 
     def of(self, cfg: ModelConfig) -> tuple[int | None, int | None]:
         """(experts, layers); None where their number stays."""
-        if self.keep is None or self.experts is not None or self.layers is not None:
+        given = self.experts is not None or self.layers is not None or self.width is not None
+        if self.keep is None or given:
             return self.experts, self.layers
         return sizes(cfg, self.keep)
 
@@ -62,16 +64,18 @@ def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Do
     if layers is not None and size.layers_by != "even":
         measure = importance.influence if size.layers_by == "influence" else importance.loss_without
         scores = measure(model, _shown(model, documents, size.layers_by))
-    plan = shrink(model.family, model.cfg, use, experts, layers, scores)
+    channels = None if size.width is None else importance.neurons(model, _shown(model, documents, "neurons"))
+    plan = shrink(model.family, model.cfg, use, experts, layers, scores, size.width, channels)
     weights: dict[str, Tensor] = {}
     for name, origin in plan.tensors.items():
-        tensor = model.weights[origin.name]
-        tensor = tensor if origin.rows is None else tensor[origin.rows.to(tensor.device)]
+        tensor = origin.of(model.weights[origin.name])
         weights[name] = tensor.clone() if shared else tensor
     cfg = model.family.parse({**config, **plan.config})
     facts: dict[str, Any] = {"layers_kept": plan.layers} if layers is not None else {}
     if plan.experts:
         facts["experts_kept"] = {str(layer): kept for layer, kept in plan.experts.items()}
+    if size.width is not None:
+        facts["width_kept"] = {name: plan.config[name] for name in plan.config if name.endswith("intermediate_size")}
     return Student(Model(model.family, cfg, weights), weights, plan.config, facts, _pairs(plan))
 
 

@@ -1,9 +1,9 @@
 """Efficiency of a checkpoint: bytes on disk, bits per weight, speed and peak memory in the evaluation runtime.
 
-Speed and memory are taken in a process of its own, `python -m deepseek_compress.evaluation.efficiency DIRECTORY`, so
-that neither the models before it nor the caller's caches count. One sequence at a time: a prompt is read whole
-(prefill), then tokens follow one by one with a cache (decode); the median of a few runs counts. Peak memory is the
-highest resident size the process ever had, imports included (`VmHWM`; `ru_maxrss` would inherit the parent's).
+Speed and memory are taken in a process of its own, so that neither the models before it nor the caller's caches count;
+a fork server has imported torch for all of them. One sequence at a time: a prompt is read whole (prefill), then tokens
+follow one by one with a cache (decode); the median of a few runs counts. Peak memory is the highest resident size the
+process ever had (`VmHWM`; `ru_maxrss` would inherit the parent's), what it touches of the libraries included.
 
 These are numbers of the PyTorch runtime, which multiplies with unpacked float32 weights: a 4-bit checkpoint is as
 fast here as its 16-bit source. Engines have their own numbers.
@@ -11,16 +11,18 @@ fast here as its 16-bit source. Engines have their own numbers.
 
 from __future__ import annotations
 
-import json
+import signal
 import statistics
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deepseek_compress import processes
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
-from deepseek_compress.processes import run_python
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 PROMPT, NEW, REPEATS = 256, 64, 3  # tokens of the prompt, tokens decoded, runs of which the median counts
 PATIENCE = 20.0  # seconds after which no further run is begun: a model that large needs no median
@@ -37,14 +39,27 @@ def sizes(checkpoint: Checkpoint) -> dict[str, Any]:
 def speed_and_memory(path: Path, device: str = "cpu") -> dict[str, Any]:
     """`prefill_tokens_per_s`, `decode_tokens_per_s` and `peak_bytes` of the checkpoint at `path`, run on `device`.
 
-    Raises `DscError` with the last line of the process where it fails (for instance for want of memory).
+    Raises `DscError` with what the process says where it fails (for instance for want of memory).
     """
-    done = run_python("-m", __name__, str(path.resolve()), device)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise DscError(f"{path}: its speed could not be measured: {last}", "free memory, or set efficiency: false")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    worker = processes.Workers(1, [__name__, *_PRELOAD], _begin, [], [None])
+    try:
+        return dict(worker.submit(measure, path.resolve(), PROMPT, NEW, device).result())
+    except processes.lost():
+        said = "its process was killed"
+    except Exception as error:
+        said = str(error) or type(error).__name__
+    finally:
+        worker.kill()
+    raise DscError(f"{path}: its speed could not be measured: {said}", "free memory, or set efficiency: false")
+
+
+_PRELOAD = ("deepseek_compress.models.runtime", "deepseek_compress.planning.device")  # what `measure` imports
+
+
+def _begin(alive: Connection, nothing: None) -> None:
+    """Leave Ctrl-C to the run itself, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes.end_with(alive)
 
 
 def measure(path: Path, prompt: int = PROMPT, new: int = NEW, device: str = "cpu") -> dict[str, Any]:
@@ -94,7 +109,3 @@ def peak() -> int | None:
         return None
     line = next((row for row in text.splitlines() if row.startswith("VmHWM:")), None)
     return int(line.split()[1]) * 1024 if line else None
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), device=sys.argv[2])))

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from deepseek_compress import machine, provenance
+from deepseek_compress import machine, processes, provenance
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.compress.summary import coverage, weight_errors
 from deepseek_compress.errors import DscError, Problems, raise_problems
@@ -101,7 +101,7 @@ def evaluate(
     notes = [] if settings.text is None else seen_before(settings.text, checkpoints)
     run = _Run(settings, tokenizer, task, notes, progress, len(everything) + len(settings.deployed))
     rows: dict[str, dict[str, Any]] = {}
-    with TemporaryDirectory(prefix="dsc-evaluate-") as folder:
+    with TemporaryDirectory(prefix="dsc-evaluate-") as folder, processes.one_server():
         run.work, run.first = work or Path(folder), reference
         if settings.until is not None and reference is not None and task.prompts is not None:
             _until(run, checkpoints, reference, settings.until)

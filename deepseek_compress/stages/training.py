@@ -40,6 +40,7 @@ class Training(Stage, frozen=True):
     layers: int | None = Field(None, gt=0)  # layers; None keeps all; goes before keep
     layers_by: Literal["influence", "loss", "even"] = "influence"  # which of them stay, see `importance`
     experts_by: Literal["activation", "frequency"] = "activation"
+    width: float | None = Field(None, gt=0, lt=1)  # share of the channels of each MLP and expert; None keeps all
     documents: int | None = Field(None, gt=1)  # texts read from the calibration sources; None: what the steps need
     length: int = Field(512, gt=1)  # tokens; longer texts are cut
     steps: int | None = Field(None, ge=0)  # 0: the student as it is cut
@@ -95,9 +96,9 @@ class Training(Stage, frozen=True):
         if found:
             return found
         cfg = architecture.cfg
-        found = shrink.problems(architecture.family, cfg, *self.size.of(cfg))
+        found = shrink.problems(architecture.family, cfg, *self.size.of(cfg), self.width)
         packed = any(info.encoding == "packed" for info in header.tensors.values())
-        if packed and self.size.of(cfg) != (None, None):
+        if packed and (self.size.of(cfg) != (None, None) or self.width):
             found.append(DscError("distill: packed weights cannot be made fewer", "cut before the model is quantised"))
         if packed and self.lora is not None:
             what = "distill.lora: packed weights learn their scales and codes, nothing is added to them"
@@ -126,11 +127,11 @@ class Training(Stage, frozen=True):
         """Teacher, student, its gradients, moments and best weights in float32; BF16 on the disk."""
         architecture = Architecture.of(header)
         cfg = architecture.cfg
-        plan = shrink.shrink(architecture.family, cfg, shrink.any_experts(cfg), *self.size.of(cfg))
+        sizes = self.size.of(cfg)
+        plan = shrink.shrink(architecture.family, cfg, shrink.any_experts(cfg), *sizes, width=self.width)
+        smaller = shrink.shrunk_header(header, plan)
         total = sum(info.elements for info in header.tensors.values())
-        kept = sum(
-            header.tensors[origin.name].elements for origin in plan.tensors.values() if origin.name in header.tensors
-        )
+        kept = sum(info.elements for info in smaller.tensors.values())
         work = Work((2.0 * total + 6.0 * kept) * self._wanted)
         copies = 2 + 2 * (self.optimizer == "adamw") + (self.validation > 0)  # with its moments
         if self.lora is not None:  # as it is, and with what it learns, whose moments are little
@@ -138,7 +139,7 @@ class Training(Stage, frozen=True):
         weights = (2 if self.precision == "bfloat16" else 4) * (total + copies * kept)
         part = self.batch_tokens // (self.accumulate * self.processes)
         return Forecast(
-            shrink.shrunk_header(header, plan),
+            smaller,
             tensors=len(plan.tensors),
             bytes=2 * kept,
             memory=Memory(self.processes * (weights + activations(cfg, part, self.length, self.checkpointing))),

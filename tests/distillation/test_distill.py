@@ -13,9 +13,11 @@ from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.distillation import resume as resuming
 from deepseek_compress.distillation.documents import Document, batch_of, batches_by_length, read_documents
+from deepseek_compress.distillation.importance import neurons
 from deepseek_compress.distillation.losses import ForwardKl
 from deepseek_compress.distillation.objective import Objective
-from deepseek_compress.distillation.shrink import shrink
+from deepseek_compress.distillation.shrink import ffn_downs, narrow, shrink
+from deepseek_compress.distillation.students import Size, _shown, cut
 from deepseek_compress.distillation.teachers import LiveTeacher
 from deepseek_compress.distillation.trainer import Schedule, State, Trainer, masks_of
 from deepseek_compress.errors import DscError, Problems
@@ -108,6 +110,53 @@ def test_a_cut_student_has_the_teachers_experts_and_runs(tiny_v2: Path, text: Pa
     router = "model.layers.{}.mlp.gate.weight"
     assert torch.equal(student.weights[router.format(1)], teacher.weights[router.format(layer)][kept])
     assert bool(student(torch.arange(3, 20)[None]).isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_v3"])
+def test_a_narrower_student_is_its_teacher_without_the_channels_that_add_least(
+    name: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source: Path = request.getfixturevalue(name)
+    teacher = Model.load(source)
+    downs = [ffn_downs(teacher.family, teacher.cfg, layer) for layer in range(teacher.cfg.num_hidden_layers)]
+    first = f"{teacher.family.prefix(0)}.{next(iter(downs[0]))}.weight"
+    weak = teacher.weights[first]
+    weak[:, ::2] *= 1e-3  # of one MLP every other channel adds next to nothing
+    documents = documents_of(source, text, 8)
+    config = open_checkpoint(source).config
+    student = cut(teacher, config, Size(width=0.5), documents, shared=True)
+    channels = neurons(teacher, _shown(teacher, documents, ""))
+    plan = shrink(teacher.family, teacher.cfg, {}, None, None, None, 0.5, channels)
+    kept = plan.tensors[first].columns
+    assert kept is not None
+    assert all(place % 2 for place in kept.tolist())
+    for key, origin in plan.tensors.items():  # the teacher, with zeros where the student has nothing
+        if origin.columns is not None:
+            gone = torch.ones(teacher.weights[key].shape[1], dtype=torch.bool)
+            gone[origin.columns] = False
+            teacher.weights[key][:, gone] = 0
+    tokens = torch.tensor([documents[0].ids])
+    assert torch.allclose(student.model(tokens), teacher(tokens), atol=1e-4)
+    sizes = {key: value for key, value in student.config.items() if key.endswith("intermediate_size")}
+    assert student.facts["width_kept"] == sizes
+    assert all(value == narrow(config[key], 0.5) < config[key] for key, value in sizes.items())
+
+
+def test_a_narrower_student_is_written_trained_and_planned(tiny_v2: Path, text: Path, tmp_path: Path) -> None:
+    narrow = stage(width=0.5, experts=4, steps=2, documents=20)
+    source = open_checkpoint(tiny_v2)
+    planned = narrow.forecast(source.header, 0, 0).header
+    output = narrow.run(source, context(tmp_path / "student", tiny_v2, text))
+    written = open_checkpoint(output.path)
+    assert planned is not None
+    assert {name: info.shape for name, info in planned.tensors.items()} == {
+        name: info.shape for name, info in written.header.tensors.items()
+    }
+    assert bool(Model.load(written)(torch.arange(3, 20)[None]).isfinite().all())
+
+
+def test_widths_are_multiples_that_groups_divide() -> None:
+    assert [narrow(size, 0.7) for size in (1536, 8960, 192, 96, 7)] == [1024, 6272, 128, 64, 5]
 
 
 def test_training_brings_a_sparse_student_nearer_and_keeps_its_zeros(tiny_v3_bf16: Path, text: Path) -> None:

@@ -57,6 +57,20 @@ def test_a_function_writes_what_its_command_writes(dsc_command: Dsc, tiny_llama:
             assert (out / name).read_bytes() == Path("typed", name).read_bytes(), name
 
 
+def test_a_script_need_not_guard_what_it_does(tiny_llama: Path, tmp_path: Path) -> None:
+    """What multiprocessing starts would otherwise run the script again, and fail."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import deepseek_compress as dsc\n"
+        f"out = dsc.quantize({str(tiny_llama)!r}, {str(tmp_path / 'out')!r}, recipe='w4a16-fast', workers=2)\n"
+        f"found = dsc.evaluate(out, {str(tmp_path / 'r.json')!r}, problems=1)\n"
+        "print(found['models'][0]['metrics']['peak_bytes'])\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 0
+
+
 @pytest.mark.slow
 def test_from_teacher_to_report(dsc_command: Dsc, tiny_v3: Path, text: Path) -> None:
     small = {"distill.documents": 8, "experts": 8}
