@@ -20,6 +20,8 @@ def kept(student: Student, size: Size) -> Iterator[str]:
     if "experts_kept" in student.facts:
         count = len(next(iter(student.facts["experts_kept"].values())))
         yield f"{count} experts a layer stay, in each routing group those of most {size.experts_by}"
+    if size.active is not None:
+        yield f"{size.active} experts run for a token, those that the router likes best"
     if "width_kept" in student.facts:
         sizes = " and ".join(f"{name} {value}" for name, value in student.facts["width_kept"].items())
         yield f"channels that add most to the hidden state stay: {sizes}"

@@ -54,14 +54,22 @@ class Shrink(NamedTuple):
 
 
 def problems(
-    family: Family, cfg: ModelConfig, experts: int | None, layers: int | None, width: float | None = None
+    family: Family,
+    cfg: ModelConfig,
+    experts: int | None,
+    layers: int | None,
+    width: float | None = None,
+    active: int | None = None,
 ) -> list[DscError]:
     """Return what is wrong with the sizes asked for."""
     found = []
     moe = cfg.moe
-    if cfg.compressed is not None and (experts or layers or width):
+    if cfg.compressed is not None and (experts or layers or width or active):
         what = f"distill: {family.model_type} cannot be made smaller"
-        found.append(DscError(what, "leave out experts, layers and width"))
+        found.append(DscError(what, "leave out experts, layers, width and active"))
+    if active is not None and (moe is None or active > moe.top_k):
+        what = f"distill.active: {active}, but " + (f"{moe.top_k} experts run for a token" if moe else "there are none")
+        found.append(DscError(what, f"give 1 to {moe.top_k}" if moe else "leave it out"))
     if experts is not None and moe is None:
         found.append(DscError(f"distill.experts: {experts}, but the model has no experts", "leave it out"))
     elif experts is not None and moe is not None:
@@ -111,11 +119,13 @@ def shrink(
     scores: Tensor | None = None,
     width: float | None = None,
     neurons: Neurons | None = None,
+    active: int | None = None,
 ) -> Shrink:
     """Plan a student with `experts` routed experts a layer and `layers` layers; None keeps the number.
 
     `use`: importance of the experts (E,) of each layer. `scores` (layers,): of the layers; None thins them evenly.
     `width`: share of the channels of each MLP that stays, those of most importance in `neurons`; None there: any.
+    `active`: experts that run for a token.
     """
     moe = cfg.moe
     kept_layers = _kept_layers(cfg, layers, scores)
@@ -135,6 +145,8 @@ def shrink(
         num_nextn_predict_layers=0,
         moe=dataclasses.replace(moe, experts=experts) if moe is not None and kept and experts is not None else moe,
     )
+    if active is not None:
+        config["num_experts_per_tok"] = active
     cuts: dict[tuple[int, str], Origin] = {}
     if width is not None:
         smaller = _narrowed(smaller, width)

@@ -34,11 +34,11 @@ class Size(BaseModel, frozen=True, extra="forbid"):
     layers_by: Literal["influence", "loss", "even"] = "influence"
     experts_by: Literal["activation", "frequency"] = "activation"
     width: float | None = Field(None, gt=0, lt=1)  # share of the channels of each MLP and expert; None keeps all
+    active: int | None = Field(None, gt=0)  # routed experts that run for a token; None keeps their number
 
     def of(self, cfg: ModelConfig) -> tuple[int | None, int | None]:
         """(experts, layers); None where their number stays."""
-        given = self.experts is not None or self.layers is not None or self.width is not None
-        if self.keep is None or given:
+        if self.keep is None or any(each is not None for each in (self.experts, self.layers, self.width, self.active)):
             return self.experts, self.layers
         return sizes(cfg, self.keep)
 
@@ -65,7 +65,7 @@ def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Do
         measure = importance.influence if size.layers_by == "influence" else importance.loss_without
         scores = measure(model, _shown(model, documents, size.layers_by))
     channels = None if size.width is None else importance.neurons(model, _shown(model, documents, "neurons"))
-    plan = shrink(model.family, model.cfg, use, experts, layers, scores, size.width, channels)
+    plan = shrink(model.family, model.cfg, use, experts, layers, scores, size.width, channels, size.active)
     weights: dict[str, Tensor] = {}
     for name, origin in plan.tensors.items():
         tensor = origin.of(model.weights[origin.name])
@@ -74,6 +74,8 @@ def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Do
     facts: dict[str, Any] = {"layers_kept": plan.layers} if layers is not None else {}
     if plan.experts:
         facts["experts_kept"] = {str(layer): kept for layer, kept in plan.experts.items()}
+    if size.active is not None:
+        facts["active"] = size.active
     if size.width is not None:
         facts["width_kept"] = {name: plan.config[name] for name in plan.config if name.endswith("intermediate_size")}
     return Student(Model(model.family, cfg, weights), weights, plan.config, facts, _pairs(plan))

@@ -20,7 +20,7 @@ from deepseek_compress.distillation.shrink import ffn_downs, narrow, shrink
 from deepseek_compress.distillation.students import Size, _shown, cut
 from deepseek_compress.distillation.teachers import LiveTeacher
 from deepseek_compress.distillation.trainer import Schedule, State, Trainer, masks_of
-from deepseek_compress.errors import DscError, Problems
+from deepseek_compress.errors import DscError, Problems, raise_problems
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
 from deepseek_compress.numerics.magnitude import Magnitude
@@ -153,6 +153,21 @@ def test_a_narrower_student_is_written_trained_and_planned(tiny_v2: Path, text: 
         name: info.shape for name, info in written.header.tensors.items()
     }
     assert bool(Model.load(written)(torch.arange(3, 20)[None]).isfinite().all())
+
+
+def test_fewer_experts_run_for_a_token(tiny_v3: Path, text: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(tiny_v3)
+    top_k = source.config["num_experts_per_tok"]
+    output = stage(active=top_k - 1, steps=0, documents=4).run(source, context(tmp_path / "out", tiny_v3, text))
+    student, teacher = Model.load(output.path), Model.load(tiny_v3)
+    assert output.facts["active"] == top_k - 1
+    assert teacher.cfg.moe is not None
+    fewer = replace(teacher.cfg, moe=replace(teacher.cfg.moe, top_k=top_k - 1))
+    tokens = torch.arange(3, 30)[None]
+    expected = Model(teacher.family, fewer, {name: w.bfloat16().float() for name, w in teacher.weights.items()})
+    assert torch.allclose(student(tokens), expected(tokens), atol=1e-4)
+    with pytest.raises(Problems, match=rf"distill.active: {top_k + 1}, but {top_k} experts run for a token"):
+        raise_problems(stage(active=top_k + 1).problems(source.header))
 
 
 def test_widths_are_multiples_that_groups_divide() -> None:
