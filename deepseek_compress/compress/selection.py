@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -77,7 +78,9 @@ def select(
         if sum(linear.rows * linear.columns for _, linear in left) <= LEFT_AT_MOST * total:
             return Selection(wanted, size, frozenset(name for name, _ in left), own)
     names = ", ".join(dict.fromkeys(f"{linear.columns} columns ({name})" for name, linear in left[:3]))
-    raise DscError(f"no group size of {', '.join(map(str, GROUP_SIZES))} fits: {names}", "set weights' group_size")
+    common = math.gcd(*(linear.columns for _, linear in found))
+    fix = f"set weights' group_size to {common & -common}, which divides all columns"
+    raise DscError(f"no group size of {', '.join(map(str, GROUP_SIZES))} fits: {names}", fix)
 
 
 def _leaves_size_open(weights: WeightQuantizer | None) -> bool:
