@@ -150,6 +150,8 @@ def build(name: str, compiler: str, sources: Sequence[str], flags: Sequence[str]
             if not _sound(target):
                 if target.exists():
                     print(f"{target}: not what was compiled; compiled again", file=sys.stderr)
+                else:
+                    print(f"compiling kernels ({name}), once: about 20 seconds", file=sys.stderr)
                 _compile(target, [compiler, *(str(NATIVE / s) for s in sources), *flags])
     except OSError as error:
         raise BuildError(f"cannot write {directory}: {error.strerror}") from error

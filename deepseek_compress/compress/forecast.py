@@ -24,6 +24,7 @@ COPIES = 3  # of a weight, in float32, that solving it holds at once, with the H
 KEPT = 1.25  # what a worker holds, over what its task does: it keeps freed memory, in pieces
 TEXT = 140_000_000  # bytes of the tokeniser's library
 WAITING = 64 << 20  # bytes of an unfinished shard in memory
+SLOW = 20  # times as long as packing it in one pass takes a weight that is decoded and solved in torch, by experience
 
 
 class Expected(NamedTuple):
@@ -80,13 +81,10 @@ def expect(
         memory = Memory(
             0, 0, max(_largest(header, changed, quick, saved, streamed), _tables(cfg, tables) if tables else 0)
         )
-        copied = header.bytes - sum(header.tensors[n].bytes for n in [*changed, *rows])
-        fast, all_ = (
-            sum(header.tensors[name].elements for name in names) for names in ([*quick, *rows], [*changed, *rows])
-        )
-        slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience
-        costs.append(_Block(0, 0, 0, Work(), Work(packed=fast + slow + copied / 2)))
-        costs += [_Block(0, 0, 0, Work(), _saved_work(header.tensors[name])) for name in changed if saved]
+        solved, once = set(changed) - set(quick), {*quick, *rows}
+        works = (tensor_work(info, name in solved, name in once) for name, info in header.tensors.items())
+        costs += [_Block(0, 0, 0, Work(), work) for work in works]
+        costs += [_Block(0, 0, 0, Work(), saved_work(header.tensors[name])) for name in changed if saved]
     return Expected(
         out, len(changed), out.bytes, memory, total(cost.work for cost in costs), total(cost.tasks for cost in costs)
     )
@@ -109,8 +107,13 @@ class _Block(NamedTuple):
     tasks: Work
 
 
-def _saved_work(weight: TensorInfo) -> Work:
-    """Return a factor of its own for each weight, and its solve."""
+def tensor_work(info: TensorInfo, solved: bool, packed: bool) -> Work:
+    """Return the work of a tensor where no text is read: decoded and solved, packed in one pass, or copied."""
+    return Work(packed=SLOW * info.elements if solved else info.elements if packed else info.bytes / 2)
+
+
+def saved_work(weight: TensorInfo) -> Work:
+    """Return what saved statistics add to it: a factor of its own for each weight, and its solve."""
     rows, k = weight.shape
     return Work(float(k) ** 3 / 3 + float(rows) * k**2, 40.0 * rows * k, float(rows) * k)
 
