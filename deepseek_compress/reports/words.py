@@ -142,7 +142,7 @@ def fact(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
+        return ", ".join(fact(name, item) for item in value)
     return str(value)
 
 

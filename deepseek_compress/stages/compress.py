@@ -209,7 +209,7 @@ class Compress(Stage, frozen=True):
             done = convert(job, writer, pool, read, passes.of("solve"), passes.of("judge"))
             if job.solver.needs and tokens is not None:
                 writer.join()  # a shard a block
-            corrected = summary.corrections(done.blocks)
+            corrected = summary.corrections(done.blocks) + summary.starved(done.blocks, self.min_tokens)
             corrected += done.loss.notes() if done.loss else self._not_judged()
             context.tell_all(corrected)
             facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + noted + corrected}
