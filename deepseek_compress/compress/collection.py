@@ -17,7 +17,7 @@ from deepseek_compress.planning.costs import Memory, Work, total
 
 
 @dataclass(frozen=True)
-class Observed:
+class CollectOnly:
     """A solver that changes nothing: every linear is looked at, `needs` says what is collected."""
 
     needs: frozenset[str]
@@ -32,9 +32,9 @@ class Observed:
         raise NotImplementedError
 
 
-def observing(architecture: Architecture, fields: Sequence[str], work: Path) -> Job:
+def collecting(architecture: Architecture, fields: Sequence[str], work: Path) -> Job:
     """Return the job that collects `fields` of `Statistics`."""
-    return Job(architecture, Observed(frozenset(fields)), work, observing=True)
+    return Job(architecture, CollectOnly(frozenset(fields)), work, collecting=True)
 
 
 def expected(
@@ -44,9 +44,9 @@ def expected(
     cfg = architecture.cfg
     blocks = [collected(cfg, block, fields, samples, length) for block in architecture.blocks]
     alone = max([2 * cfg.vocab_size * cfg.hidden_size, *(block.alone for block in blocks)])
-    beside, task = max(block.beside for block in blocks), max(block.task for block in blocks)
+    resident, task = max(block.resident for block in blocks), max(block.task for block in blocks)
     works, tasks = total(block.work for block in blocks), total(block.tasks for block in blocks)
-    return sum(block.size for block in blocks), Memory(TEXT + alone, TEXT + beside, task), works, tasks
+    return sum(block.size for block in blocks), Memory(TEXT + alone, TEXT + resident, task), works, tasks
 
 
 class Collected(NamedTuple):
@@ -54,7 +54,7 @@ class Collected(NamedTuple):
 
     size: int
     alone: int
-    beside: int
+    resident: int
     task: int
     work: Work
     tasks: Work
@@ -75,4 +75,4 @@ def collected(cfg: ModelConfig, block: Block, fields: Sequence[str], samples: in
         share = tokens * cfg.moe.top_k / cfg.moe.experts if expert and cfg.moe else tokens
         (tasks if expert else works).append(Work(1.1 * share * n * n))
     alone, task = max(cost.alone, largest[False]), max(cost.task, largest[True])
-    return Collected(size, alone, cost.beside, task, total(works), total(tasks))
+    return Collected(size, alone, cost.resident, task, total(works), total(tasks))

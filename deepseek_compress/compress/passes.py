@@ -49,7 +49,7 @@ def foreseen(
     return Passes(progress, seconds)
 
 
-def collecting(
+def collecting_passes(
     progress: Progress, architecture: Architecture, fields: Sequence[str], text: Sequence[int], workers: int
 ) -> Passes:
     """Foresee the pass "collect", which sums the statistics `fields` over samples of so many tokens."""

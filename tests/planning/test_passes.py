@@ -42,7 +42,7 @@ def test_passes_of_unequal_cost_are_one_count() -> None:
 
 def test_what_is_foreseen_is_said_no_finer_than_it_is_known() -> None:
     assert [estimate(s) for s in (None, 5.25, 45.2, 59.7, 445, 7500)] == [
-        None, "5.2 s", "45 s", "1 min", "7 min", "2 h 05 min",
+        None, "5.2 s", "45 s", "1 min", "7 min", "2.1 h",
     ]  # fmt: skip
 
 
