@@ -29,7 +29,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,34 +293,50 @@ def bars(name: str, found: Sequence[tuple[Row, dict[str, Any]]]) -> dict[str, An
     return verdict
 
 
-def picture(found: dict[str, list[tuple[Row, dict[str, Any]]]], path: Path) -> None:
-    """KL against CPU seconds, a panel a model; lower left is better."""
+def picture(record: Mapping[str, Any], path: Path) -> None:
+    """KL against CPU seconds, a panel a model, two side by side; lower left is better."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "accuracy"
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5.5), squeeze=False)
-    for panel, (name, pairs) in zip(panels[0], found.items(), strict=True):
-        labelled: list[tuple[float, float]] = []
-        for row, result in sorted(pairs, key=lambda pair: -(pair[1].get("KL like") or 0.0)):
-            if result.get("KL like") is None:
-                continue
-            ours = row.tool == "dsc"
-            x, y = result["CPU s"], result["KL like"]
-            crowd = sum(1 / 4 < x / a < 4 and y / b > 0.94 for a, b in labelled)  # labels that would lie over this one
-            labelled.append((x, y))
-            panel.plot(x, y, "o", color="#c0392b" if ours else "#34495e", markersize=8 if ours else 6)
-            style = {"fontsize": 8, "color": "#c0392b" if ours else "#34495e"}
-            panel.annotate(row.label, (x, y), xytext=(6, 4 - 11 * crowd), textcoords="offset points", **style)
-        panel.set(xscale="log", yscale="log", title=name, xlabel="CPU seconds, imports included")
-        panel.set_ylabel("KL to the original on text of the same kind, nats a token")
-        panel.margins(x=0.3, y=0.12)
-        panel.grid(True, which="both", alpha=0.2)
+    rows = [dict(zip(record["columns"], values, strict=True)) for values in record["rows"]]
+    rows = [row for row in rows if row.get("KL like") is not None]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = pyplot.subplots(-(-len(names) // 2), 2, figsize=(11, 4.2 * -(-len(names) // 2)), squeeze=False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        _panel(panel, name, sorted((row for row in rows if row["model"] == name), key=lambda row: -row["KL like"]))
+    for panel in list(panels.flat)[len(names) :]:
+        panel.axis("off")
+    figure.supxlabel("CPU seconds, imports included", fontsize=10)
+    figure.supylabel("KL to the original on text of the same kind, nats a token", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _panel(panel: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw one model's methods, from the highest KL down."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    last = max(row["CPU s"] for row in rows)
+    placed: list[tuple[float, float]] = []
+    for row in rows:
+        x, y = row["CPU s"], row["KL like"]
+        crowd = sum(1 / 4 < x / a < 4 and y / b > 0.8 for a, b in placed)  # labels that would lie over this one
+        placed.append((x, y))
+        colour, left = ("#c0392b" if row["method"].startswith("dsc") else "#34495e"), x > last / 4
+        panel.plot(x, y, "o", color=colour, markersize=7)
+        panel.annotate(row["method"], (x, y), xytext=(-7 if left else 7, 4 - 11 * crowd), textcoords="offset points",
+                       ha="right" if left else "left", fontsize=9, color=colour)  # fmt: skip
+    panel.set(xscale="log", yscale="log", title=name)
+    panel.margins(x=0.12, y=0.15)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axis.set_minor_formatter(NullFormatter())
+    panel.grid(True, which="major", alpha=0.3)
 
 
 def main() -> int:
@@ -331,7 +347,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of names; other rows come from before")
     parser.add_argument("--reuse", action="store_true", help="take rows measured before with the same versions")
     parser.add_argument("--scratch", type=Path, help="where checkpoints lie until they are judged")
+    parser.add_argument("--picture", action="store_true", help="draw reports/accuracy.json anew; measure nothing")
     options = parser.parse_args()
+    if options.picture:
+        picture(json.loads((REPORTS / "accuracy.json").read_text()), REPORTS / "accuracy.svg")
+        return 0
     if options.scratch is not None:
         options.scratch.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(options.scratch or cache()).free < DISK:
@@ -361,8 +381,6 @@ def main() -> int:
             found.setdefault(name, []).append((row, result))
             lines.append(line(row, subject, result))
     verdicts = {name: bars(name, pairs) for name, pairs in found.items()}
-    REPORTS.mkdir(exist_ok=True)
-    picture(found, REPORTS / "accuracy.svg")
     facts = {
         "calibration": {name: told(case(name)) for name in found},
         "judged_on": f"{options.use} windows, which no calibration and no training saw",
@@ -372,6 +390,7 @@ def main() -> int:
         "passed": all(verdict["passed"] for bar in verdicts.values() for verdict in bar.values()),
     }
     present("accuracy" if options.use == "judging" else "accuracy_tuning", COLUMNS, lines, facts)
+    picture({"columns": COLUMNS, "rows": lines}, REPORTS / "accuracy.svg")
     return 0
 
 

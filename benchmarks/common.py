@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ from deepseek_compress.machine import resident
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "reports"
 DATA = ROOT.parent / "shared" / "data"  # text to measure with; a benchmark that needs it says so when it is absent
+
+
+LONGEST = 240  # characters of a line of facts
 
 
 class Cost(NamedTuple):
@@ -98,6 +101,18 @@ def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
 
 def present(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], facts: Mapping[str, Any]) -> None:
     """Print a table, write `reports/NAME.json` and `.md`, and print the record as the last line."""
+    record = {"benchmark": name, **facts, "columns": list(columns), "rows": [list(row) for row in rows]}
+    record["machine"] = machine()
+    print(table(columns, rows))
+    REPORTS.mkdir(exist_ok=True)
+    (REPORTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (REPORTS / f"{name}.md").write_text(markdown(record))
+    print(json.dumps(record))
+    sys.stdout.flush()
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lay out a Markdown table."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     head, *lines = (
@@ -105,19 +120,48 @@ def present(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], fa
         for row in [list(columns), *cells]
     )
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    table = "\n".join([head, rule, *lines])
-    record = {"benchmark": name, **facts, "columns": list(columns), "rows": [list(row) for row in rows]}
-    record["machine"] = machine()
-    print(table)
-    REPORTS.mkdir(exist_ok=True)
-    (REPORTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    described = "\n".join(f"- {key}: {value}" for key, value in {**facts, "machine": record["machine"]}.items())
-    (REPORTS / f"{name}.md").write_text(f"# {name}\n\n{table}\n\n{described}\n")
-    print(json.dumps(record))
-    sys.stdout.flush()
+    return "\n".join([head, rule, *lines])
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Write a record for people: its table, then everything else as a list."""
+    facts = {key: value for key, value in record.items() if key not in ("benchmark", "columns", "rows")}
+    machine = facts.pop("machine")
+    listed = "\n".join(described({**facts, "machine": machine}))
+    return f"# {record['benchmark']}\n\n{table(record['columns'], record['rows'])}\n\n{listed}\n"
+
+
+def described(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield the lines of a Markdown list, nested where the parts of a value have parts, or are long."""
+    for key, value in facts.items():
+        text = f"{indent}- {_name(key)}: {_words(value)}"
+        parts = value.values() if isinstance(value, Mapping) else ()
+        if parts and (len(text) > LONGEST or any(isinstance(part, Mapping) for part in parts)):
+            yield f"{indent}- {_name(key)}:"
+            yield from described(value, indent + "    ")
+        else:
+            yield text
+
+
+def _name(key: object) -> str:
+    return str(key).replace("_", " ")
+
+
+def _words(value: Any) -> str:
+    """Format a value as text."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{_name(key)} {_words(its)}" for key, its in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None else value if isinstance(value, str) else _words(value)
+
+
+if __name__ == "__main__":  # python -m benchmarks.common NAME ...: those tables anew, from their records
+    for given in sys.argv[1:]:
+        (REPORTS / f"{given}.md").write_text(markdown(json.loads((REPORTS / f"{given}.json").read_text())))

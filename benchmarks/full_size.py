@@ -245,7 +245,7 @@ def main() -> None:
             rows += lines(name, MODELS[name], Path(folder), here)
     facts = {
         "calibration": f"{SAMPLES} x {LENGTH} tokens, no --memory; the parts of the hours may overlap",
-        "H100": f"estimated, not measured: {H100._asdict()}",
+        "H100 (estimated, not measured)": H100._asdict(),
         "here": None if here is None else here._asdict(),
         "load": round(load, 2),
         "rates": _RATES[bool(chosen.loaded), bool(chosen.rates)],

@@ -150,6 +150,8 @@ def build(name: str, compiler: str, sources: Sequence[str], flags: Sequence[str]
             if not _sound(target):
                 if target.exists():
                     print(f"{target}: not what was compiled; compiled again", file=sys.stderr)
+                else:
+                    print(f"compiling kernels ({name}), once: about 20 seconds", file=sys.stderr)
                 _compile(target, [compiler, *(str(NATIVE / s) for s in sources), *flags])
     except OSError as error:
         raise BuildError(f"cannot write {directory}: {error.strerror}") from error
@@ -177,14 +179,14 @@ def _seal(library: Path) -> Path:
 
 def _write(target: Path, content: bytes) -> None:
     """Write beside, sync, rename; nobody else may write the file."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     with os.fdopen(fd, "wb") as file:
         os.fchmod(file.fileno(), 0o644)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, target)
+    os.replace(temporary, target)
 
 
 def _key(compiler: str, sources: Sequence[str], flags: Sequence[str]) -> str:

@@ -167,10 +167,12 @@ def count(number: int) -> str:
 
 
 def estimate(seconds: float | None) -> str | None:
-    """Format seconds that are foreseen, no finer than they are known: `45 s`, `7 min`, `2 h 05 min`."""
+    """Format seconds that are foreseen, no finer than they are known: `45 s`, `7 min`, `2.1 h`."""
     if seconds is None:
         return None
-    return duration(seconds) if not 59.5 <= seconds < 3600 else f"{seconds / 60:.0f} min"
+    if seconds < 59.5:
+        return duration(seconds)
+    return f"{seconds / 60:.0f} min" if seconds < 3570 else f"{seconds / 3600:.1f} h"
 
 
 def duration(seconds: float | None) -> str:

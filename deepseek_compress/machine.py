@@ -41,6 +41,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy() -> str | None:
+    """Say that times taken now are those of a busy machine; None where a core is left."""
+    load, here = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cores()
+    if load < here + 1:  # our own work counts for one
+        return None
+    return f"measured while this machine was busy (load {load:.1f} on {here} cores): run --measure again when it is not"
+
+
 def memory() -> int | None:
     """Bytes of memory in the machine, the limit of its control group included."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:

@@ -145,8 +145,8 @@ def commands() -> str:
         rows = ["| option | |", "|---|---|"]
         for option in command.params:
             words = ", ".join(f"`{word}`" for word in option.opts) if option.param_type_name == "option" else ""
-            told = getattr(option, "help", None) or ""
-            rows.append(f"| {words or f'`{option.metavar or option.human_readable_name}`'} | {_escaped(told)} |")
+            described = getattr(option, "help", None) or ""
+            rows.append(f"| {words or f'`{option.metavar or option.human_readable_name}`'} | {_escaped(described)} |")
         parts += [f"## dsc {name}", (command.help or "").strip(), "\n".join(rows)]
     return "\n\n".join(parts)
 

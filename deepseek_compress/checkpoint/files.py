@@ -177,17 +177,17 @@ def write_arrays(path: Path, values: Mapping[str, Tensor]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file beside, sync, then rename: a reader of `path` sees the old content or the new, never a part."""
-    beside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
-            with open(beside, "wb") as file:
+            with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
             sync(path.parent)
         except BaseException:
-            remove(beside)
+            remove(temporary)
             raise
 
 

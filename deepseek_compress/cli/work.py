@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deepseek_compress import console, jobs
+from deepseek_compress import console, jobs, machine
 from deepseek_compress.cli import options as o
 from deepseek_compress.cli import show
 from deepseek_compress.export import TARGETS
@@ -55,6 +55,8 @@ def plan(
     show.plan(
         found, rates(measure, found.options.device), json, f"dsc run {quote(recipe)} --model {quote(model)}{given}"
     )
+    if measure and not json and (busy := machine.busy()):
+        console.note(busy)
     if found.problems:
         raise typer.Exit(1)
 

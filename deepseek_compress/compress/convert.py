@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cuda_ops import ops
 from deepseek_compress import machine, provenance
 from deepseek_compress.checkpoint import CheckpointWriter
 from deepseek_compress.checkpoint.files import remove_tree
@@ -19,6 +20,7 @@ from deepseek_compress.compress import data_free, row_tables
 from deepseek_compress.compress.ends import Ends
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.loss import Loss, judged, measure
+from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.streaming.forward import run_block
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit, silent
 from deepseek_compress.workers import Pool
@@ -76,6 +78,8 @@ def convert(
     pool: who computes tasks; it shares `job`. tokens: int64 (samples, length) of calibration text; None: no block is
     run. The caller finishes the writer and then calls `clean`.
     """
+    if isinstance(job.solver, LinearSolver) and job.solver.weights is not None:
+        ops.load()  # compiled on first use: before the time left is counted
     if tokens is not None:
         return convert_with_text(job, writer, pool, tokens, progress, judging)
     job.work.mkdir(parents=True, exist_ok=True)

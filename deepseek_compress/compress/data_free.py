@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ from deepseek_compress.checkpoint.shards import Outline
 from deepseek_compress.compress import ends, packing, row_tables
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.layout import packed, stored16
+from deepseek_compress.compress.passes import of_parts
 from deepseek_compress.models import Block, Linear
 from deepseek_compress.numerics.types import WeightQuantizer
+from deepseek_compress.planning.passes import Steps
 from deepseek_compress.workers import Pool
 
 SHARDS = 16  # as many tasks of a large model, so that workers end together,
@@ -48,6 +51,12 @@ class _Task(NamedTuple):
     shards: list[_Shard]  # unfinished ones
     file: Path | None = None  # of the source, to be hashed
 
+    @property
+    def parts(self) -> list[str]:
+        """Tensors of its shards, and the file."""
+        names = [name for shard in self.shards for name in shard.names]
+        return names if self.file is None else [*names, self.file.name]
+
 
 def convert(
     job: Job, writer: CheckpointWriter, pool: Pool, progress: Callable[[int, int, str], None]
@@ -56,14 +65,15 @@ def convert(
 
     Returns {"linears": [facts]} by block, the hashes of the source's files, and the facts about embedding and head.
     """
-    tasks, hashes = _tasks(job, writer, pool.count), {}
-    progress(0, len(tasks), "shards")
-    for done, (task, hashed) in enumerate(zip(tasks, pool.run(_do, tasks), strict=True), 1):
+    tasks, hashes, seconds = _tasks(job, writer, pool.count), {}, of_parts(job)
+    steps = Steps(progress, [sum(seconds[name] for name in task.parts) for task in tasks], "shards")
+    do = partial(_do, each=lambda name: steps.part(seconds[name])) if pool.here else _do
+    for task, hashed in zip(tasks, pool.run(do, tasks), strict=True):
         for shard in task.shards:
             writer.take(shard.number)
         if task.file is not None:
             hashes[task.file.name] = str(hashed)
-        progress(done, len(tasks), "shards")
+        steps.done()
     found = {fact["name"]: fact for ledger in writer.ledgers for fact in ledger.facts}
     tables = [found[name] for name in map(_module, [*job.tables, *job.rows]) if name in found]
     return [{"linears": _in_order(block, found)} for block in job.architecture.blocks], hashes, tables
@@ -122,17 +132,17 @@ def _main(info: TensorInfo) -> Location:
     return max(info.parts.values(), key=lambda place: place.bytes)
 
 
-def _do(job: Job, task: _Task) -> str | None:
-    """Run in a worker."""
+def _do(job: Job, task: _Task, each: Callable[[str], None] = lambda name: None) -> str | None:
+    """Run in a worker; `each` is told every tensor that is done."""
     hashed = None if task.file is None else FileHash(task.file)
     if hashed and task.shards:
         job = replace(job, architecture=job.architecture.on(Hashed(job.source.header, hashed)))
     for shard in task.shards:
-        _write(job, shard)
+        _write(job, shard, each)
     return None if hashed is None else hashed.hexdigest()
 
 
-def _write(job: Job, shard: _Shard) -> None:
+def _write(job: Job, shard: _Shard, each: Callable[[str], None] = lambda name: None) -> None:
     facts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=1) as thread:
         file = OpenShard(shard.path, thread, _outline(job, shard))
@@ -153,6 +163,7 @@ def _write(job: Job, shard: _Shard) -> None:
                     facts.append(fact)
                 else:
                     file.keep(job.source, name)
+                each(name)
             file.close(facts)
         except BaseException:
             file.discard()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.compress import tables
-from deepseek_compress.compress.collect import Accumulator
+from deepseek_compress.compress.accumulate import Accumulator
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.models import Role

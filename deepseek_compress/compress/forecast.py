@@ -17,13 +17,14 @@ from deepseek_compress.models.attend import SCORES_AT_ONCE
 from deepseek_compress.numerics.rtn import Rtn
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.streaming.batches import BATCH_TOKENS
-from deepseek_compress.streaming.hidden_store import HELD
+from deepseek_compress.streaming.hidden_store import RESIDENT
 
 HESSIANS = 3  # matrices of the size of a Hessian that factoring it holds at once
 COPIES = 3  # of a weight, in float32, that solving it holds at once, with the Hessian and its factor
 KEPT = 1.25  # what a worker holds, over what its task does: it keeps freed memory, in pieces
 TEXT = 140_000_000  # bytes of the tokeniser's library
 WAITING = 64 << 20  # bytes of an unfinished shard in memory
+SLOW = 20  # times as long as packing it in one pass takes a weight that is decoded and solved in torch, by experience
 
 
 class Expected(NamedTuple):
@@ -73,20 +74,17 @@ def expect(
     out = dataclasses.replace(header, tensors=tensors)
     if samples:
         embedding = _tables(cfg, tables)
-        alone, beside, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "beside", "task"))
-        memory = Memory(TEXT + max(alone, embedding), TEXT + beside, task)
+        alone, resident, task = (max(getattr(cost, key) for cost in costs) for key in ("alone", "resident", "task"))
+        memory = Memory(TEXT + max(alone, embedding), TEXT + resident, task)
     else:
         saved = bool(solver.needs)
         memory = Memory(
             0, 0, max(_largest(header, changed, quick, saved, streamed), _tables(cfg, tables) if tables else 0)
         )
-        copied = header.bytes - sum(header.tensors[n].bytes for n in [*changed, *rows])
-        fast, all_ = (
-            sum(header.tensors[name].elements for name in names) for names in ([*quick, *rows], [*changed, *rows])
-        )
-        slow = 20 * (all_ - fast)  # decoded and solved in torch, by experience
-        costs.append(_Block(0, 0, 0, Work(), Work(packed=fast + slow + copied / 2)))
-        costs += [_Block(0, 0, 0, Work(), _saved_work(header.tensors[name])) for name in changed if saved]
+        solved, once = set(changed) - set(quick), {*quick, *rows}
+        works = (tensor_work(info, name in solved, name in once) for name, info in header.tensors.items())
+        costs += [_Block(0, 0, 0, Work(), work) for work in works]
+        costs += [_Block(0, 0, 0, Work(), saved_work(header.tensors[name])) for name in changed if saved]
     return Expected(
         out, len(changed), out.bytes, memory, total(cost.work for cost in costs), total(cost.tasks for cost in costs)
     )
@@ -103,14 +101,19 @@ class _Block(NamedTuple):
     """Of one block: bytes as in `Memory`, and work."""
 
     alone: int
-    beside: int
+    resident: int
     task: int
     work: Work
     tasks: Work
 
 
-def _saved_work(weight: TensorInfo) -> Work:
-    """Return a factor of its own for each weight, and its solve."""
+def tensor_work(info: TensorInfo, solved: bool, packed: bool) -> Work:
+    """Return the work of a tensor where no text is read: decoded and solved, packed in one pass, or copied."""
+    return Work(packed=SLOW * info.elements if solved else info.elements if packed else info.bytes / 2)
+
+
+def saved_work(weight: TensorInfo) -> Work:
+    """Return what saved statistics add to it: a factor of its own for each weight, and its solve."""
     rows, k = weight.shape
     return Work(float(k) ** 3 / 3 + float(rows) * k**2, 40.0 * rows * k, float(rows) * k)
 
@@ -149,7 +152,7 @@ def calibrated_cost(
         activations = 4 * BATCH_TOKENS * (sum(linear.rows for linear in part) + 8 * cfg.hidden_size)
         activations += 12 * min(BATCH_TOKENS * cfg.num_attention_heads * length, SCORES_AT_ONCE)
         alone = max(alone, _solved(part, models, activations * models))
-    stores = 4 * min(HELD, 4 * tokens * models * cfg.hidden_size)
+    stores = 4 * min(RESIDENT, 4 * tokens * models * cfg.hidden_size)
     work = _solve_work(here, wanted, tokens, models)
     work = total([work, Work(0, 4.0 * tokens * models * (30 * cfg.hidden_size + scores))])
     if cfg.moe is None or not experts:
@@ -159,18 +162,18 @@ def calibrated_cost(
     activations = 4 * BATCH_TOKENS * models * 3 * (first[0].rows + cfg.hidden_size)
     task = int(KEPT * _solved(first, models, activations))
     results = 2 * sum(linear.rows * linear.columns for linear in first)  # of workers that are ahead, packed
-    beside = stores + min(2 * WAITING, 2 * results * cfg.moe.experts) + results + 12 * tokens * models * cfg.moe.top_k
-    return _Block(alone + stores, beside, task, work, _solve_work(experts, wanted, share, models))
+    resident = stores + min(2 * WAITING, 2 * results * cfg.moe.experts) + results + 12 * tokens * models * cfg.moe.top_k
+    return _Block(alone + stores, resident, task, work, _solve_work(experts, wanted, share, models))
 
 
 def _solved(linears: list[Linear], models: int, activations: int) -> int:
-    """Bytes while a part is observed and solved; before its last linear is, the others are freed."""
+    """Bytes while a part is collected on and solved; before its last linear is, the others are freed."""
     first, last = linears[:-1], linears[-1:]
-    held = _held(linears, models) + max(_solving(first, models), activations)
-    return max(held, _held(last, models) + _solving(last, models))
+    both = _loaded(linears, models) + max(_solving(first, models), activations)
+    return max(both, _loaded(last, models) + _solving(last, models))
 
 
-def _held(linears: list[Linear], models: int) -> int:
+def _loaded(linears: list[Linear], models: int) -> int:
     return 4 * models * sum(linear.rows * linear.columns for linear in linears)
 
 

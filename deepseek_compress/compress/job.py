@@ -16,7 +16,7 @@ from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import TensorInfo
 from deepseek_compress.checkpoint.ledger import parts_of
 from deepseek_compress.checkpoint.statistics import SavedStatistics, parts_of_statistics
-from deepseek_compress.compress.collect import Accumulator, collect
+from deepseek_compress.compress.accumulate import Accumulator, collect
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Linear, ModelConfig
 from deepseek_compress.models.activations import InputScheme
@@ -78,7 +78,7 @@ class Job:
     work: Path  # directory for hidden stores, and for what an interrupted run needs to go on
     scheme: InputScheme | None = None  # how inputs of linears are rounded in the result
     keep_mtp: bool = True
-    observing: bool = False  # the statistics are what is stored, and no linear changes
+    collecting: bool = False  # the statistics are what is stored, and no linear changes
     statistics: SavedStatistics | None = None  # collected before; then no block is run
     tables: Mapping[str, WeightQuantizer] = field(default_factory=dict)  # embedding and head that change, see `tables`
     rows: Mapping[str, Rtn] = field(default_factory=dict)  # Engram tables that change, see `row_tables`
@@ -233,7 +233,7 @@ class SolvedBlock(BlockRun):
     ) -> Sequence[list[Solved] | None]:
         """Solve groups that the solver takes together; None where each is to be solved by itself."""
         alone: list[list[Solved] | None] = [None] * len(runs)
-        if self.job.observing or not isinstance(self.job.solver, Together):
+        if self.job.collecting or not isinstance(self.job.solver, Together):
             return alone
         jobs = [
             (run.block, run._weights(wanted), self._enough(statistics))
@@ -272,10 +272,10 @@ class SolvedBlock(BlockRun):
         found: the new weights, where they are known.
         """
         prefix = self.block.prefix
-        if self.job.observing:
+        if self.job.collecting:
             parts = parts_of_statistics(statistics)
             self.store(prefix + group[0].input, {suffix: part.cpu() for suffix, part in parts.items()})
-            self.facts += [observed(linear, statistics) for linear in group]
+            self.facts += [input_facts(linear, statistics) for linear in group]
             return
         try:
             found = found or self.job.solver.solve(self.block, self._weights(group), self._enough(statistics))
@@ -296,7 +296,7 @@ def rounded_rows(rows: Rows, how: Rtn, places: Tensor) -> Tensor:
     return how(found, Statistics()).dequantize().to(found.device) if len(found) else found
 
 
-def observed(linear: Linear, statistics: Statistics) -> dict[str, Any]:
+def input_facts(linear: Linear, statistics: Statistics) -> dict[str, Any]:
     """Describe a linear's input: tokens, largest and mean magnitude, and how far the largest channel stands out."""
     facts: dict[str, Any] = {"name": linear.name, "role": str(linear.role), "tokens": statistics.tokens}
     largest, mean = statistics.input_absmax, statistics.input_absmean

@@ -1,6 +1,6 @@
 """Scales that move between linears and what makes their inputs, found before anything is rounded.
 
-The calibration text runs once through the model as it is (`streaming.observe`), unless its statistics were saved. The
+The calibration text runs once through the model as it is (`streaming.collect`), unless its statistics were saved. The
 scales are kept in the work directory, so that an interrupted run has them. The result computes the
 same: where a tensor of 16 bits takes part, scales are powers of two, and where a norm is divided, they are those of the
 rounded norm.
@@ -19,14 +19,14 @@ from torch import Tensor
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.files import write_arrays
 from deepseek_compress.checkpoint.transformed import Transformed, transformed
-from deepseek_compress.compress.collect import Accumulator
+from deepseek_compress.compress.accumulate import Accumulator
 from deepseek_compress.compress.job import Job
 from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.models import Architecture, Block
 from deepseek_compress.models.folds import Fold, folds
 from deepseek_compress.numerics.migration import Migration, power_of_two
+from deepseek_compress.streaming.collect import Collector, Look, collect_inputs, feeding
 from deepseek_compress.streaming.loop import Facts, Progress
-from deepseek_compress.streaming.observe import Look, Observer, feeding, observe
 
 Scales = dict[str, Tensor]  # producer by checkpoint name -> float32, what its channels are divided by
 
@@ -68,7 +68,7 @@ def find(job: Job, tokens: Tensor | None, method: Migration, progress: Progress)
     """Find scales for every place that `method` serves; `tokens` int64 (samples, length) of calibration text."""
     job.work.mkdir(parents=True, exist_ok=True)
     if tokens is not None:
-        observe(job.architecture, tokens[: method.samples], job.work, "scales", _Sums(job, method), progress)
+        collect_inputs(job.architecture, tokens[: method.samples], job.work, "scales", _Sums(job, method), progress)
     else:
         for block in job.architecture.blocks:
             progress(block.layer, len(job.architecture.blocks), f"scales of block {block.layer}")
@@ -85,7 +85,7 @@ def _file(job: Job, block: Block) -> Path:
     return job.work / f"scales-{block.layer:05d}.npz"
 
 
-class _Sums(Observer):
+class _Sums(Collector):
     """Sums the inputs of the linears behind each fold, and finds its scales."""
 
     def __init__(self, job: Job, method: Migration) -> None:

@@ -19,8 +19,8 @@ from deepseek_compress.models import Architecture, Block, Linear, Role
 from deepseek_compress.numerics.activations import InputGrid, Static
 from deepseek_compress.numerics.ranges import BINS
 from deepseek_compress.numerics.ranges import Observer as RangeObserver
+from deepseek_compress.streaming.collect import Collector, Look, collect_inputs, feeding
 from deepseek_compress.streaming.loop import Facts, Progress
-from deepseek_compress.streaming.observe import Look, Observer, feeding, observe
 
 _Ends = tuple[float, float]
 
@@ -45,7 +45,7 @@ def cost(architecture: Architecture) -> int:
 
 def find(job: Job, tokens: Tensor, method: Static, roles: Collection[Role], progress: Progress) -> Ranges:
     """Find grids for the inputs of all linears of `roles`; `tokens` int64 (samples, length) of calibration text."""
-    found = observe(job.architecture, tokens, job.work, "ranges", _Ranges(job, method, roles), progress)
+    found = collect_inputs(job.architecture, tokens, job.work, "ranges", _Ranges(job, method, roles), progress)
     grids = {
         name: InputGrid(scale, zero, method.num_bits)
         for block in found
@@ -54,7 +54,7 @@ def find(job: Job, tokens: Tensor, method: Static, roles: Collection[Role], prog
     return Ranges(grids, sum(block["starved"] for block in found))
 
 
-class _Ranges(Observer):
+class _Ranges(Collector):
     """Follows the range of each input of a block."""
 
     def __init__(self, job: Job, method: Static, roles: Collection[Role]) -> None:

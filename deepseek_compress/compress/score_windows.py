@@ -78,6 +78,6 @@ def cost(architecture: Architecture, windows: int, length: int) -> tuple[Memory,
     blocks = [calibrated_cost(cfg, block.linears, [], windows, length, False) for block in architecture.blocks]
     tokens, size = windows * length, cfg.vocab_size * cfg.hidden_size
     top = 2 * size + 4 * min(size, head.WEIGHTS) + 48 * head.LOGITS
-    alone, beside, task = (max(getattr(block, key) for block in blocks) for key in ("alone", "beside", "task"))
+    alone, resident, task = (max(getattr(block, key) for block in blocks) for key in ("alone", "resident", "task"))
     works = [*(block.work for block in blocks), Work(2.2 * tokens * size, 20.0 * tokens * cfg.vocab_size)]
-    return Memory(TEXT + max(alone, top), TEXT + beside, task), total(works), total(block.tasks for block in blocks)
+    return Memory(TEXT + max(alone, top), TEXT + resident, task), total(works), total(block.tasks for block in blocks)

@@ -44,6 +44,14 @@ def corrections(blocks: Sequence[Facts]) -> list[str]:
     ]
 
 
+def starved(blocks: Sequence[Facts], least: int) -> list[str]:
+    """Say in one line how many linears got too little text to be solved on it; nothing where all got enough."""
+    linears = [linear for block in blocks for linear in block["linears"]]
+    few = sum(linear["fallback"] for linear in linears)
+    line = f"{few} of {len(linears)} linears saw fewer than {least} tokens, so that they were solved without statistics"
+    return [f"{line}: give more text (--samples, --length)"] if few else []
+
+
 def write(out: Path, blocks: Sequence[Facts]) -> None:
     """Write the table of all linears, and the tokens of every expert, to `out`/dsc_layers.json."""
     write_json(out / LAYERS, {"schema": 1, "blocks": list(blocks)})

@@ -39,7 +39,7 @@ from deepseek_compress.numerics.grid import STORED
 from deepseek_compress.numerics.types import Quantized
 from deepseek_compress.planning.costs import Work
 from deepseek_compress.streaming.batches import BATCH_TOKENS, Batches
-from deepseek_compress.streaming.hidden_store import HELD, HiddenStore
+from deepseek_compress.streaming.hidden_store import RESIDENT, HiddenStore
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 
 _Weight = tuple[Tensor, Quantized | None]  # float32 (rows, columns), and where it is packed that
@@ -161,7 +161,7 @@ def cost(header: Header, tokens: int, length: int, passes: int) -> tuple[int, Wo
         products += 2.2 * sum(size * active[linear] for linear, size in sizes.items())
         touched += 8 * kept + 40 * cfg.num_attention_heads * length
     runs = 2 + 3 * passes  # the original and the trained block once, and a pass forward and backward
-    stores = 4 * min(HELD, 4 * tokens * cfg.hidden_size)
+    stores = 4 * min(RESIDENT, 4 * tokens * cfg.hidden_size)
     return most + stores, Work(products * runs * tokens, touched * runs * tokens)
 
 
@@ -180,13 +180,13 @@ class _Block:
         names = [self.prefix + name for name in self.block.tensors]
         apart = {f"{linear.name}.weight" for linear in self.block.linears if linear.expert is not None}
         self.scales: dict[str, Tensor] = {}
-        self.held: dict[str, Quantized] = {}  # what every token uses; an expert is read when it is used
+        self.resident: dict[str, Quantized] = {}  # what every token uses; an expert is read when it is used
         for name in names:
             if (packed := source.read_quantized(name)) is not None:
                 packed = packed.to(models.device)
                 self.scales[name] = packed.scale
                 if name.removeprefix(self.prefix) not in apart:
-                    self.held[name] = packed
+                    self.resident[name] = packed
         self.changes = {name: torch.zeros_like(scale).requires_grad_() for name, scale in self.scales.items()}
         self.norms = {
             name: Norm(source.read(name, device=models.device))
@@ -240,7 +240,7 @@ class _Block:
 
     def packed(self, name: str) -> Quantized | None:
         """Return a packed weight with its scales as they are now; None for any other."""
-        found = self.held.get(name)
+        found = self.resident.get(name)
         if found is None and (read := self.models.changed.read_quantized(name)) is not None:
             found = read.to(self.models.device)
         return found and found._replace(scale=moved(self.scales[name], self.changes[name]))

@@ -140,7 +140,7 @@ def _backward(
     """
     windows, length = search.judging.shape
     shape, device = search.architecture.row_shape, search.architecture.device
-    opened = (HiddenStore(path, search.judging.numel(), shape, existing=True, held=0) for path in (above, into))
+    opened = (HiddenStore(path, search.judging.numel(), shape, existing=True, resident=0) for path in (above, into))
     with search.open("judging", layer) as before, next(opened) as after, next(opened) as result:
         for window in range(windows):
             hidden, given = (store.read(window * length, length).unsqueeze(0).to(device) for store in (before, after))

@@ -21,22 +21,22 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deepseek_compress.checkpoint.files import kept, read_sealed, remove, write_sealed
-from deepseek_compress.compress.collect import Accumulator
+from deepseek_compress.compress.accumulate import Accumulator
 from deepseek_compress.compress.forecast import HESSIANS
 from deepseek_compress.compress.fused_groups import FusedGroup
 from deepseek_compress.compress.job import by_input
 from deepseek_compress.compress.selection import Selection
 from deepseek_compress.compress.solver import LinearSolver
 from deepseek_compress.models import Architecture, Block, ModelConfig
-from deepseek_compress.models.weights import ObservingWeights, ResidentWeights
+from deepseek_compress.models.weights import HookedWeights, ResidentWeights
 from deepseek_compress.numerics.types import Quantized, Statistics, WeightQuantizer
 from deepseek_compress.planning.costs import Memory, Work, total
 from deepseek_compress.streaming import head
 from deepseek_compress.streaming.batches import Batches
+from deepseek_compress.streaming.collect import feeding
 from deepseek_compress.streaming.head import HeadInput
 from deepseek_compress.streaming.hidden_store import HiddenStore
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
-from deepseek_compress.streaming.observe import feeding
 from deepseek_compress.workers import Pool
 
 Tensors = Mapping[str, Tensor]  # of a block, by local name, float32
@@ -85,7 +85,7 @@ class Search:
         """Return the states of a text before block `place`."""
         path = self.work / f"{text}-{place:05d}.f32"
         tokens = self.texts.get(text, self.judging)
-        return HiddenStore(path, tokens.numel(), self.architecture.row_shape, existing=True, held=0)
+        return HiddenStore(path, tokens.numel(), self.architecture.row_shape, existing=True, resident=0)
 
 
 def measure(search: Search, pool: Pool, progress: Progress) -> list[list[float]]:
@@ -126,10 +126,10 @@ def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int
         linears = [linear for choice in found for linear in choice.group.linears]
         weights = sum(choice.group.weights for choice in found)
         inputs = [group[0].columns for group in by_input(linears)] if fitting else []
-        held = weights + max(choice.group.weights for choice in found) + sum(n * n for n in inputs)
-        held += HESSIANS * max((n * n for n in inputs), default=0)
-        held += (counts[layer] + 1) * judging * cfg.hidden_size + cfg.vocab_size * cfg.hidden_size
-        task = max(task, 4 * held + 48 * head.LOGITS)
+        numbers = weights + max(choice.group.weights for choice in found) + sum(n * n for n in inputs)
+        numbers += HESSIANS * max((n * n for n in inputs), default=0)
+        numbers += (counts[layer] + 1) * judging * cfg.hidden_size + cfg.vocab_size * cfg.hidden_size
+        task = max(task, 4 * numbers + 48 * head.LOGITS)
         work.append(_work(cfg, found, sum(counts[: layer + 1]), judging, fitting, sum(n * n for n in inputs)))
     logits = 2.0 * sum(counts) * judging * cfg.vocab_size * cfg.hidden_size
     stores = 4 * (judging + fitting) * (cfg.num_hidden_layers + 1) * cfg.hidden_size
@@ -201,7 +201,7 @@ def _joint(search: Search, task: tuple[int, Sequence[int], Path, Path]) -> None:
 def _advance(search: Search, block: Block, tensors: Tensors, tokens: Tensor, before: Path, after: Path) -> None:
     """Run a block for all rows of a store, into another."""
     batches, weights, shape = search.batches(tokens), ResidentWeights(tensors), search.architecture.row_shape
-    stores = (HiddenStore(path, tokens.numel(), shape, existing=True, held=0) for path in (before, after))
+    stores = (HiddenStore(path, tokens.numel(), shape, existing=True, resident=0) for path in (before, after))
     with next(stores) as source, next(stores) as target:
         batches.advance(block, weights, source, target)
 
@@ -266,7 +266,7 @@ def statistics_of(search: Search, block: Block, tensors: Tensors) -> dict[str, S
     sums = {source: Accumulator(search.needs) for source in first.values()}
 
     look = feeding({name: sums[source] for name, source in first.items()})
-    watched = ObservingWeights(ResidentWeights(tensors), look)
+    watched = HookedWeights(ResidentWeights(tensors), look)
     batches = search.batches(search.fitting)
     with search.open("fitting", block.layer) as source:
         for batch in range(len(batches)):

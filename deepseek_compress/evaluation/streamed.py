@@ -30,7 +30,7 @@ from deepseek_compress.planning.costs import Memory, Work, total, useful
 from deepseek_compress.streaming import head
 from deepseek_compress.streaming.block_run import PlainRun
 from deepseek_compress.streaming.head import HeadInput
-from deepseek_compress.streaming.hidden_store import HELD
+from deepseek_compress.streaming.hidden_store import RESIDENT
 from deepseek_compress.streaming.loop import Facts, Progress
 from deepseek_compress.streaming.predict import predictions
 from deepseek_compress.workers import open_pool
@@ -95,13 +95,13 @@ def cost(header: Header, samples: int, length: int, models: int = 2) -> tuple[Me
     cfg, tokens = architecture.cfg, samples * length
     blocks = [calibrated_cost(cfg, block.linears, [], samples, length, False) for block in architecture.blocks]
     size = cfg.vocab_size * cfg.hidden_size
-    states = 2 * models * min(HELD, 4 * tokens * cfg.hidden_size)
+    states = 2 * models * min(RESIDENT, 4 * tokens * cfg.hidden_size)
     each = 4 if header.tensors[architecture.head].encoding == "packed" else 2  # see `Architecture.table`
     top = models * (each * size + 4 * min(size, head.WEIGHTS) + 24 * head.LOGITS)
-    alone, beside, task = (max(getattr(block, key) for block in blocks) for key in ("alone", "beside", "task"))
+    alone, resident, task = (max(getattr(block, key) for block in blocks) for key in ("alone", "resident", "task"))
     work = total([*(block.work for block in blocks), Work(2.0 * tokens * size, 40.0 * tokens * cfg.vocab_size)])
     here, there = (Work(*(models * value for value in part)) for part in (work, total(b.tasks for b in blocks)))
-    return Memory(TEXT + states + max(alone, top), TEXT + states + beside, task), here, there
+    return Memory(TEXT + states + max(alone, top), TEXT + states + resident, task), here, there
 
 
 def measure(

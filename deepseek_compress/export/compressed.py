@@ -21,7 +21,7 @@ from onnx import TensorProto
 
 from deepseek_compress.export.build import Build, Weight
 from deepseek_compress.export.lowering import float_weight, linear, to_numpy
-from deepseek_compress.export.pieces import RowMask, rms_norm, rotated, shares_of, steps, turns, unflatten, unit
+from deepseek_compress.export.pieces import RowMask, attention_weights, rms_norm, rotated, steps, turns, unflatten, unit
 from deepseek_compress.export.sparse import choose
 from deepseek_compress.models.config import Compressed, Indexer, Rope
 
@@ -80,11 +80,11 @@ def _attend(build: Build, attention: str, q: str, keys: str, open_: str) -> str:
     sinks = g.op("Expand", g.op("Reshape", sinks, g.ints(1, heads, 1, 1)), one)
     always = g.op("Expand", g.constant(np.array(True)), g.op("Concat", batch, g.ints(1), new, g.ints(1), axis=0))
     mask = RowMask(g.op("Concat", open_, always, axis=3))
-    shares = shares_of(build, g.op("Concat", scores, sinks, axis=3), mask)
-    shares = g.op("Slice", shares, g.ints(0), g.ints(-1), g.ints(3))
+    weights = attention_weights(build, g.op("Concat", scores, sinks, axis=3), mask)
+    weights = g.op("Slice", weights, g.ints(0), g.ints(-1), g.ints(3))
     seen = _size(build, keys, 1)
-    shares = g.op("Reshape", shares, g.op("Concat", batch, g.ints(-1), seen, axis=0))
-    return g.op("Reshape", g.op("MatMul", shares, keys), g.ints(0, heads, -1, dim))
+    weights = g.op("Reshape", weights, g.op("Concat", batch, g.ints(-1), seen, axis=0))
+    return g.op("Reshape", g.op("MatMul", weights, keys), g.ints(0, heads, -1, dim))
 
 
 def _grouped_output(build: Build, kinds: Compressed, name: str, out: str) -> str:
@@ -107,10 +107,10 @@ def _chosen(build: Build, indexer: Indexer, layer: int, attention: str, x: str, 
     keys = entries(build, layer, attention, x, own)
     q = unflatten(build, linear(build, f"{name}.wq_b", latent), steps(build), indexer.heads, indexer.head_dim)
     q = rotate_tail(build, build.cfg.rope, q, "position_ids")
-    shares = g.op("Cast", linear(build, f"{name}.weights_proj", x), to=TensorProto.FLOAT)
-    shares = g.op("Mul", shares, g.scalar(indexer.heads**-0.5, np.float32))
-    shares = unflatten(build, shares, steps(build), -1)
-    return choose(build, indexer, q, keys, shares, _ready(build, keys, rate))
+    head_weights = g.op("Cast", linear(build, f"{name}.weights_proj", x), to=TensorProto.FLOAT)
+    head_weights = g.op("Mul", head_weights, g.scalar(indexer.heads**-0.5, np.float32))
+    head_weights = unflatten(build, head_weights, steps(build), -1)
+    return choose(build, indexer, q, keys, head_weights, _ready(build, keys, rate))
 
 
 def entries(build: Build, layer: int, attention: str, x: str, own: _Entries) -> str:
@@ -138,8 +138,8 @@ def entries(build: Build, layer: int, attention: str, x: str, own: _Entries) -> 
     gates = g.op("Add", g.op("Cast", gates, to=TensorProto.FLOAT), ape)
     if own.overlapping:
         values, gates = _overlap(build, values, own, 0, g.numpy), _overlap(build, gates, own, -1e30, np.float32)
-    shares = g.op("Cast", g.op("Softmax", gates, axis=2), to=g.elem_type)
-    mean = g.op("ReduceSum", g.op("Mul", values, shares), g.ints(2), keepdims=0)  # (B, windows + 1, dim)
+    gate_weights = g.op("Cast", g.op("Softmax", gates, axis=2), to=g.elem_type)
+    mean = g.op("ReduceSum", g.op("Mul", values, gate_weights), g.ints(2), keepdims=0)  # (B, windows + 1, dim)
     known = g.input(cache.format("past", "entries"), g.elem_type, ["batch", f"entries {own.rate}", own.dim])
     again = _again(build, own)
     made = _placed(build, f"{name}.norm", mean, g.op("Sub", _size(build, known, 1), again), own)

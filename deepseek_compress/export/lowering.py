@@ -108,8 +108,8 @@ def write_codes(build: Build, weight: Weight, signed: bool, split: bool = False)
 # ---- activations
 
 
-def attention_product(build: Build, left: str, right: str, shares: bool = False) -> str:
-    """left (..., M, K) @ right (..., K, N) of attention; `shares`: the left is not negative.
+def attention_product(build: Build, left: str, right: str, nonnegative: bool = False) -> str:
+    """left (..., M, K) @ right (..., K, N) of attention; `nonnegative`: the left is.
 
     In 8 bits where the scheme has it, as models.attention8: a scale for each row of the left and each column of the
     right, so that the product is one of integers, Q/DQ with constant scale 1.
@@ -117,7 +117,7 @@ def attention_product(build: Build, left: str, right: str, shares: bool = False)
     g = build.graph
     if not build.attention8:
         return g.op("MatMul", left, right)
-    one, wide = g.scalar(1, np.float32), shares and build.unsigned
+    one, wide = g.scalar(1, np.float32), nonnegative and build.unsigned
     kinds = (np.uint8 if wide else np.int8), np.int8
     found = round_tokens(build, left, -1, 255 if wide else 127), round_tokens(build, right, -2, 127)
     codes = (

@@ -300,8 +300,8 @@ def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
 
     One that the checkpoint holds on such a grid stays as it is.
     """
-    if (held := held_table(checkpoint, name)) is not None:
-        return held
+    if (packed := packed_table(checkpoint, name)) is not None:
+        return packed
     plain = checkpoint.header.tensors[f"{name}.weight"].encoding == "plain"
     table = checkpoint.read(f"{name}.weight", None if plain else torch.float32)
     starts = range(0, len(table), ROWS_AT_ONCE)
@@ -314,11 +314,13 @@ def rounded_table(checkpoint: Checkpoint, name: str) -> Quantized:
     )
 
 
-def held_table(checkpoint: Checkpoint, name: str) -> Quantized | None:
+def packed_table(checkpoint: Checkpoint, name: str) -> Quantized | None:
     """Return the table `name`, if the checkpoint holds it on the grid that `rounded_table` would round it to."""
-    held = checkpoint.read_quantized(f"{name}.weight")
-    fits = held is not None and held.num_bits == 8 and held.group_size == fit_group_size(held.codes.shape[1], None)
-    return held if fits else None
+    packed = checkpoint.read_quantized(f"{name}.weight")
+    fits = (
+        packed is not None and packed.num_bits == 8 and packed.group_size == fit_group_size(packed.codes.shape[1], None)
+    )
+    return packed if fits else None
 
 
 def rounded_to_8(rows: Tensor) -> Tensor:

@@ -188,5 +188,5 @@ def _rows(part: onnx.ModelProto, table: str, start: int, count: int) -> onnx.Mod
 
 def _bytes(tensor: TensorProto) -> int:
     """Of a tensor's data, in the file or beside it."""
-    beside = {entry.key: entry.value for entry in tensor.external_data}
-    return int(beside["length"]) if "length" in beside else tensor.ByteSize()
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    return int(external["length"]) if "length" in external else tensor.ByteSize()

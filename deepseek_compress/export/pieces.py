@@ -157,7 +157,7 @@ class RowMask(NamedTuple):
         return g.op("Where", self.seen, g.scalar(0), g.scalar(-1e30 if g.dtype != "float16" else -6e4))
 
 
-def shares_of(build: Build, scores: str, mask: RowMask) -> str:
+def attention_weights(build: Build, scores: str, mask: RowMask) -> str:
     """Softmax of the scores (B, H, S, T) of what is seen."""
     g = build.graph
     if build.contrib:
@@ -229,7 +229,7 @@ def latent_attention(build: Build, mla: Mla, layer: int, stem: str, x: str) -> s
         )
     v = _real(build, g.op("Transpose", v, perm=[0, 2, 1, 3]))
     mask = RowMask(_indexed(build, layer, stem, x, q_latent))
-    out = attention_product(build, shares_of(build, scores, mask), v, shares=True)
+    out = attention_product(build, attention_weights(build, scores, mask), v, nonnegative=True)
     out = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), g.ints(-1, heads * mla.value))
     return linear(build, f"{stem}.{build.cfg.names.o}", out)
 
@@ -244,11 +244,11 @@ def _indexed(build: Build, layer: int, stem: str, x: str, q_latent: str) -> str:
     keys = _rotate_front(build, unflatten(build, keys, steps(build), 1, indexer.head_dim))
     keys = _remember(build, layer, "index", g.op("Squeeze", keys, g.ints(2)), 1, (indexer.head_dim,))
     q = unflatten(build, linear(build, f"{name}.wq_b", q_latent), steps(build), indexer.heads, indexer.head_dim)
-    shares = g.op("Cast", linear(build, f"{name}.weights_proj", x), to=TensorProto.FLOAT)
-    shares = g.op("Mul", shares, g.scalar(indexer.heads**-0.5, np.float32))
-    shares = unflatten(build, shares, steps(build), indexer.heads)
+    head_weights = g.op("Cast", linear(build, f"{name}.weights_proj", x), to=TensorProto.FLOAT)
+    head_weights = g.op("Mul", head_weights, g.scalar(indexer.heads**-0.5, np.float32))
+    head_weights = unflatten(build, head_weights, steps(build), indexer.heads)
     open_ = g.op("Squeeze", causal_mask(build), g.ints(1))
-    return g.op("Unsqueeze", choose(build, indexer, _rotate_front(build, q), keys, shares, open_), g.ints(1))
+    return g.op("Unsqueeze", choose(build, indexer, _rotate_front(build, q), keys, head_weights, open_), g.ints(1))
 
 
 def _rotate_front(build: Build, x: str) -> str:
@@ -297,11 +297,11 @@ def grouped_attention(build: Build, layer: int, stem: str, x: str) -> str:
     if shared != heads:
         new = g.op("Slice", steps(build), g.ints(1), g.ints(2))
         scores = g.op("Reshape", scores, g.op("Concat", g.ints(0, heads), new, g.ints(-1), axis=0))
-    shares = shares_of(build, scores, RowMask(causal_mask(build)))
+    weights = attention_weights(build, scores, RowMask(causal_mask(build)))
     if shared != heads:
         seen = g.op("Slice", _seen(build), g.ints(1), g.ints(2))
-        shares = g.op("Reshape", shares, g.op("Concat", g.ints(0, shared, -1), seen, axis=0))
-    out = attention_product(build, shares, _real(build, v), shares=True)
+        weights = g.op("Reshape", weights, g.op("Concat", g.ints(0, shared, -1), seen, axis=0))
+    out = attention_product(build, weights, _real(build, v), nonnegative=True)
     out = g.op("Reshape", out, g.ints(0, heads, -1, dim)) if shared != heads else out
     return linear(build, f"{stem}.{names.o}", _merge_heads(build, out, heads * dim))
 

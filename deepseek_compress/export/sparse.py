@@ -16,14 +16,14 @@ from deepseek_compress.models.config import Indexer
 LOWEST = float(np.finfo(np.float32).min)
 
 
-def choose(build: Build, indexer: Indexer, q: str, keys: str, shares: str, open_: str) -> str:
-    """q (B, S, heads, D), keys (B, T, D), shares (B, S, heads), open_ bool (B, S, T) -> bool (B, S, T).
+def choose(build: Build, indexer: Indexer, q: str, keys: str, head_weights: str, open_: str) -> str:
+    """q (B, S, heads, D), keys (B, T, D), head_weights (B, S, heads), open_ bool (B, S, T) -> bool (B, S, T).
 
-    `shares`: weights of the heads, with every factor of the score in them but relu's argument's head_dim^-1/2.
+    `head_weights`: weights of the heads, with every factor of the score in them but relu's argument's head_dim^-1/2.
     """
     g = build.graph
     batch, new = (g.op("Slice", g.op("Shape", "input_ids"), g.ints(i), g.ints(i + 1)) for i in (0, 1))
-    q, keys, shares = (g.op("Cast", part, to=TensorProto.FLOAT) for part in (q, keys, shares))
+    q, keys, head_weights = (g.op("Cast", part, to=TensorProto.FLOAT) for part in (q, keys, head_weights))
     rows = g.op("Reshape", q, g.op("Concat", batch, g.ints(-1, indexer.head_dim), axis=0))
     closed = g.op(
         "Expand", g.scalar(0, np.float32), g.op("Concat", batch, g.ints(indexer.top_k, indexer.head_dim), axis=0)
@@ -33,7 +33,9 @@ def choose(build: Build, indexer: Indexer, q: str, keys: str, shares: str, open_
     scores = g.op("MatMul", rows, g.op("Transpose", every, perm=[0, 2, 1]))
     scores = g.op("Mul", g.op("Relu", scores), g.scalar(indexer.head_dim**-0.5, np.float32))
     scores = g.op("Reshape", scores, g.op("Concat", batch, new, g.ints(indexer.heads), width, axis=0))
-    index = g.op("Squeeze", g.op("MatMul", g.op("Unsqueeze", shares, g.ints(2)), scores), g.ints(2))  # (B, S, T + K)
+    index = g.op(
+        "Squeeze", g.op("MatMul", g.op("Unsqueeze", head_weights, g.ints(2)), scores), g.ints(2)
+    )  # (B, S, T + K)
     behind = g.op("Expand", g.constant(np.array(False)), g.op("Concat", batch, new, g.ints(indexer.top_k), axis=0))
     index = g.op("Where", g.op("Concat", open_, behind, axis=2), index, g.scalar(LOWEST, np.float32))
     _, best = g.ops("TopK", index, g.ints(indexer.top_k), count=2, axis=-1)

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from deepseek_compress.checkpoint import Checkpoint
 from deepseek_compress.checkpoint.header import module_of
-from deepseek_compress.export.onnx import held_table, hidden_name, rounded_to_8
+from deepseek_compress.export.onnx import hidden_name, packed_table, rounded_to_8
 from deepseek_compress.export.rounding import in_blocks, rounded_rows, without_rounding
 from deepseek_compress.generation.backends.graph import GraphModel, Ints
 from deepseek_compress.generation.backends.onnx import OnnxRunner
@@ -190,7 +190,7 @@ def tables_of(graph: onnx.ModelProto, source: Checkpoint, cfg: ModelConfig) -> T
     """Embedding and head as the file rounds them: 8 bits in the file, or a head that becomes 8 bits at load."""
     nodes, (embedding, head) = graph.graph.node, modules(cfg)
     if any(node.op_type == "GatherBlockQuantized" for node in nodes):
-        return Tables(*(None if held_table(source, name) else rounded_to_8 for name in (embedding, head)))
+        return Tables(*(None if packed_table(source, name) else rounded_to_8 for name in (embedding, head)))
     made = any(node.op_type == "MatMulNBits" and node.name.startswith(f"{head}/") for node in nodes)
     if not made or source.header.tensors[f"{head}.weight"].encoding == "packed":
         return Tables()

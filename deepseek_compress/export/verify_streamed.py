@@ -90,7 +90,7 @@ def needed(path: Path, source: Checkpoint, prompts: Sequence[Sequence[int]], dty
     length = max(len(prompt) for prompt in prompts)
     found, _, _ = cost(source.header, len(prompts), length, sides)
     logits = 2 * 4 * sides * sum(map(len, prompts)) * Architecture.of(source).cfg.vocab_size
-    return found._replace(alone=logits + max(found.alone, memory(path, source, dtype)), beside=found.beside)
+    return found._replace(alone=logits + max(found.alone, memory(path, source, dtype)), resident=found.resident)
 
 
 def memory(path: Path, source: Checkpoint, dtype: str) -> int:
@@ -235,7 +235,7 @@ _Side = _Runtime | _File
 
 
 @dataclass(frozen=True)
-class _Beside:
+class _Compared:
     """Runs each block of every side."""
 
     sides: Sequence[_Side]
@@ -264,7 +264,7 @@ def _compared(sides: Sequence[_Side], text: _Text, work: Path, progress: Progres
     def begin(stream: Stream, store: HiddenStore) -> None:
         store.write(0, sides[streams.index(stream)].embed(text.tokens).reshape(-1, *architecture.row_shape))
 
-    facts = loop.run(_Beside(sides, text.real), progress, begin=begin)
+    facts = loop.run(_Compared(sides, text.real), progress, begin=begin)
     logits = []
     for side, stream in zip(sides, streams, strict=True):
         with loop.output(stream) as store:

@@ -46,8 +46,8 @@ def attend_int8(
         logits = (own @ k8.mT).to(torch.int32).view(batch, heads, -1, seen)
         by_column = k_scale[..., 0].repeat_interleave(heads // groups, dim=1)  # (B, H, S)
         p8, p_scale = ops.softmax(logits, q_scale[:, :, rows, 0] * scale, by_column, taken[:, :, rows], torch.uint8)
-        shares = p8.float().view(batch, values.shape[1], -1, seen)
-        out = (shares @ v8).mul_(v_scale).view(batch, heads, -1, values.shape[-1])
+        weights = p8.float().view(batch, values.shape[1], -1, seen)
+        out = (weights @ v8).mul_(v_scale).view(batch, heads, -1, values.shape[-1])
         parts.append((out * p_scale).to(values.dtype))
     return torch.cat(parts, dim=2)
 

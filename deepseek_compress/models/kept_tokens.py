@@ -54,12 +54,12 @@ class KeptTokens:
         for first, last in self._pieces(seen - new):
             self._decide(first)
             rows = slice(first - seen + new, last - seen + new)
-            shares, kept = self._shares(pairs, rest, scale, mask, rows, last)
-            self.mass[:, :, :last] += shares.view(*self.mass.shape[:2], -1, last).sum(2)
+            weights, kept = self._weights(pairs, rest, scale, mask, rows, last)
+            self.mass[:, :, :last] += weights.view(*self.mass.shape[:2], -1, last).sum(2)
             if rest is None:
-                parts.append(grouped_product(shares.to(values.dtype), values[:, :, :last]))
+                parts.append(grouped_product(weights.to(values.dtype), values[:, :, :last]))
                 continue
-            whole, coarse = (shares * kept, values), (shares * ~kept, rest[1])
+            whole, coarse = (weights * kept, values), (weights * ~kept, rest[1])
             both = [grouped_product(part.to(v.dtype), v[:, :, :last]) for part, v in (whole, coarse)]
             parts.append(both[0] + both[1])
         return torch.cat(parts, dim=2)
@@ -96,7 +96,7 @@ class KeptTokens:
         stays = torch.zeros_like(candidates).scatter(2, best, True)
         self.kept[:, :, :first] &= ~candidates | stays
 
-    def _shares(
+    def _weights(
         self, pairs: Pairs, rest: tuple[Pairs, Tensor] | None, scale: float, mask: Tensor | None, rows: slice, last: int
     ) -> tuple[Tensor, Tensor]:
         """Softmax of the queries `rows`, float32 (B, H, rows, last), and which tokens are kept (B, H, 1, last)."""

@@ -99,12 +99,12 @@ class StreamedWeights:
         return self.checkpoint.read_rows(self.prefix + name, places, self.dtype, self.device)
 
 
-class ObservingWeights:
-    """`inner`, with `observe(name, x)` called for the input of every linear before it is applied."""
+class HookedWeights:
+    """`inner`, with `hook(name, x)` called for the input of every linear before it is applied."""
 
-    def __init__(self, inner: Weights, observe: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, inner: Weights, hook: Callable[[str, Tensor], None]) -> None:
         self.inner = inner
-        self.observe = observe
+        self.hook = hook
 
     def __getitem__(self, name: str) -> Tensor:
         return self.inner[name]
@@ -114,7 +114,7 @@ class ObservingWeights:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x (..., columns) -> (..., rows)."""
-        self.observe(name, x)
+        self.hook(name, x)
         return self.inner.linear(name, x)
 
     def rows(self, name: str, places: Tensor) -> Tensor:

@@ -20,18 +20,18 @@ class Memory(NamedTuple):
     """Bytes at the peak, beside the libraries."""
 
     alone: int  # of what this process does by itself
-    beside: int = 0  # what it holds while workers compute
+    resident: int = 0  # what it holds while workers compute
     task: int = 0  # what a task takes; 0 where there are none
 
     def peak(self, workers: int = 1) -> int:
         """Of all processes together, libraries included. One worker is this process."""
         if workers == 1:
-            return MAIN + max(self.alone, self.beside + self.task)
-        return MAIN + SERVER + workers * WORKER + max(self.alone, self.beside + workers * self.task)
+            return MAIN + max(self.alone, self.resident + self.task)
+        return MAIN + SERVER + workers * WORKER + max(self.alone, self.resident + workers * self.task)
 
     def on_device(self) -> int:
         """Of a GPU that computes what this process and its tasks would, one part of it left for hidden states."""
-        return int(max(self.alone, self.beside + self.task) / (1 - STATES))
+        return int(max(self.alone, self.resident + self.task) / (1 - STATES))
 
     def workers(self, wanted: int | None, useful: int, limit: int | None) -> int:
         """Choose the number of workers: `wanted`, else as many as are `useful`; never more than `limit` bytes allow."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from deepseek_compress.planning.costs import Rates
@@ -34,3 +35,26 @@ class Passes:
             self._progress(round(PARTS * (before + part) / self._total), PARTS, note)
 
         return progress
+
+
+class Steps:
+    """`seconds`: the time of each step; parts of the step that runs may be counted before it is done."""
+
+    def __init__(self, progress: Progress, seconds: Sequence[float], note: str) -> None:
+        self._progress, self._note, self._total = progress, note, sum(seconds) or 1.0
+        self._ends = iter(itertools.accumulate(seconds))
+        self._now = 0.0
+        self._say()
+
+    def part(self, seconds: float) -> None:
+        """Count a part of the step that runs."""
+        self._now += seconds
+        self._say()
+
+    def done(self) -> None:
+        """Count the rest of the step that runs."""
+        self._now = next(self._ends)
+        self._say()
+
+    def _say(self) -> None:
+        self._progress(round(PARTS * self._now / self._total), PARTS, self._note)

@@ -152,13 +152,22 @@ def _horizontal(axes: Axes, values: Sequence[float], across: Across, most: int) 
     if high / low > 8:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.35, high * 1.35)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=most))
+        axes.xaxis.set_major_locator(LogLocator(subs=_subs(low / 1.35, high * 1.35, most), numticks=most + 1))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(0, high * 1.12)
         axes.xaxis.set_major_locator(MaxNLocator(most))
     axes.xaxis.set_major_formatter(lambda value, _: _tick(across, value))
+
+
+def _subs(low: float, high: float, most: int) -> tuple[int, ...]:
+    """Return the finest multiples of powers of ten of which at most `most` lie between `low` and `high`."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for subs in ((1, 2, 5), (1, 3)):
+        if sum(low <= each * 10.0**decade <= high for each in subs for decade in decades) <= most:
+            return subs
+    return (1,)
 
 
 def _tick(across: Across, value: float) -> str:

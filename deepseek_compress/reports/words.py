@@ -59,11 +59,11 @@ def facts(record: Record) -> list[tuple[str, str, str]]:
         cell = table.cell(column, last)
         if cell.value == table.UNKNOWN:
             continue
-        beside = (
+        theirs = (
             table.cell(column, reference).value if other and reference is not None and last is not reference else ""
         )
         found.append(
-            (column.header, cell.value, f"{reference['name']} {beside}" if beside and reference else cell.interval)
+            (column.header, cell.value, f"{reference['name']} {theirs}" if theirs and reference else cell.interval)
         )
     rows = {line[0]: line for line in proof.speed_rows(record).rows}
     mine = proof.speed(last)
@@ -142,7 +142,7 @@ def fact(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {fact(str(key), item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
+        return ", ".join(fact(name, item) for item in value)
     return str(value)
 
 
@@ -153,8 +153,8 @@ def _several(record: Record) -> bool:
 
 def _compared(record: Record) -> str:
     reference, _ = ends(record)
-    beside = f" against {reference['name']}" if reference is not None else ", which have no reference in common"
-    said = [f"{len(table.everything(record))} models of {len(record['sources'])} runs{beside}."]
+    against = f" against {reference['name']}" if reference is not None else ", which have no reference in common"
+    said = [f"{len(table.everything(record))} models of {len(record['sources'])} runs{against}."]
     best = [str(model["name"]) for model in table.everything(record) if model["name"] in gate.pareto(record)]
     if best:
         said.append(f"Not beaten in size and accuracy together: {_listed(best)}.")

@@ -21,8 +21,9 @@ from deepseek_compress.checkpoint.files import remove_tree, write_json, write_se
 from deepseek_compress.checkpoint.owned import PARTIAL, announce
 from deepseek_compress.checkpoint.statistics import FIELDS, STAGE, StatisticsWriter
 from deepseek_compress.checkpoint.verified import MANIFEST
-from deepseek_compress.compress.collection import expected, observing
+from deepseek_compress.compress.collection import collecting, expected
 from deepseek_compress.compress.convert import clean, convert_with_text
+from deepseek_compress.compress.passes import collecting_passes
 from deepseek_compress.models import Architecture
 from deepseek_compress.stages.base import Context, Forecast, Output, Stage
 from deepseek_compress.stages.resumable import Resumable
@@ -73,10 +74,11 @@ class Calibrate(Stage, frozen=True):
         Resumable.of(source, self.model_dump(mode="json"), text.tokens, device=context.device).claim(context.out, work)
         forecast = self.forecast(source.header, *text.tokens.shape)
         workers, memory = context.count(forecast), forecast.memory
-        job = observing(architecture, self.fields, work)
+        job = collecting(architecture, self.fields, work)
         writer = StatisticsWriter(context.out, [[b.prefix + name for name in b.tensors] for b in architecture.blocks])
+        passes = collecting_passes(context.progress, architecture, self.fields, text.tokens.shape, workers)
         with open_pool(job, workers, context.ray, memory.task if memory else 0, context.places) as pool:
-            done = convert_with_text(job, writer, pool, text.tokens, context.progress)
+            done = convert_with_text(job, writer, pool, text.tokens, passes.of("collect"))
         blocks = [_facts(layer, block) for layer, block in enumerate(done.blocks)]
         announce(context.out, [FILE])
         write_json(context.out / FILE, {"schema": 1, "tokens": text.tokens.numel(), "blocks": blocks})

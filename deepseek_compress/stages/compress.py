@@ -47,7 +47,7 @@ from deepseek_compress.stages.base import Context, Forecast, Output, Stage, pick
 from deepseek_compress.stages.resumable import Resumable
 from deepseek_compress.stages.saved import Saved, saved_problems, saved_statistics
 from deepseek_compress.stages.text import Text, calibration_text
-from deepseek_compress.streaming import observe
+from deepseek_compress.streaming import collect
 from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
@@ -156,7 +156,7 @@ class Compress(Stage, frozen=True):
         expected = expect(architecture, solver, samples if solver.needs else 0, length, tabled, rows)
         moving = self._moving(architecture.cfg)
         looked_at = min(samples, (moving and moving.samples) or samples)
-        before = observe.cost(architecture, looked_at, length) if moving else observe.NOTHING
+        before = collect.cost(architecture, looked_at, length) if moving else collect.NOTHING
         looked = self._range_cost(architecture, samples, length)
         rotating, memory = 0 if self.rotation is None else rotation.cost(header), expected.memory
         judging = TEXT + loss.cost(architecture.cfg) if self.sparsity is not None and samples and solver.needs else 0
@@ -167,7 +167,7 @@ class Compress(Stage, frozen=True):
             expected.header,
             expected.changed,
             expected.bytes,
-            Memory(alone + loads, memory.beside + loads, task and task + loads),
+            Memory(alone + loads, memory.resident + loads, task and task + loads),
             total((before.work, looked.work, expected.work)),
             expected.tasks,
             read=header.bytes,
@@ -179,11 +179,11 @@ class Compress(Stage, frozen=True):
         """`migration`, where the family has a place for scales."""
         return None if cfg.compressed is not None else self.migration
 
-    def _range_cost(self, architecture: Architecture, samples: int, length: int) -> observe.Cost:
+    def _range_cost(self, architecture: Architecture, samples: int, length: int) -> collect.Cost:
         """Of the run that finds the grids of static activations."""
         if not isinstance(self.activations, Static):
-            return observe.NOTHING
-        found = observe.cost(architecture, samples, length)
+            return collect.NOTHING
+        found = collect.cost(architecture, samples, length)
         return found._replace(memory=found.memory + ranges.cost(architecture))
 
     def run(self, source: Checkpoint, context: Context) -> Output:
@@ -209,7 +209,7 @@ class Compress(Stage, frozen=True):
             done = convert(job, writer, pool, read, passes.of("solve"), passes.of("judge"))
             if job.solver.needs and tokens is not None:
                 writer.join()  # a shard a block
-            corrected = summary.corrections(done.blocks)
+            corrected = summary.corrections(done.blocks) + summary.starved(done.blocks, self.min_tokens)
             corrected += done.loss.notes() if done.loss else self._not_judged()
             context.tell_all(corrected)
             facts = {**summary.summarize(done.blocks), "decisions": decisions + cut + noted + corrected}

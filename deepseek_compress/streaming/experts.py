@@ -96,7 +96,7 @@ def _add(task: _Task, chosen: Tensor, gate_weights: Tensor, top_k: int, added: H
     place = torch.full((task.rows,), -1)
     place[chosen // top_k] = chosen
     places = place[torch.from_numpy(task.tokens)]
-    with HiddenStore(task.output, len(places), added.row_shape, existing=True, held=0) as given:
+    with HiddenStore(task.output, len(places), added.row_shape, existing=True, resident=0) as given:
         for start in range(0, len(places), ROWS):
             some = places[start : start + ROWS]
             routed = some[some >= 0]
@@ -114,11 +114,11 @@ def _expert(run: Run, task: _Task) -> _Done:
     if not block.acts(linears) and task.output is None:
         return _Done([], [])
     width = block.block.cfg.hidden_size
-    with HiddenStore(task.input, task.rows, (width,), existing=True, held=0) as x:
+    with HiddenStore(task.input, task.rows, (width,), existing=True, resident=0) as x:
         if task.output is None:
             block.act(_part(run, block, task, linears, x))
         else:
-            with HiddenStore(task.output, len(task.tokens), (width,), held=0) as given:
+            with HiddenStore(task.output, len(task.tokens), (width,), resident=0) as given:
                 for batch, y, _ in block.outputs(_part(run, block, task, linears, x)):
                     _put(given, batch, y)
     return _Done(stored, block.facts)

@@ -68,7 +68,7 @@ def _add(expert: Expert, gate_weights: Tensor, added: HiddenStore | None) -> Non
     if added is None or not count:
         return
     path = output_of(expert.run, expert.number)
-    with HiddenStore(path, count, added.row_shape, existing=True, held=0) as given:
+    with HiddenStore(path, count, added.row_shape, existing=True, resident=0) as given:
         for batch, start in enumerate(range(0, count, ROWS)):
             expert.add(batch, given.read(start, min(ROWS, count - start)).to(expert.device), gate_weights, added)
         given.remove()
@@ -87,10 +87,10 @@ def _group(run: Run, task: _Task) -> _Done:
     def keep(number: int, batch: int, given: Tensor) -> None:
         expert = experts[number]
         if number not in outputs:
-            outputs[number] = HiddenStore(output_of(run, expert.number), len(expert.tokens), width, held=0)
+            outputs[number] = HiddenStore(output_of(run, expert.number), len(expert.tokens), width, resident=0)
         outputs[number].write(batch * ROWS, given)
 
-    with HiddenStore(task.input, task.rows, width, existing=True, held=0) as x, torch.no_grad():
+    with HiddenStore(task.input, task.rows, width, existing=True, resident=0) as x, torch.no_grad():
         visit(experts, x, keep if task.more else None)
     for store in outputs.values():
         store.close()

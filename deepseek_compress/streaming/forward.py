@@ -51,8 +51,10 @@ def run_block(
     with HiddenStore(work / "attended.tmp", rows, hidden.row_shape, device=device) as attended:
         _attention(run, block, hidden, attended, batches)
         machine.return_freed_memory()  # the experts' workers need it
-        held = None if device.type != "cpu" and pool.here else 0  # workers read it
-        with HiddenStore(work / "input.tmp", rows, (block.block.cfg.hidden_size,), held=held, device=device) as x:
+        resident = None if device.type != "cpu" and pool.here else 0  # workers read it
+        with HiddenStore(
+            work / "input.tmp", rows, (block.block.cfg.hidden_size,), resident=resident, device=device
+        ) as x:
             facts = _ffn(run, block, attended, x, batches, following, pool, routed)
             x.remove()
         attended.remove()

@@ -29,7 +29,7 @@ from deepseek_compress.models import Architecture
 from deepseek_compress.planning.costs import STATES
 from deepseek_compress.planning.device import memory_limit
 
-HELD = 128 << 20  # bytes
+RESIDENT = 128 << 20  # bytes
 SEAL = 32  # bytes of a hash
 _AGAIN = "remove the output and start again"
 
@@ -50,9 +50,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 class HiddenStore:
     """`rows` rows of shape `row_shape`, float32, zeros at first; `existing` takes up a file that was renamed.
 
-    Up to `held` bytes (None: HELD, and what fits into the memory of `device`) stay in memory until `rename`; what is
-    larger, and what other processes read (`held` 0), lies in the file from the start. Without a `path` everything stays
-    in memory.
+    Up to `resident` bytes (None: RESIDENT, and what fits into the memory of `device`) stay in memory until `rename`;
+    what is larger, and what other processes read (`resident` 0), lies in the file from the start. Without a `path`
+    everything stays in memory.
     """
 
     def __init__(
@@ -61,16 +61,16 @@ class HiddenStore:
         rows: int,
         row_shape: tuple[int, ...],
         existing: bool = False,
-        held: int | None = None,
+        resident: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.rows, self.row_shape = rows, row_shape
         self._width = 4 * math.prod(row_shape)  # bytes of a row
-        self._held: Tensor | None = None
+        self._resident: Tensor | None = None
         self._fd = -1
         self._freed: Callable[[], object] = lambda: None
         if path is None:
-            self._held = self._zeros(torch.device(device))
+            self._resident = self._zeros(torch.device(device))
             return
         self.path = path
         with _disk(path):
@@ -80,12 +80,14 @@ class HiddenStore:
             if found not in (size, size + SEAL):  # workers open one that is not sealed yet
                 self.close()
                 raise DscError(f"{path}: {found} bytes, {size} expected", _AGAIN)
-            if size <= (HELD if held is None else held) or (held is None and room(torch.device(device)) >= size):
-                self._held = self._zeros(torch.device(device))
+            if size <= (RESIDENT if resident is None else resident) or (
+                resident is None and room(torch.device(device)) >= size
+            ):
+                self._resident = self._zeros(torch.device(device))
                 if existing:
-                    here = self._held if self._held.is_cpu else torch.empty((rows, *row_shape))
+                    here = self._resident if self._resident.is_cpu else torch.empty((rows, *row_shape))
                     self._pread(_bytes(here), 0)
-                    self._held.copy_(here)
+                    self._resident.copy_(here)
             elif not existing:
                 os.ftruncate(self._fd, size)
 
@@ -100,23 +102,23 @@ class HiddenStore:
 
     def read(self, start: int, count: int) -> Tensor:
         """Rows [start, start + count): float32 (count, *row_shape), not to be modified."""
-        if self._held is not None:
-            return self._held[start : start + count]
+        if self._resident is not None:
+            return self._resident[start : start + count]
         out = torch.empty((count, *self.row_shape), dtype=torch.float32)
         self._pread(_bytes(out), start)
         return out
 
     def write(self, start: int, rows: Tensor) -> None:
         """Replace the rows from `start` on by `rows` (n, *row_shape)."""
-        if self._held is not None:
-            self._held[start : start + len(rows)] = rows.to(self._held.device)
+        if self._resident is not None:
+            self._resident[start : start + len(rows)] = rows.to(self._resident.device)
         else:
             self._pwrite(_bytes(rows.detach().float().cpu().contiguous()), start)
 
     def gather(self, places: Sequence[int] | Tensor) -> Tensor:
         """Return the rows at `places`, float32 (n, *row_shape), in the memory where the store lies."""
-        if self._held is not None:
-            return self._held[self._placed(places)]
+        if self._resident is not None:
+            return self._resident[self._placed(places)]
         places = places.tolist() if isinstance(places, Tensor) else places
         out = torch.empty((len(places), *self.row_shape), dtype=torch.float32)
         view = _bytes(out)
@@ -128,8 +130,8 @@ class HiddenStore:
         """Add `rows` (n, *row_shape) to those at `places`, which differ from each other."""
         before = self.gather(places)
         total = before + rows.to(before.device)
-        if self._held is not None:
-            self._held[self._placed(places)] = total
+        if self._resident is not None:
+            self._resident[self._placed(places)] = total
             return
         places = places.tolist() if isinstance(places, Tensor) else places
         view = _bytes(total)
@@ -137,12 +139,12 @@ class HiddenStore:
             self._pwrite(view[i * self._width : (i + 1) * self._width], place)
 
     def _placed(self, places: Sequence[int] | Tensor) -> Tensor:
-        assert self._held is not None
-        return torch.as_tensor(places, dtype=torch.int64).to(self._held.device)
+        assert self._resident is not None
+        return torch.as_tensor(places, dtype=torch.int64).to(self._resident.device)
 
     def rename(self, path: Path) -> None:
         """Make everything written durable, with its hash, then give the file its final name."""
-        here = None if self._held is None else self._held.cpu()
+        here = None if self._resident is None else self._resident.cpu()
         if here is not None:
             self._pwrite(_bytes(here), 0)
         with _disk(path):
@@ -155,7 +157,7 @@ class HiddenStore:
     def intact(self) -> bool:
         """Whether a file that was renamed is what it was then."""
         return os.pread(self._fd, SEAL, self.rows * self._width) == self._hash(
-            None if self._held is None else self._held.cpu()
+            None if self._resident is None else self._resident.cpu()
         )
 
     def _hash(self, here: Tensor | None) -> bytes:
@@ -178,8 +180,8 @@ class HiddenStore:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._held is not None and not self._held.is_cpu:
-            self._held = None
+        if self._resident is not None and not self._resident.is_cpu:
+            self._resident = None
             self._freed()
 
     def __enter__(self) -> HiddenStore:

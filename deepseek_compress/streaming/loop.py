@@ -213,12 +213,12 @@ class Loop:
 
     def _new(self, stream: Stream) -> HiddenStore:
         path = None if self.work is None else self.work / f"{stream.name}.tmp"
-        held, device = 0 if self.shared else None, stream.architecture.device
-        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, held=held, device=device)
+        resident, device = 0 if self.shared else None, stream.architecture.device
+        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, resident=resident, device=device)
 
     def _opened(self, stream: Stream, path: Path) -> HiddenStore:
-        held, device = 0 if self.shared else None, stream.architecture.device
-        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, True, held, device)
+        resident, device = 0 if self.shared else None, stream.architecture.device
+        return HiddenStore(path, self.tokens.numel(), stream.architecture.row_shape, True, resident, device)
 
     def _facts_path(self, layer: int) -> Path:
         assert self.work is not None

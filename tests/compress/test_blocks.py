@@ -25,7 +25,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture, Block, Linear, Role
 from deepseek_compress.models.activations import InputScheme
 from deepseek_compress.models.runtime import Model
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.numerics import WEIGHTS, Statistics
 from deepseek_compress.numerics.activations import Dynamic
 from deepseek_compress.streaming import hidden_store
@@ -94,14 +94,14 @@ def test_statistics_are_those_of_the_finished_model(
     inputs: dict[str, list[Tensor]] = {}
 
     def watch(layer: int) -> None:
-        def observe(linear: str, x: Tensor) -> None:
+        def hook(linear: str, x: Tensor) -> None:
             inputs.setdefault(f"{layer}.{linear}", []).append(x.reshape(-1, x.shape[-1]))
 
         block = model.blocks[layer]
         if scheme is None:
-            model.blocks[layer] = ObservingWeights(block, observe)
+            model.blocks[layer] = HookedWeights(block, hook)
         else:
-            block.inner = ObservingWeights(block.inner, observe)  # type: ignore[attr-defined]
+            block.inner = HookedWeights(block.inner, hook)  # type: ignore[attr-defined]
 
     for layer in range(model.cfg.num_hidden_layers):
         watch(layer)
@@ -255,7 +255,7 @@ def test_one_thread_or_two_give_the_same_bytes(tiny_qwen2: Path, tmp_path: Path)
 
 def test_in_memory_or_on_disk_the_same_bytes(tiny_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compress(tiny_v3, tmp_path / "held", gptq(tiny_v3), tokens=FEW)
-    monkeypatch.setattr(hidden_store, "HELD", 0)
+    monkeypatch.setattr(hidden_store, "RESIDENT", 0)
     compress(tiny_v3, tmp_path / "disk", gptq(tiny_v3), tokens=FEW)
     assert contents(tmp_path / "held") == contents(tmp_path / "disk")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import blake3
@@ -89,11 +90,11 @@ def test_a_stopped_run_hashes_what_it_no_longer_reads(
     whole = rounding.run(source, context(tmp_path / "whole", tiny_v3)).path
     real, written = data_free._write, []
 
-    def stopping(job: Job, shard: data_free._Shard) -> None:
+    def stopping(job: Job, shard: data_free._Shard, each: Callable[[str], None]) -> None:
         if len(written) == 7:
             raise KeyboardInterrupt
         written.append(shard.number)
-        real(job, shard)
+        real(job, shard, each)
 
     monkeypatch.setattr(data_free, "_write", stopping)
     with pytest.raises(KeyboardInterrupt):

@@ -18,7 +18,7 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.stages import text as stage_text
 from deepseek_compress.stages.base import Context
@@ -51,7 +51,7 @@ def test_in_blocks_as_in_memory(
             if ".experts." in name and name.endswith("gate_proj"):
                 asked[f"{layer}.{name.split('.')[2]}"] = torch.tensor(len(x))
 
-        whole.blocks[layer] = ObservingWeights(weights, look)
+        whole.blocks[layer] = HookedWeights(weights, look)
     with torch.no_grad():
         scores = whole(TOKENS).double().log_softmax(-1)
         last = whole.hidden_states(TOKENS)[-1]

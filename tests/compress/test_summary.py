@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deepseek_compress.checkpoint.files import write_json
-from deepseek_compress.compress.summary import LAYERS, WORST, weight_errors, write
+from deepseek_compress.compress.summary import LAYERS, WORST, starved, weight_errors, write
 
 
 def linear(name: str, role: str, weights: int, weight: float, output: float | None) -> dict[str, Any]:
@@ -52,3 +52,13 @@ def test_a_table_of_something_else_says_nothing(blocks: Any, tmp_path: Path) -> 
     write_json(tmp_path / LAYERS, {"schema": 1, "blocks": blocks})
 
     assert weight_errors(tmp_path) is None
+
+
+def test_too_little_text_is_said_with_what_to_do() -> None:
+    solved = linear("a", "expert", 1, 0.1, 0.1)
+    blocks = [{"linears": [solved, {**solved, "fallback": True}]}, {"linears": [solved]}]
+    assert starved(blocks, 64) == [
+        "1 of 3 linears saw fewer than 64 tokens, so that they were solved without statistics: "
+        "give more text (--samples, --length)"
+    ]
+    assert starved([{"linears": [solved]}], 64) == []

@@ -20,7 +20,7 @@ from deepseek_compress.evaluation.allocation import choices
 from deepseek_compress.evaluation.sensitivity import Choice, Search, cost, joint, measure
 from deepseek_compress.models import Architecture, Role
 from deepseek_compress.models.runtime import Model
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.numerics import WEIGHTS, Statistics
 from deepseek_compress.numerics.types import WeightQuantizer
 from deepseek_compress.workers import open_pool
@@ -60,7 +60,7 @@ def inputs(model: Model) -> dict[str, Tensor]:
         def look(name: str, x: Tensor, prefix: str = model.family.prefix(layer)) -> None:
             seen[f"{prefix}.{name}"] = x.reshape(-1, x.shape[-1])
 
-        watched.blocks[layer] = ObservingWeights(block, look)
+        watched.blocks[layer] = HookedWeights(block, look)
     with torch.no_grad():
         watched.forward(FITTING)
     return seen

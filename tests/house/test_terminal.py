@@ -55,6 +55,18 @@ def test_the_built_in_run_measures_the_machine_once_and_plan_has_times(
     assert "time not foreseen: export" in exported.splitlines()
 
 
+@pytest.mark.parametrize(("load", "said"), [(9.4, True), (0.5, False)])
+def test_rates_of_a_busy_machine_are_said_to_be_that(
+    dsc: Dsc, tiny_llama: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, load: float, said: bool
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    done = dsc("plan", tiny_llama, "-r", "w4a16-fast", "--group-size", 32, "--measure")
+    line = "measured while this machine was busy (load 9.4 on 2 cores): run --measure again when it is not"
+    assert (line in done.stderr.splitlines()) == said
+    assert measured == ["cpu"]
+
+
 def test_more_workers_than_cores_are_answered_by_what_limits_them(dsc: Dsc, tiny_llama: Path) -> None:
     cores = machine.cores()
     line = f"--workers {cores}, not 99: this machine has {cores} cores"

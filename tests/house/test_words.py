@@ -80,6 +80,18 @@ def test_no_phrase_of_the_old_dialect(pattern: str) -> None:
     assert not found, "\n".join(found)
 
 
+def test_no_report_shows_a_value_as_python_writes_it() -> None:
+    pages = [page for page in sorted((ROOT / "reports").glob("*.md")) if page.name != "LOG.md"]
+    found = [
+        f"{page.name}:{number}: {line[:80]}"
+        for page in pages
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"\{'|\['|[ |:](True|False|None)\b", line)
+    ]
+    assert len(pages) > 20
+    assert not found, "\n".join(found)
+
+
 def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

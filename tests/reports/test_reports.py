@@ -246,6 +246,19 @@ def test_scatter_draws_every_model_where_it_is(record: dict[str, Any]) -> None:
     assert set(at.values()) == {"teacher", "small", "one-shot ↓ 40.0 %"}
 
 
+@pytest.mark.parametrize("factor", [9, 30, 250, 20_000])
+def test_the_marks_of_a_wide_range_of_sizes_do_not_crowd(record: dict[str, Any], factor: int) -> None:
+    """What a telephone shows: 276 pixels of axis, some 50 a label."""
+    record["models"][0]["bytes"] = factor * record["models"][1]["bytes"]
+    labels = re.findall(r">(\d+ [kMGT]B)<", str(charts.scatter(record, 336, "k")))
+    assert 1 <= len(labels) <= 5, labels
+
+
+def test_no_fact_is_written_as_python_does() -> None:
+    gpus = [{"name": "H100", "memory_bytes": 80_000_000_000}, {"name": "H200"}]
+    assert words.fact("gpus", gpus) == "name H100, memory_bytes 80.0 GB, name H200"
+
+
 def test_scatter_against_speed_has_the_faster_to_the_right(record: dict[str, Any]) -> None:
     assert "against decode speed" not in page.page(record)
     for row, rate in zip(record["models"], (20.0, 56.0), strict=True):

@@ -19,12 +19,12 @@ from deepseek_compress.calibration.settings import Calibration
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.checkpoint.statistics import StatisticsWriter, open_statistics, pack_triangle, unpack_triangle
 from deepseek_compress.compress import collection, convert, moved_scales
-from deepseek_compress.compress.collect import Accumulator
+from deepseek_compress.compress.accumulate import Accumulator
 from deepseek_compress.compress.job import by_input
 from deepseek_compress.errors import DscError, Problems
 from deepseek_compress.models import Architecture, Block
 from deepseek_compress.models.runtime import Model
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.numerics import WEIGHTS
 from deepseek_compress.numerics.migration import SmoothQuant
 from deepseek_compress.recipe import Changes, parse_recipe
@@ -33,7 +33,7 @@ from deepseek_compress.stages.calibrate import Calibrate
 from deepseek_compress.stages.compress import Compress
 from deepseek_compress.stages.text import calibration_text
 from deepseek_compress.streaming import loop
-from deepseek_compress.streaming.observe import Look, Observer, observe
+from deepseek_compress.streaming.collect import Collector, Look, collect_inputs
 from tests.compress.test_blocks import contents
 from tests.compress.test_moved_scales import job_of, silent
 from tests.models.reference import relative
@@ -77,7 +77,7 @@ def test_they_are_what_the_model_in_memory_sees(saved: Path, tiny_v3: Path, text
         def look(name: str, x: Tensor, layer: int = layer) -> None:
             seen.setdefault(f"{layer}.{name}", []).append(x.flatten(0, -2))
 
-        whole.blocks[layer] = ObservingWeights(weights, look)
+        whole.blocks[layer] = HookedWeights(weights, look)
     with torch.no_grad():
         whole.hidden_states(tokens)
     told = json.loads((saved / "calibration.json").read_text())["blocks"]
@@ -135,14 +135,14 @@ def test_scales_move_by_them_as_by_the_text(saved: Path, tiny_v3: Path, text: Pa
         torch.testing.assert_close(by_saved[place], scales, rtol=1e-3, atol=1e-6)
     seen: dict[tuple[int, str], Accumulator] = {}
 
-    class Watching(Observer):
+    class Watching(Collector):
         def begin(self, block: Block) -> Look:
             return lambda name, x: seen.setdefault((block.layer, name), Accumulator(("hessian",))).add(x)
 
         def end(self, block: Block) -> dict[str, Any]:
             return {}
 
-    observe(moved.architecture, tokens, tmp_path / "walk", "walk", Watching(), silent)
+    collect_inputs(moved.architecture, tokens, tmp_path / "walk", "walk", Watching(), silent)
     for block in job.architecture.blocks:
         for linear in block.linears:
             if (block.layer, linear.name) in seen:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from deepseek_compress.cli import app
-from deepseek_compress.compress.collect import Accumulator
+from deepseek_compress.compress.accumulate import Accumulator
 from deepseek_compress.errors import DscError
 from deepseek_compress.streaming.paired_forward import pairs
 

@@ -16,7 +16,7 @@ from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.errors import DscError
 from deepseek_compress.models.families.table import family_of
 from deepseek_compress.models.runtime import Model
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.numerics.activations import InputGrid
 from deepseek_compress.stages.base import Context
 from deepseek_compress.stages.compress import Compress
@@ -64,7 +64,7 @@ def test_grids_are_the_ranges_of_the_original(symmetric: bool, tiny_v3_bf16: Pat
         def look(name: str, x: Tensor, layer: int = layer) -> None:
             seen.setdefault(f"model.layers.{layer}.{name}", []).append(x.flatten(0, -2))
 
-        model.blocks[layer] = ObservingWeights(weights, look)
+        model.blocks[layer] = HookedWeights(weights, look)
     tokens = calibration_text(source, context(tmp_path / "text", text), tmp_path / "text").tokens
     with torch.no_grad():
         for sample in tokens:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepseek_compress.checkpoint import open_checkpoint
-from deepseek_compress.compress import collect as collecting
+from deepseek_compress.compress import accumulate as collecting
 from deepseek_compress.compress import convert
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import Architecture

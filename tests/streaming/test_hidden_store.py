@@ -11,9 +11,9 @@ from deepseek_compress.errors import DscError
 from deepseek_compress.streaming import hidden_store
 
 
-@pytest.mark.parametrize("held", [0, 1 << 20])
-def test_rows_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
-    monkeypatch.setattr(hidden_store, "HELD", held)
+@pytest.mark.parametrize("resident", [0, 1 << 20])
+def test_rows_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int) -> None:
+    monkeypatch.setattr(hidden_store, "RESIDENT", resident)
     rows = torch.randn(10, 3, 2, generator=torch.Generator().manual_seed(0))
     with hidden_store.HiddenStore(tmp_path / "a.tmp", 10, (3, 2)) as store:
         assert not store.read(0, 10).any()

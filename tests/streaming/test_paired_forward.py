@@ -14,7 +14,7 @@ from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.models.moe import by_expert, route
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tokenizer import load_tokenizer
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.numerics.gptaq import Gptaq
 from deepseek_compress.numerics.types import Quantized, Statistics
 from deepseek_compress.registry import build
@@ -45,12 +45,12 @@ def inputs(path: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]
     """The input (tokens, columns) of every linear outside the routed experts, and the hidden states between blocks."""
     model, seen = Model.load(path), {}
 
-    def watched(layer: int) -> ObservingWeights:
+    def watched(layer: int) -> HookedWeights:
         def look(name: str, x: Tensor) -> None:
             if ".experts." not in name:
                 seen[f"{model.family.prefix(layer)}.{name}"] = x.flatten(0, -2).double()
 
-        return ObservingWeights(model.blocks[layer], look)
+        return HookedWeights(model.blocks[layer], look)
 
     model.blocks = [watched(layer) for layer in range(len(model.blocks))]
     with torch.no_grad():

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from deepseek_compress.models import Architecture, Block, Role
 from deepseek_compress.models.attend import SCORES_AT_ONCE
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.planning.costs import Work
 from deepseek_compress.streaming.batches import BATCH_TOKENS
-from deepseek_compress.streaming.hidden_store import HELD
+from deepseek_compress.streaming.hidden_store import RESIDENT
 from deepseek_compress.streaming.loop import Facts, Loop, Progress, Stream, Visit
 
 Look = Callable[[str, Tensor], None]  # (name of a linear in its block, its input)
@@ -40,7 +40,7 @@ def feeding(watched: Mapping[str, Adds]) -> Look:
     return look
 
 
-class Observer:
+class Collector:
     """Looks at the inputs of a block's linears, then says what it found."""
 
     def begin(self, block: Block) -> Look:
@@ -72,37 +72,37 @@ def cost(architecture: Architecture, samples: int, length: int) -> Cost:
     embedding = architecture.header.tensors[architecture.embedding].elements // 2
     largest = max([x.rows * x.columns for x in sizes] + [embedding])
     rows = max(x.rows for x in sizes) + 8 * cfg.hidden_size
-    held = 8 * min(HELD, 4 * tokens * cfg.hidden_size) + 12 * SCORES_AT_ONCE
-    return Cost(8 * largest + 4 * BATCH_TOKENS * _together(architecture) * rows + held, Work(2.0 * active * tokens))
+    states = 8 * min(RESIDENT, 4 * tokens * cfg.hidden_size) + 12 * SCORES_AT_ONCE
+    return Cost(8 * largest + 4 * BATCH_TOKENS * _together(architecture) * rows + states, Work(2.0 * active * tokens))
 
 
-def observe(
-    architecture: Architecture, tokens: Tensor, work: Path, name: str, observer: Observer, progress: Progress
+def collect_inputs(
+    architecture: Architecture, tokens: Tensor, work: Path, name: str, collector: Collector, progress: Progress
 ) -> list[Facts]:
-    """Let `observer` look at every block over tokens int64 (samples, length); returns what it found of each.
+    """Let `collector` look at every block over tokens int64 (samples, length); returns what it found of each.
 
     name: of its files in `work`, from which an interrupted run goes on.
     """
     loop = Loop((Stream(architecture, f"{name}-input"),), tokens, work, name, f"{name} of block",
                 together=_together(architecture))  # fmt: skip
-    return loop.run(_Looked(observer), progress)
+    return loop.run(_Looked(collector), progress)
 
 
 class _Looked:
     """Runs each block on weights that are read at each use."""
 
-    def __init__(self, observer: Observer) -> None:
-        self.observer = observer
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
 
     @torch.no_grad()
     def visit(self, at: Visit) -> Facts:
         block = at.blocks[0]
-        weights = ObservingWeights(block.weights(), self.observer.begin(block))
+        weights = HookedWeights(block.weights(), self.collector.begin(block))
         for batch in range(len(at.batches)):
             out = block.run(weights, at.batches.read(at.before[0], batch), at.batches.ids(batch))
             if at.after:
                 at.batches.write(at.after[0], batch, out)
-        return self.observer.end(block)
+        return self.collector.end(block)
 
 
 def _together(architecture: Architecture) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepseek_compress.errors import DscError
-from deepseek_compress.models.weights import ObservingWeights
+from deepseek_compress.models.weights import HookedWeights
 from deepseek_compress.numerics.hessian import add_gram, mirror
 from deepseek_compress.numerics.types import Statistics
 from deepseek_compress.streaming.block_run import Part
@@ -144,7 +144,7 @@ def collect(part: Part, names: frozenset[str], into: Accumulator, keep: Callable
                 raise _Seen
 
         try:
-            part.forward(lambda weights: ObservingWeights(weights, look), batch)
+            part.forward(lambda weights: HookedWeights(weights, look), batch)
         except _Seen:
             continue
         raise ValueError(f"none of {sorted(names)} ran")
