@@ -29,7 +29,7 @@ from deepseek_compress.distillation.views import view
 from deepseek_compress.models import moe
 from deepseek_compress.models.runtime import Model
 from deepseek_compress.models.tap import tapped
-from deepseek_compress.models.weights import ObservingWeights, Weights
+from deepseek_compress.models.weights import HookedWeights, Weights
 
 LAYERS = ("influence", "loss", "even")
 EXPERTS = ("activation", "frequency")
@@ -131,7 +131,7 @@ def neurons(model: Model, batches: Sequence[Batch]) -> dict[tuple[int, str], Ten
 
     watched = Model(model.family, model.cfg, model.weights)
     downs = [ffn_downs(model.family, model.cfg, layer) for layer in range(model.cfg.num_hidden_layers)]
-    watched.blocks = [ObservingWeights(model.blocks[i], watching(i, downs[i])) for i in range(len(downs))]
+    watched.blocks = [HookedWeights(model.blocks[i], watching(i, downs[i])) for i in range(len(downs))]
     for batch in batches:
         for row, size in enumerate(batch.sizes):  # one by one: padding would count too
             watched.hidden_states(batch.tokens[row : row + 1, :size])
