@@ -1,4 +1,4 @@
-"""Tokens to text as they come: no half characters, and what stands in <think> ... </think> told from the answer."""
+"""Tokens to text as they come: no half characters, and what stands in <think> ... </think> apart from the answer."""
 
 from __future__ import annotations
 
