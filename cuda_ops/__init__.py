@@ -1,4 +1,4 @@
-"""Our own kernels, each with a slow reference beside it: packing of 4-bit weights, the loops of GPTQ, softmax.
+"""Our own kernels, each with a slow reference: packing of 4-bit weights, the loops of GPTQ, softmax.
 
     from cuda_ops import pack_weights, softmax
 

@@ -178,7 +178,7 @@ def _seal(library: Path) -> Path:
 
 
 def _write(target: Path, content: bytes) -> None:
-    """Write beside, sync, rename; nobody else may write the file."""
+    """Write a temporary file, sync, rename; nobody else may write it."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     with os.fdopen(fd, "wb") as file:

@@ -71,7 +71,7 @@ def stream(text: str, quiet: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """One line beside the result: what was decided, and from where."""
+    """One line apart from the result: what was decided, and from where."""
     err().print(Text(plain(text), style="quiet"), soft_wrap=True)
 
 

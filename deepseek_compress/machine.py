@@ -127,7 +127,7 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def resident(root: int | None = None) -> int | None:
-    """Sum of PSS over process `root` (default: this one) and all below it, in bytes; None where it is not told."""
+    """Sum of PSS over process `root` (default: this one) and all below it, in bytes; None where it is not known."""
     total = 0
     for pid in _family(root or os.getpid()):
         try:

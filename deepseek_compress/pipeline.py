@@ -162,12 +162,12 @@ def run(
 
 
 def run_report(recipe: Recipe, page: Path, options: Options = Options(), progress: StageProgress | None = None) -> Path:
-    """Run the one stage of `recipe`, which writes a report, and put the report at `page` (.json; .md, .html beside).
+    """Run the one stage of `recipe`, which writes a report, and put the report at `page` (.json, with .md and .html).
 
     The stage's own directory is `page` with the suffix `.dsc`. A `page` without suffix is a directory for everything.
     """
     if page.suffix in (".md", ".html"):
-        raise DscError(f"-o {page}: a page beside the report", f"name that: -o {page.with_suffix('.json')}")
+        raise DscError(f"-o {page}: a page, not the report", f"name that: -o {page.with_suffix('.json')}")
     if page.suffix != ".json":
         run(recipe, page, options, progress, flat=True)
         return page / REPORTS[0]

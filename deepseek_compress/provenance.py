@@ -1,4 +1,4 @@
-"""The manifest beside every output: what it was made of and how, so that the same input can be told from another.
+"""The manifest of every output: what it was made of and how, so that different inputs can be distinguished.
 
 Deterministic: no time, no host, no absolute path. What differs from run to run (time, peaks, host) stands in
 `dsc_run.json`, which the pipeline writes.

@@ -79,7 +79,7 @@ def explain(component: type[BaseModel], where: str, item: Any) -> DscError:
 
 
 def _model_at(component: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
-    """Return the model whose knobs stand at `place` in `component`; `component` itself where that cannot be told."""
+    """Return the model whose knobs stand at `place` in `component`; `component` itself where that is not known."""
     found = component
     for part in place:
         field = next((f for name, f in found.model_fields.items() if part in (name, f.alias)), None)

@@ -1,6 +1,6 @@
 """Where the files that come with the package lie: recipes, calibration data, the built-in model.
 
-An installed wheel carries them in `deepseek_compress/_data`; a checkout has them beside the package.
+An installed wheel carries them in `deepseek_compress/_data`; a checkout has them next to the package.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _sources(house: Path, name: str) -> Path:
 
 
 class Pages:
-    """Copies of files of `home` beside it, where nothing but earlier copies is overwritten."""
+    """Copies of files of `home` next to it, where nothing but earlier copies is overwritten."""
 
     def __init__(self, home: Path, copies: Mapping[str, Path], house: Path | None = None) -> None:
         """Raise DscError for a target that somebody else wrote. house: whose record it is, `home`'s if not given."""

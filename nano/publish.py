@@ -70,7 +70,7 @@ def shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def publish(weights: dict[str, Tensor], out: Path) -> None:
-    """Write shards, index and tokenizer beside `out/config.json`."""
+    """Write shards, index and tokenizer next to `out/config.json`."""
     out.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
     total = 0

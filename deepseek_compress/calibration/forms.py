@@ -2,7 +2,7 @@
 
 Accepted are `{"text"}`, `{"messages": [{"role", "content"}]}`, `{"prompt", "completion"}`, `{"question", "answer"}`,
 ShareGPT's `{"conversations": [{"from", "value"}]}` and Alpaca's `{"instruction", "input", "output"}`; other keys may
-stand beside them, and a key whose value is null counts as missing.
+stand with them, and a key whose value is null counts as missing.
 """
 
 from __future__ import annotations

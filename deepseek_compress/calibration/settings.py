@@ -65,10 +65,10 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def named(self) -> tuple[Source, ...]:
-        """The sources that count: beside saved statistics, only those that are set."""
+        """The sources that count: with saved statistics, only those that are set."""
         return self.sources if self.statistics is None or "sources" in self.model_fields_set else ()
 
     def document(self) -> dict[str, Any]:
-        """As a recipe writes it; beside saved statistics only what it sets."""
+        """As a recipe writes it; with saved statistics only what it sets."""
         saved = self.statistics is not None
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=saved)

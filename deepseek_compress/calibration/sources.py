@@ -4,7 +4,7 @@ A `.jsonl` line and a row of a `.parquet` file have one of the forms of `forms`;
 plain text. `.gz` after the name of a text file is undone. A directory means its files, sorted by name.
 
 Reading stops where there is enough. Up to there a bad line ends it: then no more text is given, and all bad lines of
-the source are looked for and told together.
+the source are looked for and reported together.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def files_of(source: str | Path) -> list[Path]:
     """Return the files of one source in the order in which they are read. Raises DscError where there are none."""
     path = resources.data("calibration_data") if str(source) == BUILTIN else Path(source).expanduser()
     if path.is_dir():
-        wanted = (".jsonl",) if str(source) == BUILTIN else SUFFIXES  # the built-in sets have a card beside them
+        wanted = (".jsonl",) if str(source) == BUILTIN else SUFFIXES  # the built-in sets have a card
         files = [file for file in sorted(path.iterdir()) if file.name.endswith(wanted) and file.is_file()]
         if not files:
             raise DscError(f"{path}: no {' or '.join(wanted)} file in it", "give a file with calibration text")

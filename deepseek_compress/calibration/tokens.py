@@ -136,7 +136,7 @@ def in_turn(sources: Sequence[Source], tokenizer: Tokenizer) -> Iterator[Documen
 
 
 def by_share(sources: Sequence[Source], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Yield the next document is of the source whose tokens are furthest below its share; without shares: in turn."""
+    """Yield documents, the next from the source furthest below its share of tokens; without shares: in turn."""
     if sources[0].share is None:
         yield from in_turn(sources, tokenizer)
         return

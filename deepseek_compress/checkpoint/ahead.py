@@ -1,4 +1,4 @@
-"""Stored tensors read ahead of who will ask for them, and copied to a GPU beside what it computes.
+"""Stored tensors read ahead of who will ask for them, and copied to a GPU while it computes.
 
 A thread reads them in the order in which they will be asked for, into page-locked memory. Whoever takes one starts the
 copies of those that are there by then, on a stream of their own, so that the GPU copies while it computes; the stream

@@ -1,4 +1,4 @@
-"""Files of a checkpoint directory: hashed, read as JSON, written beside and renamed, errors of the disk in one line."""
+"""Files of a checkpoint directory: hashed, read as JSON, written and renamed, disk errors in one line."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def write_arrays(path: Path, values: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside, sync, then rename: a reader of `path` sees the old content or the new, never a part."""
+    """Write a temporary file, sync, then rename: a reader of `path` sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
@@ -229,7 +229,7 @@ def sync(path: Path) -> None:
 def inside(directory: Path, file: Path) -> bool:
     """Whether `file`, symbolic links followed, lies in `directory`.
 
-    The one exception is the hub's cache, where `snapshots/REVISION/*` are links into `blobs/` beside it.
+    The one exception is the hub's cache, where `snapshots/REVISION/*` are links into `blobs/` next to it.
     """
     real, target = directory.resolve(), file.resolve()
     if real in target.parents:

@@ -7,7 +7,7 @@
 | `P.weight_packed` U8 + `P.weight_scale` U8 (mxfp4-pack-quantized) | `P.weight`, mxfp4 |
 | `P.weight_packed` I32 + `P.weight_scale`, `P.weight_shape`, `P.weight_zero_point` | `P.weight`, packed |
 | `P.weight` I8 + `P.weight_scale` of a float type (int-quantized) | `P.weight`, packed |
-| `P.input_scale`, `P.input_zero_point` beside one of the last two | for servers: the grid of its input |
+| `P.input_scale`, `P.input_zero_point` with one of the last two | for servers: the grid of its input |
 | anything else of an ordinary type | itself, plain |
 
 Parts may lie in different shards. Nothing is guessed: a scale without its weight, a weight without its scale, and
@@ -98,7 +98,7 @@ def _siblings(stored: Mapping[str, Location], main: str) -> dict[str, Location]:
 
 
 def _is_part(stored: Mapping[str, Location], main: str, suffix: str) -> bool:
-    """Whether an encoded weight claims this part; a scale beside a BF16 weight has no meaning that we know."""
+    """Whether an encoded weight claims this part; a scale of a BF16 weight has no meaning that we know."""
     if stored_name(main, "weight_packed") in stored:
         return suffix in _PACKED_PARTS
     weight = stored.get(main)

@@ -1,4 +1,4 @@
-"""A shard with its ledger: what it holds, how, and what there is to say about it, kept beside it once it is safe.
+"""A shard with its ledger: what it holds, how, and what there is to say about it, written next to it once it is safe.
 
     .dsc_partial/shard-00003.safetensors    grows, is synced and read back
     .dsc_partial/shard-00003.json           comes last; without it the shard is unfinished
@@ -66,7 +66,7 @@ class OpenShard:
                 self.file.stream(stored_name(name, suffix), place, _finite_pieces(name, place.dtype, source, place))
 
     def keep(self, source: Checkpoint, name: str) -> None:
-        """Write a tensor of `source` with its values, as servers read it beside packed weights.
+        """Write a tensor of `source` with its values, as servers read it with packed weights.
 
         MXFP4 keeps its bytes under their names for them; what is encoded otherwise becomes BF16.
         """

@@ -4,7 +4,7 @@
 
 A name is the block's prefix and the input that linears share. Of the symmetric Hessian (n, n) only what stands on and
 above the diagonal is stored, row by row: n (n + 1) / 2 numbers of float32. A file is kept in `.dsc_partial`
-until all are safe, with its size and hash beside it, so that an interrupted run goes on after the last one.
+until all are safe, with its size and hash, so that an interrupted run goes on after the last one.
 """
 
 from __future__ import annotations

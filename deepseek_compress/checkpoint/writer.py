@@ -89,8 +89,8 @@ class CheckpointWriter:
         """Claim the directory `out`.
 
         expected_bytes: what will be written, if known; refused where the disk has less.
-        activations: scheme for the manifest, `{"num_bits": 8, "granularity": "token"}`; servers are told too where
-            they have it (`input_activations`), with the grids of a static one. Symmetric 8-bit weights with one scale
+        activations: scheme for the manifest, `{"num_bits": 8, "granularity": "token"}`; servers read it too where
+            they know it (`input_activations`), with the grids of a static one. Symmetric 8-bit weights with one scale
             a row are then stored as `int-quantized`.
         resume: keep finished shards when left by an exception, and go on after those that are there.
         """
@@ -157,7 +157,7 @@ class CheckpointWriter:
         self._room(name).copy(self.source, name, decode)
 
     def keep(self, name: str) -> None:
-        """Write a tensor of the source with its values, as servers read it beside packed weights."""
+        """Write a tensor of the source with its values, as servers read it with packed weights."""
         self._room(name).keep(self.source, name)
 
     def append(self, name: str, write: Callable[[OpenShard], None]) -> None:
@@ -326,7 +326,7 @@ class CheckpointWriter:
         schemes, plain, kept = assign_schemes(stored)
         raw = any(how.format == "untouched" for how in stored.values())
         if schemes and kept:
-            raise ValueError(f"{kept[0]} keeps its published encoding beside packed weights: decode it")
+            raise ValueError(f"{kept[0]} keeps its published encoding with packed weights: decode it")
         if schemes:
             inputs = input_activations(self._activations, schemes)
             config["quantization_config"] = quantization_config(schemes, plain, ignore, inputs)

@@ -67,7 +67,7 @@ def compare(
         list[Path], typer.Argument(metavar="REPORT...", help="report.json files; logs of lm-eval or Inspect.")
     ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="REPORT.html", help="One page; .csv: a table beside it.")
+        Path | None, typer.Option("-o", "--out", metavar="REPORT.html", help="One page; .csv: a table as well.")
     ] = None,
     fail_if: Annotated[
         list[str] | None,

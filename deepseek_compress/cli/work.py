@@ -214,7 +214,7 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Checkpoints, builtin:nano, outputs of export, http://HOST.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="REPORT.json", help="The report; .md and .html beside.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="REPORT.json", help="The report; .md and .html too.")],
     reference: Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="To compare with.")] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", metavar="FILE", help="builtin, or .jsonl/.parquet questions.")

@@ -51,7 +51,7 @@ class Accumulator:
             self._half._mark()
 
     def _take(self, part: Sequence[Tensor]) -> None:
-        """Take in x (tokens, columns) and, where they are there, what the two covariances take beside it."""
+        """Take in x (tokens, columns) and, where they are there, the two covariances' inputs."""
         for chunk in zip(*(torch.split(tensor, ROWS) for tensor in part), strict=True):
             self._rows(chunk[0])
             if len(chunk) > 1:
@@ -103,7 +103,7 @@ class Accumulator:
 
 
 def _together(rest: Statistics, half: Statistics) -> Statistics:
-    """Return the sums over both halves of the tokens, with the first half's beside them."""
+    """Return the sums over both halves of the tokens, with the first half's."""
     if half.hessian is None or rest.hessian is None:
         return rest if half.hessian is None else half
     both = {name: getattr(rest, name) for name in ("hessian", "cross_covariance", "residual_covariance")}

@@ -133,7 +133,7 @@ def _main(info: TensorInfo) -> Location:
 
 
 def _do(job: Job, task: _Task, each: Callable[[str], None] = lambda name: None) -> str | None:
-    """Run in a worker; `each` is told every tensor that is done."""
+    """Run in a worker; `each` is called for every finished tensor."""
     hashed = None if task.file is None else FileHash(task.file)
     if hashed and task.shards:
         job = replace(job, architecture=job.architecture.on(Hashed(job.source.header, hashed)))

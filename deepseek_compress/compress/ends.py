@@ -1,6 +1,6 @@
 """The two ends of a model that is compressed with text: the embedding before the first block, the head after the last.
 
-Both are made again when an interrupted run goes on, which is quick beside a block, and written unless they are there.
+Both are made again when an interrupted run goes on, which takes little time, and written unless they are there.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def _loaded(linears: list[Linear], models: int) -> int:
 
 
 def _solving(linears: list[Linear], models: int) -> int:
-    """Bytes beside the weights while the linear that takes most is solved; towards a second model more."""
+    """Bytes on top of the weights while the linear that takes most is solved; towards a second model more."""
     crossed = models - 1
     sizes = [(HESSIANS + crossed) * x.columns**2 + crossed * x.rows * x.columns for x in linears]
     sizes += [(2 + crossed) * x.columns**2 + (COPIES + 2 * crossed) * x.rows * x.columns for x in linears]

@@ -1,7 +1,7 @@
 """Measure what a compression cost on its own calibration text: KL to the original, and perplexity before and after.
 
 The compressed model's side comes out of the block loop that solved it, so only its head is still to be computed; the
-original's stands beside it where the loop is paired, and else takes a run over the few samples that are judged. The
+original's is stored with it where the loop is paired, and else takes a run over the few samples that are judged. The
 methods have seen this text, so other text costs more: it is a lower bound, and enough to warn by.
 """
 

@@ -42,7 +42,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _says_one_thing(self) -> Scheme:
         if self.keep and self.given:
-            raise DscError(f"keep: true beside {', '.join(self.given)}", "a weight that is kept has no grid")
+            raise DscError(f"keep: true with {', '.join(self.given)}", "a weight that is kept has no grid")
         if not self.keep and not self.given:
             raise DscError(f"{self} changes nothing", "give num_bits, group_size, symmetric or keep: true")
         return self
@@ -83,7 +83,7 @@ class Override(Scheme, frozen=True):
 
 
 def build_all(values: Any) -> Any:
-    """Return what stands in a recipe -> overrides; every mistake in one of them is told with its place."""
+    """Return what stands in a recipe -> overrides; every mistake is reported with its place."""
     if not isinstance(values, (list, tuple)):
         return values
     found, problems = [], []

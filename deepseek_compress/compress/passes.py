@@ -19,7 +19,7 @@ from deepseek_compress.planning.rates import rates
 LINEAR = 3e-3  # seconds of a linear in a pass, whatever its size: calls, and its part of files; by experience
 DECODED = 10  # bytes touched for a weight that is read and decoded
 HASHED = 6  # bytes that are hashed while a weight is packed, by experience
-COLUMN = 1.7e-4  # seconds that a sparse solution takes for a column beside a rounding, by experience: calls of torch
+COLUMN = 1.7e-4  # seconds that a sparse solution takes for a column on top of a rounding, by experience: calls of torch
 
 
 def foreseen(

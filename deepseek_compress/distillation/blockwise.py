@@ -1,6 +1,6 @@
 """Recovery block by block: what may move of one block at a time, until its outputs are the original's again.
 
-For block l with the changed model's stream h as input and the original's h* beside it, what is trained lowers
+For block l with the changed model's stream h as input and the original's h*, what is trained lowers
 
     sum over tokens of |block_l(h) - block*_l(h*)|^2 / |block*_l(h*)|^2
 

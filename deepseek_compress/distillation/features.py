@@ -3,7 +3,7 @@
 `hidden_states` and `contrastive` compare through a learned projection W (teacher's width, student's width), the
 identity at first, so that they are 0 (hidden states) or what the teacher has with itself (contrastive) for a student
 that is the teacher. With views of two texts and more a contrastive loss can be lower than that: it is the one loss here
-whose minimum is not the teacher, and it belongs beside one of the divergences.
+whose minimum is not the teacher, and it belongs with one of the divergences.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class HiddenStates(Loss, frozen=True):
 
 
 class Router(Loss, frozen=True):
-    """KL between the shares that the two routers give the experts, block by block."""
+    """KL between the gate weights of the two routers, block by block."""
 
 
 class Contrastive(Loss, frozen=True):

@@ -41,7 +41,7 @@ class Keeper:
         return state
 
     def save(self, state: State) -> None:
-        """Write `state` beside, then rename, if the last save is long enough ago."""
+        """Write `state` to a temporary file, then rename, if the last save is long enough ago."""
         began = time.monotonic()
         if began - self._saved < self._wait:
             return

@@ -53,9 +53,9 @@ class LiveTeacher:
 
 
 class JointTeacher(LiveTeacher):
-    """A teacher that is trained beside the student, on the text itself and on what looks inside both."""
+    """A teacher that is trained with the student, on the text itself and on what looks inside both."""
 
-    PREFIX = "teacher/"  # of its weights among what is learned beside the student's
+    PREFIX = "teacher/"  # of its weights among what is learned with the student's
 
     def leaves(self) -> dict[str, Tensor]:
         """Its floating-point weights by the names under which they are learned."""

@@ -88,7 +88,7 @@ class State:
 
     step: int
     weights: dict[str, Tensor]
-    projections: dict[str, Tensor]  # and what else is learned beside the weights: scales of packed ones
+    projections: dict[str, Tensor]  # and what else is learned: scales of packed ones
     optimizer: dict[str, Any]
     losses: list[float] = field(default_factory=list)
     validations: list[Measured] = field(default_factory=list)

@@ -25,7 +25,7 @@ class View:
 
     final: Tensor  # (N, hidden), the input of the head
     hidden: list[Tensor] = field(default_factory=list)  # (N, hidden) after each block, where asked for
-    routers: dict[int, Tensor] = field(default_factory=dict)  # layer -> float32 (N, experts), shares that add up to one
+    routers: dict[int, Tensor] = field(default_factory=dict)  # layer -> float32 (N, experts), gate weights
 
 
 def view(

@@ -21,7 +21,7 @@ from deepseek_compress.numerics import MIGRATION, WEIGHTS, WeightQuantizer
 from deepseek_compress.numerics.knapsack import assign
 from deepseek_compress.numerics.migration import Migration
 
-ENTRY = 128  # bytes that a stored part takes in the header of its file, beside its name
+ENTRY = 128  # bytes that a stored part takes in the header of its file, besides its name
 PARTS = 4  # of a packed weight
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

@@ -8,7 +8,7 @@ With p the reference's and q the model's distribution after the same tokens, per
 
 Distributions are computed in float64 from float32 logits, a few thousand rows at a time, so that the largest
 vocabulary fits. The reference runs once: what enters its head is spooled to a folder, its head stays in memory, and
-its logits are computed again beside each model's. From the same pass comes the error by layer, ||h - h'|| / ||h||
+its logits are computed again with each model's. From the same pass comes the error by layer, ||h - h'|| / ||h||
 over all tokens of the batches that were kept, h the hidden state after a block.
 
 Left out: nothing is sampled and no position is skipped; padding is at the right, where causal attention never sees it.

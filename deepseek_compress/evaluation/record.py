@@ -85,7 +85,7 @@ def evaluate(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the record of `models` (name -> directory, in the order of the pipeline) and of `ablations` beside them.
+    """Return the record of `models` (name -> directory, in the order of the pipeline) and of `ablations`.
 
     `reference` is a name of `models`, or None: then nothing is compared. `work`: a directory from which an interrupted
     streamed evaluation goes on. Raises `Problems` before anything is computed.

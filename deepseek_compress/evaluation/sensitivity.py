@@ -92,7 +92,7 @@ def measure(search: Search, pool: Pool, progress: Progress) -> list[list[float]]
     """Return the loss of each choice at each of its options, nats a position; goes on where an interrupted run
     stopped."""
     layers = len(search.architecture.blocks)
-    # Of each block: every option runs through it and all that follow; beside that, the original's run is nothing
+    # Of each block: every option runs through it and all that follow; the original's run costs little in comparison
     work = [sum(len(search.choices[at].options) for at in search.at(n)) * (layers - n) for n in range(layers)]
     run_original(search, pool, lambda done, _, note: progress(0, sum(work), note))
     tasks = [layer for layer in range(layers) if kept(_losses_file(search, layer)) is None]
@@ -114,7 +114,7 @@ def _losses_file(search: Search, layer: int) -> Path:
 def cost(cfg: ModelConfig, choices: Sequence[Choice], judging: int, fitting: int) -> tuple[Memory, Work, int]:
     """From shapes: memory of a task, work of all tasks, bytes of the stores; of so many tokens that judge and fit.
 
-    A task holds a block, a changed unit beside it, the Hessians of the block with what factoring the largest takes, and
+    A task holds a block, a changed unit, the Hessians of the block with what factoring the largest takes, and
     the states of all its variants.
     """
     layers: dict[int, list[Choice]] = {}

@@ -1,6 +1,6 @@
 """The figures of `divergence` for models that do not fit into memory: all of them advance together, block by block.
 
-Everything is teacher-forced: the tokens are given, nothing is generated. Models of the reference's depth run beside it;
+Everything is teacher-forced: the tokens are given, nothing is generated. Models of the reference's depth run with it;
 one of another depth runs by itself, and only what enters the heads is compared.
 """
 
@@ -36,7 +36,7 @@ from deepseek_compress.streaming.predict import predictions
 from deepseek_compress.workers import open_pool
 
 ROOM = 0.8  # share of the memory that a model in memory may take
-WHOLE = 1_500_000_000  # bytes beside its weights: libraries, a batch, its logits
+WHOLE = 1_500_000_000  # bytes besides its weights: libraries, a batch, its logits
 
 
 class Subject(NamedTuple):

@@ -238,7 +238,7 @@ def hidden_name(layer: int) -> str:
 
 
 def embed(build: Build) -> str:
-    """(B, S) tokens -> (B S, hidden), or that many equal streams beside each other."""
+    """(B, S) tokens -> (B S, hidden), or that many equal streams side by side."""
     g, name = build.graph, module_of(build.cfg.names.embedding)[0]
     if build.embedding_bits == 8:
         table, scale, zero = nbits_weight(build, f"{name}.weight", rounded_table(build.checkpoint, name))

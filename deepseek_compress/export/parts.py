@@ -187,6 +187,6 @@ def _rows(part: onnx.ModelProto, table: str, start: int, count: int) -> onnx.Mod
 
 
 def _bytes(tensor: TensorProto) -> int:
-    """Of a tensor's data, in the file or beside it."""
+    """Of a tensor's data, in the file or in an external one."""
     external = {entry.key: entry.value for entry in tensor.external_data}
     return int(external["length"]) if "length" in external else tensor.ByteSize()

@@ -1,4 +1,4 @@
-"""Run an exported ONNX file in onnxruntime beside the runtime it was made from, on text where there is some.
+"""Compare an exported ONNX file in onnxruntime with the runtime it was made from, on text where there is some.
 
 Two questions, since rounding is not continuous (see `rounding`). p is the runtime without 8-bit activations, its tables
 rounded as the file rounds them; KL is in nats a position.

@@ -95,7 +95,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """Return the tokenizer beside a checkpoint whose embedding has `size` rows; rows without a token are unused ones.
+    """Return the tokenizer of a checkpoint whose embedding has `size` rows; rows without a token are unused ones.
 
     Raises `DscError` for a tokenizer that is neither byte-level BPE nor whole words, or is cut in a way that llama.cpp
     has no known name for.

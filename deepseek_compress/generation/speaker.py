@@ -67,7 +67,7 @@ class Speaker(ABC):
 
 
 class Local(Speaker):
-    """A backend in this process with the tokenizer beside it."""
+    """A backend in this process with its tokenizer."""
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer, note: str = "") -> None:
         self.backend, self.tokenizer, self.note = backend, tokenizer, note

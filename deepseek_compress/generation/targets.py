@@ -6,7 +6,7 @@
 | a directory of target onnx or onnxruntime, or its model.onnx | onnxruntime |
 | a directory of target genai | onnxruntime-genai; onnxruntime where that is not installed |
 | a .gguf file, or a directory with one | llama.cpp |
-| a directory of target tensorrt-rtx or tensorrt | the engine where a GPU is, else the graph beside it |
+| a directory of target tensorrt-rtx or tensorrt | the engine where a GPU is, else the graph in the same directory |
 | http://HOST:PORT | that OpenAI-compatible server |
 """
 
@@ -74,7 +74,7 @@ def written_for(folder: Path) -> str | None:
 def _tokenizer(folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise DscError(
-            f"{folder}: no tokenizer.json beside the model", "export it again, or copy the checkpoint's there"
+            f"{folder}: no tokenizer.json next to the model", "export it again, or copy the checkpoint's there"
         )
     return load_tokenizer(folder)
 
@@ -107,7 +107,7 @@ def _engine(folder: Path, asked: bool, threads: int) -> Speaker:
     if problem is not None and (asked or not (folder / ONNX).is_file()):
         raise problem
     if problem is not None:
-        return _onnx(folder / ONNX, threads, f"{problem.what}: the graph beside the engine runs in onnxruntime")
+        return _onnx(folder / ONNX, threads, f"{problem.what}: the graph next to the engine runs in onnxruntime")
     runner, tokenizer = EngineRunner(folder / ENGINE), _tokenizer(folder)
     context = min(runner.most, _context(tokenizer) or runner.most)
     return Local(GraphBackend(runner, context, runner.chunk), tokenizer)

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: no half characters, and what stands in <think> ... </think> told from the answer."""
+"""Tokens to text as they come: no half characters, and what stands in <think> ... </think> apart from the answer."""
 
 from __future__ import annotations
 
@@ -50,27 +50,29 @@ class Thoughts:
 
     def __init__(self, opened: bool = False) -> None:
         self._inside = opened
-        self._held = ""  # may be the beginning of a tag
+        self._pending = ""  # may be the beginning of a tag
 
     def add(self, text: str) -> Iterator[Piece]:
         """Yield the pieces that are certain by now."""
-        self._held += text
+        self._pending += text
         while True:
             tag = CLOSE if self._inside else OPEN
-            at = self._held.find(tag)
+            at = self._pending.find(tag)
             if at < 0:
                 break
-            yield from _piece(self._held[:at], self._inside)
+            yield from _piece(self._pending[:at], self._inside)
             yield Piece(tag, True)
-            self._held, self._inside = self._held[at + len(tag) :], not self._inside
-        keep = next((n for n in range(min(len(tag) - 1, len(self._held)), 0, -1) if tag.startswith(self._held[-n:])), 0)
-        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+            self._pending, self._inside = self._pending[at + len(tag) :], not self._inside
+        keep = next(
+            (n for n in range(min(len(tag) - 1, len(self._pending)), 0, -1) if tag.startswith(self._pending[-n:])), 0
+        )
+        certain, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
         yield from _piece(certain, self._inside)
 
     def end(self) -> Iterator[Piece]:
         """Yield what was held back."""
-        yield from _piece(self._held, self._inside)
-        self._held = ""
+        yield from _piece(self._pending, self._inside)
+        self._pending = ""
 
 
 def _piece(text: str, thought: bool) -> Iterator[Piece]:

@@ -58,7 +58,7 @@ def attend(
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """float32 (B, H, T, S), float64 of such scores; with `sinks` a row's shares add up to less than one."""
+    """float32 (B, H, T, S), float64 of such scores; with `sinks` a row's weights add up to less than one."""
     kind = wide_type(scores)
     if sinks is None:
         return torch.softmax(scores, dim=-1, dtype=kind)

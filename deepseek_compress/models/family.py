@@ -133,7 +133,7 @@ class Family:
         return {}
 
     def ignored(self) -> tuple[str, ...]:
-        """Patterns of modules that servers are told to leave as they are, see `untouched`."""
+        """Patterns of modules that config.json tells servers to leave as they are, see `untouched`."""
         return ()
 
     def without_drafts(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _index_keys(cfg: ModelConfig, indexer: Indexer, weights: Weights, x: Tensor,
 
 
 def _rotate_front(cfg: ModelConfig, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # The indexer pairs channel i with i + dim/2, unlike the attention beside it
+    # The indexer pairs channel i with i + dim/2, unlike the attention
     half, dim = cfg.rope.dim // 2, cfg.rope.dim
     first, second = x[..., :half], x[..., half:dim]
     rotated = (first * cos - second * sin, second * cos + first * sin, x[..., dim:])

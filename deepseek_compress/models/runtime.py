@@ -46,7 +46,7 @@ class Model:
         self.kv_cache = kv_cache
         self.int8 = scheme is not None and scheme.attention
         if self.int8 and kv_cache is not None and kv_cache.window is not None:
-            raise DscError("kv_cache.window beside attention in 8 bits", "leave window, or attention, out")
+            raise DscError("kv_cache.window with attention in 8 bits", "leave window, or attention, out")
         if self.int8 and cfg.compressed is not None:
             what = f"attention: {cfg.model_type} has sinks and entries of many tokens, whose products stay 16-bit here"
             raise DscError(what, "leave attention out of the activations")

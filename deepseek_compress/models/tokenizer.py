@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the files beside a checkpoint; no code of the checkpoint is ever run."""
+"""Text to token ids and back, from the files of a checkpoint; no code of the checkpoint is ever run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tokenizer:
         self.path = path
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise DscError(f"{file}: no such file", "a tokenizer.json must lie beside the checkpoint")
+            raise DscError(f"{file}: no such file", "put the model's tokenizer.json there")
         content = read_bytes(file)
         with _library_errors(str(file)):
             self._fast = Fast.from_buffer(content)
@@ -134,7 +134,7 @@ class Tokenizer:
             return PreTrainedTokenizerFast.from_pretrained(str(self.path))
 
     def document(self, name: str) -> dict[str, Any]:
-        """Return a JSON file beside the tokenizer; nothing in it where there is none. Raises DscError for what is no
+        """Return a JSON file of the tokenizer's directory, empty where there is none. Raises DscError for invalid
         JSON."""
         file = self.path / name
         return read_json(file) if file.is_file() else {}
@@ -153,5 +153,5 @@ def _library_errors(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer beside the checkpoint at `path`. Raises DscError where there is none."""
+    """Return the tokenizer of the checkpoint at `path`. Raises DscError where there is none."""
     return Tokenizer(Path(path))

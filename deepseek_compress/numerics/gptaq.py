@@ -39,7 +39,7 @@ class Gptaq(Gptq, frozen=True):
     largest: int | None = Field(None, ge=1)  # weights of a model: a larger one is not corrected; null: any is
 
     def uncorrected(self) -> Gptq:
-        """GPTQ with the same knobs: without a second model beside it, at half the time and a third of the memory."""
+        """GPTQ with the same knobs: without a second model, at half the time and a third of the memory."""
         return Gptq.model_validate(self.model_dump(include=set(Gptq.model_fields)))
 
     def decided(self, weight: Tensor, statistics: Statistics) -> Gptaq:

@@ -55,7 +55,7 @@ class KvRounding(BaseModel, frozen=True, extra="forbid"):
     delta: bool = False  # keys as differences between neighbouring tokens
     window: int | None = Field(None, ge=1)  # newest tokens that are kept; None: all tokens are
     sinks: int = Field(4, ge=0)  # first tokens that are kept, with a window
-    important: int = Field(0, ge=0)  # tokens beside them that are kept, by the attention they got
+    important: int = Field(0, ge=0)  # further tokens that are kept, by the attention they got
     rest: Literal[0, 4] = 0  # bits of all others; 0: dropped
 
     @model_validator(mode="after")
@@ -63,7 +63,7 @@ class KvRounding(BaseModel, frozen=True, extra="forbid"):
         if self.window is None and (self.important or self.rest or self.num_bits == 16):
             raise DscError("kv_cache: important, rest and num_bits: 16 go with a window", "give window")
         if self.rest and self.num_bits != 8:
-            raise DscError(f"kv_cache: rest: 4 beside {self.num_bits} bits", "set num_bits: 8, two layers of 4")
+            raise DscError(f"kv_cache: rest: 4 with {self.num_bits} bits", "set num_bits: 8, two layers of 4")
         if self.delta and (self.num_bits == 16 or (self.window is not None and not self.rest)):
             raise DscError(
                 "kv_cache: differences to tokens that are dropped, or to none", "set rest: 4, or delta: false"

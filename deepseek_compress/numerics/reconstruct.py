@@ -4,7 +4,7 @@ A linear is to give on its inputs x, now those of the sparse model, what the ori
 `E = tr((T - V) H (T - V)^T)` with H = sum x x^T and the target T of `gptaq.corrected`, over all V with two zeros in
 every four. SparseGPT goes through the columns once, and never returns to a mask it chose before it knew what the later
 columns would lose. Here its answer is only the start. With all other columns held, E as a function of four weights v
-beside each other is `v^T A v - 2 b^T v`, A the 4 x 4 block of H on the diagonal and b = G + A v with G = H (T - V)^T.
+next to each other is `v^T A v - 2 b^T v`, A the 4 x 4 block of H on the diagonal and b = G + A v with G = H (T - V)^T.
 Each of the six masks keeps two of them, whose best values are a 2 x 2 system: so the best mask of a four and its
 weights are found exactly, and no step can raise E. A is the same for all rows, hence so are the six inverses; a sweep
 over the columns costs `rows columns^2` multiply-adds, about as much as SparseGPT itself.

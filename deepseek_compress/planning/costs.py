@@ -17,7 +17,7 @@ BEGINNING = 2_000_000_000  # weights that are packed while workers begin
 
 
 class Memory(NamedTuple):
-    """Bytes at the peak, beside the libraries."""
+    """Bytes at the peak, libraries not counted."""
 
     alone: int  # of what this process does by itself
     resident: int = 0  # what it holds while workers compute

@@ -184,7 +184,7 @@ def _steps(top: _Top, document: Document) -> list[Step]:
 
 @contextmanager
 def _collect(problems: list[DscError], document: Document, place: Sequence[str | int]) -> Iterator[None]:
-    """Give a `DscError` inside joins `problems`, with the line of `place` unless it has its own."""
+    """Add a `DscError` raised inside to `problems`, with the line of `place` unless it has its own."""
     try:
         yield
     except Problems as error:
@@ -245,7 +245,7 @@ def _stage(document: Document, place: tuple[str | int, ...], kind: str, knobs: d
 def _mistakes(
     document: Document, place: tuple[str | int, ...], component: type[Stage], kind: str, knobs: dict[str, Any]
 ) -> Iterator[DscError]:
-    """Of each knob by itself, since `pick` in a validator ends the search at the first; with none, what is missing."""
+    """Yield the mistakes of each knob by itself, since `pick` in a validator stops at the first; then missing knobs."""
     tag = {key: value for key, value in knobs.items() if key == component.tag}
     for given in ({}, *({**tag, key: value} for key, value in knobs.items())):
         try:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MARKERS = "os^DvphX"  # every series has its own shape, because colour alone does not reach every reader
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # a second and third round of the colours
-NAMED = 8  # points that have their names beside them; more are told by the list below and by pointing
+NAMED = 8  # points that are labelled; more are named by the list below and by pointing
 MARKED = 400  # points of lines that have marks of their own
 LEVELS = 8  # shades of the experts' cells
 
@@ -224,7 +224,7 @@ def _detail(model: Model, axis: Axis, across: Across) -> str:
 def _names(
     record: Record, axes: Axes, points: Sequence[Model], places: Mapping[str, tuple[float, float]], axis: Axis
 ) -> None:
-    """Every point's name beside it, where it covers least. A point on the lower edge says how far below it lies."""
+    """Label every point where the label covers least. A point on the lower edge says how far below it lies."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 

@@ -25,8 +25,8 @@ ARTIFACT = ("name", "target", "path", "bytes", "status")
 def write(record: Record, path: Path) -> list[Path]:
     """Write `path` with the suffixes .json, .md and .html, and .csv where `path` has it. Returns the paths.
 
-    Each is written beside and renamed. Raises `ValueError` for a record that lacks a key or holds an infinity: a defect
-    of ours, never the user's.
+    Each is written to a temporary file and renamed. Raises `ValueError` for a record that lacks a key or holds an
+    infinity: a defect of ours, never the user's.
     """
     missing = lacking(record)
     if missing:
@@ -47,7 +47,7 @@ def write(record: Record, path: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read the record of a report.json, of the one beside a .html or .md, or of another harness's log.
+    """Read the record of a report.json, of the one next to a .html or .md, or of another harness's log.
 
     Raises `DscError` where there is none.
     """

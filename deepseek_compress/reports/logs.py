@@ -1,7 +1,7 @@
 """Logs of other harnesses as records: lm-evaluation-harness's results_*.json and Inspect's .json or .eval.
 
 Each log is one model. A task is a family of problems; exact match is the mean over all problems, whatever task they are
-of. Where a log has every problem's score (lm-eval writes samples_*.jsonl beside with --log_samples), models can be
+of. Where a log has every problem's score (lm-eval writes samples_*.jsonl too with --log_samples), models can be
 compared problem by problem: `paired` does that against the first log.
 
 Left out: what such a log says besides scores. Tasks without a score of right or wrong (perplexity, BLEU) are named in a
@@ -101,7 +101,7 @@ def _harness(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _samples(path: Path, task: str, metric: str, chosen: str) -> dict[str, float]:
-    """Read the score of each problem from samples_TASK_*.jsonl beside the results; nothing where there is none."""
+    """Read the score of each problem from samples_TASK_*.jsonl next to the results; nothing where there is none."""
     files = sorted(file for file in path.parent.glob("samples_*.jsonl") if file.name.startswith(f"samples_{task}_"))
     same = [file for file in files if file.stem.rpartition("_")[2] == path.stem.partition("_")[2]] or files[-1:]
     if not same:
@@ -163,7 +163,7 @@ def paired(records: Sequence[dict[str, Any]]) -> None:
     """
     found = [(record, record.pop(SCORES)) for record in records if SCORES in record]
     for record, _ in found[0 if len(found) < len(records) else 1 :]:
-        record["reference"] = None  # a log stands beside; the first of nothing but logs is what they are compared with
+        record["reference"] = None  # a log is among them; the first of nothing but logs is what they are compared with
     if len(found) < 2 or len(found) < len(records):
         return
     first, theirs = found[0]

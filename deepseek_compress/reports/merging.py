@@ -18,7 +18,7 @@ SAME = ("suite", "text", "machine", "versions")  # what must agree before number
 
 
 def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
-    """Read the report.json files at `paths`, write one report to `out` (.html or .csv, with .json and .md beside).
+    """Read the report.json files at `paths`, write one report to `out` (.html or .csv, with .json and .md).
 
     Returns the record; `out` None writes nothing. Raises `DscError` for a file that is no report, for none at all, and
     where `out` is one of the inputs, or a page that `dsc` did not write.

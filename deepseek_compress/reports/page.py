@@ -93,7 +93,7 @@ def _model(
             "known": cell.value != table.UNKNOWN,
             "strong": column.key == "exact_match" and proof.beyond_noise(model),
         })  # fmt: skip
-    about = model.get("about") or {"reference": "reference", "ablation": "beside the pipeline"}.get(kind, "")
+    about = model.get("about") or {"reference": "reference", "ablation": "outside the pipeline"}.get(kind, "")
     return {
         "kind": kind, "name": model["name"], "about": about, "cells": cells,
         "swatch": charts.swatch(charts.series(record)[model["name"]], ablation),
@@ -101,7 +101,7 @@ def _model(
 
 
 def _answers(record: Record) -> dict[str, Any]:
-    """Render the tables of what the answers prove, and those that changed, the model's beside the reference's."""
+    """Render the tables of what the answers prove, and those that changed, the model's with the reference's."""
     sections = {**proof.SECTIONS, **errors.SECTIONS, **safety.SECTIONS}
     proofs = [(title, make(record), caption) for title, (make, caption) in sections.items()]
     flips = []
@@ -202,7 +202,7 @@ def _both(
 ) -> dict[str, Markup | bool | None] | None:
     """Join the wide and the narrow variant; the style sheet shows one of them, and only that one is read out.
 
-    `crowded`: the wide one has no names beside its marks either, so that the list below is needed.
+    `crowded`: the wide one has no labels either, so that the list below is needed.
     """
     wide, narrow = draw(WIDE, f"{key}-wide"), draw(NARROW, f"{key}-narrow")
     return {"wide": wide, "narrow": narrow, "crowded": crowded} if wide else None

@@ -183,7 +183,7 @@ def not_measured(record: Record) -> list[str]:
 
 
 def everything(record: Record) -> list[Model]:
-    """Models in the order of the pipeline, then the ablations that stand beside it."""
+    """Models in the order of the pipeline, then the ablations."""
     return [*record["models"], *(record.get("ablations") or [])]
 
 

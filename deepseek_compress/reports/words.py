@@ -27,7 +27,7 @@ def verdict(record: Record) -> str:
         parts.append(f"keeps {kept.value} of its exact match{_of_interval(kept.interval)}")
     elif agreement is not None:
         parts.append(f"agrees with {reference['name']} on {table.percent(agreement)} of the next tokens")
-    said = f"{last['name']} {' and '.join(parts) or 'was evaluated beside ' + reference['name']}."
+    said = f"{last['name']} {' and '.join(parts) or 'was evaluated with ' + reference['name']}."
     other = f"{last['name']} has another tokenizer"  # so that its answers are all that can be compared
     noted = next((note for note in record.get("notes") or [] if other in note), None)
     return " ".join(filter(None, [said, proof.floor(record) or proof.certain(last), noted]))
@@ -86,7 +86,7 @@ def subject(record: Record) -> str:
     models = len(record["models"])
     line = f"Compression report · {models} model{'' if models == 1 else 's'}"
     if record.get("ablations"):
-        line += f" and {len(record['ablations'])} beside the pipeline"
+        line += f" and {len(record['ablations'])} outside the pipeline"
     return line + (f" · reference {record['reference']}" if record.get("reference") else "")
 
 

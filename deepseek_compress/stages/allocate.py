@@ -2,7 +2,7 @@
 
 Each unit is stored alone at each option and the KL of the model's output is measured, or estimated from gradients; the
 assignment with the least sum that keeps to the target is found exactly (a multiple-choice knapsack), and measured as a
-whole. It is written as a plain recipe for `dsc quantize`, beside the table of what each unit loses.
+whole. It is written as a plain recipe for `dsc quantize`, with the table of what each unit loses.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ class Distill(Training, frozen=True):
         count = len(lesson.documents)
         lengths = [len(document.ids) for document in lesson.documents]
         few = sum(total <= HELD_BACK * self.batch_tokens for total in itertools.accumulate(reversed(lengths)))
-        held = min(max(1, few), math.ceil(self.validation * count), count - 1)
+        held_back = min(max(1, few), math.ceil(self.validation * count), count - 1)
         extra = {} if lesson.model is None else projections(self.losses, student.model.cfg, lesson.model.cfg)
         if isinstance(presented, LowRank):
             extra |= presented.leaves(seed)
@@ -242,7 +242,7 @@ class Distill(Training, frozen=True):
             optimizer=self.optimizer,
             freeze=self.freeze,
             prompt_weight=self.prompt_weight,
-            held_back=held,
+            held_back=held_back,
             patience=self.patience,
             seed=seed,
             on_policy=self.on_policy,

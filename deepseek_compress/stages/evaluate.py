@@ -37,7 +37,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
     writes: ClassVar[str] = "report"
     models: tuple[str, ...] = ()  # names of outputs in the order of the pipeline; empty: the input and every checkpoint
     reference: str | None = None  # a name of `models`; None: the first of them where there are several
-    ablations: tuple[str, ...] = ()  # reported beside the pipeline, not in it
+    ablations: tuple[str, ...] = ()  # reported apart from the pipeline
     suite: str | tuple[str, ...] = BUILTIN  # builtin, or .jsonl or .parquet files of questions
     instruction: str | None = None  # written after each question of a file
     shots: int = Field(0, ge=0)  # questions at the start of a file that are shown with their answers, and not asked
@@ -98,7 +98,7 @@ class Evaluate(Stage, frozen=True, extra="forbid"):
         return tuple(dict.fromkeys(named))
 
     def forecast(self, header: Header, samples: int, length: int) -> Forecast:
-        """For a reference of the same shapes beside the model; where both fit into memory that is not foreseen."""
+        """For a model and a reference of the same shapes; where both fit into memory that is not foreseen."""
         from deepseek_compress.evaluation import streamed
 
         windows, tokens = (self.windows, self.length) if self.text else (400, 64)

@@ -38,7 +38,7 @@ def saved_statistics(source: Checkpoint, context: Context, needs: frozenset[str]
 
 
 def saved_problems(source: Checkpoint, wanted: Calibration, needs: frozenset[str]) -> list[DscError]:
-    """In what the statistics that `wanted` names are not those of `source` and of the text named beside them."""
+    """In what the statistics that `wanted` names are not those of `source` and of the text named with them."""
     if wanted.statistics is None:
         return []
     found = open_statistics(Path(wanted.statistics))
@@ -72,7 +72,7 @@ def _other_model(found: SavedStatistics, source: Checkpoint) -> list[DscError]:
 
 
 def _other_text(found: SavedStatistics, wanted: Calibration) -> list[DscError]:
-    """Return what is set beside `statistics` must be what they were made with."""
+    """Return problems where settings given with `statistics` differ from those they were made with."""
     recorded, here = found.manifest["calibration"], wanted.model_copy(update={"statistics": None}).document()
     pairs = {key: (recorded.get(key), here.get(key)) for key in ("samples", "length", "select")}
     pairs["sources"] = _named(recorded["sources"]), _named(source_facts(wanted))
@@ -93,6 +93,6 @@ def _named(sources: list[dict[str, Any]]) -> str:
 
 
 def tokenizer_hash(source: Checkpoint) -> str | None:
-    """BLAKE3 of the tokenizer beside a checkpoint; None where there is none."""
+    """BLAKE3 of the tokenizer of a checkpoint; None where there is none."""
     file = source.path / "tokenizer.json"
     return provenance.hash_file(file) if file.is_file() else None

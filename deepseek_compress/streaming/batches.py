@@ -17,7 +17,7 @@ class Batches:
     """tokens int64 (samples, length); `paired`: every sample stands there twice, and the two are never parted.
 
     Batches are read to `device`. `together`: batches that run as one, where each would read all experts of a block.
-    `size`: tokens of a batch, `BATCH_TOKENS` unless told.
+    `size`: tokens of a batch, `BATCH_TOKENS` by default.
     """
 
     def __init__(

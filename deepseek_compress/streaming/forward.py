@@ -42,7 +42,7 @@ def run_block(
 ) -> dict[str, Any]:
     """Run block `layer` over `hidden`; with `following`, keep what it gives there. New weights go to `store`.
 
-    `routed` is told where the block's tokens go. Returns {"linears": [facts], "experts": {"tokens": [per expert],
+    `routed` is given where the block's tokens go. Returns {"linears": [facts], "experts": {"tokens": [per expert],
     "starved": [...]}}, the latter where there are any.
     """
     block = run.begin(layer, store)

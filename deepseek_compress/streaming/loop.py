@@ -1,4 +1,4 @@
-"""THE block loop: the only place that goes through a model's blocks and reads their weights.
+"""The block loop: the only place that goes through a model's blocks and reads their weights.
 
     read ahead -> visit (run, collect, act, write) -> advance -> free
 
@@ -68,7 +68,10 @@ class Visitor(Protocol):
 
 @dataclass(frozen=True)
 class Loop:
-    """tokens int64 (samples, length), every sample from position 0; with `paired` each stands there twice."""
+    """Carry the hidden states of a text through the blocks of each stream's model.
+
+    tokens: int64 (samples, length), every sample from position 0; with `paired` each sample is there twice.
+    """
 
     streams: tuple[Stream, ...]
     tokens: Tensor
@@ -114,8 +117,8 @@ class Loop:
         found: dict[int, Facts] = {}
         before = given or (self._inputs(left[0], left[0] == order[0], begin) if left else ())
         with ExitStack() as stack:
-            for its in self._architectures():
-                stack.enter_context(its.reading.of(its, [its.blocks[layer] for layer in left], self.here))
+            for model in self._architectures():
+                stack.enter_context(model.reading.of(model, [model.blocks[layer] for layer in left], self.here))
             for number, layer in enumerate(left, len(order) - len(left)):
                 progress(number, len(order), f"{self.note} {layer}")
                 if layer != left[-1]:
@@ -236,7 +239,7 @@ class Loop:
 
 
 def _read_ahead(blocks: Sequence[Block]) -> None:
-    """Ask the disk for the tensors of `blocks`, up to READ_AHEAD bytes, beside what this process computes."""
+    """Ask the disk for the tensors of `blocks`, up to READ_AHEAD bytes, while this process computes."""
     places = [
         place
         for block in blocks

@@ -38,7 +38,7 @@ def pairs(samples: int, device: torch.device | str = "cpu") -> Split:
 
 
 def alongside(tokens: Tensor, length: int) -> tuple[Tensor, int]:
-    """Return what an expert is given, for the rows `tokens` (n,) of a spool that routers sent it, and how many pairs
+    """Return what an expert is given, for the rows `tokens` (n,) of a store that routers sent it, and how many pairs
     that is.
 
     First each row of the compressed model and, next to it, the same token as the original has it, `length` rows on;

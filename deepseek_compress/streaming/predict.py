@@ -100,7 +100,7 @@ class _Together:
         }
 
     def _experts(self, at: Visit, routed: Mapping[int, Routing]) -> list[Choices | None]:
-        """Where each model's tokens go beside the first's; None of a block without experts, or with other ones."""
+        """Compare each model's choice of experts with the first's; None where they have none, or other ones."""
         counts = [run.architecture.blocks[at.layer].moe for run in self.runs]
         found: list[Choices | None] = [None] * len(self.runs)
         if self.compared is None or 0 not in routed:

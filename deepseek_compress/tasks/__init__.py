@@ -121,17 +121,17 @@ def verify(problem: Problem, completion: str) -> Verdict:
     end = words.index(END_THINK)
     answer = words[end + 1 :]
     steps = [step for step in programs.split(words[1:end], ";") if step]
-    held: list[list[str]] = []
+    valid: list[list[str]] = []
     wrong = None
     for number, step in enumerate(steps):
-        if _step_holds(problem, step, held, len(held)):
-            held.append(step)
+        if _step_holds(problem, step, valid, len(valid)):
+            valid.append(step)
         elif wrong is None:
             wrong = number
     right, expected = _right(problem, answer), problem.answer.split()
-    midway = not right and any(step[-len(expected) :] == expected for step in held)
+    midway = not right and any(step[-len(expected) :] == expected for step in valid)
     f1 = token_f1(answer, expected)
-    return Verdict(right, f1, len(held), len(steps), wrong, " ".join(answer) or None, midway)
+    return Verdict(right, f1, len(valid), len(steps), wrong, " ".join(answer) or None, midway)
 
 
 def token_f1(answer: list[str], reference: list[str]) -> float:
@@ -148,14 +148,14 @@ def _right(problem: Problem, answer: list[str]) -> bool:
     return " ".join(answer) in problem.meta.get("answers", ())
 
 
-def _step_holds(problem: Problem, step: list[str], held: list[list[str]], index: int) -> bool:
+def _step_holds(problem: Problem, step: list[str], valid: list[list[str]], index: int) -> bool:
     if "trace" in problem.meta:
         trace = problem.meta["trace"]
         return bool(index < len(trace) and " ".join(step) == trace[index])
     if problem.kind == "operator":
         return programs.tried(problem, step)
     if problem.family in ("mathematics", "programs"):
-        return mathematics.step_holds(problem, step, held)
+        return mathematics.step_holds(problem, step, valid)
     if problem.family == "commonsense":
-        return commonsense.step_holds(problem, step, held)
-    return adversarial.step_holds(problem, step, held)
+        return commonsense.step_holds(problem, step, valid)
+    return adversarial.step_holds(problem, step, valid)

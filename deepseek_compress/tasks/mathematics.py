@@ -101,8 +101,7 @@ def equation(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def comparison(rng: random.Random, difficulty: Difficulty) -> Problem:
-    """Return the second has so many times as many as the first, the third more or fewer than the second; how many in
-    all?"""
+    """Pose: the second has so many times as many as the first, the third more or fewer than that; how many in all?"""
     one, two, three = rng.sample(words.NAMES, 3)
     item = rng.choice(words.ITEMS)
     while True:
@@ -131,7 +130,7 @@ def comparison(rng: random.Random, difficulty: Difficulty) -> Problem:
 
 
 def step_holds(problem: Problem, step: Sequence[str], earlier: Sequence[Sequence[str]]) -> bool:
-    """Return True equation whose numbers are known: given in the prompt, or the value of an earlier step that held."""
+    """Whether a step is a true equation of known numbers: given in the prompt, or the value of an earlier step."""
     known = set(given(problem.prompt.split()))
     known.update(number(done[done.index("=") + 1 :]) for done in earlier)
     try:

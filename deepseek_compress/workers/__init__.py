@@ -1,4 +1,4 @@
-"""Where tasks are computed: in this process, in processes beside it, or on a Ray cluster.
+"""Where tasks are computed: in this process, in worker processes, or on a Ray cluster.
 
     with open_pool(shared, count) as pool:
         for result in pool.run(function, tasks): ...      # function(shared, task), results in the order of `tasks`
@@ -29,7 +29,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Handle = TypeVar("Handle")  # of a task that was started
 ATTEMPTS = 3  # times a task may lose its worker
-AHEAD = 2  # results that may wait for an earlier one, beside one a worker
+AHEAD = 2  # results that may wait for an earlier one, besides one a worker
 
 
 class Pool(Protocol):
@@ -68,7 +68,7 @@ def open_pool(
 ) -> Iterator[Pool]:
     """`count` processes here, or with `ray` (an address, "auto") every core of that cluster.
 
-    memory: bytes that a task needs beside the libraries; Ray places tasks by it. places: one process for each instead;
+    memory: bytes that a task needs besides the libraries; Ray places tasks by it. places: one process for each instead;
     with Ray there is one, what a task finds in its worker, where it has a GPU to itself.
     """
     if ray is not None:
@@ -143,7 +143,7 @@ class _Inline:
 
 
 class _Processes:
-    """Processes beside this one: `count`, or one for each of `places`."""
+    """Worker processes: `count`, or one for each of `places`."""
 
     here = False
 

@@ -175,7 +175,7 @@ def test_every_mistake_is_told_with_what_to_do(tiny_v3: Path) -> None:
     for line, what in (
         ("{modules: a, numbits: 3}", "mixed.yaml:8: overrides.0: unknown knob 'numbits'; did you mean 'num_bits'?"),
         ("{modules: a, num_bits: 9}", "mixed.yaml:8: overrides.0.num_bits"),
-        ("{modules: a, num_bits: 3, keep: true}", "keep: true beside num_bits"),
+        ("{modules: a, num_bits: 3, keep: true}", "keep: true with num_bits"),
         ("{modules: a}", "changes nothing"),
         ('{modules: "re:(", num_bits: 3}', "overrides.0: '(': missing )"),
         ("{num_bits: 3}", "overrides.0.modules: missing"),

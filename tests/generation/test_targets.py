@@ -194,7 +194,7 @@ def test_without_a_gpu_the_graph_beside_an_engine_answers(tmp_path: Path, tiny_l
     speaker = open_target(str(folder))
     assert isinstance(speaker, Local)
     assert speaker.backend.name == "onnxruntime"
-    assert "needs an NVIDIA GPU: the graph beside" in speaker.note
+    assert "needs an NVIDIA GPU: the graph next to" in speaker.note
     with pytest.raises(DscError, match="needs an NVIDIA GPU"):
         open_target(str(folder / "model.engine"))
 

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such target": (lambda d: open_file(str(d / "none")), "no such file or directory"),
     "a server that is down": (lambda d: open_file("http://127.0.0.1:9"), "start the server"),
     "a GGUF file": (lambda d: open_file(str(wrote(d, "a.gguf", "GGUF"))), "export it again"),
-    "a broken graph": (lambda d: open_file(str(wrote(d, "model.onnx", "x"))), "no tokenizer.json beside"),
+    "a broken graph": (lambda d: open_file(str(wrote(d, "model.onnx", "x"))), "no tokenizer.json next to"),
     "a report with NaN": (lambda d: compare([report(d, name=float("nan"))], None), "r.json"),
     "a report of no models": (lambda d: compare([report(d, models=3)], None), "models"),
     "another schema": (lambda d: compare([report(d, schema=9)], None), "this version reads 1"),

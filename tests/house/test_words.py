@@ -30,6 +30,7 @@ INSTEAD = {
 NAMES = {
     "drift": "cross_covariance", "owed": "residual_covariance", "told": "notes, describe", "turned": "rotated",
     "whole_number": "integer", "spool": "hidden_store", "spools": "stores",
+    "beside": "with, temporary", "held": "resident, valid", "observe": "collect, hook", "observing": "collecting",
 }  # fmt: skip
 LEFT = {"made", "a", "an", "the", "of", "return", "get", "this", "its", "it", "one", "all", "each", "build", "make"}
 

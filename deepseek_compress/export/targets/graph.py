@@ -37,7 +37,7 @@ Logits = Literal["all", "last"]
 
 
 class GraphTarget(Target, frozen=True, extra="forbid"):
-    """`verify` runs the file beside the runtime on `samples` texts, block by block where the model takes much memory.
+    """`verify` compares the file with the runtime on `samples` texts, block by block where the model takes much memory.
 
     None: unless a block takes more than there is.
 
@@ -100,7 +100,7 @@ class GraphTarget(Target, frozen=True, extra="forbid"):
         return found.facts()
 
     def _compared(self, source: Checkpoint, path: Path, job: Job) -> Agreement | None:
-        """In memory, or block by block; None where no block fits, which is told."""
+        """In memory, or block by block; None where no block fits, which is reported."""
         from deepseek_compress.evaluation.streamed import WHOLE, room
         from deepseek_compress.export.verify import random_prompts, verify
 

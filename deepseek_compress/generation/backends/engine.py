@@ -1,7 +1,7 @@
 """A TensorRT-RTX or TensorRT engine on an NVIDIA GPU, under the loop of `graph`.
 
 Caches stay on the GPU: what a call gives as present.* is bound as the next call's past.*. Where an engine has no room
-or was built for another GPU, that is told before it is loaded. Not measured: no machine with a GPU ran it.
+or was built for another GPU, that is reported before it is loaded. Not measured: no machine with a GPU ran it.
 """
 
 from __future__ import annotations
