@@ -120,18 +120,18 @@ def neurons(model: Model, batches: Sequence[Batch]) -> dict[tuple[int, str], Ten
     sums: dict[tuple[int, str], Tensor] = {}
     counts: dict[tuple[int, str], int] = {}
 
-    def watching(layer: int, downs: dict[str, str]) -> Callable[[str, Tensor], None]:
-        def observe(name: str, x: Tensor) -> None:
+    def hook_of(layer: int, downs: dict[str, str]) -> Callable[[str, Tensor], None]:
+        def hook(name: str, x: Tensor) -> None:
             if name in downs:
                 place, flat = (layer, downs[name]), x.flatten(0, -2)
                 sums[place] = sums.get(place, 0) + flat.abs().sum(0, dtype=torch.float32)
                 counts[place] = counts.get(place, 0) + len(flat)
 
-        return observe
+        return hook
 
     watched = Model(model.family, model.cfg, model.weights)
     downs = [ffn_downs(model.family, model.cfg, layer) for layer in range(model.cfg.num_hidden_layers)]
-    watched.blocks = [HookedWeights(model.blocks[i], watching(i, downs[i])) for i in range(len(downs))]
+    watched.blocks = [HookedWeights(model.blocks[i], hook_of(i, downs[i])) for i in range(len(downs))]
     for batch in batches:
         for row, size in enumerate(batch.sizes):  # one by one: padding would count too
             watched.hidden_states(batch.tokens[row : row + 1, :size])
