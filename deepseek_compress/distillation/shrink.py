@@ -196,8 +196,8 @@ def _cuts(
 
 
 def _most(scores: Tensor, count: int) -> Tensor:
-    """Places of the largest scores, in their old order; ties go to the earlier one."""
-    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
+    """Return the places of the largest scores of each row, in their old order; ties go to the earlier one."""
+    return torch.sort(scores, descending=True, stable=True).indices[..., :count].sort().values
 
 
 def any_experts(cfg: ModelConfig) -> dict[int, Tensor]:
@@ -226,8 +226,7 @@ def _kept_layers(cfg: ModelConfig, layers: int | None, scores: Tensor | None) ->
     rest = range(dense, cfg.num_hidden_layers)
     wanted = layers - dense
     if scores is not None:
-        best = torch.sort(scores[dense:], descending=True, stable=True).indices[:wanted] + dense
-        return [*range(dense), *sorted(best.tolist())]
+        return [*range(dense), *(_most(scores[dense:], wanted) + dense).tolist()]
     # evenly spaced, the last one always among them
     chosen = [rest[(index + 1) * len(rest) // wanted - 1] for index in range(wanted)]
     return [*range(dense), *chosen]
@@ -236,9 +235,8 @@ def _kept_layers(cfg: ModelConfig, layers: int | None, scores: Tensor | None) ->
 def _kept_experts(use: Tensor, experts: int, groups: int) -> list[int]:
     """Return the most used of each group, in their old order; ties go to the earlier one."""
     by_group = use.view(groups, -1)
-    order = torch.sort(by_group, dim=1, descending=True, stable=True).indices[:, : experts // groups]
     first = torch.arange(groups)[:, None] * by_group.shape[1]
-    kept: list[int] = (order.sort(dim=1).values + first).flatten().tolist()
+    kept: list[int] = (_most(by_group, experts // groups) + first).flatten().tolist()
     return kept
 
 
