@@ -70,17 +70,17 @@ def safe_environment() -> Iterator[None]:
 class Workers:
     """Processes of a fork server: it imports `preload` once, and the workers share its pages.
 
-    begin: called first in each of them, with a connection whose other end only this process holds, `arguments`, and one
-    of `own` that no other gets.
+    begin: called first in each of them, with `arguments` and one of `own` that no other gets. A worker is deaf to
+    Ctrl-C, which the terminal sends to all, since this process ends its workers; and it ends with this process.
     """
 
     def __init__(
         self,
         count: int,
         preload: Sequence[str],
-        begin: Callable[..., None],
-        arguments: Sequence[Any],
-        own: Sequence[Any],
+        begin: Callable[..., None] | None = None,
+        arguments: Sequence[Any] = (),
+        own: Sequence[Any] = (),
     ) -> None:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
@@ -121,9 +121,16 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _begin(begin: Callable[..., None], alive: Connection, arguments: Sequence[Any], own: SimpleQueue[Any]) -> None:
+def _begin(
+    begin: Callable[..., None] | None, alive: Connection, arguments: Sequence[Any], own: SimpleQueue[Any]
+) -> None:
     """Set up a worker process."""
-    begin(alive, *arguments, own.get())
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with(alive)
+    if begin is not None:
+        begin(*arguments, own.get())
 
 
 def lost() -> tuple[type[Exception], ...]:
@@ -149,7 +156,7 @@ def one_server() -> Iterator[None]:
         stop_server()
 
 
-def end_with(alive: Connection) -> None:
+def _end_with(alive: Connection) -> None:
     """End this process at once when nobody holds the other end of `alive` any more, whatever it computes.
 
     The fork server does not see to it: its workers hold the pipe by which it would notice.

@@ -7,7 +7,6 @@ step only gradients travel. The first process alone validates, saves and writes.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,8 +25,6 @@ from deepseek_compress.distillation.trainer import Trainer
 from deepseek_compress.errors import DscError
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     from deepseek_compress.stages.base import Context
 
 PATIENCE = timedelta(minutes=10)  # with a process that says nothing
@@ -94,9 +91,7 @@ def started(stage: Replicated, source: Path, context: Context, work: Path, steps
 _here: list[Any] = []  # in another process: its context, then its training too
 
 
-def _begin(alive: Connection, threads: int, context: Context) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the run itself ends the others
-    processes.end_with(alive)
+def _begin(threads: int, context: Context) -> None:
     torch.set_num_threads(threads)
     _here[:] = [context]
 

@@ -11,18 +11,14 @@ fast here as its 16-bit source. Engines have their own numbers.
 
 from __future__ import annotations
 
-import signal
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepseek_compress import processes
 from deepseek_compress.checkpoint import Checkpoint, open_checkpoint
 from deepseek_compress.errors import DscError
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 PROMPT, NEW, REPEATS = 256, 64, 3  # tokens of the prompt, tokens decoded, runs of which the median counts
 PATIENCE = 20.0  # seconds after which no further run is begun: a model that large needs no median
@@ -41,7 +37,7 @@ def speed_and_memory(path: Path, device: str = "cpu") -> dict[str, Any]:
 
     Raises `DscError` with what the process says where it fails (for instance for want of memory).
     """
-    worker = processes.Workers(1, [__name__, *_PRELOAD], _begin, [], [None])
+    worker = processes.Workers(1, [__name__, *_PRELOAD])
     try:
         return dict(worker.submit(measure, path.resolve(), PROMPT, NEW, device).result())
     except processes.lost():
@@ -54,12 +50,6 @@ def speed_and_memory(path: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 _PRELOAD = ("deepseek_compress.models.runtime", "deepseek_compress.planning.device")  # what `measure` imports
-
-
-def _begin(alive: Connection, nothing: None) -> None:
-    """Leave Ctrl-C to the run itself, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    processes.end_with(alive)
 
 
 def measure(path: Path, prompt: int = PROMPT, new: int = NEW, device: str = "cpu") -> dict[str, Any]:

@@ -11,19 +11,15 @@ of a module; `shared`, tasks and results travel by pickle, between processes of 
 from __future__ import annotations
 
 import itertools
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from deepseek_compress import machine, processes
 from deepseek_compress.errors import DscError
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -191,10 +187,8 @@ _PRELOAD = ("deepseek_compress.compress.convert",)  # what tasks import
 _given: list[Any] = []  # in a worker: what its tasks share, and its place
 
 
-def _begin(alive: Connection, shared: Any, place: Place | None) -> None:
-    """Make this process a worker: one thread, deaf to Ctrl-C, and dead when the run is, of whose process is `alive`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the run itself ends its workers
-    processes.end_with(alive)
+def _begin(shared: Any, place: Place | None) -> None:
+    """Make this process a worker: one thread, and what its tasks share."""
     become_worker()
     _given[:] = [shared, place]
 
