@@ -73,6 +73,7 @@ class Compress(Stage, frozen=True):
     kv_cache: KvRounding | None = None  # how keys and values are stored where the output is evaluated
     overrides: Annotated[tuple[Override, ...], BeforeValidator(build_all)] = ()  # the last that matches decides
     every_token_bits: int | None = Field(None, ge=2, le=8)  # of what every token of a mixture of experts goes through
+    attention_bits: int | None = Field(None, ge=2, le=8)  # of the linears of attention, of any model
     keep: tuple[Role, ...] = KEPT  # roles whose linears stay 16-bit; embedding and head have parts of their own
     mtp: Literal["keep", "drop"] = "keep"  # multi-token prediction blocks: kept in 16 bits, or left out
     vision: Literal["keep", "drop"] = "keep"  # what only images need: kept byte for byte, or left out
@@ -297,13 +298,21 @@ class Compress(Stage, frozen=True):
         return LinearSolver(chosen, self.sparsity, weights, self.min_tokens)
 
     def _overrides(self, architecture: Architecture) -> tuple[Override, ...]:
-        """Those of the recipe, after the one for what every token goes through: symmetric, as servers read 8 bits."""
-        if self.every_token_bits is None or self.weights is None or architecture.cfg.moe is None:
+        """Those of the recipe, after those for whole roles: symmetric, as servers read 8 bits."""
+        if self.weights is None:
             return self.overrides
-        roles = self._changed(architecture.header) & EVERY_TOKEN
-        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in architecture.linears(roles))
-        own = [Override(modules=tuple(names), num_bits=self.every_token_bits, symmetric=True)] if names else []
+        own = []
+        for bits, roles in self._bits_of_roles(architecture.cfg):
+            linears = architecture.linears(self._changed(architecture.header) & roles)
+            names = tuple(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in linears))
+            own += [Override(modules=names, num_bits=bits, symmetric=True)] if names else []
         return (*own, *self.overrides)
+
+    def _bits_of_roles(self, cfg: ModelConfig) -> list[tuple[int, frozenset[Role]]]:
+        """Bits, and the roles whose linears have them; the last that names a role decides."""
+        every_token = None if cfg.moe is None else self.every_token_bits
+        both = ((every_token, EVERY_TOKEN), (self.attention_bits, frozenset({Role.ATTENTION})))
+        return [(bits, roles) for bits, roles in both if bits is not None]
 
     def _decisions(self, architecture: Architecture) -> list[str]:
         """Say what was decided, and why, one line each."""
@@ -344,7 +353,7 @@ class Compress(Stage, frozen=True):
         assert self.activations is not None
         bits, symmetric = self.activations.num_bits, self.activations.symmetric
         weights = self.weights
-        mixed = bool(self.overrides) or (self.every_token_bits is not None and cfg.moe is not None)
+        mixed = bool(self.overrides) or bool(self._bits_of_roles(cfg))
         served = weights is not None and weights.symmetric and not mixed
         anywhere = symmetric and isinstance(self.activations, Dynamic)
         if served and (anywhere or (channels and cfg.moe is None)):

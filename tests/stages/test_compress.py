@@ -282,18 +282,23 @@ def test_only_as_much_text_is_used_as_is_enough(tiny_llama: Path, tiny_v3: Path,
     assert any(line.startswith("6 of 12 samples used") for line in spread.facts["decisions"])
 
 
-def test_what_every_token_goes_through_may_have_other_bits(tiny_v3: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    knobs = stage(weights={"rtn": {"group_size": 32}}, every_token_bits=8)
-    knobs = knobs.model_copy(
-        update={"overrides": tuple(build_all([{"modules": "*.0.self_attn.o_proj", "keep": True}]))}
+def test_whole_roles_may_have_other_bits(tiny_v3: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    keep = tuple(build_all([{"modules": "*.0.self_attn.o_proj", "keep": True}]))
+    every = stage(weights={"rtn": {"group_size": 32}}, every_token_bits=8).model_copy(update={"overrides": keep})
+    attention = every.model_copy(update={"every_token_bits": None, "attention_bits": 8})
+    cases = (
+        (every, tiny_v3, {"self_attn": 8, ".experts.": 5, "": 8}),
+        (every, tiny_llama, {"": 5}),
+        (attention, tiny_v3, {"self_attn": 8, "": 5}),
+        (attention, tiny_llama, {"self_attn": 8, "": 5}),
     )
-    for source, others in ((tiny_v3, 8), (tiny_llama, 4)):
-        out = knobs.run(open_checkpoint(source), Context("out", tmp_path / source.name, "stages: []\n", 0, {})).path
+    for number, (knobs, source, expected) in enumerate(cases):
+        out = knobs.run(open_checkpoint(source), Context("out", tmp_path / f"{number}", "stages: []\n", 0, {})).path
         layers = json.loads((out / "dsc_layers.json").read_text())["blocks"]
         bits = {linear["name"]: round(linear["bits"]) for block in layers for linear in block["linears"]}
         assert "model.layers.0.self_attn.o_proj" not in bits, "an override of the recipe has the last word"
-        assert {found for name, found in bits.items() if ".experts." not in name} == {others if others == 8 else 5}
-        assert {found for name, found in bits.items() if ".experts." in name} == ({5} if others == 8 else set())
+        for name, found in bits.items():
+            assert found == next(value for part, value in expected.items() if part in name), name
         assert Architecture.of(open_checkpoint(out)).problems() == []
 
 
