@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from deepseek_compress.models import Architecture, Block, Linear, Role
 from deepseek_compress.numerics.types import Sparsifier, WeightQuantizer
 
 CHANGEABLE = (Role.ATTENTION, Role.MLP, Role.EXPERT, Role.SHARED_EXPERT, Role.INDEXER, Role.ENGRAM)
+EVERY_TOKEN = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})  # what no router chooses
 GROUP_SIZES = (128, 64, 32)
 LEFT_AT_MOST = 0.01  # share of the weights that a chosen group size may leave in 16 bits
 PROVIDED = frozenset({"hessian", "input_absmax", "input_absmean", "cross_covariance", "half"})  # by the block loop
@@ -26,6 +28,18 @@ def packed_problems(header: Header, what: str) -> list[DscError]:
     if packed:
         return [DscError(f"{what}: {packed[0]} and others are packed already", "start from the 16-bit model")]
     return []
+
+
+def of_roles(
+    architecture: Architecture, changed: Collection[Role], bits: Sequence[tuple[int, frozenset[Role]]]
+) -> list[Override]:
+    """Give linears of whole roles bits of their own, symmetric, as servers read 8 bits; only those that change."""
+    found = []
+    for number, roles in bits:
+        names = (re.sub(r"\.\d+\.", ".*.", name) for name, _ in architecture.linears(roles.intersection(changed)))
+        if modules := tuple(dict.fromkeys(names)):
+            found.append(Override(modules=modules, num_bits=number, symmetric=True))
+    return found
 
 
 @dataclass(frozen=True)

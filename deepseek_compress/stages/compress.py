@@ -52,7 +52,6 @@ from deepseek_compress.streaming.hidden_store import scratch
 from deepseek_compress.workers import open_pool
 
 PARTS = ("rotation", "migration", "sparsity", "weights", "embedding", "head", "engram", "activations", "kv_cache")
-EVERY_TOKEN = frozenset({Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT})
 WORK = ".dsc_blocks"  # in the output directory, while a run is unfinished
 KEPT = (Role.ROUTER, Role.NORM, Role.EMBEDDING, Role.HEAD, Role.MTP, Role.INDEXER, Role.ENGRAM)
 
@@ -298,21 +297,14 @@ class Compress(Stage, frozen=True):
         return LinearSolver(chosen, self.sparsity, weights, self.min_tokens)
 
     def _overrides(self, architecture: Architecture) -> tuple[Override, ...]:
-        """Those of the recipe, after those for whole roles: symmetric, as servers read 8 bits."""
-        if self.weights is None:
-            return self.overrides
-        own = []
-        for bits, roles in self._bits_of_roles(architecture.cfg):
-            linears = architecture.linears(self._changed(architecture.header) & roles)
-            names = tuple(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in linears))
-            own += [Override(modules=names, num_bits=bits, symmetric=True)] if names else []
-        return (*own, *self.overrides)
+        """Those of the recipe, after those for whole roles."""
+        bits = () if self.weights is None else self._bits_of_roles(architecture.cfg)
+        return (*selection.of_roles(architecture, self._changed(architecture.header), bits), *self.overrides)
 
-    def _bits_of_roles(self, cfg: ModelConfig) -> list[tuple[int, frozenset[Role]]]:
-        """Bits, and the roles whose linears have them; the last that names a role decides."""
+    def _bits_of_roles(self, cfg: ModelConfig) -> tuple[tuple[int, frozenset[Role]], ...]:
         every_token = None if cfg.moe is None else self.every_token_bits
-        both = ((every_token, EVERY_TOKEN), (self.attention_bits, frozenset({Role.ATTENTION})))
-        return [(bits, roles) for bits, roles in both if bits is not None]
+        both = ((every_token, selection.EVERY_TOKEN), (self.attention_bits, frozenset({Role.ATTENTION})))
+        return tuple((bits, roles) for bits, roles in both if bits is not None)
 
     def _decisions(self, architecture: Architecture) -> list[str]:
         """Say what was decided, and why, one line each."""
@@ -352,8 +344,7 @@ class Compress(Stage, frozen=True):
         """Who rounds inputs as the scheme says. `channels`: weights have one scale a row."""
         assert self.activations is not None
         bits, symmetric = self.activations.num_bits, self.activations.symmetric
-        weights = self.weights
-        mixed = bool(self.overrides) or bool(self._bits_of_roles(cfg))
+        weights, mixed = self.weights, self.overrides or self._bits_of_roles(cfg)
         served = weights is not None and weights.symmetric and not mixed
         anywhere = symmetric and isinstance(self.activations, Dynamic)
         if served and (anywhere or (channels and cfg.moe is None)):

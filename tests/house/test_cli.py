@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -280,3 +281,16 @@ def test_facts_have_units_and_thousands() -> None:
         "status: checked",
         "loss: 0.1235",
     ]
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = importlib.import_module("deepseek_compress.cli.app")
+
+    monkeypatch.setattr(command, "app", lambda: None)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        command.main()
+        assert os.environ["OMP_WAIT_POLICY"] == expected
