@@ -1,4 +1,4 @@
-"""Importance of each layer, each routed expert and each channel of an MLP, measured on calibration text.
+"""Importance of each layer, routed expert, channel of an MLP and head of attention, measured on calibration text.
 
     influence   of a layer: mean over tokens of 1 - cos(h, h'), h what enters it and h' what leaves it
                 (ShortGPT, Men et al. 2024, arXiv 2403.03853)
@@ -7,8 +7,9 @@
     activation  of an expert: mean over the tokens routed to it of gate weight x norm of its output
                 (REAP, Lasby et al. 2025, arXiv 2510.13999)
     frequency   of an expert: how many tokens the router sends to it
-    neurons     of a channel between gate/up and down: mean magnitude of its activation x norm of its column of down
-                (Minitron, Muralidharan et al. 2024, arXiv 2407.14679, section 2.2, with what the channel adds to the
+    parts       of a channel between gate/up and down: mean magnitude of its activation x norm of its column of down;
+                of heads that share keys and values: the sum of that over their channels of o_proj's input
+                (Minitron, Muralidharan et al. 2024, arXiv 2407.14679, section 2.2, with what a channel adds to the
                 hidden state instead of the activation alone)
 
 All of it belongs to the text: measure on what the student is for.
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from deepseek_compress.distillation.documents import Batch
 from deepseek_compress.distillation.objective import pieces
-from deepseek_compress.distillation.shrink import ffn_downs
+from deepseek_compress.distillation.shrink import readers
 from deepseek_compress.distillation.views import view
 from deepseek_compress.models import moe
 from deepseek_compress.models.runtime import Model
@@ -112,33 +113,35 @@ def expert_use(model: Model, batches: Sequence[Batch], by: str) -> dict[int, Ten
 
 
 @torch.no_grad()
-def neurons(model: Model, batches: Sequence[Batch]) -> dict[tuple[int, str], Tensor]:
-    """Of each channel of each MLP and expert: {(layer, name of the MLP in its block): float32 (intermediate,)}.
+def parts(model: Model, batches: Sequence[Batch]) -> dict[tuple[int, str], Tensor]:
+    """Of each channel of each MLP and expert float32 (intermediate,), of the heads of each attention (shared keys,).
 
-    Where no token came by, the norms of `down` alone decide.
+    By layer and name in the block. Where no token came by, the norms of the columns alone decide.
     """
     sums: dict[tuple[int, str], Tensor] = {}
     counts: dict[tuple[int, str], int] = {}
 
-    def hook_of(layer: int, downs: dict[str, str]) -> Callable[[str, Tensor], None]:
+    def hook_of(layer: int, reading: dict[str, str]) -> Callable[[str, Tensor], None]:
         def hook(name: str, x: Tensor) -> None:
-            if name in downs:
-                place, flat = (layer, downs[name]), x.flatten(0, -2)
+            if name in reading:
+                place, flat = (layer, reading[name]), x.flatten(0, -2)
                 sums[place] = sums.get(place, 0) + flat.abs().sum(0, dtype=torch.float32)
                 counts[place] = counts.get(place, 0) + len(flat)
 
         return hook
 
     watched = Model(model.family, model.cfg, model.weights)
-    downs = [ffn_downs(model.family, model.cfg, layer) for layer in range(model.cfg.num_hidden_layers)]
-    watched.blocks = [HookedWeights(model.blocks[i], hook_of(i, downs[i])) for i in range(len(downs))]
+    reading = [readers(model.family, model.cfg, layer) for layer in range(model.cfg.num_hidden_layers)]
+    watched.blocks = [HookedWeights(model.blocks[i], hook_of(i, reading[i])) for i in range(len(reading))]
     for batch in batches:
         for row, size in enumerate(batch.sizes):  # one by one: padding would count too
             watched.hidden_states(batch.tokens[row : row + 1, :size])
     found = {}
-    for layer, names in enumerate(downs):
-        for down, mlp in names.items():
-            norms = model.blocks[layer][f"{down}.weight"].float().norm(dim=0)
-            place = (layer, mlp)
-            found[place] = (norms * sums[place] / counts[place] if place in sums else norms).cpu()
+    for layer, names in enumerate(reading):
+        for linear, part in names.items():
+            norms = model.blocks[layer][f"{linear}.weight"].float().norm(dim=0)
+            place = (layer, part)
+            added = (norms * sums[place] / counts[place] if place in sums else norms).cpu()
+            heads = linear == model.family.names.o
+            found[place] = added.view(model.cfg.num_key_value_heads, -1).sum(1) if heads else added
     return found

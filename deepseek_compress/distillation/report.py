@@ -25,6 +25,8 @@ def kept(student: Student, size: Size) -> Iterator[str]:
     if "width_kept" in student.facts:
         sizes = " and ".join(f"{name} {value}" for name, value in student.facts["width_kept"].items())
         yield f"channels that add most to the hidden state stay: {sizes}"
+    if "heads_kept" in student.facts:
+        yield f"{student.facts['heads_kept']} heads of attention stay, those that add most to the hidden state"
 
 
 def facts(state: State) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A smaller student from a teacher: fewer layers, fewer routed experts, narrower MLPs, everything else copied.
+"""A smaller student from a teacher: fewer layers, routed experts or heads, narrower MLPs, everything else copied.
 
 Which of them stay is measured on calibration text, see `importance`. The same number of experts stays in every routing
 group, since the router takes its groups from the order of the experts; all dense layers before them stay.
@@ -22,7 +22,7 @@ from deepseek_compress.models.config import Moe, Role
 
 UNIT = 128  # a width stays a multiple of this, which groups of quantisation divide; of less where it is small or odd
 _FFN = (Role.MLP, Role.SHARED_EXPERT, Role.EXPERT)
-Neurons = Mapping[tuple[int, str], Tensor]  # (layer, name of an MLP in its block) -> importance of its channels
+Importances = Mapping[tuple[int, str], Tensor]  # (layer, MLP or attention by its name) -> of its channels or heads
 
 
 class Origin(NamedTuple):
@@ -53,23 +53,29 @@ class Shrink(NamedTuple):
     layers: list[int]  # of the teacher that stay
 
 
-def problems(
-    family: Family,
-    cfg: ModelConfig,
-    experts: int | None,
-    layers: int | None,
-    width: float | None = None,
-    active: int | None = None,
-) -> list[DscError]:
+class Sizes(NamedTuple):
+    """What a student has; None: as many as its teacher."""
+
+    experts: int | None = None  # routed experts a layer
+    layers: int | None = None
+    width: float | None = None  # share of the channels of each MLP and expert
+    heads: int | None = None  # of the queries
+    active: int | None = None  # experts that run for a token
+
+
+def problems(family: Family, cfg: ModelConfig, wanted: Sizes) -> list[DscError]:
     """Return what is wrong with the sizes asked for."""
     found = []
-    moe = cfg.moe
-    if cfg.compressed is not None and (experts or layers or width or active):
+    moe, (experts, layers, _, heads, active) = cfg.moe, wanted
+    if cfg.compressed is not None and wanted != Sizes():
         what = f"distill: {family.model_type} cannot be made smaller"
-        found.append(DscError(what, "leave out experts, layers, width and active"))
+        found.append(DscError(what, f"leave out {', '.join(Sizes._fields)}"))
     if active is not None and (moe is None or active > moe.top_k):
         what = f"distill.active: {active}, but " + (f"{moe.top_k} experts run for a token" if moe else "there are none")
         found.append(DscError(what, f"give 1 to {moe.top_k}" if moe else "leave it out"))
+    if heads is not None and (heads > cfg.num_attention_heads or heads % head_group(cfg)):
+        what = f"distill.heads: {heads} of {cfg.num_attention_heads}, {head_group(cfg)} share keys and values"
+        found.append(DscError(what, f"give a multiple of {head_group(cfg)} up to {cfg.num_attention_heads}"))
     if experts is not None and moe is None:
         found.append(DscError(f"distill.experts: {experts}, but the model has no experts", "leave it out"))
     elif experts is not None and moe is not None:
@@ -93,14 +99,14 @@ def problems(
     return found
 
 
-def sizes(cfg: ModelConfig, keep: float) -> tuple[int | None, int | None]:
-    """(experts, layers) of a student that keeps about this share of the experts; of the layers where there are none."""
+def sizes(cfg: ModelConfig, keep: float) -> Sizes:
+    """Return the sizes of a student that keeps about this share of the experts; of the layers without experts."""
     if keep >= 1:
-        return None, None
+        return Sizes()
     if cfg.moe is None:
-        return None, max(1, round(keep * cfg.num_hidden_layers))
+        return Sizes(layers=max(1, round(keep * cfg.num_hidden_layers)))
     groups = cfg.moe.groups
-    return max(least_experts(cfg.moe), int(keep * cfg.moe.experts) // groups * groups), None
+    return Sizes(experts=max(least_experts(cfg.moe), int(keep * cfg.moe.experts) // groups * groups))
 
 
 def least_experts(moe: Moe) -> int:
@@ -113,54 +119,50 @@ def least_experts(moe: Moe) -> int:
 def shrink(
     family: Family,
     cfg: ModelConfig,
+    wanted: Sizes,
     use: Mapping[int, Tensor],
-    experts: int | None,
-    layers: int | None,
     scores: Tensor | None = None,
-    width: float | None = None,
-    neurons: Neurons | None = None,
-    active: int | None = None,
+    parts: Importances | None = None,
 ) -> Shrink:
-    """Plan a student with `experts` routed experts a layer and `layers` layers; None keeps the number.
+    """Plan a student of the sizes `wanted`.
 
     `use`: importance of the experts (E,) of each layer. `scores` (layers,): of the layers; None thins them evenly.
-    `width`: share of the channels of each MLP that stays, those of most importance in `neurons`; None there: any.
-    `active`: experts that run for a token.
+    `parts`: of channels and heads; None: any will do.
     """
-    moe = cfg.moe
-    kept_layers = _kept_layers(cfg, layers, scores)
+    moe, experts = cfg.moe, wanted.experts
+    kept_layers = _kept_layers(cfg, wanted.layers, scores)
     kept = {
         layer: _kept_experts(count, experts, moe.groups)
         for layer, count in use.items()
         if moe is not None and experts is not None and layer in kept_layers
     }
-    config: dict[str, Any] = {"num_hidden_layers": len(kept_layers)} if layers is not None else {}
+    config: dict[str, Any] = {"num_hidden_layers": len(kept_layers)} if wanted.layers is not None else {}
     if kept:
         config["n_routed_experts"] = experts
     if cfg.num_nextn_predict_layers:
         config["num_nextn_predict_layers"] = 0
-    smaller = dataclasses.replace(
-        cfg,
-        num_hidden_layers=len(kept_layers),
-        num_nextn_predict_layers=0,
-        moe=dataclasses.replace(moe, experts=experts) if moe is not None and kept and experts is not None else moe,
-    )
-    if active is not None:
-        config["num_experts_per_tok"] = active
-    cuts: dict[tuple[int, str], Origin] = {}
-    if width is not None:
-        smaller = _narrowed(smaller, width)
-        config |= {"intermediate_size": smaller.intermediate_size}
-        config |= {"moe_intermediate_size": smaller.moe.intermediate} if smaller.moe else {}
-        cuts = _cuts(family, cfg, smaller, kept_layers, neurons)
+    if wanted.active is not None:
+        config["num_experts_per_tok"] = wanted.active
+    narrower, keys = _narrowed(cfg, wanted)
+    fewer = narrower.moe
+    if fewer is not None and kept and experts is not None:
+        fewer = dataclasses.replace(fewer, experts=experts)
+    layers = len(kept_layers)
+    smaller = dataclasses.replace(narrower, num_hidden_layers=layers, num_nextn_predict_layers=0, moe=fewer)
+    cuts = _cuts(family, cfg, narrower, kept_layers, parts)
     tensors = {name: _origin(family, cfg, name, kept_layers, kept, cuts) for name in family.tensors(smaller)}
-    return Shrink(tensors, config, kept, kept_layers)
+    return Shrink(tensors, {**config, **keys}, kept, kept_layers)
 
 
-def ffn_downs(family: Family, cfg: ModelConfig, layer: int) -> dict[str, str]:
-    """{name of a linear that reads the channels of an MLP or expert: name of that MLP} of a block."""
+def readers(family: Family, cfg: ModelConfig, layer: int) -> dict[str, str]:
+    """{name of a linear: the MLP, expert or attention whose channels it reads and adds to the hidden state}."""
     linears = (linear for linear in family.linears(cfg, layer) if linear.role in _FFN and linear.input == linear.name)
-    return {linear.name: linear.name.rpartition(".")[0] for linear in linears}
+    return {name: name.rpartition(".")[0] for name in [*(linear.name for linear in linears), family.names.o]}
+
+
+def head_group(cfg: ModelConfig) -> int:
+    """Return how many heads of queries share a head of keys and values: they stay or go together."""
+    return 1 if cfg.mla else cfg.num_attention_heads // cfg.num_key_value_heads
 
 
 def narrow(size: int, share: float) -> int:
@@ -171,28 +173,47 @@ def narrow(size: int, share: float) -> int:
     return max(unit, round(share * size / unit) * unit)
 
 
-def _narrowed(cfg: ModelConfig, width: float) -> ModelConfig:
-    moe = cfg.moe and dataclasses.replace(cfg.moe, intermediate=narrow(cfg.moe.intermediate, width))
-    return dataclasses.replace(cfg, intermediate_size=narrow(cfg.intermediate_size, width), moe=moe)
+def _narrowed(cfg: ModelConfig, wanted: Sizes) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return `cfg` with the heads and channels of the student, and their keys of config.json."""
+    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
+    if wanted.width is not None:
+        found["intermediate_size"] = keys["intermediate_size"] = narrow(cfg.intermediate_size, wanted.width)
+        if cfg.moe is not None:
+            each = narrow(cfg.moe.intermediate, wanted.width)
+            found["moe"], keys["moe_intermediate_size"] = dataclasses.replace(cfg.moe, intermediate=each), each
+    if wanted.heads is not None:
+        found |= {"num_attention_heads": wanted.heads, "num_key_value_heads": wanted.heads // head_group(cfg)}
+        keys |= found if wanted.width is None else {name: found[name] for name in found if name.endswith("heads")}
+        keys |= {} if cfg.mla else {"head_dim": cfg.head_dim}
+    return dataclasses.replace(cfg, **found), keys
 
 
 def _cuts(
-    family: Family, cfg: ModelConfig, smaller: ModelConfig, layers: list[int], neurons: Neurons | None
+    family: Family, cfg: ModelConfig, smaller: ModelConfig, layers: list[int], parts: Importances | None
 ) -> dict[tuple[int, str], Origin]:
-    """Say what stays of each linear of an MLP or expert, by layer of the teacher and name."""
-    widths = {Role.MLP: smaller.intermediate_size}
-    if smaller.moe is not None:
-        each = smaller.moe.intermediate
-        widths |= {Role.EXPERT: each, Role.SHARED_EXPERT: each * smaller.moe.shared}
+    """Say what stays of each linear that has fewer rows or columns in `smaller`, by layer of the teacher and name."""
     found = {}
     for layer in layers:
-        for linear in family.linears(cfg, layer):
-            if linear.role in _FFN:
-                count, mlp = widths[linear.role], linear.name.rpartition(".")[0]
-                kept = torch.arange(count) if neurons is None else _most(neurons[layer, mlp], count)
-                reads = linear.input == linear.name
-                found[layer, linear.name] = Origin(linear.name, *((None, kept) if reads else (kept,)))
+        for old, new in zip(family.linears(cfg, layer), family.linears(smaller, layer), strict=True):
+            place = (layer, old.name.rpartition(".")[0])
+            rows, columns = (
+                _kept_channels(before, after, None if parts is None else parts[place])
+                for before, after in ((old.rows, new.rows), (old.columns, new.columns))
+            )
+            if rows is not None or columns is not None:
+                found[layer, old.name] = Origin(old.name, rows, columns)
     return found
+
+
+def _kept_channels(before: int, after: int, scores: Tensor | None) -> Tensor | None:
+    """Return which of `before` channels stay, whole heads where `scores` are those of heads; None: all."""
+    if before == after:
+        return None
+    if scores is None:
+        return torch.arange(after)
+    each = before // len(scores)
+    return (_most(scores, after // each)[:, None] * each + torch.arange(each)).flatten()
 
 
 def _most(scores: Tensor, count: int) -> Tensor:
@@ -261,6 +282,7 @@ def _origin(
             match = re.match(rf"{re.escape(names.experts)}\.(\d+)\.(.*)", local)
             if match:
                 local = f"{names.experts}.{kept[int(match[1])]}.{match[2]}"
-        cut = cuts.get((old, local.removesuffix(".weight")), Origin(local))
-        return cut._replace(name=old_prefix + local)
+        module, _, kind = local.rpartition(".")
+        cut = cuts.get((old, module), Origin(local))
+        return cut._replace(name=old_prefix + local, columns=cut.columns if kind == "weight" else None)
     return Origin(name)

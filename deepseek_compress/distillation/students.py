@@ -14,7 +14,7 @@ from deepseek_compress.checkpoint import Checkpoint, CheckpointWriter
 from deepseek_compress.distillation import importance
 from deepseek_compress.distillation.documents import Batch, Document, batch_of, batches_by_length
 from deepseek_compress.distillation.features import Pair
-from deepseek_compress.distillation.shrink import Shrink, shrink, sizes
+from deepseek_compress.distillation.shrink import Shrink, Sizes, shrink, sizes
 from deepseek_compress.errors import DscError
 from deepseek_compress.models import ModelConfig
 from deepseek_compress.models.runtime import Model
@@ -34,13 +34,13 @@ class Size(BaseModel, frozen=True, extra="forbid"):
     layers_by: Literal["influence", "loss", "even"] = "influence"
     experts_by: Literal["activation", "frequency"] = "activation"
     width: float | None = Field(None, gt=0, lt=1)  # share of the channels of each MLP and expert; None keeps all
+    heads: int | None = Field(None, gt=0)  # of attention's queries; None keeps all
     active: int | None = Field(None, gt=0)  # routed experts that run for a token; None keeps their number
 
-    def of(self, cfg: ModelConfig) -> tuple[int | None, int | None]:
-        """(experts, layers); None where their number stays."""
-        if self.keep is None or any(each is not None for each in (self.experts, self.layers, self.width, self.active)):
-            return self.experts, self.layers
-        return sizes(cfg, self.keep)
+    def of(self, cfg: ModelConfig) -> Sizes:
+        """Return what the student of a teacher with `cfg` has."""
+        named = Sizes(self.experts, self.layers, self.width, self.heads, self.active)
+        return named if self.keep is None or named != Sizes() else sizes(cfg, self.keep)
 
 
 class Student(NamedTuple):
@@ -56,28 +56,31 @@ class Student(NamedTuple):
 def cut(model: Model, config: dict[str, Any], size: Size, documents: Sequence[Document], shared: bool) -> Student:
     """Return a student with the parts of `model` that matter most on `documents`; its tensors are its own where
     `shared`."""
-    experts, layers = size.of(model.cfg)
+    wanted = size.of(model.cfg)
     use: dict[int, Tensor] = {}
-    scores = None
-    if experts is not None:
+    scores = parts = None
+    if wanted.experts is not None:
         use = importance.expert_use(model, _shown(model, documents, size.experts_by), size.experts_by)
-    if layers is not None and size.layers_by != "even":
+    if wanted.layers is not None and size.layers_by != "even":
         measure = importance.influence if size.layers_by == "influence" else importance.loss_without
         scores = measure(model, _shown(model, documents, size.layers_by))
-    channels = None if size.width is None else importance.neurons(model, _shown(model, documents, "neurons"))
-    plan = shrink(model.family, model.cfg, use, experts, layers, scores, size.width, channels, size.active)
+    if wanted.width is not None or wanted.heads is not None:
+        parts = importance.parts(model, _shown(model, documents, "parts"))
+    plan = shrink(model.family, model.cfg, wanted, use, scores, parts)
     weights: dict[str, Tensor] = {}
     for name, origin in plan.tensors.items():
         tensor = origin.of(model.weights[origin.name])
         weights[name] = tensor.clone() if shared else tensor
     cfg = model.family.parse({**config, **plan.config})
-    facts: dict[str, Any] = {"layers_kept": plan.layers} if layers is not None else {}
+    facts: dict[str, Any] = {"layers_kept": plan.layers} if wanted.layers is not None else {}
     if plan.experts:
         facts["experts_kept"] = {str(layer): kept for layer, kept in plan.experts.items()}
     if size.active is not None:
         facts["active"] = size.active
     if size.width is not None:
         facts["width_kept"] = {name: plan.config[name] for name in plan.config if name.endswith("intermediate_size")}
+    if size.heads is not None:
+        facts["heads_kept"] = size.heads
     return Student(Model(model.family, cfg, weights), weights, plan.config, facts, _pairs(plan))
 
 

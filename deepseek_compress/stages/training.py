@@ -41,6 +41,7 @@ class Training(Stage, frozen=True):
     layers_by: Literal["influence", "loss", "even"] = "influence"  # which of them stay, see `importance`
     experts_by: Literal["activation", "frequency"] = "activation"
     width: float | None = Field(None, gt=0, lt=1)  # share of the channels of each MLP and expert; None keeps all
+    heads: int | None = Field(None, gt=0)  # of attention's queries; those that share keys and values go together
     active: int | None = Field(None, gt=0)  # routed experts that run for a token; None keeps their number
     documents: int | None = Field(None, gt=1)  # texts read from the calibration sources; None: what the steps need
     length: int = Field(512, gt=1)  # tokens; longer texts are cut
@@ -97,9 +98,9 @@ class Training(Stage, frozen=True):
         if found:
             return found
         cfg = architecture.cfg
-        found = shrink.problems(architecture.family, cfg, *self.size.of(cfg), self.width, self.active)
+        found = shrink.problems(architecture.family, cfg, self.size.of(cfg))
         packed = any(info.encoding == "packed" for info in header.tensors.values())
-        if packed and (self.size.of(cfg) != (None, None) or self.width):
+        if packed and self.size.of(cfg)._replace(active=None) != shrink.Sizes():
             found.append(DscError("distill: packed weights cannot be made fewer", "cut before the model is quantised"))
         if packed and self.lora is not None:
             what = "distill.lora: packed weights learn their scales and codes, nothing is added to them"
@@ -128,10 +129,7 @@ class Training(Stage, frozen=True):
         """Teacher, student, its gradients, moments and best weights in float32; BF16 on the disk."""
         architecture = Architecture.of(header)
         cfg = architecture.cfg
-        sizes = self.size.of(cfg)
-        plan = shrink.shrink(
-            architecture.family, cfg, shrink.any_experts(cfg), *sizes, width=self.width, active=self.active
-        )
+        plan = shrink.shrink(architecture.family, cfg, self.size.of(cfg), shrink.any_experts(cfg))
         smaller = shrink.shrunk_header(header, plan)
         total = sum(info.elements for info in header.tensors.values())
         kept = sum(info.elements for info in smaller.tensors.values())

@@ -13,10 +13,11 @@ from deepseek_compress.calibration.settings import Source
 from deepseek_compress.checkpoint import open_checkpoint
 from deepseek_compress.distillation import resume as resuming
 from deepseek_compress.distillation.documents import Document, batch_of, batches_by_length, read_documents
-from deepseek_compress.distillation.importance import neurons
+from deepseek_compress.distillation.importance import parts
 from deepseek_compress.distillation.losses import ForwardKl
 from deepseek_compress.distillation.objective import Objective
-from deepseek_compress.distillation.shrink import ffn_downs, narrow, shrink
+from deepseek_compress.distillation.shrink import Sizes, head_group, narrow, readers, shrink
+from deepseek_compress.distillation.shrink import problems as shrink_problems
 from deepseek_compress.distillation.students import Size, _shown, cut
 from deepseek_compress.distillation.teachers import LiveTeacher
 from deepseek_compress.distillation.trainer import Schedule, State, Trainer, masks_of
@@ -86,7 +87,7 @@ def test_most_used_experts_of_each_group_stay(tiny_v3: Path) -> None:
     model = Model.load(tiny_v3)
     # layers 0 (dense) and 2 stay; of each pair of experts the more used one
     use = {1: torch.tensor([5, 9, 1, 0, 3, 3, 2, 8]), 2: torch.arange(8)}
-    plan = shrink(model.family, model.cfg, use, 4, 2)
+    plan = shrink(model.family, model.cfg, Sizes(4, 2), use)
     assert plan.config == {"num_hidden_layers": 2, "n_routed_experts": 4}
     assert plan.experts == {2: [1, 3, 5, 7]}
     assert plan.tensors["model.layers.1.mlp.experts.2.up_proj.weight"].name.endswith("2.mlp.experts.5.up_proj.weight")
@@ -118,15 +119,15 @@ def test_a_narrower_student_is_its_teacher_without_the_channels_that_add_least(
 ) -> None:
     source: Path = request.getfixturevalue(name)
     teacher = Model.load(source)
-    downs = [ffn_downs(teacher.family, teacher.cfg, layer) for layer in range(teacher.cfg.num_hidden_layers)]
+    downs = [readers(teacher.family, teacher.cfg, layer) for layer in range(teacher.cfg.num_hidden_layers)]
     first = f"{teacher.family.prefix(0)}.{next(iter(downs[0]))}.weight"
     weak = teacher.weights[first]
     weak[:, ::2] *= 1e-3  # of one MLP every other channel adds next to nothing
     documents = documents_of(source, text, 8)
     config = open_checkpoint(source).config
     student = cut(teacher, config, Size(width=0.5), documents, shared=True)
-    channels = neurons(teacher, _shown(teacher, documents, ""))
-    plan = shrink(teacher.family, teacher.cfg, {}, None, None, None, 0.5, channels)
+    channels = parts(teacher, _shown(teacher, documents, ""))
+    plan = shrink(teacher.family, teacher.cfg, Sizes(width=0.5), {}, None, channels)
     kept = plan.tensors[first].columns
     assert kept is not None
     assert all(place % 2 for place in kept.tolist())
@@ -142,8 +143,38 @@ def test_a_narrower_student_is_its_teacher_without_the_channels_that_add_least(
     assert all(value == narrow(config[key], 0.5) < config[key] for key, value in sizes.items())
 
 
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_v2", "tiny_v3"])
+def test_a_student_with_fewer_heads_is_its_teacher_without_those_that_add_least(
+    name: str, text: Path, request: pytest.FixtureRequest
+) -> None:
+    source: Path = request.getfixturevalue(name)
+    teacher = Model.load(source)
+    cfg, output = teacher.cfg, f"{teacher.family.prefix(0)}.{teacher.family.names.o}.weight"
+    heads, group = cfg.num_attention_heads, head_group(cfg)
+    each = teacher.weights[output].shape[1] // heads
+    teacher.weights[output][:, : group * each] *= 1e-3  # the first heads of block 0 add next to nothing
+    documents = documents_of(source, text, 8)
+    student = cut(teacher, open_checkpoint(source).config, Size(heads=heads - group), documents, shared=True)
+    found = parts(teacher, _shown(teacher, documents, ""))
+    plan = shrink(teacher.family, cfg, Sizes(heads=heads - group), {}, None, found)
+    first = plan.tensors[output].columns
+    assert first is not None
+    assert first.tolist() == list(range(group * each, heads * each))
+    for key, origin in plan.tensors.items():  # the teacher, whose heads that are gone add nothing
+        if origin.columns is not None:
+            gone = torch.ones(teacher.weights[key].shape[1], dtype=torch.bool)
+            gone[origin.columns] = False
+            teacher.weights[key][:, gone] = 0
+    tokens = torch.tensor([documents[0].ids])
+    assert torch.allclose(student.model(tokens), teacher(tokens), atol=1e-4)
+    assert student.facts["heads_kept"] == student.model.cfg.num_attention_heads == heads - group
+    assert student.model.cfg.num_key_value_heads == cfg.num_key_value_heads - 1
+    wrong = shrink_problems(teacher.family, cfg, Sizes(heads=heads + group))
+    assert f"distill.heads: {heads + group} of {heads}" in str(wrong[0])
+
+
 def test_a_narrower_student_is_written_trained_and_planned(tiny_v2: Path, text: Path, tmp_path: Path) -> None:
-    narrow = stage(width=0.5, experts=4, steps=2, documents=20)
+    narrow = stage(width=0.5, experts=4, heads=2, steps=2, documents=20)
     source = open_checkpoint(tiny_v2)
     planned = narrow.forecast(source.header, 0, 0).header
     output = narrow.run(source, context(tmp_path / "student", tiny_v2, text))

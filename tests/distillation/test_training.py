@@ -20,7 +20,7 @@ from deepseek_compress.distillation.features import even_pairs, inside_loss, pro
 from deepseek_compress.distillation.losses import ForwardKl, losses_of
 from deepseek_compress.distillation.objective import Objective
 from deepseek_compress.distillation.on_policy import chosen, own_text
-from deepseek_compress.distillation.shrink import shrink, sizes
+from deepseek_compress.distillation.shrink import Sizes, shrink, sizes
 from deepseek_compress.distillation.teachers import JointTeacher, LiveTeacher
 from deepseek_compress.distillation.trainer import Schedule, State, Trainer
 from deepseek_compress.distillation.views import view
@@ -123,7 +123,7 @@ def test_what_lies_inside_is_least_at_the_teacher_and_teaches(tiny_v3_bf16: Path
         step = 0.1 * before / batch.weights.sum() / size["away"]
         moved = {key: t.detach() - step * away.get(key, torch.zeros(())) for key, t in other.weights.items()}
         assert what.measure(Model(model.family, model.cfg, moved), batch, said, extra).loss < before, name
-    plan = shrink(model.family, model.cfg, {1: torch.arange(8.0), 2: torch.arange(8.0)}, 8, 2)
+    plan = shrink(model.family, model.cfg, Sizes(8, 2), {1: torch.arange(8.0), 2: torch.arange(8.0)})
     assert plan.layers == [0, 2]
 
 
@@ -180,9 +180,9 @@ def _run(model: Model, tokens: Tensor, layers: list[int]) -> Tensor:
 
 
 def test_a_share_becomes_experts_or_layers(tiny_v3: Path, tiny_llama: Path) -> None:
-    assert sizes(Model.load(tiny_llama).cfg, 0.5) == (None, 1)
-    assert sizes(Model.load(tiny_v3).cfg, 0.5) == (8, None)  # two of each of four groups are needed
-    assert sizes(Model.load(tiny_v3).cfg, 1.0) == (None, None)
+    assert sizes(Model.load(tiny_llama).cfg, 0.5) == Sizes(layers=1)
+    assert sizes(Model.load(tiny_v3).cfg, 0.5) == Sizes(experts=8)  # two of each of four groups are needed
+    assert sizes(Model.load(tiny_v3).cfg, 1.0) == Sizes()
 
 
 def test_frozen_tensors_stay_and_a_training_without_gain_ends(tiny_llama: Path, text: Path) -> None:
