@@ -54,7 +54,7 @@ class Shrink(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a student has; None: as many as its teacher."""
+    """Numbers of a student's parts; None: as many as its teacher has."""
 
     experts: int | None = None  # routed experts a layer
     layers: int | None = None
