@@ -70,7 +70,10 @@ def _serving(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     method = (config.get("quantization_config") or {}).get("quant_method")
     lines = ["```", "vllm serve PATH", "```"]
     if method == "compressed-tensors":
-        lines.append("\ntransformers loads it with `pip install compressed-tensors`.")
+        groups = config["quantization_config"]["config_groups"].values()
+        refused = len(groups) > 1 and not all(group["weights"]["symmetric"] for group in groups)
+        how = "transformers 5.23 does not load several schemes of which one is asymmetric"
+        lines.append(f"\n{how if refused else 'transformers loads it with `pip install compressed-tensors`'}.")
     inputs = [
         g.get("input_activations")
         for g in ((config.get("quantization_config") or {}).get("config_groups") or {}).values()

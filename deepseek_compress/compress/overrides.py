@@ -28,6 +28,7 @@ from deepseek_compress.numerics.types import WeightQuantizer
 from deepseek_compress.registry import build
 
 _SHELL = re.compile(r"[*?\[]")  # what makes a shell pattern more than a name
+NOT_BY_TRANSFORMERS = "vLLM and the export targets read that, transformers 5.23 does not"
 _CLOSE = 3  # names that a message proposes
 
 
@@ -152,10 +153,17 @@ def _parted(
     )
 
 
-def counted(own: Mapping[str, WeightQuantizer | None]) -> list[str]:
-    """One line for each scheme that overrides ask for, with how many linears get it; `own` as `assigned` gives it."""
-    counts = Counter(said(weights) for weights in own.values())
-    return [f"{scheme}: {count} linears, by overrides" for scheme, count in counts.items()]
+def counted(own: Mapping[str, WeightQuantizer | None], weights: WeightQuantizer | None) -> list[str]:
+    """One line for each scheme that overrides ask for, with how many linears get it, and who does not read them.
+
+    `own` as `assigned` gives it, beside the recipe's `weights`.
+    """
+    counts = Counter(said(own_weights) for own_weights in own.values())
+    lines = [f"{scheme}: {count} linears, by overrides" for scheme, count in counts.items()]
+    packed = [each for each in (weights, *own.values()) if each is not None]
+    if len({said(each) for each in packed}) > 1 and not all(each.symmetric for each in packed):
+        lines.append(f"several schemes, not all symmetric: {NOT_BY_TRANSFORMERS}")
+    return lines
 
 
 def said(weights: WeightQuantizer | None) -> str:

@@ -317,7 +317,7 @@ class Compress(Stage, frozen=True):
         if self.weights is not None and self.weights.group_size is None:
             size = "one scale a row" if chosen.group_size is None else f"group_size {chosen.group_size}"
             lines.append(f"{size} (chosen: the largest that fits)")
-        lines += counted(chosen.own)
+        lines += counted(chosen.own, self.weights)
         if self.migration is not None and self._moving(cfg) is None:
             lines.append(f"no scales moved: {cfg.model_type} mixes its streams before each norm")
         if chosen.left:

@@ -24,13 +24,13 @@ TOKENS = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(
 RECIPE = """
 calibration: {{sources: [builtin], samples: 8, length: 64}}
 stages:
-  - compress: {{weights: {{gptq: {{group_size: 32, symmetric: {symmetric}}}}}}}
+  - compress: {{weights: {{gptq: {{group_size: 32, symmetric: {symmetric}}}}}, attention_bits: {attention}}}
 """
 
 
-def quantized(model: Path, out: Path, symmetric: bool = False) -> Path:
+def quantized(model: Path, out: Path, symmetric: bool = False, attention: str = "null") -> Path:
     recipe = out.with_suffix(".yaml")
-    recipe.write_text(f"model: {model}\n" + RECIPE.format(symmetric=str(symmetric).lower()))
+    recipe.write_text(f"model: {model}\n" + RECIPE.format(symmetric=str(symmetric).lower(), attention=attention))
     run(read_recipe(recipe), out, flat=True)
     return out
 
@@ -57,6 +57,20 @@ def test_transformers_reads_it_packed(
     ours = Model.load(packed, torch.float32 if symmetric else torch.bfloat16)
     weights = {name: weight.float() for name, weight in ours.weights.items()}
     check_same(their_logits(packed), Model(ours.family, ours.cfg, weights))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_transformers_reads_several_schemes_where_all_are_symmetric(
+    symmetric: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    packed = quantized(tiny_llama, tmp_path / "out", symmetric, attention="8")
+    told = "transformers 5.23 does not" in (packed / "README.md").read_text()
+    if symmetric:
+        check_same(their_logits(packed), Model.load(packed, torch.float32))
+    else:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            their_logits(packed)
+    assert told == (not symmetric)
 
 
 @pytest.mark.parametrize("name", ["tiny_v3", "tiny_v2"])
