@@ -236,7 +236,8 @@ def _record(record: Mapping[str, Any]) -> None:
 
     keys = ("bytes", "exact_match", "exact_match_ratio", "kl_divergence", "top1_agreement", "perplexity")
     columns = table.shown(record, keys)
-    speeds = {line[0]: line[3].partition(" [")[0] for line in proof.speed_rows(record).rows}
+    measured = any(model.get("speed") for model in table.everything(record))  # else the loop's own, in the report
+    speeds = {line[0]: line[3].partition(" [")[0] for line in proof.speed_rows(record).rows} if measured else {}
     rows = []
     for model in table.everything(record):
         more = [speeds.get(table.label(record, model), "")] if speeds else []

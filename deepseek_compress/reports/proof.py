@@ -113,14 +113,18 @@ def kl_rows(record: Record) -> Table:
 
 
 def speed_rows(record: Record) -> Table:
-    """Speeds, each in its own runtime; those of the evaluation's own loop where nothing else was measured."""
+    """Speeds, each in its own runtime; those of the evaluation's own loop where nothing else was measured.
+
+    Only those that were measured in turns are compared: the loop multiplies in float32 whatever the weights have.
+    """
     models = [model for model in table.everything(record) if speed(model)]
     base = next((speed(model) for model in models if model["name"] == record.get("reference")), None)
     lines = []
     for model in models:
         found = speed(model)
         assert found is not None
-        ratio = found["decode_tokens_per_s"] / base["decode_tokens_per_s"] if base else None
+        against = base if model.get("speed") else None
+        ratio = found["decode_tokens_per_s"] / against["decode_tokens_per_s"] if against else None
         lines.append([
             table.label(record, model), found["runtime"], _rate(found, "prefill_tokens_per_s"),
             _rate(found, "decode_tokens_per_s"), _times(ratio), _number3(found.get("first_token_s")),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from deepseek_compress.cli import show
 from deepseek_compress.errors import DscError
 from deepseek_compress.reports import compare, errors, files, gate, page, proof, table, words
 from deepseek_compress.reports.markdown import markdown
@@ -91,6 +92,19 @@ def test_every_table_stands_in_markdown_and_page(record: dict[str, Any]) -> None
     assert "70.0 %" in text
     assert "2.80 ×" in text
     assert [fact for fact in words.facts(record) if fact[:2] == ("Decode speed", "2.80 ×")]
+
+
+def test_speeds_of_the_evaluations_own_loop_are_not_compared(
+    record: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show._record(record)
+    assert "tok/s" in capsys.readouterr().out
+    for model, rate in zip(record["models"], (80.0, 27.0), strict=True):
+        del model["speed"]
+        model["metrics"]["decode_tokens_per_s"] = rate
+    assert [line[3:5] for line in proof.speed_rows(record).rows] == [["80", "–"], ["27", "–"]]
+    show._record(record)
+    assert "tok/s" not in capsys.readouterr().out
 
 
 def test_conditions(record: dict[str, Any]) -> None:
