@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -204,21 +205,33 @@ class StageProgress:
 
 
 class Pace:
-    """Time left at the rate of this run: from the first count on, so that neither loading nor what an earlier run has
-    done changes it. A smaller count than the last begins anew."""
+    """Time left at the rate of the second half of this run, which tells what the machine gives now.
+
+    A run is timed from its first count on, so that neither loading nor what an earlier run has done changes it; in the
+    first minute all of it counts. A smaller count than the last begins anew.
+    """
+
+    SETTLED = 60.0  # seconds
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._began, self._first, self._last = 0.0, 0, -1
+        self._began = (0.0, 0)
+        self._counts: deque[tuple[float, int]] = deque()  # of the second half, and the last one before it
 
     def left(self, done: int, total: int) -> float | None:
         """Take a count; return the seconds left, None before anything is done."""
         now = self._clock()
-        if self._last < 0 or done < self._last:
-            self._began, self._first = now, done
-        self._last = done
-        new = done - self._first
-        return (now - self._began) / new * (total - done) if new else None
+        if not self._counts or done < self._counts[-1][1]:
+            self._began = (now, done)
+            self._counts.clear()
+        if not self._counts or done > self._counts[-1][1]:
+            self._counts.append((now, done))
+        taken = now - self._began[0]
+        while taken > self.SETTLED and len(self._counts) > 1 and self._counts[1][0] <= now - taken / 2:
+            self._counts.popleft()
+        since, first = self._counts[0] if self._counts[0][1] < done else self._began
+        new = done - first
+        return (now - since) / new * (total - done) if new else None
 
 
 class _PlainProgress(StageProgress):

@@ -29,6 +29,16 @@ def test_neither_loading_nor_an_earlier_run_changes_the_pace() -> None:
     assert pace.left(2, 10) == pytest.approx(4.0)
 
 
+def test_the_pace_is_that_of_the_second_half() -> None:
+    times = iter([*range(0, 110, 10), *range(120, 520, 20)])  # other work begins after 100 s: half as fast from then on
+    pace = Pace(lambda: next(times))
+    left = [pace.left(done, 40) for done in range(31)]
+    assert left[4] == pytest.approx(360.0)  # the first minute counts whole
+    assert left[10] == pytest.approx(300.0)
+    assert left[20] == pytest.approx(400.0)  # 300 s after the first, the second half is at the new pace
+    assert left[30] == pytest.approx(200.0)
+
+
 def test_passes_of_unequal_cost_are_one_count() -> None:
     seen: list[tuple[int, int, str]] = []
     passes = Passes(lambda *said: seen.append(said), {"scales": [10.0, 30.0], "solve": [20.0, 100.0, 40.0]})
