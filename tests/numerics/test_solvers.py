@@ -54,6 +54,12 @@ def test_gptq_is_the_papers(act_order: str, mse: bool, columns: int, size: int) 
     assert_same_but_for_ties(knobs(weight, Statistics(1, h)).dequantize(), plain_gptq(weight, h, knobs, size))
 
 
+def test_columns_of_most_input_are_solved_first_by_groups_or_one_by_one() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 5.0, 2.0, 9.0, 1.0, 1.0]))
+    orders = {order: solving_order(hessian, order, 3).tolist() for order in ("none", "group", "column")}
+    assert orders == {"none": [0, 1, 2, 3, 4, 5], "group": [3, 4, 5, 1, 2, 0], "column": [3, 1, 2, 0, 4, 5]}
+
+
 @pytest.mark.parametrize("act_order", ["none", "group", "column"])
 def test_gptq_of_a_sparse_weight_is_the_papers(act_order: str) -> None:
     weight, h = correlated(6, 192, seed=3)
