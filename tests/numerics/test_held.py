@@ -90,6 +90,19 @@ def test_the_error_is_that_of_the_other_half() -> None:
     assert method._error(rows, scales, first, second) == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize(("errors", "moves"), [((1.0, 0.98, 1.2), False), ((1.0, 0.98, 0.96), True)])
+def test_scales_move_for_a_gain_that_is_no_noise(
+    errors: tuple[float, ...], moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(errors)  # of nothing moved, then of each alpha
+    monkeypatch.setattr(HeldScales, "_error", lambda *_: next(told))
+    given, weights = inputs(60.0)
+    method = HeldScales(group_size=32)
+    found = method.scales([method.kept(w) for w in weights], given)
+    last = SmoothQuant(alpha=method.alphas[-1]).scales([w.abs().amax(0, keepdim=True) for w in weights], given)
+    assert torch.equal(found, last if moves else torch.ones(64))
+
+
 def test_nothing_moves_without_halves() -> None:
     given, weights = inputs(60.0)
     method = HeldScales(group_size=32)
