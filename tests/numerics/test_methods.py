@@ -177,6 +177,29 @@ def test_learned_rounding_goes_below_its_start() -> None:
     assert errors[-1] < 0.6 * errors[0]
 
 
+def test_learned_rounding_is_sign_descent_in_steps_that_fall_to_zero() -> None:
+    weight, h = correlated(4, 64)
+    iterations, matrix = 7, damped(h, 0.01)
+    method = Learned(group_size=64, iterations=iterations)
+    groups = weight.t()[None].contiguous()  # one group: (1, columns, rows)
+    offset, shrink = torch.zeros_like(groups), torch.ones(2, 1, 4)
+    best, lowest = torch.zeros_like(weight), torch.full((4,), torch.inf)
+    for left in range(iterations, -1, -1):
+        moving = (offset.requires_grad_(), shrink.requires_grad_())
+        off = method._values(groups, *moving)[0][0] - weight.t()  # (columns, rows)
+        losses = (off * (matrix @ off)).sum(0)
+        gradients = torch.autograd.grad(losses.sum(), moving)
+        wins = losses.detach() < lowest
+        best[wins], lowest[wins] = (weight.t() + off.detach()).t()[wins], losses.detach()[wins]
+        step = left / iterations**2
+        bounds = ((-0.5, 0.5), (0.5, 1.0))
+        offset, shrink = (
+            (value.detach() - step * by.sign()).clamp(*bound)
+            for value, by, bound in zip(moving, gradients, bounds, strict=True)
+        )
+    torch.testing.assert_close(method(weight, Statistics(1, h)).dequantize(), best, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("columns", [64, 576, 300])
 def test_gram_is_the_product(columns: int) -> None:
     x = torch.randn(50, columns, generator=torch.Generator().manual_seed(0))

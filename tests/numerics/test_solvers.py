@@ -47,11 +47,19 @@ def plain_gptq(weight: Tensor, h: Tensor, knobs: Gptq, size: int) -> Tensor:
 
 @pytest.mark.parametrize("act_order", ["none", "group", "column"])
 @pytest.mark.parametrize("mse", [False, True])
-@pytest.mark.parametrize(("columns", "size"), [(192, 32), (160, 160)])  # groups within and across blocks of 128
+@pytest.mark.parametrize(("columns", "size"), [(192, 32), (160, 160), (320, 160)])  # within and across blocks of 128
 def test_gptq_is_the_papers(act_order: str, mse: bool, columns: int, size: int) -> None:
     weight, h = correlated(6, columns)
     knobs = Gptq(act_order=act_order, mse=mse, group_size=size)  # type: ignore[arg-type]
     assert_same_but_for_ties(knobs(weight, Statistics(1, h)).dequantize(), plain_gptq(weight, h, knobs, size))
+
+
+def test_the_factor_of_several_panels_is_the_librarys() -> None:
+    _, h = correlated(4, 600)
+    wanted = hessian.damped(h, 0.01)
+    found = wanted.clone()
+    assert hessian._cholesky(found)
+    torch.testing.assert_close(found.triu(), torch.linalg.cholesky(wanted, upper=True), rtol=1e-3, atol=1e-4)
 
 
 def test_columns_of_most_input_are_solved_first_by_groups_or_one_by_one() -> None:
