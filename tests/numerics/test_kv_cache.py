@@ -36,6 +36,14 @@ def test_each_group_of_a_token_and_head_has_its_grid(num_bits: int) -> None:
         assert row.tolist() == slow(want.tolist(), num_bits)
 
 
+def test_a_kept_token_has_two_layers_of_four_bits() -> None:
+    x, both = keys(3), KvRounding(num_bits=8, group_size=4, window=2, rest=4)
+    for row, want in zip(both(x).reshape(-1, 4), x.reshape(-1, 4).tolist(), strict=True):
+        first = slow(want, 4)
+        second = slow([w - f for w, f in zip(want, first, strict=True)], 4)
+        assert row.tolist() == pytest.approx([f + s for f, s in zip(first, second, strict=True)], abs=1e-6)
+
+
 def test_deltas_are_taken_to_the_stored_key_and_begin_again() -> None:
     x, rounding = keys(2 * ANCHOR + 3), KvRounding(num_bits=4, delta=True)
     found = rounding.keys(x, torch.arange(x.shape[2])[None], None)

@@ -146,6 +146,20 @@ def test_hqq_lowers_its_own_norm_where_there_are_outliers() -> None:
     assert float(losses[1].sum()) < 0.97 * float(losses[0].sum())
 
 
+def test_magnitude_keeps_the_two_largest_of_each_four_of_a_row() -> None:
+    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0, -5.0, 0.5, -0.25, 1.0], [0.0, 1.0, -2.0, -3.0, 7.0, 8.0, -9.0, 6.0]])
+    kept = [[0.0, -4.0, 3.0, 0.0, -5.0, 0.0, 0.0, 1.0], [0.0, 0.0, -2.0, -3.0, 0.0, 8.0, -9.0, 0.0]]
+    assert Magnitude()(weight, Statistics()).tolist() == kept
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 2])
+def test_hqq_fits_zero_point_and_scale_to_values_that_moved_as_one(shift: int) -> None:
+    codes = torch.tensor([-5.0, -2.0, 0.0, 3.0, 6.0])[:, None]  # relative to a zero point of 7
+    now = grid.Grid(torch.tensor([0.5]), torch.tensor([7.0]), 15)
+    found = Hqq()._fit((codes - shift) * 0.5, codes, now)
+    assert (float(found.zero_point), float(found.scale)) == (7 + shift, 0.5)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_straight_through_gradients(symmetric: bool) -> None:
     """By hand for one group: inside the range dQ/ds is the rounding error in steps, outside the end of the range."""
