@@ -17,8 +17,14 @@ from deepseek_compress.models.families.qwen3 import Qwen3
 from deepseek_compress.models.family import Family
 
 FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family
-    for family in (DeepseekV2, DeepseekV3, DeepseekV32, DeepseekV4, DeepseekV41, Llama, Qwen2, Qwen3)
+    "deepseek_v2": DeepseekV2,
+    "deepseek_v3": DeepseekV3,
+    "deepseek_v32": DeepseekV32,
+    "deepseek_v4": DeepseekV4,
+    "deepseek_v41": DeepseekV41,
+    "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
 }
 
 
