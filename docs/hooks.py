@@ -160,6 +160,8 @@ def report(name: str) -> str:
 
 
 JUDGED = ("moe", "smollm2")  # models that were not made here, or made without a thought of this
+GPTQ = "llm-compressor GPTQ"
+SHOWN = ("dsc w4a16-fast", "dsc w4a16", "dsc w4a16-best", GPTQ, f"{GPTQ}, mse", f"{GPTQ}, mse, 8 bits as w4a16-best")
 
 
 def results() -> str:
@@ -171,7 +173,8 @@ def results() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = [dict(zip(record["columns"], values, strict=True)) for values in record["rows"]]
-    for row in sorted((row for row in rows if row["model"] in JUDGED), key=lambda row: JUDGED.index(row["model"])):
+    rows = [row for row in rows if row["model"] in JUDGED and row["method"] in SHOWN and row["KL like"]]
+    for row in sorted(rows, key=lambda row: JUDGED.index(row["model"])):
         bars = record["bars"][row["model"]]
         kind = {"dsc w4a16": "default", "dsc w4a16-best": "best"}.get(row["method"], "")
         like, other = (_share(bars.get(f"{kind}, {text}")) for text in ("like", "other"))
