@@ -34,7 +34,9 @@ def decode(model: Path, quantized: Path, out: Path) -> Mapping[str, Tensor]:
     from auto_round.export.export_to_awq.utils import dequantize_gemm
 
     stored = plain.tensors(next(file.parent for file in quantized.rglob("config.json")))
-    weights = {name: value for name, value in stored.items() if name.endswith("weight") and "qweight" not in name}
+    # what it drops when it saves, a router's correction bias, is the original's: its linears are judged
+    weights = {name: value for name, value in plain.tensors(model).items() if not name.endswith(".weight")}
+    weights |= {name: value for name, value in stored.items() if name.endswith("weight") and "qweight" not in name}
     for name, codes in stored.items():
         base, _, part = name.rpartition(".")
         if part == "qweight":

@@ -30,7 +30,9 @@ def decode(model: Path, quantized: Path, out: Path) -> Mapping[str, Tensor]:
 
     # its kernel runs in 16 bits only; the scales, stored in 16 bits, are widened, so that decoding adds no rounding
     net = GPTQModel.load(str(quantized), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
-    weights = {name: value for name, value in plain.tensors(quantized).items() if name.endswith(".weight")}
+    # what it drops when it saves, a router's correction bias, is the original's: its linears are judged
+    weights = {name: value for name, value in plain.tensors(model).items() if not name.endswith(".weight")}
+    weights |= {name: value for name, value in plain.tensors(quantized).items() if name.endswith(".weight")}
     for name, layer in net.model.named_modules():
         if hasattr(layer, "qweight"):
             layer.scales = layer.scales.float()
