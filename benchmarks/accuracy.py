@@ -13,7 +13,7 @@ weight is checked: how many values a group has, and whether zero is one of the s
 A row is kept, as soon as it is measured, with everything that decided it; `--reuse` takes it from there when nothing of
 that has changed. Ratios of two rows have 95 % intervals by the paired bootstrap over windows. Bars, on both texts: the
 default recipe reaches 0.85 of the best peer GPTQ's KL (0.8 on `smollm2`) in at most 0.6 of its CPU seconds, the best
-recipe 0.65 of the best peer's KL in at most that peer's. It has 8 bits in some linears: llm-compressor does so in a row.
+recipe 0.65 of the best peer's KL in at most that peer's. It has 8 bits in some linears: so has one row of a peer.
 """
 
 from __future__ import annotations
