@@ -67,17 +67,14 @@ def _group(group: Mapping[str, Any]) -> str:
 
 
 def _serving(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = config.get("quantization_config") or {}
+    groups = (quantization.get("config_groups") or {}).values()
     lines = ["```", "vllm serve PATH", "```"]
-    if method == "compressed-tensors":
-        groups = config["quantization_config"]["config_groups"].values()
+    if quantization.get("quant_method") == "compressed-tensors":
         refused = len(groups) > 1 and not all(group["weights"]["symmetric"] for group in groups)
         how = "transformers 5.23 does not load several schemes of which one is asymmetric"
         lines.append(f"\n{how if refused else 'transformers loads it with `pip install compressed-tensors`'}.")
-    inputs = [
-        g.get("input_activations")
-        for g in ((config.get("quantization_config") or {}).get("config_groups") or {}).values()
-    ]
+    inputs = [group.get("input_activations") for group in groups]
     if manifest.get("activations") and not any(inputs):
         lines.append("\nServers run it with 16-bit activations: none takes 8-bit activations with these weights.")
     if manifest.get("kv_cache"):

@@ -183,9 +183,9 @@ def _narrowed(cfg: ModelConfig, wanted: Sizes) -> tuple[ModelConfig, dict[str, A
             each = narrow(cfg.moe.intermediate, wanted.width)
             found["moe"], keys["moe_intermediate_size"] = dataclasses.replace(cfg.moe, intermediate=each), each
     if wanted.heads is not None:
-        found |= {"num_attention_heads": wanted.heads, "num_key_value_heads": wanted.heads // head_group(cfg)}
-        keys |= found if wanted.width is None else {name: found[name] for name in found if name.endswith("heads")}
-        keys |= {} if cfg.mla else {"head_dim": cfg.head_dim}
+        heads = {"num_attention_heads": wanted.heads, "num_key_value_heads": wanted.heads // head_group(cfg)}
+        found |= heads
+        keys |= heads if cfg.mla else {**heads, "head_dim": cfg.head_dim}
     return dataclasses.replace(cfg, **found), keys
 
 

@@ -16,7 +16,7 @@ from deepseek_compress.distillation.documents import Document, batch_of, batches
 from deepseek_compress.distillation.importance import parts
 from deepseek_compress.distillation.losses import ForwardKl
 from deepseek_compress.distillation.objective import Objective
-from deepseek_compress.distillation.shrink import Sizes, head_group, narrow, readers, shrink
+from deepseek_compress.distillation.shrink import Shrink, Sizes, head_group, narrow, readers, shrink
 from deepseek_compress.distillation.shrink import problems as shrink_problems
 from deepseek_compress.distillation.students import Size, _shown, cut
 from deepseek_compress.distillation.teachers import LiveTeacher
@@ -113,6 +113,15 @@ def test_a_cut_student_has_the_teachers_experts_and_runs(tiny_v2: Path, text: Pa
     assert bool(student(torch.arange(3, 20)[None]).isfinite().all())
 
 
+def silence(teacher: Model, plan: Shrink) -> None:
+    """Make zeros of the columns that the student doesn't have, so that what is gone adds nothing."""
+    for key, origin in plan.tensors.items():
+        if origin.columns is not None:
+            gone = torch.ones(teacher.weights[key].shape[1], dtype=torch.bool)
+            gone[origin.columns] = False
+            teacher.weights[key][:, gone] = 0
+
+
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_v3"])
 def test_a_narrower_student_is_its_teacher_without_the_channels_that_add_least(
     name: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -131,11 +140,7 @@ def test_a_narrower_student_is_its_teacher_without_the_channels_that_add_least(
     kept = plan.tensors[first].columns
     assert kept is not None
     assert all(place % 2 for place in kept.tolist())
-    for key, origin in plan.tensors.items():  # the teacher, with zeros where the student has nothing
-        if origin.columns is not None:
-            gone = torch.ones(teacher.weights[key].shape[1], dtype=torch.bool)
-            gone[origin.columns] = False
-            teacher.weights[key][:, gone] = 0
+    silence(teacher, plan)
     tokens = torch.tensor([documents[0].ids])
     assert torch.allclose(student.model(tokens), teacher(tokens), atol=1e-4)
     sizes = {key: value for key, value in student.config.items() if key.endswith("intermediate_size")}
@@ -160,11 +165,7 @@ def test_a_student_with_fewer_heads_is_its_teacher_without_those_that_add_least(
     first = plan.tensors[output].columns
     assert first is not None
     assert first.tolist() == list(range(group * each, heads * each))
-    for key, origin in plan.tensors.items():  # the teacher, whose heads that are gone add nothing
-        if origin.columns is not None:
-            gone = torch.ones(teacher.weights[key].shape[1], dtype=torch.bool)
-            gone[origin.columns] = False
-            teacher.weights[key][:, gone] = 0
+    silence(teacher, plan)
     tokens = torch.tensor([documents[0].ids])
     assert torch.allclose(student.model(tokens), teacher(tokens), atol=1e-4)
     assert student.facts["heads_kept"] == student.model.cfg.num_attention_heads == heads - group
